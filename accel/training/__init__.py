@@ -1,0 +1,1 @@
+"""How the shipped weights are made: `python -m accel train ...`. Nothing but the command line imports this."""

@@ -1,0 +1,147 @@
+"""One training loop for all trainers: accelerate, EMA, atomic checkpoints, a JSON line of losses, a sample sheet.
+
+Batches depend on (seed, step, process) alone, so a resumed run follows the loss curve of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """What all trainers share. `steps` fixes the learning-rate schedule; `--minutes` only cuts a run into chunks."""
+
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    warmup: int = 100
+    decay_from: float = 0.4  # share of the steps after which the rate falls linearly to zero
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    ema: float = 0.998
+    seed: int = 0
+
+
+class Task(Protocol):
+    """What a trainer brings: one module to train, its loss, and a picture of how far it is."""
+
+    recipe: Recipe
+    module: nn.Module
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]: ...
+    def sheet(self, path: Path) -> None: ...
+
+
+def rate(step: int, recipe: Recipe) -> float:
+    """Learning rate at a step: linear warm-up, constant, linear decay."""
+    start = recipe.decay_from * recipe.steps
+    decay = min(1.0, (recipe.steps - step) / max(1.0, recipe.steps - start))
+    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * decay
+
+
+def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 240) -> dict:
+    """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always."""
+    recipe, folder = task.recipe, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    accelerator = Accelerator(mixed_precision="bf16")
+    optimizer = torch.optim.AdamW(
+        task.module.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    ema = EMAModel(task.module.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.8)
+    step, spent = _load(folder, task.module, optimizer, ema) if resume else (0, 0.0)
+    model, optimizer = accelerator.prepare(task.module, optimizer)
+    ema.to(accelerator.device)
+    began = saved = time.monotonic()
+    bar = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
+    with open(folder / "log.jsonl", "a") as log, _stop_on_signal() as stopped:
+        while step < recipe.steps:
+            logs = _step(task, accelerator, model, optimizer, ema, step)
+            step += 1
+            bar.update()
+            now = time.monotonic()
+            if accelerator.is_main_process and step % 20 == 0:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
+                log.write(json.dumps({"step": step, "seconds": round(spent + now - began, 1), **logs}) + "\n")
+                log.flush()
+            over = stopped() or (minutes is not None and now - began > 60 * minutes)
+            if accelerator.is_main_process and (over or now - saved > save_every or step == recipe.steps):
+                _save(folder, accelerator.unwrap_model(model), optimizer, ema, step, spent + now - began)
+                with averaged(task.module, ema):
+                    task.sheet(folder / "sheet.png")
+                saved = time.monotonic()
+            if over:
+                break
+    bar.close()
+    ema.copy_to(task.module.parameters())
+    return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1)}
+
+
+def _step(task, accelerator, model, optimizer, ema, step: int) -> dict[str, float]:
+    recipe = task.recipe
+    for group in optimizer.param_groups:
+        group["lr"] = rate(step, recipe)
+    seed = (recipe.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
+    with accelerator.autocast():
+        loss, logs = task.loss(model, step, seed)
+    if not math.isfinite(loss.item()):
+        raise RuntimeError(f"the loss became {loss.item()} at step {step}: lower the learning rate and resume")
+    accelerator.backward(loss)
+    logs["grad"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.step(task.module.parameters())
+    return {"loss": loss.item(), **logs}
+
+
+def _save(folder: Path, module: nn.Module, optimizer, ema: EMAModel, step: int, seconds: float) -> None:
+    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+    torch.save({**state, "step": step, "seconds": seconds}, folder / "state.pt.tmp")
+    os.replace(folder / "state.pt.tmp", folder / "state.pt")
+
+
+def _load(folder: Path, module: nn.Module, optimizer, ema: EMAModel) -> tuple[int, float]:
+    if not (folder / "state.pt").exists():
+        return 0, 0.0
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    return state["step"], state["seconds"]
+
+
+@contextmanager
+def averaged(module: nn.Module, ema: EMAModel):
+    """Inside, the module holds the averaged weights."""
+    ema.store(module.parameters())
+    ema.copy_to(module.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(module.parameters())
+
+
+@contextmanager
+def _stop_on_signal():
+    """Ctrl-C and SIGTERM end the run after the current step, so that the checkpoint is whole."""
+    seen: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
