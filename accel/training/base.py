@@ -12,7 +12,6 @@ Two choices serve the model's later life:
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from einops import rearrange
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,8 +33,8 @@ from .vae import Autoencoder
 
 TEXT = 32  # tokens a prompt is padded or cut to
 SHIFT = 2.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
-# until this share of the steps: latent frames, clips a batch
-CURRICULUM = ((0.25, 1, 160), (0.35, 3, 48), (1.0, 9, 24))
+# until this share of the steps: latent frames (0: all), clips a batch
+CURRICULUM = ((0.25, 1, 160), (0.35, 3, 48), (1.0, 0, 24))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -114,17 +114,18 @@ class Denoiser(nn.Module):
 
 
 class Pool:
-    """Normalised latents (n, c, f, h, w) of rendered training clips with their scenes, encoded once."""
+    """Normalised latents (n, c, f, h, w) of rendered training clips with their scenes, encoded once and kept."""
 
-    def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, device):
-        rng, auto = random.Random(f"pool {seed}"), Autoencoder(vae.to(device).eval())
+    def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device):
+        rng = random.Random(f"pool {seed}")
         self.scenes = [sample_scene(rng) for _ in range(n)]
-        self.latents = torch.cat(
-            [
-                normalise(vae, _encode(auto, [render(s, frames, size, device) for s in self.scenes[i : i + 16]]))
-                for i in tqdm(range(0, n, 16), desc="encoding clips", leave=False)
-            ]
-        ).half()
+        if not file.is_file():
+            auto = Autoencoder(vae.to(device).eval())
+            batches = tqdm(range(0, n, 16), desc="encoding clips")
+            clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"latents": torch.cat([normalise(vae, _encode(auto, c)) for c in clips]).half()}, file)
+        self.latents = load_file(file)["latents"].to(device)
 
     def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[str]]:
         """n latents cut to their first `frames` latent frames, and a caption for each."""
@@ -140,23 +141,26 @@ def _encode(auto: Autoencoder, frames: list[Tensor]) -> Tensor:
 
 def normalise(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
     """Latents with mean 0 and deviation 1 per channel, as the pipeline expects them."""
-    mean, std = (torch.tensor(v, device=z.device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(v, device=z.device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
     return (z - mean) / std
 
 
 class BaseTask:
     """Flow matching on a pool of latents; single frames are rendered and encoded as they are drawn."""
 
-    def __init__(self, recipe: Recipe, vae: AutoencoderKLWan, size: int, frames: int, clips: int, device="cpu"):
+    def __init__(self, recipe: Recipe, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path, device):
         torch.manual_seed(recipe.seed)
         self.recipe, self.vae, self.size, self.frames = recipe, vae, size, frames
         self.tokenizer = build_tokenizer()
         self.module = Denoiser(*build_models(len(self.tokenizer), vae.config.z_dim))
-        self.pool = Pool(vae, clips, frames, size, recipe.seed, device)
+        self.pool = Pool(vae, clips, frames, size, recipe.seed, folder / "pool.safetensors", device)
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
         frames, n = next((f, n) for until, f, n in CURRICULUM if step / self.recipe.steps < until)
+        frames = frames or self.pool.latents.shape[2]
         x0, captions = self._images(n, rng) if frames == 1 else self.pool.draw(n, frames, rng)
         captions = ["" if rng.random() < 0.1 else c for c in captions]
         tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT - 8, return_tensors="pt").to(x0.device)

@@ -23,7 +23,8 @@ from ..world.render import render
 from ..world.scene import sample_scene
 from .fit import Recipe
 
-CURRICULUM = ((0.30, 1, 48), (0.55, 5, 16), (1.0, 17, 5))  # until this share of the steps: frames, clips a batch
+# until this share of the steps: frames (0: all), clips a batch
+CURRICULUM = ((0.20, 1, 48), (0.40, 5, 16), (0.95, 9, 10), (1.0, 0, 5))
 
 
 def build_vae(base_dim: int = 32, z_dim: int = 16) -> AutoencoderKLWan:
@@ -106,14 +107,14 @@ def clips(n: int, frames: int, size: int, seed: int, held_out: bool = False, dev
 class VaeTask:
     """L1 + MSE reconstruction with a light pull of the latents towards a unit Gaussian."""
 
-    def __init__(self, recipe: Recipe, size: int = 64, kl: float = 1e-4):
+    def __init__(self, recipe: Recipe, size: int = 64, frames: int = 17, kl: float = 1e-4):
         torch.manual_seed(recipe.seed)
-        self.recipe, self.size, self.kl = recipe, size, kl
+        self.recipe, self.size, self.frames, self.kl = recipe, size, frames, kl
         self.module = Autoencoder(build_vae())
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         share = step / self.recipe.steps
-        frames, n = next((f, n) for until, f, n in CURRICULUM if share < until)
+        frames, n = next((f or self.frames, n) for until, f, n in CURRICULUM if share < until)
         device = next(model.parameters()).device
         x = clips(n, frames, self.size, seed, device=device)
         grid = (n, self.module.vae.config.z_dim, 1 + (frames - 1) // 2, self.size // 8, self.size // 8)
@@ -140,11 +141,11 @@ def finish(task: VaeTask, folder: Path) -> dict:
     The latents' statistics come from training scenes, the PSNR from held-out scenes through the stock chunked path.
     """
     vae = task.module.vae.eval()
-    z = torch.cat([task.module.encode(clips(16, 17, task.size, seed=10_000 + i))[0] for i in range(16)])
+    z = torch.cat([task.module.encode(clips(16, task.frames, task.size, seed=10_000 + i))[0] for i in range(16)])
     mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.save_pretrained(folder)
-    x = torch.cat([clips(8, 17, task.size, seed=20_000 + i, held_out=True) for i in range(8)])
+    x = torch.cat([clips(8, task.frames, task.size, seed=20_000 + i, held_out=True) for i in range(8)])
     y = torch.cat([vae.decode(vae.encode(c).latent_dist.mode()).sample for c in x.split(8)])
     psnr = -10 * torch.log10(F.mse_loss(y, x, reduction="none").mean((1, 2, 3, 4)) / 4)
     half = 1.96 * psnr.std().item() / len(psnr) ** 0.5

@@ -102,9 +102,7 @@ def _background(scene: Scene, size: int, device: torch.device | str) -> Tensor:
     return torch.tensor(BACKGROUNDS[scene.background], device=device) + light[..., None]
 
 
-def render(
-    scene: Scene, frames: int, size: int, device: torch.device | str = "cpu", at: float | None = None
-) -> Tensor:
+def render(scene: Scene, frames: int, size: int, device: torch.device | str = "cpu", at: float | None = None) -> Tensor:
     """Frames of a scene: uint8 (f, h, w, 3), square, `size` wide; over the whole clip, or all at one time in [0, 1]."""
     ramp = (torch.arange(size, device=device) + 0.5) / size
     image = _background(scene, size, device).expand(frames, size, size, 3)

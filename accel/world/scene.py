@@ -101,9 +101,7 @@ class Scene:
     def attributes(self) -> dict[str, str]:
         """What the caption says of the first thing and of the background, by attribute."""
         thing = self.things[0]
-        return {
-            a: getattr(self if a in ("background", "pattern") else thing, a) for a in ATTRIBUTES
-        }
+        return {a: getattr(self if a in ("background", "pattern") else thing, a) for a in ATTRIBUTES}
 
 
 def is_held_out(colour: str, shape: str, motion: str) -> bool:

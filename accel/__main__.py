@@ -1,0 +1,5 @@
+"""`python -m accel ...`"""
+
+from .cli import main
+
+main()

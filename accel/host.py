@@ -1,0 +1,238 @@
+"""The host: wraps a stock diffusers pipeline and gives methods the step, and three places to wrap.
+
+`wrap_denoiser`  a whole transformer call            fn(inner, x, **inputs) -> velocity (b, c, f, h, w)
+`wrap_blocks`    the stack of blocks inside it        fn(inner, hidden, *inputs) -> hidden (b, n, d)
+`wrap_attention` each video self-attention's output   fn(inner, site) -> hidden (b, n, d)
+
+Wrappers nest, the last added outermost; none replaces another. Handles are taken once, at construction, and the
+model is on exit as it was found. Built on diffusers' hooks, so offload, LoRA and attention backends keep working.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from .families import family_of
+from .flops import count_flops
+from .trace import DENOISER, Step, Trace
+
+T = TypeVar("T")
+
+
+class _Around(ModelHook):
+    """Runs `around(hook, *args, **kwargs)` in place of a module's forward; knows the pipeline's cache context."""
+
+    _is_stateful = True
+
+    def __init__(self, around: Callable):
+        super().__init__()
+        self.around, self.states = around, StateManager(BaseState)
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        return self.around(self, *args, **kwargs)
+
+    @property
+    def original(self) -> Callable:
+        """The forward that was there before."""
+        return self.fn_ref.original_forward
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.states.reset()
+        return module
+
+
+@contextmanager
+def _hooked(module: nn.Module, around: Callable) -> Iterator[None]:
+    """The module with a hook around its forward; afterwards it has just the attributes it had before."""
+    had_registry, had_forward = "_diffusers_hook" in module.__dict__, "forward" in module.__dict__
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(_Around(around), "accel")
+    try:
+        yield
+    finally:
+        registry.remove_hook("accel", recurse=False)
+        if not had_registry:
+            del module._diffusers_hook
+        if not had_forward:
+            del module.forward
+
+
+class Host:
+    """A pipeline under observation. `step` is where its loop stands, `model` which of its transformers runs."""
+
+    def __init__(self, pipe, trace: Trace):
+        self.pipe, self.trace, self.family = pipe, trace, family_of(pipe)
+        self.models = self.family.denoisers(pipe)
+        self.attentions = [self.family.attentions(model) for model in self.models]
+        self.stacks = [list(self.family.blocks(model)) for model in self.models]
+        self.step: Step | None = None
+        self.model = 0
+        self.latents: Tensor | None = None  # the input of the call that runs, (b, c, f, h, w)
+        self.run = 0
+        self._seen: set[tuple[int, str]] = set()
+        self._loose = _Loose()
+        self._denoiser: list[Callable] = []
+        self._blocks: list[Callable] = []
+        self._attention: list[Callable] = []
+
+    @contextmanager
+    def attached(self) -> Iterator[Host]:
+        """Inside, the pipeline's calls pass through the host."""
+        with ExitStack() as stack:
+            for i, model in enumerate(self.models):
+                for site, module in self.attentions[i].items():
+                    stack.enter_context(_hooked(module, partial(self._attend, site)))
+                for j, block in enumerate(self.stacks[i]):
+                    stack.enter_context(_hooked(block, partial(self._pass, i, j)))
+                stack.enter_context(_hooked(model, partial(self._denoise, i)))
+                registry = model._diffusers_hook
+                registry.invalidate_child_registries_cache()
+                stack.callback(setattr, registry, "_child_registries_cache", None)
+            yield self
+
+    def wrap_denoiser(self, fn: Callable) -> AbstractContextManager:
+        """Let `fn(inner, x, **inputs)` stand around each transformer call; returns (b, c, f, h, w)."""
+        return _listed(self._denoiser, fn)
+
+    def wrap_blocks(self, fn: Callable) -> AbstractContextManager:
+        """Let `fn(inner, hidden, *inputs)` stand around the whole stack of blocks; returns (b, n, d)."""
+        return _listed(self._blocks, fn)
+
+    def wrap_attention(self, fn: Callable) -> AbstractContextManager:
+        """Let `fn(inner, site)` stand around each video self-attention; returns its output (b, n, d)."""
+        return _listed(self._attention, fn)
+
+    def per_run(self, factory: Callable[[], T]) -> Callable[[], T]:
+        """A getter of state that is made anew for each run of the pipeline."""
+        runs: dict[int, T] = {}
+
+        def get() -> T:
+            if self.run not in runs:
+                runs.clear()
+                runs[self.run] = factory()
+            return runs[self.run]
+
+        return get
+
+    def _denoise(self, model: int, hook: _Around, *args, **kwargs):
+        inputs = inspect.signature(type(self.models[model]).forward).bind(None, *args, **kwargs).arguments
+        del inputs["self"]
+        return_dict, x = inputs.pop("return_dict", True), inputs.pop("hidden_states")
+        began = clock(x.device)
+        self._enter(model, hook, x, inputs)
+        step = self.step
+
+        def call(x: Tensor, **inputs) -> Tensor:
+            self.trace.record(step, DENOISER, "compute")
+            return hook.original(hidden_states=x, **inputs, return_dict=False)[0]
+
+        y = _nest(call, self._denoiser)(x, **inputs)
+        spent = 1000 * (clock(x.device) - began)
+        self.trace.milliseconds[step.index] = self.trace.milliseconds.get(step.index, 0.0) + spent
+        return Transformer2DModelOutput(sample=y) if return_dict else (y,)
+
+    def _enter(self, model: int, hook: _Around, x: Tensor, inputs: dict[str, Any]) -> None:
+        """Find out which step and branch this call is, and whether it opens a new run."""
+        context = hook.states._context
+        scheduler = self.pipe.scheduler
+        if context is None or context.step_index is None:
+            index, branch = self._loose.place(inputs["timestep"], inputs["encoder_hidden_states"])
+            branch = context.name if context else branch
+            count = len(scheduler.timesteps)
+        else:
+            index, branch, count = context.step_index, context.name, context.num_inference_steps
+        if self.step is None or index < self.step.index or (index, branch) in self._seen:
+            self.run += 1
+            self.trace.begin()
+            self._seen.clear()
+            self.trace.started = time.perf_counter()
+        self._seen.add((index, branch))
+        sigmas = scheduler.sigmas
+        self.step = Step(index, count, float(sigmas[index]), float(sigmas[index + 1]), branch)
+        self.model, self.latents = model, x
+        self.trace.sigmas[index] = self.step.sigma
+        self.trace.flops = count_flops(self.models[model], x, inputs)
+
+    def _pass(self, model: int, index: int, hook: _Around, hidden: Tensor, *inputs, **named) -> Tensor:
+        """The first block runs the wrapped stack; the others, already run in it, hand on what they are given."""
+        if not self._blocks:
+            return hook.original(hidden, *inputs, **named)
+        if index > 0 and not self._inside:
+            return hidden
+        if self._inside:
+            return hook.original(hidden, *inputs, **named)
+
+        def stack(hidden: Tensor, *inputs, **named) -> Tensor:
+            self._inside = True
+            try:
+                for block in self.stacks[model]:
+                    hidden = block(hidden, *inputs, **named)
+            finally:
+                self._inside = False
+            return hidden
+
+        return _nest(stack, self._blocks)(hidden, *inputs, **named)
+
+    _inside = False
+
+    def _attend(self, site: str, hook: _Around, *args, **kwargs) -> Tensor:
+        def call() -> Tensor:
+            self.trace.record(self.step, site, "compute")
+            return hook.original(*args, **kwargs)
+
+        for fn in self._attention:
+            call = partial(fn, call, site)
+        return call()
+
+
+class _Loose:
+    """Step and branch where the pipeline does not tell: a step is a new timestep, a branch a text embedding."""
+
+    def __init__(self):
+        self.times: list[float] = []
+        self.texts: list[Tensor] = []
+
+    def place(self, timestep: Tensor, text: Tensor) -> tuple[int, str]:
+        now = float(timestep.flatten()[0])
+        known = [i for i, seen in enumerate(self.texts) if seen is text]
+        if not known or (self.times and now > self.times[-1]):  # another run
+            if not known and len(self.texts) == 1 and self.times == [now]:
+                known = [1]
+                self.texts.append(text)
+            else:
+                self.times, self.texts, known = [], [text], [0]
+        if not self.times or now != self.times[-1]:
+            self.times.append(now)
+        return len(self.times) - 1, ("cond", "uncond")[known[0]]
+
+
+def _nest(call: Callable, wrappers: list[Callable]) -> Callable:
+    for fn in wrappers:
+        call = partial(fn, call)
+    return call
+
+
+@contextmanager
+def _listed(wrappers: list[Callable], fn: Callable) -> Iterator[None]:
+    wrappers.append(fn)
+    try:
+        yield
+    finally:
+        wrappers.remove(fn)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, with the device's queue drained first."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

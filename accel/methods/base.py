@@ -1,0 +1,30 @@
+"""What every method is: a frozen value whose fields are the paper's knobs, with one verb."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from ..host import Host
+from ..trace import Trace
+
+
+class Method(BaseModel, frozen=True, extra="forbid"):
+    """A reversible change to how a denoiser is evaluated.
+
+    Knobs are `Field(default, ge=, le=, multiple_of=, description=)`: widgets, flags, preset checks and the README's
+    table are made from them. `neutral` lists the settings at which the output is bitwise the baseline's.
+    """
+
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    neutral: ClassVar[dict]
+
+    @contextmanager
+    def apply(self, host: Host, trace: Trace) -> Iterator[None]:
+        """Wrap the host's places; everything is back on exit, also on error."""
+        raise NotImplementedError
+        yield

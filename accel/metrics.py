@@ -1,0 +1,28 @@
+"""How far two videos are apart: PSNR and SSIM of raw frames (scikit-image), bit-equality."""
+
+from __future__ import annotations
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> dict:
+    """PSNR (dB, None if equal), SSIM mean, worst and per frame, of uint8 frames (f, h, w, c)."""
+    if a.shape != b.shape:
+        raise ValueError(f"videos of shapes {a.shape} and {b.shape} cannot be compared")
+    equal = bool(np.array_equal(a, b))
+    ssim = [float(structural_similarity(x, y, channel_axis=-1, data_range=255)) for x, y in zip(a, b)]
+    return {
+        "bit_equal": equal,
+        "psnr": None if equal else float(peak_signal_noise_ratio(a, b, data_range=255)),
+        "ssim": float(np.mean(ssim)),
+        "ssim_worst": min(ssim),
+        "ssim_frames": [round(s, 5) for s in ssim],
+    }
+
+
+def interval(values: list[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval of the mean."""
+    data = np.asarray(values, dtype=float)
+    means = np.random.default_rng(seed).choice(data, (draws, len(data))).mean(1)
+    return float(data.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))

@@ -1,0 +1,90 @@
+"""Pipelines by path or hub id, and what each is made for: its size, step count and guidance."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import BaseModel
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "models/tiny-wan"
+
+
+class Home(BaseModel, frozen=True):
+    """A model's own settings: what it generates when nothing else is asked for."""
+
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    steps: int = 50
+    guidance: float = 5.0
+    fps: int = 16
+    text_length: int = 512
+    captions: bool = False  # trained on the toy world, so that prompts can be judged
+
+
+def resolve(model: str) -> str:
+    """A path of an existing folder, also relative to the project, or the name unchanged (a hub id)."""
+    for path in (Path(model), ROOT / model):
+        if path.is_dir():
+            return str(path)
+    return model
+
+
+def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dtype | None = None):
+    """The diffusers pipeline of a folder or hub id, on the best device. ValueError for missing or damaged weights."""
+    path, device = resolve(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tiny = Path(path).is_dir() and (Path(path) / "accel.json").is_file()
+    if Path(path).is_dir():
+        check_files(Path(path))
+    elif model.startswith((".", "/", "models/")) or model.count("/") != 1:
+        raise ValueError(f"no model folder {model!r}; the shipped model is {TINY!r}, or give a Hugging Face id")
+    dtype = dtype or (torch.bfloat16 if device == "cuda" and not tiny else torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        except OSError as error:
+            raise ValueError(f"{model!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError naming the first missing or damaged weight file of a pipeline folder, and how to get it."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{index} is missing: {folder} is no diffusers pipeline; {_remedy(folder)}")
+    parts = [name for name, kind in json.loads(index.read_text()).items() if isinstance(kind, list) and kind[0]]
+    for part in parts:
+        config = folder / part / "config.json"
+        weights = sorted((folder / part).glob("*.safetensors"))
+        if config.is_file() and not weights:
+            raise ValueError(f"{folder / part} holds no .safetensors file; {_remedy(folder)}")
+        for file in weights:
+            try:
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            except Exception as error:  # safetensors raises its own class, which is no OSError
+                raise ValueError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
+
+
+def _remedy(folder: Path) -> str:
+    return f"restore it with `git checkout -- {folder.name}` there, or train it with `python -m accel train all`"
+
+
+def home_of(pipe, model: str) -> Home:
+    """The settings a model is made for: its `accel.json`, else the defaults of its pipeline's call."""
+    file = Path(resolve(model)) / "accel.json"
+    if file.is_file():
+        return Home(**json.loads(file.read_text()))
+    names = {"height": "height", "width": "width", "num_frames": "frames"}
+    names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    defaults = {ours: inspect.signature(pipe.__call__).parameters[name].default for name, ours in names.items()}
+    return Home(**{k: v for k, v in defaults.items() if v is not None})

@@ -1,0 +1,176 @@
+"""A run: everything that determines a video; generating it, and comparing two of the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from .apply import apply
+from .host import clock
+from .metrics import distance
+from .models import Home
+from .presets import build_methods, explain
+from .trace import Trace
+from .world.judge import score
+
+LONGEST_PROMPT = 2000
+
+
+class Run(BaseModel, frozen=True, extra="forbid"):
+    """One generation, by value. `methods` are {name: {knob: value}}, inner to outer."""
+
+    model: str
+    prompt: str
+    seed: int = Field(0, ge=0, lt=2**63)
+    height: int = Field(ge=16, le=2160)
+    width: int = Field(ge=16, le=3840)
+    frames: int = Field(ge=1, le=1025)
+    steps: int = Field(ge=1, le=1000)
+    guidance: float = Field(ge=0, le=30)
+    methods: dict[str, dict] = {}
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        if len(prompt) > LONGEST_PROMPT:
+            raise ValueError(f"the prompt has {len(prompt)} characters, at most {LONGEST_PROMPT} are allowed")
+        return prompt.strip()
+
+
+def build_run(home: Home, **settings) -> Run:
+    """A checked run; what is not given (or None) is the model's own. Raises ValueError in one sentence."""
+    given = {k: v for k, v in settings.items() if v is not None}
+    own = {k: getattr(home, k) for k in ("height", "width", "frames", "steps", "guidance")}
+    try:
+        run = Run(**{**own, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "value_error":
+            raise ValueError(str(first["ctx"]["error"])) from None
+        raise ValueError(explain(error, Run)) from None
+    build_methods(run.methods)
+    return run
+
+
+def check_size(pipe, run: Run) -> None:
+    """Raise ValueError if the model cannot make this size."""
+    space = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[-1]
+    time_step = pipe.vae_scale_factor_temporal
+    for name, value in (("height", run.height), ("width", run.width)):
+        if value % space:
+            raise ValueError(f"{name} = {value} is not possible: it must be a multiple of {space}")
+    if (run.frames - 1) % time_step:
+        raise ValueError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time_step}")
+
+
+@dataclass
+class Video:
+    """What a run gave: frames uint8 (f, h, w, c), seconds per stage, and the trace."""
+
+    frames: np.ndarray
+    seconds: dict[str, float]
+    trace: Trace
+
+
+class Cancelled(Exception):
+    """Raised from a step callback to stop a run."""
+
+
+def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None) -> Video:
+    """The video of a run. `on_step(steps done, trace, latents)` is called after each step, outside the timing."""
+    check_size(pipe, run)
+    device = next(pipe.transformer.parameters()).device
+    paused, denoised = 0.0, 0.0
+
+    def step_end(_, index: int, t, tensors: dict[str, Any]) -> dict:
+        nonlocal paused, denoised
+        now = clock(device)
+        if index + 1 == pipe.num_timesteps:
+            denoised = now - paused
+        if on_step:
+            on_step(index + 1, trace, tensors["latents"])
+        paused += clock(device) - now
+        return {}
+
+    with apply(pipe, build_methods(run.methods)) as trace:
+        began = clock(device)
+        out = pipe(
+            prompt=run.prompt, height=run.height, width=run.width, num_frames=run.frames,
+            num_inference_steps=run.steps, guidance_scale=run.guidance, max_sequence_length=home.text_length,
+            generator=torch.Generator("cpu").manual_seed(run.seed), output_type="np", callback_on_step_end=step_end,
+        )  # fmt: skip
+        ended = clock(device) - paused
+    frames = (np.asarray(out.frames[0]) * 255).round().astype(np.uint8)
+    stages = {"text": trace.started - began, "denoise": denoised - trace.started, "decode": ended - denoised}
+    return Video(frames, stages, trace)
+
+
+def warm_up(run: Run, pipe, home: Home) -> None:
+    """Two steps whose time nobody counts."""
+    generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home)
+
+
+@dataclass
+class Comparison:
+    """Two runs of the same noise: the videos of the last repeat, and the report that becomes `run.json`."""
+
+    a: Video
+    b: Video
+    report: dict = field(repr=False)
+
+
+def compare(
+    a: Run, b: Run, pipe, home: Home, repeats: int = 1,
+    on_step: Callable[[str, int, Trace, torch.Tensor], None] | None = None,
+) -> Comparison:  # fmt: skip
+    """Generate a and b in turn, `repeats` times, after a warm-up, and measure speed, work and likeness.
+
+    `on_step(pane, steps done, trace, latents)` hears of both; the pane is "a" or "b".
+    """
+    seconds: dict[str, list[dict[str, float]]] = {"a": [], "b": []}
+    videos: dict[str, Video] = {}
+    warm_up(b, pipe, home)
+    for _ in range(repeats):
+        for pane, run in (("a", a), ("b", b)):
+            hear = (lambda *args, pane=pane: on_step(pane, *args)) if on_step else None
+            videos[pane] = generate(run, pipe, home, hear)
+            seconds[pane].append(videos[pane].seconds)
+    return Comparison(videos["a"], videos["b"], report(a, b, videos["a"], videos["b"], seconds, pipe, home))
+
+
+def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, home: Home) -> dict:
+    """All that is known of a pair, JSON-ready. Times are lists, one entry a repeat; speeds are of their medians."""
+    stages = {p: {s: [round(r[s], 4) for r in seconds[p]] for s in seconds[p][0]} for p in "ab"}
+    total = {p: np.median([sum(r.values()) for r in seconds[p]]) for p in "ab"}
+    denoise = {p: np.median(stages[p]["denoise"]) for p in "ab"}
+    flops = {"a": video_a.trace.work()[0], "b": video_b.trace.work()[0]}
+    work, speed = flops["b"] / flops["a"], float(denoise["a"] / denoise["b"])
+    same = video_a.frames.shape == video_b.frames.shape
+    likeness = distance(video_a.frames, video_b.frames) if same else {}
+    adherence = {p: score(v.frames, b.prompt) if home.captions else {} for p, v in (("a", video_a), ("b", video_b))}
+    parameter = next(pipe.transformer.parameters())
+    return {
+        **b.model_dump(),
+        "steps_a": a.steps,
+        "guidance_a": a.guidance,
+        "device": torch.cuda.get_device_name() if parameter.is_cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        **stages,
+        "speedup_denoise": speed,
+        "speedup_total": float(total["a"] / total["b"]),
+        "work_ratio": work,
+        "efficiency": speed * work,
+        **{k: likeness.get(k) for k in ("psnr", "ssim", "ssim_worst", "bit_equal", "ssim_frames")},
+        "adherence_a": adherence["a"].get("mean"),
+        "adherence_b": adherence["b"].get("mean"),
+        "attributes": {p: {k: v for k, v in marks.items() if k != "mean"} for p, marks in adherence.items()},
+        "trace": video_b.trace.to_json(),
+    }

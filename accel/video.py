@@ -1,0 +1,62 @@
+"""Frames to mp4 and back, with the settings of the run inside the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import imageio.v2 as iio
+import imageio_ffmpeg
+import numpy as np
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = None) -> float:
+    """Write uint8 frames (f, h, w, c) as h264 that browsers play; whole or not at all. Returns seconds taken."""
+    import time
+
+    began, partial = time.perf_counter(), Path(path).with_suffix(".part.mp4")
+    comment = ["-metadata", "comment=" + json.dumps(settings)] if settings else []
+    size = max(1, 256 // frames.shape[2])  # small frames are enlarged without smoothing
+    big = frames.repeat(size, axis=1).repeat(size, axis=2)
+    try:
+        with iio.get_writer(
+            partial, fps=fps, codec="libx264", pixelformat="yuv420p", quality=None, macro_block_size=2,
+            output_params=["-crf", "12", "-preset", "veryfast", "-movflags", "+faststart", *comment],
+        ) as writer:  # fmt: skip
+            for frame in big:
+                writer.append_data(frame)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return time.perf_counter() - began
+
+
+def read_settings(path: Path) -> dict:
+    """The settings inside an mp4 that `write_mp4` wrote. Raises ValueError if there are none."""
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    unescaped = "".join(_unescape(text))
+    for line in unescaped.splitlines():
+        if line.startswith("comment="):
+            try:
+                return json.loads(line.removeprefix("comment="))
+            except json.JSONDecodeError:
+                break
+    raise ValueError(f"{path} holds no settings; only videos made by `python -m accel` do")
+
+
+def _unescape(text: str):
+    """ffmetadata puts a backslash before = ; # \\ and line ends."""
+    escaped = False
+    for char in text:
+        if char == "\\" and not escaped:
+            escaped = True
+        else:
+            escaped = False
+            yield char

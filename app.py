@@ -1,0 +1,180 @@
+"""The page: a prompt, a plain and an accelerated video of the same noise, and what it cost.
+
+python app.py [--host H] [--port P] [--share] [--model DIR_OR_ID]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_SSR_MODE", "false")
+
+import gradio as gr
+
+from accel.methods import METHODS
+from accel.models import ROOT, TINY
+from accel.presets import load_preset, preset_names
+from ui import controls
+from ui.pair import PairJob
+from ui.player import ABPlayer
+from ui.stored import stored_pairs
+from ui.timeline import timeline
+from ui.view import EMPTY_PANE, about, numbers, pane, pane_waiting
+from ui.worker import Worker
+
+CSS = (Path(__file__).parent / "ui" / "page.css").read_text()
+PROMPTS = (ROOT / "examples" / "prompts.txt").read_text().splitlines()
+
+
+class Page:
+    """Wires one worker to the widgets; knows no method by name."""
+
+    def __init__(self, model: str):
+        self.worker, self.model = Worker(model), model
+        self.baselines: OrderedDict = OrderedDict()  # kept plain runs, newest last
+        self.running: dict[str, object] = {}  # a visitor's job
+
+    def build(self) -> gr.Blocks:
+        """The Blocks; nothing is computed until somebody presses Run."""
+        stored = stored_pairs()
+        first = stored[0] if stored else None
+        with gr.Blocks(title="accel: video diffusion, side by side", delete_cache=(3600, 7200)) as demo:
+            gr.HTML('<h1 class="title">Same noise, twice: plain and accelerated</h1>')
+            with gr.Row(equal_height=True):
+                prompt = gr.Textbox(
+                    PROMPTS[0], label="Prompt", lines=1, max_lines=3, scale=6, elem_id="prompt", max_length=5000
+                )
+                seed = gr.Number(1, label="Seed", precision=None, scale=1, min_width=90, elem_id="seed")
+                run = gr.Button("▶ Run A/B", variant="primary", scale=1, min_width=110, elem_id="run")
+                stop = gr.Button("■ Stop", variant="stop", scale=1, min_width=90, elem_id="stop")
+            with gr.Row():
+                pick = [gr.Button(p, size="sm", elem_classes="example") for p in PROMPTS[1:4]]
+            message = gr.HTML(first.ribbon if first else "", elem_id="message")
+            with gr.Row():
+                live = [gr.HTML(EMPTY_PANE, elem_id=f"live-{p}") for p in "ab"]
+            player = ABPlayer(first.value if first else None, elem_id="player")
+            figures = gr.HTML(numbers(first.report) if first else "", elem_id="numbers")
+            steps_shown = gr.HTML(timeline(first.report["trace"]) if first else "", elem_id="timeline")
+            with gr.Row():
+                with gr.Column(scale=1, min_width=260):
+                    gr.Markdown("### Run")
+                    steps = gr.Slider(
+                        1, 100, 50, step=1, label="steps", info="Both panes; more is slower.", elem_id="steps"
+                    )
+                    guidance = gr.Slider(
+                        0, 12, 4, step=0.5, label="guidance", info="Strength of the prompt; 1 and less runs one branch."
+                    )
+                    preset = gr.Dropdown(preset_names(), value="fastercache", label="preset", info="Sets the knobs.")
+                knobs: dict[str, dict] = {}
+                switches = {}
+                with gr.Column(scale=3):
+                    for name, method in METHODS.items():
+                        gr.Markdown(f"### {method.title} · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
+                        on = load_preset("fastercache").methods
+                        switches[name] = gr.Checkbox(name in on, label=f"use {method.title}", elem_id=f"use-{name}")
+                        with gr.Row():
+                            knobs[name] = controls.widgets(method)
+            gr.Markdown(about())
+            widgets = [switches[m] for m in METHODS] + [w for m in METHODS for w in knobs[m].values()]
+            outputs = [message, *live, player, figures, steps_shown]
+            event = dict(fn=self.run_pair, inputs=[prompt, seed, steps, guidance, *widgets], outputs=outputs)
+            run.click(**event, concurrency_limit=8, show_progress="hidden", api_name="run_pair")
+            prompt.submit(**event, concurrency_limit=8, show_progress="hidden", api_visibility="private")
+            stop.click(self.stop, None, message, queue=False, show_progress="hidden", api_name="stop")
+            preset.change(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
+            for button in pick:
+                button.click(lambda text: text, button, prompt, queue=False, api_visibility="private")
+        return demo
+
+    def load(self, name: str) -> list:
+        """Widget values of a preset: steps, guidance, switches, knobs."""
+        preset = load_preset(name)
+        chosen = {type(m): m for m in preset}
+        switched = [method in chosen for method in METHODS.values()]
+        values = [v for method in METHODS.values() for v in (chosen.get(method) or method()).model_dump().values()]
+        return [preset.steps or gr.skip(), preset.guidance or gr.skip(), *switched, *values]
+
+    def stop(self, request: gr.Request) -> str:
+        """End the visitor's run at its next step."""
+        job = self.running.get(request.session_hash)
+        if job is None:
+            return '<div class="note">Nothing is running.</div>'
+        job.stop.set()
+        return '<div class="note">Stopping at the next step…</div>'
+
+    def run_pair(self, prompt, seed, steps, guidance, *values, request: gr.Request):
+        """Generate a pair and report on it while it grows."""
+        switches, rest = dict(zip(METHODS, values)), list(values[len(METHODS) :])
+        methods = {}
+        for name, method in METHODS.items():
+            own = {field: rest.pop(0) for field in method.model_fields}
+            if switches[name]:
+                methods[name] = controls.settings(method, own)
+        asked = dict(prompt=prompt, seed=seed, steps=steps, guidance=guidance, methods=methods)
+        work = PairJob(self.model, asked, self.baselines)
+        job = self.worker.submit(work)
+        self.running[request.session_hash] = job
+        try:
+            for kind, data in self.worker.follow(job):
+                yield self._show(kind, data)
+                if kind in ("refused", "failed"):
+                    raise gr.Error(_sentence(kind, data), print_exception=False)
+        finally:
+            self.running.pop(request.session_hash, None)
+
+    def _show(self, kind: str, data: dict) -> list:
+        keep = gr.skip()
+        if kind == "waiting":
+            ahead = data["ahead"]
+            what = "Loading the model…" if data["loading"] else f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you."
+            return [f'<div class="note">{what}</div>', keep, keep, keep, keep, keep]
+        if kind == "started":
+            return [data["note"], pane_waiting("baseline"), pane_waiting("accelerated"), keep, "", ""]
+        if kind == "step":
+            shown = [pane(**data["pane"]) if p == data["which"] else keep for p in "ab"]
+            return [keep, *shown, keep, keep, timeline(data["trace"]) if data["trace"] else keep]
+        if kind == "pair":
+            report = data["report"]
+            return [data["note"], EMPTY_PANE, EMPTY_PANE, data["player"], numbers(report), timeline(report["trace"])]
+        if kind == "stopped":
+            return ['<div class="note">Stopped. Nothing was lost: the last pair is still below.</div>'] + [keep] * 5
+        if kind in ("refused", "failed"):
+            return [f'<div class="note bad">{_sentence(kind, data)}</div>', EMPTY_PANE, EMPTY_PANE, keep, keep, keep]
+        return [keep] * 6
+
+
+def _sentence(kind: str, data: dict) -> str:
+    from html import escape
+
+    return escape(data["why"]) if kind == "refused" else f"Something went wrong here (error {data['name']})."
+
+
+def main() -> None:
+    """Serve the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
+    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
+    parser.add_argument("--share", action="store_true", help="open a public link")
+    parser.add_argument("--model", default=TINY, help="folder or Hugging Face id of a diffusers pipeline")
+    given = parser.parse_args()
+    launch(given.model, given.host, given.port, given.share)
+
+
+def launch(
+    model: str = TINY, host: str = "127.0.0.1", port: int | None = None, share: bool = False, **more
+) -> gr.Blocks:
+    """Start the server and return its Blocks."""
+    demo = Page(model).build()
+    demo.queue(max_size=20).launch(
+        server_name=host, server_port=port, share=share, css=CSS, theme=gr.themes.Soft(),
+        footer_links=["api", "settings"], ssr_mode=False, **more,
+    )  # fmt: skip
+    return demo
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A random Wan of the real class, two blocks wide 24, in a stock pipeline: small enough to run hundreds of steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+from accel.training.base import build_tokenizer
+from accel.training.vae import build_vae
+
+torch.set_num_threads(2)
+
+
+def random_wan(seed: int = 0) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    return model.eval()
+
+
+@pytest.fixture
+def pipe() -> WanPipeline:
+    return build_pipe()
+
+
+@pytest.fixture
+def two_models() -> WanPipeline:
+    """As Wan 2.2: a second transformer takes over below a noise level."""
+    return build_pipe(transformer_2=random_wan(1), boundary_ratio=0.7)
+
+
+def build_pipe(**more) -> WanPipeline:
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    torch.manual_seed(0)
+    pipe = WanPipeline(
+        tokenizer=build_tokenizer(), text_encoder=None, vae=build_vae(8, 4).eval(), scheduler=scheduler,
+        transformer=random_wan(), **more,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def sample():
+    """sample(pipe, steps=, guidance=, height=, on_step=): the final latents of one run."""
+
+    def run(pipe, steps=20, guidance=4.0, height=64, on_step=None, seed=0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(99))
+        return pipe(
+            prompt_embeds=words[0], negative_prompt_embeds=words[1], height=height, width=64, num_frames=5,
+            num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent",
+            callback_on_step_end=on_step,
+        ).frames  # fmt: skip
+
+    return run

@@ -1,0 +1,132 @@
+"""The page in a real browser: what plays at first, a live pair, the kept baseline, Stop, bad input, a phone."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    warnings.warn("NO BROWSER: the page is not tested; install chromium (apt-get install chromium)", stacklevel=1)
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is missing")]
+SHOTS = os.environ.get("ACCEL_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def url():
+    import app
+
+    demo = app.launch(prevent_thread_lock=True, quiet=True)
+    yield demo.local_url
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-background-networking"]
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, reduced_motion="no-preference")
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_selector("#player video", state="attached", timeout=30_000)
+    yield page
+    context.close()
+
+
+def shot(page, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
+
+
+def set_steps(page, steps: int) -> None:
+    box = page.locator("#steps input[type=number]")
+    box.fill(str(steps))
+    box.press("Tab")
+
+
+def run_pair(page, steps: int) -> None:
+    set_steps(page, steps)
+    page.click("#run")
+    page.wait_for_selector("#live-a .live", timeout=60_000)
+    page.wait_for_selector("#live-a .live", state="detached", timeout=120_000)
+    page.wait_for_function(f"document.querySelector('#player .a figcaption').textContent.includes('{steps} steps')")
+
+
+def test_a_recorded_pair_plays_before_anything_is_computed(page):
+    assert "Recorded pair" in page.inner_text("#message")
+    page.wait_for_function("document.querySelector('#player video').currentTime > 0.2", timeout=10_000)
+    drift = "() => { const [a, b] = document.querySelectorAll('#player video'); return Math.abs(a.currentTime - b.currentTime) }"
+    page.wait_for_timeout(1500)
+    assert page.evaluate(drift) < 1.5 / 8
+    assert page.locator("#timeline rect").count() > 100
+    shot(page, "first-visit")
+
+
+def test_a_live_pair_shows_both_videos_figures_and_timeline(page):
+    page.fill("#prompt textarea", "a large green cross orbits slowly over a dotted brown background")
+    run_pair(page, 14)
+    text = page.inner_text("#numbers")
+    assert "faster denoising" in text and "of the work computed" in text and "PSNR" in text
+    assert page.locator("#timeline rect[fill='#f59e0b']").count() > 0
+    shot(page, "live-pair")
+    run_pair(page, 14)
+    assert "kept, measured" in page.inner_text("#player .a figcaption")
+
+
+def test_frames_can_be_stepped_and_views_changed(page):
+    page.click("#player [data-do=play]")
+    page.evaluate("document.querySelector('#player .seek').value = 0; document.querySelector('#player .seek').oninput()")
+    page.wait_for_timeout(300)
+    page.click("#player [data-do=next]")
+    page.wait_for_function("document.querySelector('#player .count').textContent.startsWith('2 /')")
+    page.click("#player [data-mode=difference] >> nth=-1")
+    assert page.is_visible("#player canvas")
+    page.click("#player button[data-mode=wipe]")
+    assert page.is_visible("#player .wipe")
+    shot(page, "wipe")
+
+
+def test_stop_ends_the_run_within_a_step(page):
+    set_steps(page, 100)
+    page.click("#run")
+    page.wait_for_selector("#live-a .live >> text=step", timeout=60_000)
+    page.click("#stop")
+    page.wait_for_selector("#message >> text=Stopped", timeout=5_000)
+
+
+def test_bad_input_is_told_and_nothing_is_lost(page):
+    page.fill("#prompt textarea", "   ")
+    page.click("#run")
+    page.wait_for_selector("#message >> text=the prompt is empty", timeout=30_000)
+    assert page.locator("#player video").count() == 2
+    page.fill("#prompt textarea", "a red dragon spins")
+    page.fill("#seed input", "1.5")
+    page.click("#run")
+    page.wait_for_selector("#message >> text=seed = 1.5 is not a whole number", timeout=30_000)
+
+
+def test_unknown_words_are_named(page):
+    page.fill("#prompt textarea", "a red dragon spins")
+    run_pair(page, 10)
+    assert "does not know: dragon" in page.inner_text("#message")
+
+
+def test_the_page_fits_a_phone(browser, url):
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_selector("#player video", state="attached", timeout=30_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(page, "phone")
+    context.close()

@@ -1,0 +1,94 @@
+"""Commands as a user types them, on the shipped model: files, the JSON last line, exit codes."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from accel.cli import main
+from accel.video import read_settings, write_mp4
+
+PROMPT = "a large red star spins slowly over a striped navy background"
+
+
+@pytest.fixture
+def accel(monkeypatch, capsys):
+    """accel("run", ...) -> exit code, JSON of the last line of stdout, stderr."""
+
+    def command(*args: str):
+        monkeypatch.setattr(sys, "argv", ["accel", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out and json.loads(out.strip().splitlines()[-1]), err
+
+    return command
+
+
+def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
+    code, document, _ = accel("compare", "--prompt", PROMPT, "--seed", "3", "--steps", "12", "--repeats", "1", "--out", str(tmp_path))
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert code == 0 and report == document
+    keys = "model prompt seed steps guidance methods device threads dtype a b speedup_denoise speedup_total work_ratio "
+    keys += "efficiency psnr ssim ssim_worst bit_equal adherence_a adherence_b trace"
+    assert set(keys.split()) <= set(report)
+    for pane in "ab":
+        frames = np.load(tmp_path / f"{pane}.npy")
+        assert frames.dtype == np.uint8 and frames.shape == (17, 64, 64, 3)
+        assert set(report[pane]) == {"text", "denoise", "decode", "encode"}
+    assert read_settings(tmp_path / "b.mp4")["methods"] == report["methods"]
+    assert report["work_ratio"] < 1 and 0 <= report["adherence_b"] <= 1
+
+
+def test_run_repeats_a_video_from_the_file_alone(accel, tmp_path):
+    common = ("--prompt", PROMPT, "--seed", "5", "--steps", "10", "--set", "fastercache.attention_interval=3")
+    _, first, _ = accel("run", *common, "--out", str(tmp_path / "one"))
+    _, again, _ = accel("run", "--from", str(tmp_path / "one" / "video.mp4"), "--out", str(tmp_path / "two"))
+    assert first["methods"] == again["methods"] and first["methods"]["fastercache"]["attention_interval"] == 3
+    one, two = (np.load(tmp_path / name / "frames.npy") for name in ("one", "two"))
+    assert np.array_equal(one, two)
+
+
+def test_world_sample_and_judge_agree(accel, tmp_path):
+    accel("world", "sample", "--n", "4", "--out", str(tmp_path))
+    assert (tmp_path / "sheet.png").is_file() and len(list(tmp_path.glob("*.mp4"))) == 4
+    assert accel("world", "judge", str(tmp_path))[1]["mean"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (("run", "--prompt", " "), "the prompt is empty"),
+        (("run",), "give a --prompt, or a video to repeat with --from"),
+        (("run", "--prompt", "x", "--preset", "warp"), "no preset 'warp'"),
+        (("run", "--prompt", "x", "--set", "fastercache.speed=9"), "unknown setting fastercache.speed"),
+        (("run", "--prompt", "x", "--set", "fastercache.attention_interval=99"), "a whole number from 2 to 6"),
+        (("run", "--prompt", "x", "--set", "nonsense"), "write method.knob=value"),
+        (("run", "--prompt", "x", "--steps", "0"), "steps = 0 is not allowed"),
+        (("run", "--prompt", "x", "--height", "70"), "must be a multiple of 8"),
+        (("run", "--prompt", "x", "--frames", "18"), "1 more than a multiple of 2"),
+        (("run", "--from", "nowhere.mp4"), "no file nowhere.mp4"),
+        (("run", "--prompt", "x", "--model", "models/none"), "no model folder"),
+        (("bench", "--suite", "moon"), "unknown suite 'moon'"),
+        (("train", "moon"), "unknown part 'moon'"),
+        (("world", "judge", "nowhere"), "captions.json is missing"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_exit_code_two(args, sentence, accel, tmp_path):
+    more = () if args[0] in ("train", "world") else ("--out", str(tmp_path / "out"))
+    code, _, err = accel(*args, *more)
+    assert code == 2 and sentence in err
+    assert err.strip().splitlines()[-1].startswith("error: ") and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(OSError, match="could not be written"):
+        write_mp4(tmp_path / "no" / "such" / "folder.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_survive_the_video_file_with_every_character(tmp_path):
+    settings = {"prompt": 'a "red"; star = #1 \\ ring\nnew line, ünïcode'}
+    write_mp4(tmp_path / "v.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8, settings)
+    assert read_settings(tmp_path / "v.mp4") == settings

@@ -1,0 +1,111 @@
+"""What every method promises, over all of METHODS: a new one is tested before its author writes a test."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import accel
+from accel.methods import METHODS
+from accel.presets import build_methods
+from accel.run import Cancelled
+
+ALL = list(METHODS.values())
+
+
+def fingerprint(pipe) -> dict:
+    """What a method could leave behind: attributes and hooks of every module."""
+    return {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()}
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_neutral_is_bitwise_the_baseline(method, pipe, sample):
+    plain = sample(pipe)
+    with accel.apply(pipe, [method(**method.neutral)]):
+        assert torch.equal(sample(pipe), plain)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_default_changes_the_output_and_computes_less(method, pipe, sample):
+    plain = sample(pipe)
+    with accel.apply(pipe, [method()]) as trace:
+        assert not torch.equal(sample(pipe), plain)
+    assert trace.summary()["work"] < 0.95
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_model_is_as_it_was_found_after_success(method, pipe, sample):
+    plain, before = sample(pipe), fingerprint(pipe)
+    with accel.apply(pipe, [method()]):
+        sample(pipe)
+    assert fingerprint(pipe) == before and torch.equal(sample(pipe), plain)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_model_is_as_it_was_found_after_cancel(method, pipe, sample):
+    plain, before = sample(pipe), fingerprint(pipe)
+
+    def cancel(_, index, t, tensors):
+        if index == 11:
+            raise Cancelled
+        return {}
+
+    with pytest.raises(Cancelled), accel.apply(pipe, [method()]):
+        sample(pipe, on_step=cancel)
+    assert fingerprint(pipe) == before and torch.equal(sample(pipe), plain)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_second_run_sees_nothing_of_the_first(method, pipe, sample):
+    def cancel(_, index, t, tensors):
+        if index == 11:
+            raise Cancelled
+        return {}
+
+    with accel.apply(pipe, [method()]):
+        alone = sample(pipe)
+    with accel.apply(pipe, [method()]):
+        sample(pipe, height=32)
+        with pytest.raises(Cancelled):
+            sample(pipe, seed=3, on_step=cancel)
+        assert torch.equal(sample(pipe), alone)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_computed_and_skipped_make_the_whole(method, pipe, sample):
+    with accel.apply(pipe, [method()]) as trace:
+        sample(pipe)
+    denoiser = {(e.step, e.branch): e for e in trace.events.values() if e.site == "denoiser"}
+    assert len(denoiser) == 20 * 2
+    for key, event in denoiser.items():
+        sites = [e for e in trace.events.values() if (e.step, e.branch) == key and e.site != "denoiser"]
+        assert len(sites) == (2 if event.action == "compute" else 0)
+
+
+def bounds():
+    for name, method in METHODS.items():
+        for knob, schema in method.model_json_schema()["properties"].items():
+            ends = schema.get("enum") or ([True, False] if schema["type"] == "boolean" else None)
+            for value in ends or (schema["minimum"], schema["maximum"]):
+                yield pytest.param(name, knob, value, id=f"{name}.{knob}={value}")
+
+
+@pytest.mark.parametrize("name, knob, value", list(bounds()))
+def test_both_ends_of_every_knob_run(name, knob, value, pipe, sample):
+    with accel.apply(pipe, build_methods({name: {knob: value}})):
+        assert sample(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_out_of_range_and_unknown_knobs_are_named(name):
+    with pytest.raises(ValueError, match=f"unknown setting {name}.colour; known are"):
+        build_methods({name: {"colour": 1}})
+    for knob, schema in METHODS[name].model_json_schema()["properties"].items():
+        if "maximum" in schema:
+            with pytest.raises(ValueError, match=rf"{name}.{knob} = 1000 is not allowed: .* from .* to "):
+                build_methods({name: {knob: 1000}})
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_method_is_a_frozen_value(method):
+    with pytest.raises(ValidationError):
+        method().compound = True

@@ -1,0 +1,131 @@
+"""The page without a browser: controls from fields, the line before the worker, the timeline, stored pairs."""
+
+import threading
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+
+from accel.methods import METHODS
+from accel.trace import Step, Trace
+from ui import controls
+from ui.player import ABPlayer
+from ui.timeline import LOOK, timeline
+from ui.worker import Worker
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_field_has_a_widget_with_its_range_and_help(name):
+    with gr.Blocks():
+        made = controls.widgets(METHODS[name])
+    for field, schema in METHODS[name].model_json_schema()["properties"].items():
+        assert made[field].info == schema["description"] and made[field].value == schema["default"]
+        if "maximum" in schema:
+            assert (made[field].minimum, made[field].maximum) == (schema["minimum"], schema["maximum"])
+
+
+def test_slider_values_become_settings_that_the_method_takes():
+    method = METHODS["fastercache"]
+    values = {**method().model_dump(), "attention_interval": 3.0}
+    assert method(**controls.settings(method, values)).attention_interval == 3
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    monkeypatch.setattr("ui.worker.load_pipeline", lambda model: SimpleNamespace())
+    monkeypatch.setattr("ui.worker.home_of", lambda pipe, model: None)
+    return Worker("none")
+
+
+def kinds(worker, job) -> list[str]:
+    return [kind for kind, _ in worker.follow(job) if kind != "waiting"]
+
+
+def test_jobs_run_one_after_the_other_and_the_second_sees_that_it_waits(worker):
+    gate = threading.Event()
+    first = worker.submit(lambda job, pipe, home: gate.wait(5))
+    second = worker.submit(lambda job, pipe, home: job.tell("hello"))
+    kind, data = next(worker.follow(second))
+    assert kind == "waiting" and data["ahead"] == 1
+    gate.set()
+    third = worker.submit(lambda job, pipe, home: job.tell("hello"))
+    assert kinds(worker, first) == ["done"] and kinds(worker, third) == ["hello", "done"]
+
+
+def test_stop_ends_a_job_at_its_next_event_and_the_next_one_runs(worker):
+    def endless(job, pipe, home):
+        while True:
+            job.tell("step")
+
+    job = worker.submit(endless)
+    stream = worker.follow(job)
+    assert next(stream)[0] == "step"
+    job.stop.set()
+    assert [kind for kind, _ in stream][-1] == "stopped"
+    assert kinds(worker, worker.submit(lambda *a: None)) == ["done"]
+
+
+def test_a_visitor_who_leaves_stops_the_job(worker):
+    def endless(job, pipe, home):
+        while True:
+            job.tell("step")
+
+    job = worker.submit(endless)
+    stream = worker.follow(job)
+    next(stream)
+    stream.close()
+    assert job.stop.is_set()
+    assert kinds(worker, worker.submit(lambda *a: None)) == ["done"]
+
+
+def test_bad_input_is_told_and_unknown_errors_get_a_number(worker, caplog):
+    def refuse(job, pipe, home):
+        raise ValueError("the prompt is empty")
+
+    def break_(job, pipe, home):
+        raise KeyError("secret path")
+
+    assert list(worker.follow(worker.submit(refuse)))[-1] == ("refused", {"why": "the prompt is empty"})
+    kind, data = list(worker.follow(worker.submit(break_)))[-1]
+    assert kind == "failed" and "secret" not in str(data) and data["name"] in caplog.text
+
+
+def test_a_model_that_cannot_be_loaded_is_told_to_every_visitor(monkeypatch):
+    def missing(model):
+        raise ValueError("no model folder 'none'")
+
+    monkeypatch.setattr("ui.worker.load_pipeline", missing)
+    worker = Worker("none")
+    assert list(worker.follow(worker.submit(lambda *a: None)))[-1] == ("refused", {"why": "no model folder 'none'"})
+
+
+def test_timeline_shows_each_step_of_each_site():
+    trace = Trace()
+    for i in range(3):
+        step = Step(i, 3, 1 - i / 3, 0.5, "cond")
+        trace.sigmas[i] = step.sigma
+        trace.record(step, "denoiser", "compute")
+        trace.record(step, "blocks.0.attn1", "reuse" if i == 1 else "compute")
+    svg = timeline(trace.to_json())
+    assert svg.count(f'fill="{LOOK["reuse"][0]}"') == 1 and svg.count(f'fill="{LOOK["compute"][0]}"') == 2
+    assert "step 2, σ 0.667, cond, blocks.0.attn1: attention reused" in svg
+
+
+def test_labels_of_the_player_are_escaped(tmp_path):
+    for pane in "ab":
+        (tmp_path / f"{pane}.mp4").write_bytes(b"")
+    value = {"a": tmp_path / "a.mp4", "b": tmp_path / "b.mp4", "label_a": "<b>", "label_b": "x", "fps": 8, "frames": 1}
+    assert ABPlayer().postprocess(value)["label_a"] == "&lt;b&gt;"
+
+
+def test_a_kept_baseline_is_not_generated_again():
+    """Its second use is found under the same settings, whatever the methods are."""
+    from accel.models import Home
+    from accel.run import build_run
+
+    home = Home(height=64, width=64, frames=17)
+    one = build_run(home, model="m", prompt="p", methods={"fastercache": {}})
+    two = build_run(home, model="m", prompt="p", methods={"fastercache": {"attention_interval": 3}})
+    kept = OrderedDict({one.model_copy(update={"methods": {}}).model_dump_json(): 1})
+    assert two.model_copy(update={"methods": {}}).model_dump_json() in kept

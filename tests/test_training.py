@@ -1,0 +1,123 @@
+"""The trainers on a few steps: the same function as the stock model, resumable to the same weights."""
+
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from accel.training import base, train_parts
+from accel.training.base import Denoiser, build_models, build_tokenizer
+from accel.training.fit import Recipe, fit, rate
+from accel.training.vae import Autoencoder, build_vae, clips
+
+
+@torch.no_grad()
+def test_parallel_time_equals_the_stock_autoencoder():
+    vae = build_vae(8, 4).eval()
+    x = clips(1, 9, 32, seed=0)
+    z = vae.encode(x).latent_dist.mode()
+    torch.testing.assert_close(Autoencoder(vae).encode(x)[0], z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(Autoencoder(vae).decode(z).clamp(-1, 1), vae.decode(z).sample, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_weighted_padding_equals_many_padding_tokens():
+    """Six slots of which the last counts for many: the same as a prompt physically padded to 40 or 512."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text, transformer = build_models(len(tokenizer))
+    stock = type(transformer).from_config(transformer.config)
+    stock.load_state_dict(transformer.state_dict())
+    model = Denoiser(text, transformer).eval()
+    tokens = tokenizer(["a red star spins"], padding="max_length", max_length=8, return_tensors="pt")
+    x = torch.randn(1, 16, 2, 4, 4)
+    words = text(tokens.input_ids, tokens.attention_mask).last_hidden_state[:, :5]
+    for total in (40, 512):
+        padded = torch.cat([words, torch.zeros(1, total - 5, 128)], 1)
+        expected = stock(x, torch.tensor([500.0]), padded, return_dict=False)[0]
+        got = model(x, torch.tensor([0.5]), tokens.input_ids, tokens.attention_mask, total)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_time_embedding_stays_smooth_under_training():
+    _, transformer = build_models(30)
+    weight = transformer.condition_embedder.time_embedder.linear_1.weight
+    silent = weight.abs().sum(0) == 0
+    assert 0.3 < silent.float().mean() < 0.7
+    transformer.condition_embedder.time_embedder(torch.randn(4, 128)).sum().backward()
+    assert (weight.grad[:, silent] == 0).all() and (weight.grad[:, ~silent] != 0).any()
+
+
+class Line:
+    """Fits y = 2 x with one weight: the smallest task."""
+
+    def __init__(self, steps: int = 30):
+        torch.manual_seed(1)
+        self.recipe, self.module = Recipe(steps=steps, lr=0.1, warmup=3), nn.Linear(1, 1)
+
+    def loss(self, model, step, seed):
+        x = torch.randn(8, 1, generator=torch.Generator().manual_seed(seed))
+        return (model(x).float() - 2 * x).square().mean(), {}
+
+    def sheet(self, path):
+        path.write_text(f"{self.module.weight.item()}")
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    whole = Line()
+    fit(whole, tmp_path / "whole", minutes=None, resume=False)
+    part = Line()
+    original, calls = part.loss, []
+
+    def interrupted(model, step, seed):
+        calls.append(step)
+        if len(calls) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return original(model, step, seed)
+
+    part.loss = interrupted
+    assert fit(part, tmp_path / "part", minutes=None, resume=False)["step"] == 11
+    again = Line()
+    assert fit(again, tmp_path / "part", minutes=None, resume=True)["step"] == 30
+    assert torch.equal(again.module.weight, whole.module.weight)
+
+
+def test_training_stops_when_its_minutes_are_over(tmp_path):
+    slow = Line(steps=10_000)
+    slow.loss, original = lambda *a: (time.sleep(0.05), original(*a))[1], slow.loss
+    assert 0 < fit(slow, tmp_path, minutes=0.005, resume=False)["step"] < 100
+    assert (tmp_path / "state.pt").is_file() and threading.active_count() < 50
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    broken = Line()
+    broken.loss = lambda *a: (broken.module.weight.sum() * float("nan"), {})
+    with pytest.raises(RuntimeError, match="the loss became nan at step 0"):
+        fit(broken, tmp_path, minutes=None, resume=False)
+
+
+def test_rate_warms_up_holds_and_falls_to_zero():
+    recipe = Recipe(steps=100, lr=1.0, warmup=10, decay_from=0.5)
+    assert [rate(s, recipe) for s in (0, 9, 50, 75, 100)] == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_unknown_part_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown part 'everything'; there are vae, base and all"):
+        train_parts("everything", None, False, tmp_path)
+
+
+def test_base_task_trains_and_its_pipeline_loads_plainly(tmp_path, monkeypatch):
+    """Three steps through images, short and whole clips; what is written, stock `WanPipeline` reads."""
+    from diffusers import WanPipeline
+
+    monkeypatch.setattr(base, "CURRICULUM", ((0.34, 1, 2), (0.67, 2, 2), (1.0, 0, 2)))
+    recipe = Recipe(steps=3, lr=1e-3, warmup=1)
+    task = base.BaseTask(recipe, build_vae(8), 16, 5, 4, tmp_path / "work", "cpu")
+    assert fit(task, tmp_path / "work", minutes=None, resume=False)["step"] == 3
+    base.finish(task, tmp_path / "pipe")
+    pipe = WanPipeline.from_pretrained(tmp_path / "pipe")
+    video = pipe("a red star spins", height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np").frames
+    assert video.shape == (1, 5, 16, 16, 3)

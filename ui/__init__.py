@@ -1,0 +1,1 @@
+"""The page's parts; only `app.py` puts them together."""

@@ -1,0 +1,32 @@
+"""A method's fields as Gradio widgets, and widget values as a method's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from accel.methods import Method
+
+
+def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
+    """One widget per field: what it is called, what it costs, and its range, all from the field itself."""
+    made = {}
+    for name, schema in method.model_json_schema()["properties"].items():
+        label = name.replace("_", " ")
+        common = {"label": label, "info": schema.get("description", ""), "value": schema["default"]}
+        common["elem_id"] = f"{method.title.lower()}-{name}"
+        if schema["type"] == "boolean":
+            made[name] = gr.Checkbox(**common)
+        elif "enum" in schema:
+            made[name] = gr.Radio(schema["enum"], **common)
+        else:
+            step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
+            made[name] = gr.Slider(schema["minimum"], schema["maximum"], step=step, **common)
+    return made
+
+
+def settings(method: type[Method], values: dict[str, Any]) -> dict[str, Any]:
+    """Knob values as the method wants them: sliders give floats where whole numbers are meant."""
+    kinds = {name: schema["type"] for name, schema in method.model_json_schema()["properties"].items()}
+    return {name: int(v) if kinds[name] == "integer" and float(v).is_integer() else v for name, v in values.items()}

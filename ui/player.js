@@ -1,0 +1,57 @@
+// Two videos, one clock: b follows a. The template is rendered anew with each value, so everything is bound again.
+function bind() {
+  const root = element.querySelector('.ab');
+  if (!root) return;
+  const [a, b] = root.querySelectorAll('video');
+  const find = (s) => root.querySelector(s);
+  const fps = +root.dataset.fps, frames = +root.dataset.frames;
+  const seek = find('.seek'), count = find('.count'), play = find('[data-do=play]'), canvas = find('canvas');
+  const frame = () => Math.min(frames - 1, Math.floor(a.currentTime * fps + 0.01));
+  const show = () => { seek.value = frame(); count.textContent = `${frame() + 1} / ${frames}`; };
+  const goto = (f) => { a.currentTime = b.currentTime = (Math.max(0, Math.min(frames - 1, f)) + 0.5) / fps; };
+  const mode = (m) => {
+    root.dataset.mode = window.abMode = m;
+    root.querySelectorAll('.modes button').forEach((x) => x.classList.toggle('on', x.dataset.mode === m));
+    draw();
+  };
+  const draw = () => {
+    if (root.dataset.mode !== 'difference' || a.readyState < 2 || b.readyState < 2) return;
+    const w = (canvas.width = a.videoWidth), h = (canvas.height = a.videoHeight);
+    const pen = canvas.getContext('2d', { willReadFrequently: true });
+    pen.drawImage(a, 0, 0, w, h);
+    const one = pen.getImageData(0, 0, w, h);
+    pen.drawImage(b, 0, 0, w, h);
+    const two = pen.getImageData(0, 0, w, h);
+    for (let i = 0; i < one.data.length; i += 4)
+      for (let c = 0; c < 3; c++) one.data[i + c] = Math.min(255, 4 * Math.abs(one.data[i + c] - two.data[i + c]));
+    pen.putImageData(one, 0, 0);
+  };
+  const follow = () => {
+    const lag = b.currentTime - a.currentTime;
+    if (Math.abs(lag) > 1.5 / fps) b.currentTime = a.currentTime;
+    else b.playbackRate = a.playbackRate * (1 - Math.max(-0.1, Math.min(0.1, lag)));
+    show();
+    draw();
+    if (a.isConnected) a.requestVideoFrameCallback(follow);
+  };
+  const start = () => { a.play().catch(() => (play.textContent = '▶')); b.play().catch(() => {}); };
+  const pause = () => { a.pause(); b.pause(); b.currentTime = a.currentTime; };
+  a.addEventListener('play', () => (play.textContent = '❚❚'));
+  a.addEventListener('pause', () => (play.textContent = '▶'));
+  a.addEventListener('ended', () => { a.currentTime = b.currentTime = 0; start(); });
+  a.addEventListener('seeked', () => { show(); draw(); });
+  b.addEventListener('seeked', draw);
+  play.onclick = () => (a.paused ? start() : pause());
+  find('[data-do=back]').onclick = () => { pause(); goto(frame() - 1); };
+  find('[data-do=next]').onclick = () => { pause(); goto(frame() + 1); };
+  seek.oninput = () => { pause(); goto(+seek.value); };
+  find('.rate').onchange = (e) => (a.playbackRate = b.playbackRate = +e.target.value);
+  find('.wipe').oninput = (e) => root.style.setProperty('--wipe', `${e.target.value}%`);
+  root.querySelectorAll('.modes button').forEach((x) => (x.onclick = () => mode(x.dataset.mode)));
+  mode(window.abMode || 'side');
+  if (a.requestVideoFrameCallback) a.requestVideoFrameCallback(follow);
+  if (a.getAttribute('src') && !matchMedia('(prefers-reduced-motion: reduce)').matches) start();
+  show();
+}
+bind();
+watch('value', bind);

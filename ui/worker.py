@@ -1,0 +1,103 @@
+"""One thread owns the pipeline and does all torch work; visitors wait in line and hear of their job by a queue."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from accel.models import home_of, load_pipeline
+from accel.run import Cancelled
+
+log = logging.getLogger(__name__)
+PATIENCE = 0.3  # seconds between two looks at the line
+
+
+@dataclass
+class Job:
+    """Work for the pipeline's thread. `stop` ends it at the next step; `tell` sends an event to its visitor."""
+
+    work: Callable[[Job, Any, Any], None]
+    number: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+    def tell(self, kind: str, **data: Any) -> None:
+        """Send an event; raises Cancelled if the visitor has asked to stop."""
+        self.events.put((kind, data))
+        if self.stop.is_set():
+            raise Cancelled
+
+
+class Worker:
+    """Loads a pipeline in the background and runs jobs on it, one after the other."""
+
+    def __init__(self, model: str):
+        self.model, self.pipe, self.home = model, None, None
+        self.problem: str | None = None  # why the model cannot be used
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._numbers, self._done = itertools.count(1), 0
+        threading.Thread(target=self._serve, name="pipeline", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        return self.pipe is not None
+
+    def submit(self, work: Callable[[Job, Any, Any], None]) -> Job:
+        """Put work(job, pipe, home) in the line."""
+        job = Job(work, next(self._numbers))
+        self._jobs.put(job)
+        return job
+
+    def follow(self, job: Job) -> Iterator[tuple[str, dict]]:
+        """Events of a job until it ends, with ("waiting", ahead, loading) in between; closing it stops the job."""
+        try:
+            while True:
+                try:
+                    kind, data = job.events.get(timeout=PATIENCE)
+                except queue.Empty:
+                    ahead = max(0, job.number - self._done - 1)
+                    if ahead or not (self.ready or self.problem):
+                        yield "waiting", {"ahead": ahead, "loading": not self.ready}
+                    continue
+                yield kind, data
+                if kind in ("done", "stopped", "refused", "failed"):
+                    return
+        finally:
+            job.stop.set()
+
+    def _serve(self) -> None:
+        try:
+            self.pipe = load_pipeline(self.model)
+            self.home = home_of(self.pipe, self.model)
+        except (ValueError, OSError) as error:
+            self.problem = str(error)
+        while True:
+            job = self._jobs.get()
+            try:
+                self._do(job)
+            finally:
+                self._done = job.number
+
+    def _do(self, job: Job) -> None:
+        if self.problem:
+            job.events.put(("refused", {"why": self.problem}))
+            return
+        try:
+            if job.stop.is_set():
+                raise Cancelled
+            job.work(job, self.pipe, self.home)
+            job.events.put(("done", {}))
+        except Cancelled:
+            job.events.put(("stopped", {}))
+        except (ValueError, OSError) as error:
+            job.events.put(("refused", {"why": str(error)}))
+        except Exception:
+            name = f"{hash(traceback.format_exc()) & 0xFFFF:04x}"
+            log.exception("job %d failed, error %s", job.number, name)
+            job.events.put(("failed", {"name": name}))
