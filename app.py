@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import OrderedDict
+from html import escape
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -122,7 +123,7 @@ class Page:
             for kind, data in self.worker.follow(job):
                 yield self._show(kind, data)
                 if kind in ("refused", "failed"):
-                    raise gr.Error(_sentence(kind, data), print_exception=False)
+                    gr.Warning(_sentence(kind, data))
         finally:
             self.running.pop(request.session_hash, None)
 
@@ -133,7 +134,7 @@ class Page:
             what = "Loading the model…" if data["loading"] else f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you."
             return [f'<div class="note">{what}</div>', keep, keep, keep, keep, keep]
         if kind == "started":
-            return [data["note"], pane_waiting("baseline"), pane_waiting("accelerated"), keep, "", ""]
+            return [data["note"], pane_waiting("baseline"), pane_waiting("accelerated"), keep, keep, keep]
         if kind == "step":
             shown = [pane(**data["pane"]) if p == data["which"] else keep for p in "ab"]
             return [keep, *shown, keep, keep, timeline(data["trace"]) if data["trace"] else keep]
@@ -141,15 +142,14 @@ class Page:
             report = data["report"]
             return [data["note"], EMPTY_PANE, EMPTY_PANE, data["player"], numbers(report), timeline(report["trace"])]
         if kind == "stopped":
-            return ['<div class="note">Stopped. Nothing was lost: the last pair is still below.</div>'] + [keep] * 5
+            note = '<div class="note">Stopped. Nothing was lost: the last pair is still here.</div>'
+            return [note, EMPTY_PANE, EMPTY_PANE, keep, keep, keep]
         if kind in ("refused", "failed"):
             return [f'<div class="note bad">{_sentence(kind, data)}</div>', EMPTY_PANE, EMPTY_PANE, keep, keep, keep]
         return [keep] * 6
 
 
 def _sentence(kind: str, data: dict) -> str:
-    from html import escape
-
     return escape(data["why"]) if kind == "refused" else f"Something went wrong here (error {data['name']})."
 
 

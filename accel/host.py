@@ -80,6 +80,7 @@ class Host:
         self.latents: Tensor | None = None  # the input of the call that runs, (b, c, f, h, w)
         self.run = 0
         self._seen: set[tuple[int, str]] = set()
+        self._inside = False  # the wrapped stack of blocks
         self._loose = _Loose()
         self._denoiser: list[Callable] = []
         self._blocks: list[Callable] = []
@@ -165,12 +166,10 @@ class Host:
 
     def _pass(self, model: int, index: int, hook: _Around, hidden: Tensor, *inputs, **named) -> Tensor:
         """The first block runs the wrapped stack; the others, already run in it, hand on what they are given."""
-        if not self._blocks:
+        if self._inside or not self._blocks:
             return hook.original(hidden, *inputs, **named)
-        if index > 0 and not self._inside:
+        if index > 0:
             return hidden
-        if self._inside:
-            return hook.original(hidden, *inputs, **named)
 
         def stack(hidden: Tensor, *inputs, **named) -> Tensor:
             self._inside = True
@@ -182,8 +181,6 @@ class Host:
             return hidden
 
         return _nest(stack, self._blocks)(hidden, *inputs, **named)
-
-    _inside = False
 
     def _attend(self, site: str, hook: _Around, *args, **kwargs) -> Tensor:
         def call() -> Tensor:
@@ -199,21 +196,20 @@ class _Loose:
     """Step and branch where the pipeline does not tell: a step is a new timestep, a branch a text embedding."""
 
     def __init__(self):
-        self.times: list[float] = []
-        self.texts: list[Tensor] = []
+        self.index, self.time = -1, float("-inf")
+        self.texts: list[Tensor] = []  # cond first, as all pipelines call it
 
     def place(self, timestep: Tensor, text: Tensor) -> tuple[int, str]:
+        """(step index, branch) of a call; a higher timestep or a third text opens another run."""
         now = float(timestep.flatten()[0])
-        known = [i for i, seen in enumerate(self.texts) if seen is text]
-        if not known or (self.times and now > self.times[-1]):  # another run
-            if not known and len(self.texts) == 1 and self.times == [now]:
-                known = [1]
-                self.texts.append(text)
-            else:
-                self.times, self.texts, known = [], [text], [0]
-        if not self.times or now != self.times[-1]:
-            self.times.append(now)
-        return len(self.times) - 1, ("cond", "uncond")[known[0]]
+        known = any(seen is text for seen in self.texts)
+        if now > self.time or (not known and len(self.texts) == 2):
+            self.index, self.time, self.texts = 0, now, []
+        elif now < self.time:
+            self.index, self.time = self.index + 1, now
+        if not any(seen is text for seen in self.texts):
+            self.texts.append(text)
+        return self.index, "cond" if text is self.texts[0] else "uncond"
 
 
 def _nest(call: Callable, wrappers: list[Callable]) -> Callable:

@@ -51,7 +51,11 @@ def test_a_file_imports_only_what_lies_below(file):
 
 
 def test_only_the_command_line_imports_training():
-    users = {f.name for f in ACCEL.rglob("*.py") if "training" not in f.parts and any(part(i) == "training" for i in imports(f))}
+    users = {
+        f.name
+        for f in ACCEL.rglob("*.py")
+        if "training" not in f.parts and any(part(i) == "training" for i in imports(f))
+    }
     assert users <= {"cli.py"}
 
 
@@ -64,5 +68,9 @@ def test_methods_never_import_each_other():
 
 
 def test_files_stay_small():
-    long = {str(f): n for f in (*ACCEL.rglob("*.py"), *(ROOT / "ui").glob("*.py")) if (n := len(f.read_text().splitlines())) > 300}
+    long = {
+        str(f): n
+        for f in (*ACCEL.rglob("*.py"), *(ROOT / "ui").glob("*.py"))
+        if (n := len(f.read_text().splitlines())) > 300
+    }
     assert long == {}

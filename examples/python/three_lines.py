@@ -1,0 +1,11 @@
+"""A stock pipeline, accelerated in three lines; prints what was skipped."""
+
+from diffusers import WanPipeline
+
+import accel
+
+pipe = WanPipeline.from_pretrained("models/tiny-wan")
+with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+    prompt = "a large red star spins slowly over a striped navy background"
+    video = pipe(prompt, height=64, width=64, num_frames=17, num_inference_steps=50, guidance_scale=4.0).frames[0]
+print(video.shape, trace.summary())
