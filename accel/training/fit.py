@@ -53,7 +53,7 @@ def rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * decay
 
 
-def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 240) -> dict:
+def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 400) -> dict:
     """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always."""
     recipe, folder = task.recipe, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
