@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections import OrderedDict
 from html import escape
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from accel.methods import METHODS
 from accel.models import ROOT, TINY
 from accel.presets import load_preset, preset_names
 from ui import controls
-from ui.pair import PairJob
+from ui.pair import PairJob, Shelf
 from ui.player import ABPlayer
 from ui.stored import stored_pairs
 from ui.timeline import timeline
@@ -36,7 +35,7 @@ class Page:
 
     def __init__(self, model: str):
         self.worker, self.model = Worker(model), model
-        self.baselines: OrderedDict = OrderedDict()  # kept plain runs, newest last
+        self.shelf = Shelf()
         self.running: dict[str, object] = {}  # a visitor's job
 
     def build(self) -> gr.Blocks:
@@ -83,9 +82,11 @@ class Page:
             widgets = [switches[m] for m in METHODS] + [w for m in METHODS for w in knobs[m].values()]
             outputs = [message, *live, player, figures, steps_shown]
             event = dict(fn=self.run_pair, inputs=[prompt, seed, steps, guidance, *widgets], outputs=outputs)
-            run.click(**event, concurrency_limit=8, show_progress="hidden", api_name="run_pair")
-            prompt.submit(**event, concurrency_limit=8, show_progress="hidden", api_visibility="private")
+            gr.on(
+                [run.click, prompt.submit], **event, concurrency_limit=None, show_progress="hidden", api_name="run_pair"
+            )
             stop.click(self.stop, None, message, queue=False, show_progress="hidden", api_name="stop")
+            demo.load(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
             preset.change(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
             for button in pick:
                 button.click(lambda text: text, button, prompt, queue=False, api_visibility="private")
@@ -97,7 +98,8 @@ class Page:
         chosen = {type(m): m for m in preset}
         switched = [method in chosen for method in METHODS.values()]
         values = [v for method in METHODS.values() for v in (chosen.get(method) or method()).model_dump().values()]
-        return [preset.steps or gr.skip(), preset.guidance or gr.skip(), *switched, *values]
+        own = [gr.skip() if v is None else v for v in (preset.steps, preset.guidance)]
+        return [*own, *switched, *values]
 
     def stop(self, request: gr.Request) -> str:
         """End the visitor's run at its next step."""
@@ -107,7 +109,7 @@ class Page:
         job.stop.set()
         return '<div class="note">Stopping at the next step…</div>'
 
-    def run_pair(self, prompt, seed, steps, guidance, *values, request: gr.Request):
+    def run_pair(self, request: gr.Request, prompt, seed, steps, guidance, *values):
         """Generate a pair and report on it while it grows."""
         switches, rest = dict(zip(METHODS, values)), list(values[len(METHODS) :])
         methods = {}
@@ -116,7 +118,7 @@ class Page:
             if switches[name]:
                 methods[name] = controls.settings(method, own)
         asked = dict(prompt=prompt, seed=seed, steps=steps, guidance=guidance, methods=methods)
-        work = PairJob(self.model, asked, self.baselines)
+        work = PairJob(self.model, asked, self.shelf)
         job = self.worker.submit(work)
         self.running[request.session_hash] = job
         try:
@@ -125,7 +127,8 @@ class Page:
                 if kind in ("refused", "failed"):
                     gr.Warning(_sentence(kind, data))
         finally:
-            self.running.pop(request.session_hash, None)
+            if self.running.get(request.session_hash) is job:
+                del self.running[request.session_hash]
 
     def _show(self, kind: str, data: dict) -> list:
         keep = gr.skip()
@@ -134,7 +137,8 @@ class Page:
             what = "Loading the model…" if data["loading"] else f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you."
             return [f'<div class="note">{what}</div>', keep, keep, keep, keep, keep]
         if kind == "started":
-            return [data["note"], pane_waiting("baseline"), pane_waiting("accelerated"), keep, keep, keep]
+            baseline = pane_waiting("baseline", "kept from before" if data["kept"] else "next")
+            return [data["note"], baseline, pane_waiting("accelerated", "after the baseline"), keep, keep, keep]
         if kind == "step":
             shown = [pane(**data["pane"]) if p == data["which"] else keep for p in "ab"]
             return [keep, *shown, keep, keep, timeline(data["trace"]) if data["trace"] else keep]

@@ -6,18 +6,18 @@ is a line of `results.jsonl` as soon as it is there; a second start goes on wher
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from .metrics import distance, interval
-from .models import home_of, load_pipeline
+from .models import hash_file, home_of, load_pipeline, resolve
 from .presets import load_preset
-from .run import Video, build_run, generate, warm_up
+from .run import Video, build_run, generate, machine, warm_up
 from .world.judge import score
 from .world.scene import ATTRIBUTES, held_out_prompts
 
@@ -42,8 +42,8 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "results.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    file, key = out / "results.jsonl", _key(SUITES[suite], model)
+    lines = [r for r in _lines(file) if r["key"] == key]
     done = {(r["prompt"], r["seed"]) for r in lines}
     pairs = [(p, s) for s in range(seeds) for p in held_out_prompts(prompts, PROMPT_SEED)]
     todo = [pair for pair in pairs if pair not in done]
@@ -51,7 +51,8 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
         warm_up(build_run(home, model=model, prompt=todo[0][0]), pipe, home)
     with open(file, "a") as log:
         for prompt, seed in tqdm(todo, desc=suite):
-            line = {"prompt": prompt, "seed": seed, "rows": _measure(SUITES[suite], prompt, seed, model, pipe, home)}
+            rows = _measure(SUITES[suite], prompt, seed, model, pipe, home)
+            line = {"key": key, "prompt": prompt, "seed": seed, "rows": rows}
             lines.append(line)
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -63,6 +64,19 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     (out / "report.md").write_text(table(summary))
     _plot(summary, out / "pareto.png")
     return {"suite": suite, "out": str(out), **summary}
+
+
+def _key(rows: Rows, model: str) -> str:
+    """Changes with the rows, their presets and the model's weights: older results are then not counted in."""
+    presets = [load_preset(preset).model_dump() if preset else None for preset, _ in rows.values()]
+    weights = [(f.name, f.stat().st_size, hash_file(f)) for f in sorted(Path(resolve(model)).rglob("*.safetensors"))]
+    return hashlib.sha256(json.dumps([rows, presets, weights]).encode()).hexdigest()[:16]
+
+
+def _lines(file: Path) -> list[dict]:
+    """The whole lines of a results file; a line that a kill cut short is dropped."""
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _measure(rows: Rows, prompt: str, seed: int, model: str, pipe, home) -> dict[str, dict]:
@@ -94,10 +108,7 @@ def summarise(lines: list[dict], pipe) -> dict:
     rows = {
         name: _row([line["rows"][name] for line in lines], [line["rows"][names[0]] for line in lines]) for name in names
     }
-    parameter = next(pipe.transformer.parameters())
-    device = torch.cuda.get_device_name() if parameter.is_cuda else "cpu"
-    about = {"device": device, "threads": torch.get_num_threads(), "dtype": str(parameter.dtype).removeprefix("torch.")}
-    return {**about, "n": len(lines), "rows": rows}
+    return {**machine(pipe), "n": len(lines), "rows": rows}
 
 
 def _row(own: list[dict], base: list[dict]) -> dict:
@@ -127,7 +138,7 @@ def table(summary: dict) -> str:
     """The summary as a Markdown table."""
     where = f"{summary['device']}, {summary['threads']} threads, {summary['dtype']}"
     head = (
-        f"n = {summary['n']} held-out prompts, {where}; "
+        f"n = {summary['n']} held-out prompts and seeds, {where}; "
         "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range\n\n"
         "| setting | denoise s | speed-up | work | efficiency | SSIM | worst | PSNR dB | adherence | - baseline |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"

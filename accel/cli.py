@@ -12,6 +12,7 @@ import numpy as np
 import typer
 import yaml
 from tqdm import tqdm
+from typer.exceptions import TyperException
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 world = typer.Typer(no_args_is_help=True, help="The captioned toy world: sample it, judge videos.")
@@ -26,7 +27,7 @@ Sets = Annotated[list[str], typer.Option("--set", help="Change a knob: fastercac
 Steps = Annotated[int, typer.Option(help="Denoising steps; the model's own if not given.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale; the model's own if not given.")]
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
-Size = Annotated[int, typer.Option(help="Pixels or frames; the model's own if not given.")]
+Size = Annotated[int, typer.Option(min=1, help="Pixels or frames; the model's own if not given.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
 TINY = "models/tiny-wan"
 
@@ -34,16 +35,18 @@ TINY = "models/tiny-wan"
 def main() -> None:
     """Run a command; bad input ends with one line on stderr and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except TyperException as error:  # the command line itself; without arguments it is the help
+        text = error.format_message()
+        print(text if "Usage:" in text else f"error: {text}", file=sys.stderr)
+        sys.exit(2)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def _finish(document: dict) -> None:
@@ -93,25 +96,29 @@ def run(
 ) -> None:  # fmt: skip
     """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
     from .models import home_of, load_pipeline
-    from .run import build_run, generate, warm_up
+    from .run import build_run, check_size, forecast, generate, machine, warm_up
     from .video import read_settings, write_mp4
 
     if source is not None:
         stored = read_settings(source)
+        if "model" not in stored:
+            raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
         pipe = load_pipeline(stored["model"])
         home = home_of(pipe, stored["model"])
         b = build_run(home, **stored)
+        check_size(pipe, b)
     elif prompt is None:
         raise ValueError("give a --prompt, or a video to repeat with --from")
     else:
         pipe, home, _, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames)
     out.mkdir(parents=True, exist_ok=True)
+    print(f"the methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB")
     warm_up(b, pipe, home)
     with tqdm(total=b.steps, desc="denoising") as bar:
         video = generate(b, pipe, home, lambda *_: bar.update())
     video.seconds["encode"] = write_mp4(out / "video.mp4", video.frames, home.fps, b.model_dump())
     np.save(out / "frames.npy", video.frames)
-    document = {**b.model_dump(), "seconds": video.seconds, "trace": video.trace.to_json()}
+    document = {**b.model_dump(), **machine(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
     (out / "run.json").write_text(json.dumps(document, indent=1))
     for note in video.trace.notes:
         print(note)
@@ -129,16 +136,20 @@ def compare(
 ) -> None:  # fmt: skip
     """Generate a (plain) and b (with the preset) from the same noise: a.mp4 b.mp4 a.npy b.npy run.json in --out."""
     from .run import compare as compare_runs
+    from .run import forecast
     from .video import write_mp4
 
     pipe, home, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames)
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
-        pair = compare_runs(a, b, pipe, home, repeats, lambda *_: bar.update())
-    for pane, video, run_ in (("a", pair.a, a), ("b", pair.b, b)):
-        encode = write_mp4(out / f"{pane}.mp4", video.frames, home.fps, run_.model_dump())
-        pair.report[pane]["encode"] = [round(encode, 4)]
+    runs = {"a": a, "b": b}
+
+    def write(pane: str, video) -> None:
+        video.seconds["encode"] = write_mp4(out / f"{pane}.mp4", video.frames, home.fps, runs[pane].model_dump())
         np.save(out / f"{pane}.npy", video.frames)
+
+    print(f"the methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB")
+    with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
+        pair = compare_runs(a, b, pipe, home, repeats, lambda *_: bar.update(), write)
     (out / "run.json").write_text(json.dumps(pair.report, indent=1))
     r = pair.report
     likeness = (
@@ -146,10 +157,10 @@ def compare(
         if r["bit_equal"]
         else f"PSNR {r['psnr']:.1f} dB, SSIM {r['ssim']:.4f} (worst {r['ssim_worst']:.4f})"
     )
-    print(
-        f"denoise {r['speedup_denoise']:.2f}x, total {r['speedup_total']:.2f}x, work {r['work_ratio']:.0%}, "
-        f"efficiency {r['efficiency']:.2f}; {likeness}; n={repeats}, {r['device']}, {r['threads']} threads"
-    )
+    low, high = r["speedup_range"]
+    print(f"denoise {r['speedup_denoise']:.2f}x [{low:.2f}, {high:.2f}], total {r['speedup_total']:.2f}x, "
+          f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {likeness}")  # fmt: skip
+    print(f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; a against a: {r['noise_a']:.2f}x")
     for note in pair.b.trace.notes:
         print(note)
     _finish(r)
@@ -160,12 +171,13 @@ def bench(
     suite: Annotated[str, typer.Option(help="base: the plain model; fastercache: preset and rivals.")] = "base",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds a prompt.")] = 1,
-    model: Model = TINY, out: Out = Path("runs/bench"),
+    model: Model = TINY,
+    out: Annotated[Path, typer.Option(help="Folder for the results; runs/bench/SUITE if not given.")] = None,
 ) -> None:  # fmt: skip
     """Measure a suite on held-out prompts: results.json, report.md and pareto.png in --out. Resumable."""
     from .bench import run_suite
 
-    _finish(run_suite(suite, prompts, seeds, model, out))
+    _finish(run_suite(suite, prompts, seeds, model, out or Path("runs/bench") / suite))
 
 
 @app.command()

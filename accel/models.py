@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "models/tiny-wan"
@@ -50,7 +51,7 @@ def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dty
         warnings.simplefilter("ignore")
         try:
             pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{model!r} could not be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -61,18 +62,39 @@ def check_files(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{index} is missing: {folder} is no diffusers pipeline; {_remedy(folder)}")
-    parts = [name for name, kind in json.loads(index.read_text()).items() if isinstance(kind, list) and kind[0]]
-    for part in parts:
-        config = folder / part / "config.json"
-        weights = sorted((folder / part).glob("*.safetensors"))
-        if config.is_file() and not weights:
-            raise ValueError(f"{folder / part} holds no .safetensors file; {_remedy(folder)}")
-        for file in weights:
-            try:
-                with safe_open(file, "pt") as opened:
-                    opened.keys()
-            except Exception as error:  # safetensors raises its own class, which is no OSError
-                raise ValueError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
+    for part in [name for name, kind in _json(index).items() if isinstance(kind, list) and kind[0]]:
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder / part} is missing; {_remedy(folder)}")
+        if (folder / part / "config.json").is_file():  # a model; schedulers and tokenizers have no weights
+            _check_part(folder, folder / part)
+
+
+def _check_part(folder: Path, part: Path) -> None:
+    listed = [_json(index)["weight_map"].values() for index in part.glob("*.safetensors.index.json")]
+    weights = {part / name for names in listed for name in names} or set(part.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{part} holds no .safetensors file; {_remedy(folder)}")
+    for file in sorted(weights):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {_remedy(folder)}")
+        try:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
+
+
+def _json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error}); {_remedy(file.parent)}") from None
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _remedy(folder: Path) -> str:

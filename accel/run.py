@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .apply import apply
+from .families import family_of
 from .host import clock
 from .metrics import distance
 from .models import Home
@@ -26,7 +27,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     model: str
     prompt: str
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     height: int = Field(ge=16, le=2160)
     width: int = Field(ge=16, le=3840)
     frames: int = Field(ge=1, le=1025)
@@ -68,6 +69,24 @@ def check_size(pipe, run: Run) -> None:
             raise ValueError(f"{name} = {value} is not possible: it must be a multiple of {space}")
     if (run.frames - 1) % time_step:
         raise ValueError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time_step}")
+
+
+def forecast(run: Run, pipe) -> int:
+    """Bytes that the methods will hold at most during a run, known before it starts."""
+    family, model = family_of(pipe), pipe.transformer
+    frames = (run.frames - 1) // pipe.vae_scale_factor_temporal + 1
+    space = pipe.vae_scale_factor_spatial
+    shape = (1, model.config.in_channels, frames, run.height // space, run.width // space)
+    latents = torch.empty(shape, device="meta", dtype=model.dtype)
+    given = (model, family, latents, run.steps, run.guidance > 1)
+    return sum(method.forecast(*given) for method in build_methods(run.methods))
+
+
+def machine(pipe) -> dict:
+    """Where a pipeline runs: device, threads, dtype."""
+    parameter = next(pipe.transformer.parameters())
+    device = torch.cuda.get_device_name() if parameter.is_cuda else "cpu"
+    return {"device": device, "threads": torch.get_num_threads(), "dtype": str(parameter.dtype).removeprefix("torch.")}
 
 
 @dataclass
@@ -112,9 +131,9 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
     return Video(frames, stages, trace)
 
 
-def warm_up(run: Run, pipe, home: Home) -> None:
+def warm_up(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None) -> None:
     """Two steps whose time nobody counts."""
-    generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home)
+    generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home, on_step)
 
 
 @dataclass
@@ -129,10 +148,12 @@ class Comparison:
 def compare(
     a: Run, b: Run, pipe, home: Home, repeats: int = 1,
     on_step: Callable[[str, int, Trace, torch.Tensor], None] | None = None,
+    on_video: Callable[[str, Video], None] | None = None,
 ) -> Comparison:  # fmt: skip
     """Generate a and b in turn, `repeats` times, after a warm-up, and measure speed, work and likeness.
 
-    `on_step(pane, steps done, trace, latents)` hears of both; the pane is "a" or "b".
+    `on_step(pane, steps done, trace, latents)` hears of both, `on_video(pane, video)` of each result, to whose seconds
+    it may add a stage; the pane is "a" or "b". `noise_a` is the slowest over the fastest of equal plain runs.
     """
     seconds: dict[str, list[dict[str, float]]] = {"a": [], "b": []}
     videos: dict[str, Video] = {}
@@ -141,6 +162,8 @@ def compare(
         for pane, run in (("a", a), ("b", b)):
             hear = (lambda *args, pane=pane: on_step(pane, *args)) if on_step else None
             videos[pane] = generate(run, pipe, home, hear)
+            if on_video:
+                on_video(pane, videos[pane])
             seconds[pane].append(videos[pane].seconds)
     return Comparison(videos["a"], videos["b"], report(a, b, videos["a"], videos["b"], seconds, pipe, home))
 
@@ -155,16 +178,16 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
     same = video_a.frames.shape == video_b.frames.shape
     likeness = distance(video_a.frames, video_b.frames) if same else {}
     adherence = {p: score(v.frames, b.prompt) if home.captions else {} for p, v in (("a", video_a), ("b", video_b))}
-    parameter = next(pipe.transformer.parameters())
+    pairs = [x["denoise"] / y["denoise"] for x, y in zip(seconds["a"], seconds["b"])]
     return {
         **b.model_dump(),
         "steps_a": a.steps,
         "guidance_a": a.guidance,
-        "device": torch.cuda.get_device_name() if parameter.is_cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        **machine(pipe),
         **stages,
         "speedup_denoise": speed,
+        "speedup_range": [min(pairs), max(pairs)],
+        "noise_a": max(stages["a"]["denoise"]) / min(stages["a"]["denoise"]),
         "speedup_total": float(total["a"] / total["b"]),
         "work_ratio": work,
         "efficiency": speed * work,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import imageio.v2 as iio
@@ -14,8 +15,6 @@ import numpy as np
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = None) -> float:
     """Write uint8 frames (f, h, w, c) as h264 that browsers play; whole or not at all. Returns seconds taken."""
-    import time
-
     began, partial = time.perf_counter(), Path(path).with_suffix(".part.mp4")
     comment = ["-metadata", "comment=" + json.dumps(settings)] if settings else []
     size = max(1, 256 // frames.shape[2])  # small frames are enlarged without smoothing
@@ -27,6 +26,8 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = 
         ) as writer:  # fmt: skip
             for frame in big:
                 writer.append_data(frame)
+        if imageio_ffmpeg.count_frames_and_secs(str(partial))[0] != len(frames):  # ffmpeg does not say so itself
+            raise OSError("the file is incomplete, the disk may be full")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
@@ -39,7 +40,7 @@ def read_settings(path: Path) -> dict:
     """The settings inside an mp4 that `write_mp4` wrote. Raises ValueError if there are none."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    command = [_ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, text=True).stdout
     unescaped = "".join(_unescape(text))
     for line in unescaped.splitlines():
@@ -49,6 +50,13 @@ def read_settings(path: Path) -> dict:
             except json.JSONDecodeError:
                 break
     raise ValueError(f"{path} holds no settings; only videos made by `python -m accel` do")
+
+
+def _ffmpeg() -> str:
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise OSError("ffmpeg was not found; `pip install imageio-ffmpeg` brings one") from None
 
 
 def _unescape(text: str):

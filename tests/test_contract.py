@@ -1,11 +1,14 @@
 """What every method promises, over all of METHODS: a new one is tested before its author writes a test."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 import accel
 from accel.methods import METHODS
+from accel.methods.base import Method
 from accel.presets import build_methods
 from accel.run import Cancelled
 
@@ -109,3 +112,25 @@ def test_out_of_range_and_unknown_knobs_are_named(name):
 def test_a_method_is_a_frozen_value(method):
     with pytest.raises(ValidationError):
         method().compound = True
+
+
+class Louder(Method):
+    """Doubles every attention output: a second method that is easy to see."""
+
+    @contextmanager
+    def apply(self, host, trace):
+        with host.wrap_attention(lambda inner, site: 2 * inner()):
+            yield
+
+
+@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("first", [True, False], ids=["inside", "outside"])
+def test_two_methods_both_act_in_both_orders(method, first, pipe, sample):
+    with accel.apply(pipe, [Louder()]):
+        loud = sample(pipe)
+    with accel.apply(pipe, [method()]) as trace:
+        alone, work = sample(pipe), trace.summary()["work"]
+    with accel.apply(pipe, [Louder(), method()] if first else [method(), Louder()]) as trace:
+        both = sample(pipe)
+    assert trace.summary()["work"] == work
+    assert not torch.equal(both, loud) and not torch.equal(both, alone)

@@ -16,7 +16,7 @@ LAYERS = [
     {"presets", "models", "apply", "world"},
     {"run", "bench"},
     {"training"},
-    {"cli", "__main__", "__init__"},
+    {"cli", "readme", "__main__", "__init__"},
 ]
 
 

@@ -1,17 +1,21 @@
 """The page without a browser: controls from fields, the line before the worker, the timeline, stored pairs."""
 
 import threading
-from collections import OrderedDict
 from types import SimpleNamespace
 
 import gradio as gr
+import numpy as np
 import pytest
 
 from accel.methods import METHODS
+from accel.models import Home
+from accel.run import Video, build_run
 from accel.trace import Step, Trace
 from ui import controls
+from ui.pair import PairJob, Shelf
 from ui.player import ABPlayer
 from ui.timeline import LOOK, timeline
+from ui.view import numbers
 from ui.worker import Worker
 
 
@@ -119,13 +123,46 @@ def test_labels_of_the_player_are_escaped(tmp_path):
     assert ABPlayer().postprocess(value)["label_a"] == "&lt;b&gt;"
 
 
-def test_a_kept_baseline_is_not_generated_again():
-    """Its second use is found under the same settings, whatever the methods are."""
-    from accel.models import Home
-    from accel.run import build_run
+@pytest.fixture
+def generated(monkeypatch):
+    """Runs that were generated; each takes no time and gives gray frames."""
+    runs = []
 
-    home = Home(height=64, width=64, frames=17)
-    one = build_run(home, model="m", prompt="p", methods={"fastercache": {}})
-    two = build_run(home, model="m", prompt="p", methods={"fastercache": {"attention_interval": 3}})
-    kept = OrderedDict({one.model_copy(update={"methods": {}}).model_dump_json(): 1})
-    assert two.model_copy(update={"methods": {}}).model_dump_json() in kept
+    def generate(run, pipe, home, on_step=None):
+        runs.append(run)
+        trace = Trace(started=0.0, sigmas={0: 1.0}, flops={"denoiser": 1})
+        trace.record(Step(0, 1, 1.0, 0.0, "cond"), "denoiser", "compute")
+        stages = {"text": 0.1, "denoise": 1.0, "decode": 0.1}
+        return Video(np.full((5, 16, 16, 3), 128, np.uint8), stages, trace)
+
+    monkeypatch.setattr("ui.pair.generate", generate)
+    monkeypatch.setattr("ui.pair.warm_up", lambda *args: None)
+    return runs
+
+
+def test_a_kept_baseline_is_not_generated_again_and_is_labelled_so(generated, worker, pipe):
+    home = Home(height=16, width=16, frames=5, steps=10)
+    asked = {"prompt": "a red star", "seed": 1.0, "steps": 10.0, "guidance": 4.0, "methods": {"fastercache": {}}}
+    shelf, pairs = Shelf(), []
+    for interval in (2, 3):
+        other = {**asked, "methods": {"fastercache": {"attention_interval": interval}}}
+        job = worker.submit(lambda job, *_, other=other: PairJob("m", other, shelf)(job, pipe, home))
+        pairs += [data for kind, data in worker.follow(job) if kind == "pair"]
+    assert [bool(run.methods) for run in generated] == [False, True, True]
+    assert "kept" not in pairs[0]["player"]["label_a"] and "kept, measured" in pairs[1]["player"]["label_a"]
+    assert "measured earlier" in numbers(pairs[1]["report"]) and "measured earlier" not in numbers(pairs[0]["report"])
+
+
+def test_old_videos_leave_the_disk(generated, tmp_path, monkeypatch):
+    monkeypatch.setattr("ui.pair.KEPT", 2)
+    shelf, home = Shelf(), Home(height=16, width=16, frames=5)
+    for seed in range(4):
+        run = build_run(home, model="m", prompt="p", seed=seed, methods={"fastercache": {}})
+        shelf.write(generate_gray(run), run, 8)
+    assert len(list(shelf.folder.iterdir())) == 2
+
+
+def generate_gray(run):
+    from ui import pair
+
+    return pair.generate(run, None, None)

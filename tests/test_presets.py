@@ -46,7 +46,7 @@ def test_preset_is_an_iterable_of_methods():
     [
         ({"prompt": "  "}, "the prompt is empty"),
         ({"prompt": "a" * 5000}, "the prompt has 5000 characters, at most 2000 are allowed"),
-        ({"seed": 1.5}, "seed = 1.5 is not allowed: a whole number"),
+        ({"seed": 1.5}, "seed = 1.5 is not allowed: a whole number from 0 to 9223372036854775807"),
         ({"seed": -1}, "seed = -1 is not allowed"),
         ({"steps": 0}, "steps = 0 is not allowed: a whole number from 1 to 1000"),
         ({"steps": 10_000}, "steps = 10000 is not allowed: a whole number from 1 to 1000"),

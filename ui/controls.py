@@ -14,7 +14,7 @@ def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
     made = {}
     for name, schema in method.model_json_schema()["properties"].items():
         label = name.replace("_", " ")
-        common = {"label": label, "info": schema.get("description", ""), "value": schema["default"]}
+        common = {"label": label, "info": schema.get("description", ""), "value": schema["default"], "min_width": 220}
         common["elem_id"] = f"{method.title.lower()}-{name}"
         if schema["type"] == "boolean":
             made[name] = gr.Checkbox(**common)

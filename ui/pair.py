@@ -4,50 +4,73 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import tempfile
 import time
-from collections import OrderedDict
+import uuid
+from collections import OrderedDict, deque
 from html import escape
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from accel.run import Run, build_run, generate, report, warm_up
+from accel.run import Run, Video, build_run, forecast, generate, report, warm_up
 from accel.video import write_mp4
 
 from .worker import Job
 
-KEPT = 16  # baselines
+KEPT = 16  # of each kind
+
+
+class Shelf:
+    """Videos on disk: the baselines that are kept, by their run, and the last accelerated ones; the rest is deleted."""
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="accel-"))
+        self.baselines: OrderedDict[str, tuple[Video, str, str]] = OrderedDict()  # video, path, when
+        self.recent: deque[Path] = deque()
+
+    def write(self, video: Video, run: Run, fps: int) -> str:
+        """Put a video on disk under a name of its own; its path."""
+        path = self.folder / f"{'-'.join(run.methods) or 'baseline'}-{run.seed}-{uuid.uuid4().hex[:8]}.mp4"
+        video.seconds["encode"] = write_mp4(path, video.frames, fps, run.model_dump())
+        if run.methods:
+            self.recent.append(path)
+            while len(self.recent) > KEPT:
+                self.recent.popleft().unlink(missing_ok=True)
+        return str(path)
+
+    def keep(self, key: str, video: Video, path: str) -> None:
+        """Keep a baseline; the one that was not asked for longest goes."""
+        self.baselines[key] = (video, path, time.strftime("%H:%M:%S"))
+        while len(self.baselines) > KEPT:
+            Path(self.baselines.popitem(last=False)[1][1]).unlink(missing_ok=True)
 
 
 class PairJob:
-    """Generates the pair that was asked for; a baseline that was made before is taken from `baselines`."""
+    """Generates the pair that was asked for; a baseline that was made before is taken from the shelf."""
 
-    def __init__(self, model: str, asked: dict, baselines: OrderedDict):
-        self.model, self.asked, self.baselines = model, asked, baselines
+    def __init__(self, model: str, asked: dict, shelf: Shelf):
+        self.model, self.asked, self.shelf = model, asked, shelf
 
     def __call__(self, job: Job, pipe, home) -> None:
-        asked = {
-            **self.asked,
-            "seed": _whole(self.asked["seed"], "seed"),
-            "steps": _whole(self.asked["steps"], "steps"),
-        }
-        b = build_run(home, model=self.model, **asked)
+        whole = {name: _whole(self.asked[name], name) for name in ("seed", "steps")}
+        b = build_run(home, model=self.model, **{**self.asked, **whole})
         a = b.model_copy(update={"methods": {}})
         key = a.model_dump_json()
-        kept = key in self.baselines
-        unknown = _unknown_words(pipe, b.prompt)
-        words = f"The model does not know: {escape(', '.join(unknown))}. It goes on without. " if unknown else ""
-        job.tell("started", note=f'<div class="note">{words}{"Baseline kept from before." if kept else ""}</div>')
-        warm_up(b, pipe, home)
+        kept = key in self.shelf.baselines
+        words = _unknown(pipe, b.prompt)
+        held = f"The methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB."
+        job.tell("started", note=f'<div class="note">{words}{held}</div>', kept=kept)
+        warm_up(b, pipe, home, lambda *_: job.tell("warm"))
         if not kept:
-            self.baselines[key] = (self._generate(job, a, "a", pipe, home), time.strftime("%H:%M:%S"))
-        (video_a, path_a), when = self.baselines[key]
-        self.baselines.move_to_end(key)
-        while len(self.baselines) > KEPT:
-            self.baselines.popitem(last=False)
-        video_b, path_b = self._generate(job, b, "b", pipe, home)
+            video = self._generate(job, a, "a", pipe, home)
+            self.shelf.keep(key, video, self.shelf.write(video, a, home.fps))
+        video_a, path_a, when = self.shelf.baselines[key]
+        self.shelf.baselines.move_to_end(key)
+        video_b = self._generate(job, b, "b", pipe, home)
+        path_b = self.shelf.write(video_b, b, home.fps)
         facts = report(a, b, video_a, video_b, {"a": [video_a.seconds], "b": [video_b.seconds]}, pipe, home)
         facts["baseline_from"] = when if kept else None
         label = f"baseline, {a.steps} steps" + (f" (kept, measured {when})" if kept else "")
@@ -55,29 +78,20 @@ class PairJob:
             "a": path_a, "b": path_b, "fps": home.fps, "frames": len(video_b.frames), "label_a": label,
             "label_b": f"{', '.join(b.methods) or 'no method'}, {b.steps} steps",
         }  # fmt: skip
-        note = f'<div class="note">{words}{" ".join(escape(n) + "." for n in video_b.trace.notes)}</div>'
-        job.tell("pair", report=facts, player=player, note=note)
+        notes = " ".join(escape(note) + "." for note in video_b.trace.notes)
+        job.tell("pair", report=facts, player=player, note=f'<div class="note">{words}{notes}</div>')
 
-    def _generate(self, job: Job, run: Run, which: str, pipe, home) -> tuple:
-        began = time.perf_counter()
+    def _generate(self, job: Job, run: Run, which: str, pipe, home) -> Video:
+        title = "baseline" if which == "a" else "accelerated"
 
         def on_step(done: int, trace, latents) -> None:
-            spent = time.perf_counter() - began
             look = done % 5 == 0 or done == run.steps
-            job.tell(
-                "step", which=which, trace=trace.to_json() if which == "b" and look else None,
-                pane={
-                    "title": "baseline" if which == "a" else "accelerated", "done": done, "steps": run.steps,
-                    "spent": spent, "work": trace.summary()["work"],
-                    "image": _preview(pipe, latents) if look else None,
-                },
-            )  # fmt: skip
+            ms, work = sum(trace.milliseconds.values()) / done, trace.summary()["work"]
+            pane = {"title": title, "done": done, "steps": run.steps, "ms": ms, "work": work}
+            pane["image"] = _preview(pipe, latents) if look else None
+            job.tell("step", which=which, pane=pane, trace=trace.to_json() if which == "b" and look else None)
 
-        video = generate(run, pipe, home, on_step)
-        folder = Path(tempfile.mkdtemp(prefix="accel-"))
-        path = folder / f"{'baseline' if which == 'a' else 'accelerated'}-{run.seed}.mp4"
-        video.seconds["encode"] = write_mp4(path, video.frames, home.fps, run.model_dump())
-        return video, str(path)
+        return generate(run, pipe, home, on_step)
 
 
 @torch.no_grad()
@@ -99,9 +113,9 @@ def _whole(value, name: str) -> int:
     return int(value)
 
 
-def _unknown_words(pipe, prompt: str) -> list[str]:
-    """Words of the prompt that a closed vocabulary lacks; none for an open one."""
-    from accel.world.scene import words_of
-
+def _unknown(pipe, prompt: str) -> str:
+    """A sentence about the words of the prompt that a closed vocabulary lacks; empty for an open one."""
     vocabulary = pipe.tokenizer.get_vocab()
-    return [w for w in dict.fromkeys(words_of(prompt)) if w not in vocabulary] if len(vocabulary) < 1000 else []
+    words = dict.fromkeys(re.findall(r"\w+", prompt.lower()))
+    unknown = [word for word in words if word not in vocabulary] if len(vocabulary) < 1000 else []
+    return f"The model does not know: {escape(', '.join(unknown))}. It goes on without. " if unknown else ""

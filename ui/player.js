@@ -1,8 +1,10 @@
-// Two videos, one clock: b follows a. The template is rendered anew with each value, so everything is bound again.
+// Two videos, one clock: b follows a. A new value patches the same nodes, so handlers are set, never added, and the
+// loop of an older value ends when its token has been replaced.
 function bind() {
   const root = element.querySelector('.ab');
   if (!root) return;
   const [a, b] = root.querySelectorAll('video');
+  const token = (element.abToken = {});
   const find = (s) => root.querySelector(s);
   const fps = +root.dataset.fps, frames = +root.dataset.frames;
   const seek = find('.seek'), count = find('.count'), play = find('[data-do=play]'), canvas = find('canvas');
@@ -27,6 +29,7 @@ function bind() {
     pen.putImageData(one, 0, 0);
   };
   const follow = () => {
+    if (element.abToken !== token) return;
     const lag = b.currentTime - a.currentTime;
     if (Math.abs(lag) > 1.5 / fps) b.currentTime = a.currentTime;
     else b.playbackRate = a.playbackRate * (1 - Math.max(-0.1, Math.min(0.1, lag)));
@@ -36,11 +39,11 @@ function bind() {
   };
   const start = () => { a.play().catch(() => (play.textContent = '▶')); b.play().catch(() => {}); };
   const pause = () => { a.pause(); b.pause(); b.currentTime = a.currentTime; };
-  a.addEventListener('play', () => (play.textContent = '❚❚'));
-  a.addEventListener('pause', () => (play.textContent = '▶'));
-  a.addEventListener('ended', () => { a.currentTime = b.currentTime = 0; start(); });
-  a.addEventListener('seeked', () => { show(); draw(); });
-  b.addEventListener('seeked', draw);
+  a.onplay = () => (play.textContent = '❚❚');
+  a.onpause = () => (play.textContent = '▶');
+  a.onended = () => { a.currentTime = b.currentTime = 0; start(); };
+  a.onseeked = () => { show(); draw(); };
+  b.onseeked = draw;
   play.onclick = () => (a.paused ? start() : pause());
   find('[data-do=back]').onclick = () => { pause(); goto(frame() - 1); };
   find('[data-do=next]').onclick = () => { pause(); goto(frame() + 1); };

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from html import escape
+from statistics import median
 
 EMPTY_PANE = ""
 
 
-def pane_waiting(title: str) -> str:
-    """A pane that has not begun."""
-    bar = '<progress max="1" value="0"></progress>'
-    return f'<div class="live"><b>{title}</b>{bar}<span>waiting for its turn</span></div>'
+def pane_waiting(title: str, why: str) -> str:
+    """A pane that has not begun, or need not."""
+    return f'<div class="live"><b>{title}</b><progress max="1" value="0"></progress><span>{why}</span></div>'
 
 
-def pane(title: str, done: int, steps: int, spent: float, work: float, image: str | None) -> str:
+def pane(title: str, done: int, steps: int, ms: float, work: float, image: str | None) -> str:
     """A pane that is being generated: steps, time left, speed, computed share of the work, preview."""
-    left = spent / done * (steps - done)
+    left = ms / 1000 * (steps - done)
     picture = f'<img src="{image}" alt="preview of the first frame">' if image else ""
     return (
         f'<div class="live"><b>{title}</b><progress max="{steps}" value="{done}"></progress>'
-        f"<span>step {done} / {steps} · {1000 * spent / done:.0f} ms a step · {left:.1f} s left · "
+        f"<span>step {done} / {steps} · {ms:.0f} ms a step · {left:.1f} s left · "
         f"work {work:.0%}</span>"
         f"{picture}</div>"
     )
@@ -29,9 +29,10 @@ def numbers(report: dict) -> str:
     """The figures of a pair as cards."""
     r = report
     when = r.get("baseline_from")
+    against = f", baseline measured earlier ({when})" if when else ""
     cards = [
-        (f"{r['speedup_denoise']:.2f}×", "faster denoising" + (f", against {when}" if when else "")),
-        (f"{r['speedup_total']:.2f}×", "faster end to end"),
+        (f"{r['speedup_denoise']:.2f}×", "faster denoising" + against),
+        (f"{r['speedup_total']:.2f}×", "faster end to end" + against),
         (f"{r['work_ratio']:.0%}", "of the work computed (FLOPs)"),
         ("bit-equal" if r["bit_equal"] else f"{r['psnr']:.1f} dB", "PSNR to the baseline"),
         (f"{r['ssim']:.4f}", f"SSIM, worst frame {r['ssim_worst']:.4f}"),
@@ -54,7 +55,7 @@ def numbers(report: dict) -> str:
 
 def _bar(which: str, seconds: dict) -> str:
     """Seconds per stage of one side in words."""
-    parts = " · ".join(f"{stage} {min(times):.2f} s" for stage, times in seconds.items())
+    parts = " · ".join(f"{stage} {median(times):.2f} s" for stage, times in seconds.items())
     return f"<div><b>{'baseline' if which == 'a' else 'accelerated'}</b> {parts}</div>"
 
 

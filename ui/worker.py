@@ -61,6 +61,9 @@ class Worker:
                 try:
                     kind, data = job.events.get(timeout=PATIENCE)
                 except queue.Empty:
+                    if job.stop.is_set() and job.number - self._done > 1:  # it has not begun, and will not
+                        yield "stopped", {}
+                        return
                     ahead = max(0, job.number - self._done - 1)
                     if ahead or not (self.ready or self.problem):
                         yield "waiting", {"ahead": ahead, "loading": not self.ready}
@@ -77,6 +80,9 @@ class Worker:
             self.home = home_of(self.pipe, self.model)
         except (ValueError, OSError) as error:
             self.problem = str(error)
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self.problem = f"{self.model} could not be loaded ({type(error).__name__}); the server's log says more"
         while True:
             job = self._jobs.get()
             try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import ClassVar
 
 from pydantic import BaseModel
+from torch import Tensor, nn
 
 from ..host import Host
 from ..trace import Trace
@@ -22,6 +24,10 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     title: ClassVar[str]
     paper: ClassVar[str]
     neutral: ClassVar[dict]
+
+    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+        """Bytes that a run of `count` steps on latents (b, c, f, h, w) will hold at most, known before it starts."""
+        return 0
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:

@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..host import Host
 from ..spectrum import split
@@ -42,6 +43,7 @@ class Memory:
     outputs: dict[tuple[int, str, str], list[tuple[float, Tensor]]] = field(default_factory=dict)
     bands: tuple[int, Tensor, Tensor] | None = None  # model, low, high
     cond: Tensor | None = None
+    model: int = 0  # which transformer the outputs are of
     since_full: int = 0  # steps rebuilt since the last full one
 
     def held(self) -> int:
@@ -88,14 +90,17 @@ class FasterCache(Method):
 
     def plan(self, count: int) -> list[Plan]:
         """What each of `count` steps computes. The first two and the last are always full."""
-        plans = []
+        plans: list[Plan] = []
         first_a, first_g = max(2, round(self.attention_start * count)), max(2, round(self.guidance_start * count))
+        computed = 0  # the last step whose attention is computed
         for i in range(count):
-            edge = i == count - 1
+            edge = i < 2 or i == count - 1
             guidance = edge or not self.guidance or i < first_g or (i - first_g + 1) % self.guidance_interval == 0
-            due = (i - first_a + 1) % self.attention_interval == 0
             aligned = self.guidance and guidance and i >= first_g - 1
-            plans.append(Plan(edge or not self.attention or i < first_a or due or aligned, guidance))
+            due = not self.attention or i < first_a or i - computed >= self.attention_interval
+            if edge or aligned or due:
+                computed = i
+            plans.append(Plan(computed == i, guidance))
         return plans
 
     def gains(self, step: Step, since_full: int) -> tuple[float, float]:
@@ -103,6 +108,16 @@ class FasterCache(Method):
         power = since_full if self.compound else 1
         early = step.index < step.count / 2
         return (1 + self.gain_low) ** power if early else 1.0, 1.0 if early else (1 + self.gain_high) ** power
+
+    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+        """Two outputs per attention and branch, and of the latents' size two float32 bands and one cond output."""
+        plans = self._switched(count, guided)
+        tokens = math.prod(family.grid(model, latents)) * len(latents)
+        outputs = 2 * len(family.attentions(model)) * tokens * family.width(model) * latents.element_size()
+        branches = [b for b in ("cond", "uncond")[: 1 + guided] if reused(plans, b)]
+        cached = any(not p.guidance for p in plans)
+        velocity = latents.numel() // latents.shape[1] * model.config.out_channels
+        return outputs * len(branches) + (velocity * (2 * 4 + latents.element_size()) if cached else 0)
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
@@ -118,20 +133,30 @@ class FasterCache(Method):
         with host.wrap_attention(attend), host.wrap_denoiser(denoise):
             yield
 
+    def _switched(self, count: int, guided: bool) -> list[Plan]:
+        """The plan with the parts off that cannot act in such a run."""
+        if count < FEWEST_STEPS:
+            return [Plan(True, True)] * count
+        return (self if guided else self.model_copy(update={"guidance": False})).plan(count)
+
     def _plans(self, host: Host, trace: Trace) -> list[Plan]:
-        """The run's plan, all full with a stated reason where caching cannot help; the forecast goes to the trace."""
+        """The run's plan; what keeps it from acting, and what it will hold, goes to the trace."""
         count, guided = host.step.count, host.family.is_guided(host.pipe)
+        plans = self._switched(count, guided)
         if count < FEWEST_STEPS:
             trace.note(f"FasterCache is off: {count} steps are too few, it needs at least {FEWEST_STEPS}")
-            return [Plan(True, True)] * count
-        if self.guidance and not guided:
+        elif all(p == Plan(True, True) for p in plans):
+            trace.note("FasterCache does nothing: at these settings every step is computed in full")
+        elif self.guidance and not guided:
             trace.note("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
-        plans = (self if guided else self.model_copy(update={"guidance": False})).plan(count)
-        trace.bytes_forecast += forecast(host, plans, guided)
+        trace.bytes_forecast += self.forecast(host.models[host.model], host.family, host.latents, count, guided)
         return plans
 
     def _attend(self, inner, site: str, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:
         step, key = host.step, (host.model, site, host.step.branch)
+        if memory.model != host.model:  # Wan 2.2 has changed to its second transformer
+            memory.outputs.clear()
+            memory.model = host.model
         entries = memory.outputs.get(key, [])
         if not plans[step.index].attention and len(entries) == 2:
             trace.record(step, site, "reuse")
@@ -159,19 +184,18 @@ class FasterCache(Method):
     def _denoise(self, inner, x, inputs, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:
         if all(p.guidance for p in plans):
             return inner(x, **inputs)
-        step, bands = host.step, memory.bands
-        full = plans[step.index].guidance or bands is None or bands[0] != host.model or bands[1].shape != x.shape
-        if step.branch == "uncond" and not full and memory.cond is not None:
+        step, bands, cond = host.step, memory.bands, memory.cond
+        fits = bands is not None and cond is not None and bands[0] == host.model and bands[1].shape == cond.shape
+        if step.branch == "uncond" and fits and not plans[step.index].guidance:
             memory.since_full += 1
             low, high = self.gains(step, memory.since_full)
             trace.record(step, DENOISER, "rebuild")
-            cond = memory.cond
             return (cond + low * bands[1] + high * bands[2]).to(cond.dtype)
         out = inner(x, **inputs)
         if step.branch == "cond":
             memory.cond = out
-        elif memory.cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
-            memory.bands, memory.since_full = (host.model, *split(out.float() - memory.cond.float())), 0
+        elif cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
+            memory.bands, memory.since_full = (host.model, *split(out.float() - cond.float())), 0
             trace.hold(memory.held())
         else:
             memory.bands = memory.cond = None
@@ -181,14 +205,3 @@ class FasterCache(Method):
 def reused(plans: list[Plan], branch: str) -> list[int]:
     """The steps at which a branch runs with extrapolated attention."""
     return [i for i, p in enumerate(plans) if not p.attention and (branch == "cond" or p.guidance)]
-
-
-def forecast(host: Host, plans: list[Plan], guided: bool) -> int:
-    """Bytes that a run will hold at most: two outputs per attention and branch, two bands and one cond output."""
-    model, latents = host.models[host.model], host.latents
-    tokens = math.prod(host.family.grid(model, latents)) * len(latents)
-    output = tokens * host.family.width(model) * latents.element_size()
-    branches = [b for b in ("cond", "uncond")[: 1 + guided] if reused(plans, b)]
-    cached = any(not p.guidance for p in plans)
-    bands = latents.numel() * (2 * 4 + latents.element_size()) if cached else 0
-    return 2 * output * len(host.attentions[host.model]) * len(branches) + bands

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from ..models import ROOT, TINY
+from .fit import Recipe, fit
 
 # The small setting is for CPUs, the large one for a GPU; same code, same layout.
 SETTINGS = {
@@ -18,7 +20,7 @@ SETTINGS = {
 RECIPES = {
     "small": {
         "vae": {"steps": 6500, "lr": 1.2e-3, "decay_from": 0.6},
-        "base": {"steps": 2700, "lr": 1.4e-3, "betas": (0.9, 0.98)},
+        "base": {"steps": 2400, "lr": 1.4e-3, "betas": (0.9, 0.98)},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 1.2e-3, "decay_from": 0.6},
@@ -29,36 +31,54 @@ PARTS = ("vae", "base")
 
 
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path) -> dict:
-    """Train a part, or all of them in order, and write what is finished into `models/tiny-wan`."""
+    """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how."""
     if what not in (*PARTS, "all"):
         raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
-    setting = "large" if torch.cuda.is_available() else "small"
-    done = {part: _train(part, setting, minutes, resume, out) for part in (PARTS if what == "all" else (what,))}
-    return {"setting": setting, **done}
+    state = PartialState()
+    device = str(state.device)
+    setting = "large" if state.device.type == "cuda" else "small"
+    file = ROOT / TINY / "training.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    name = f"cpu, {torch.get_num_threads()} threads" if setting == "small" else torch.cuda.get_device_name()
+    for part in PARTS if what == "all" else (what,):
+        recipe = Recipe(**RECIPES[setting][part])
+        done = TRAINERS[part](recipe, SETTINGS[setting], device, minutes, resume, out / part)
+        record[part] = {"setting": setting, "device": name, **done, "recipe": recipe.model_dump()}
+        if state.is_main_process:
+            file.write_text(json.dumps(record, indent=1) + "\n")
+        if done["step"] < done["steps"]:  # the next part is made from a finished one
+            break
+    return record
 
 
-def _train(part: str, setting: str, minutes: float | None, resume: bool, out: Path) -> dict:
+def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
+    from . import vae
+
+    task = vae.VaeTask(recipe, shape["size"], shape["frames"])
+    summary = fit(task, out, minutes=minutes, resume=resume)
+    return {**summary, **(vae.finish(task, ROOT / TINY / "vae") if PartialState().is_main_process else {})}
+
+
+def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
     from diffusers import AutoencoderKLWan
 
-    from . import base, vae
-    from .fit import Recipe, fit
+    from . import base
 
-    shape, target = SETTINGS[setting], ROOT / TINY
-    recipe = Recipe(**RECIPES[setting][part])
-    if part == "vae":
-        task = vae.VaeTask(recipe, shape["size"], shape["frames"])
-        summary = fit(task, out / "vae", minutes=minutes, resume=resume)
-        return {**summary, **vae.finish(task, target / "vae")}
+    target = ROOT / TINY
     if not (target / "vae" / "config.json").is_file():
         raise ValueError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    compiled = device == "cuda" or shutil.which("g++") is not None
-    sizes = (shape["size"], shape["frames"], shape["clips"])
-    task = base.BaseTask(recipe, autoencoder, *sizes, out / "base", device, compiled)
-    summary = fit(task, out / "base", minutes=minutes, resume=resume)
+    compiled = device != "cpu" or shutil.which("g++") is not None
+    with PartialState().main_process_first():  # which encodes the pool that the others load
+        task = base.BaseTask(recipe, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, compiled)
+    summary = fit(task, out, minutes=minutes, resume=resume)
+    if not PartialState().is_main_process:
+        return summary
     base.finish(task, target)
     home = {"height": shape["size"], "width": shape["size"], "frames": shape["frames"], "fps": shape["fps"]}
     home |= {"steps": 50, "guidance": 4.0, "text_length": base.TEXT, "captions": True}
     (target / "accel.json").write_text(json.dumps(home, indent=1) + "\n")
     return summary
+
+
+TRAINERS = {"vae": _train_vae, "base": _train_base}

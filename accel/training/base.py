@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from einops import rearrange
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from ..world.render import render
 from ..world.scene import caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
-from .vae import Autoencoder
+from .vae import Autoencoder, clear_weights
 
 TEXT = 32  # tokens a prompt is padded or cut to
 SHIFT = 2.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
@@ -43,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Split(",", "removed"), pre_tokenizers.Split(":", "removed")]
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Split(Regex(r"[^\w]+"), "removed")]
     )
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -141,13 +142,15 @@ class Pool:
 
     def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device):
         rng = random.Random(f"pool {seed}")
+        vae = vae.to(device).eval()
         self.scenes = [sample_scene(rng) for _ in range(n)]
-        if not file.is_file():
-            auto = Autoencoder(vae.to(device).eval())
-            batches = tqdm(range(0, n, 16), desc="encoding clips")
+        made = {"of": repr((n, frames, size, seed, sum(p.double().sum().item() for p in vae.parameters())))}
+        if not file.is_file() or safe_open(file, "pt").metadata() != made:
+            auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"latents": torch.cat([normalise(vae, _encode(auto, c)) for c in clips]).half()}, file)
+            latents = torch.cat([normalise(vae, _encode(auto, c)).half() for c in clips]).contiguous()
+            save_file({"latents": latents}, file, made)
         self.latents = load_file(file)["latents"].to(device)
 
     def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[str]]:
@@ -226,9 +229,11 @@ class BaseTask:
         noise = torch.Generator().manual_seed(0)
         out = pipe(held_out_prompts(6, 1), num_inference_steps=12, guidance_scale=4.0, generator=noise, **length)
         frames = torch.as_tensor(out.frames)[:, :: max(1, self.frames // 8)]
-        iio.imwrite(path, (rearrange(frames, "b f h w c -> (b h) (f w) c") * 255).round().to(torch.uint8).numpy())
+        iio.imwrite(path, (rearrange(frames, "b f h w c -> (b h) (f w) c") * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def finish(task: BaseTask, folder: Path) -> None:
     """Write the whole pipeline in diffusers layout, every file under 10 MB."""
+    for part in ("vae", "text_encoder", "transformer"):
+        clear_weights(folder / part)
     task.pipeline().save_pretrained(folder, safe_serialization=True, max_shard_size="9MB")

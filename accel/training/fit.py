@@ -78,7 +78,7 @@ def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_e
                 bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
                 log.write(json.dumps({"step": step, "seconds": round(spent + now - began, 1), **logs}) + "\n")
                 log.flush()
-            over = stopped() or (minutes is not None and now - began > 60 * minutes)
+            over = _any(accelerator, stopped() or (minutes is not None and now - began > 60 * minutes))
             if accelerator.is_main_process and (over or now - saved > save_every or step == recipe.steps):
                 _save(folder, accelerator.unwrap_model(model), optimizer, ema, step, spent + now - began)
                 with averaged(task.module, ema):
@@ -89,6 +89,13 @@ def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_e
     bar.close()
     ema.copy_to(task.module.parameters())
     return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1)}
+
+
+def _any(accelerator: Accelerator, mine: bool) -> bool:
+    """True in all processes if it is true in one: they must leave the loop together."""
+    if accelerator.num_processes == 1:
+        return mine
+    return bool(accelerator.gather(torch.tensor([mine], device=accelerator.device)).any())
 
 
 def _step(task, accelerator, model, optimizer, ema, step: int) -> dict[str, float]:

@@ -1,0 +1,96 @@
+"""Fills the marked parts of README.md and of the model card from the measurements: `python -m accel.readme`.
+
+Between `<!-- name -->` and `<!-- /name -->` stands what the table of that name says now; nobody types a figure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from .bench import table
+from .methods import METHODS
+from .models import ROOT
+
+RESULTS = ROOT / "docs" / "results"
+CARD = ROOT / "models" / "tiny-wan" / "README.md"
+
+
+def knobs() -> str:
+    """One row per knob of each method."""
+    rows = ["| knob | default | allowed | what it costs |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        for knob, schema in method.model_json_schema()["properties"].items():
+            ends = f"{schema.get('minimum')} to {schema.get('maximum')}"
+            choices = ", ".join(map(str, schema.get("enum", ("true", "false"))))
+            allowed = ends if "maximum" in schema else choices
+            rows.append(f"| `{name}.{knob}` | {schema['default']} | {allowed} | {schema['description']} |")
+    return "\n".join(rows) + "\n"
+
+
+def suite(name: str) -> str:
+    """The table of a suite that was measured, or a word that it was not."""
+    file = RESULTS / name / "results.json"
+    return table(json.loads(file.read_text())) if file.is_file() else "Not measured yet.\n"
+
+
+def attributes() -> str:
+    """How often each attribute of the prompt is read back from the plain model's videos."""
+    file = RESULTS / "base" / "results.json"
+    if not file.is_file():
+        return "Not measured yet.\n"
+    summary = json.loads(file.read_text())
+    row = summary["rows"]["baseline"]
+    marks = {**row["attributes"], "mean": row["adherence"]}
+    lines = [f"| {a} | {v[0]:.3f} | {v[1]:.3f} to {v[2]:.3f} |" for a, v in marks.items()]
+    where = f"{summary['n']} held-out prompts, {summary['device']}, {summary['threads']} threads, {summary['dtype']}"
+    time = f"{row['seconds']:.1f} s of denoising, {row['decode']:.2f} s of decoding (medians)"
+    return f"{where}; {time}\n\n| attribute | read back | 95 % interval |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def training() -> str:
+    """Device, steps, time and result of each trained part."""
+    file = CARD.parent / "training.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    lines = ["| part | device | steps | minutes | learning rate | result |", "|---|---|---|---|---|---|"]
+    for part, r in record.items():
+        result = f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips" if "psnr" in r else "see below"
+        cells = (
+            part,
+            r["device"],
+            f"{r['step']} of {r['steps']}",
+            f"{r['seconds'] / 60:.0f}",
+            r["recipe"]["lr"],
+            result,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+PARTS = {"knobs": knobs, "fastercache": lambda: suite("fastercache"), "attributes": attributes, "training": training}
+
+
+def fill(text: str) -> str:
+    """The text with every marked part as it should be now."""
+    for name, make in PARTS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        if re.search(pattern, text, re.S):
+            made = make()
+            text = re.sub(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.S)
+    return text
+
+
+def pages() -> list[Path]:
+    """The pages that hold marked parts."""
+    return [ROOT / "README.md", CARD]
+
+
+def main() -> None:
+    """Rewrite the marked parts in place."""
+    for page in pages():
+        page.write_text(fill(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
