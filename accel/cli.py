@@ -184,7 +184,7 @@ def bench(
 def train(
     what: Annotated[str, typer.Argument(help="vae, base or all.")],
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; a later --resume goes on.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
 ) -> None:
     """Train the shipped model: first the autoencoder, then the transformer with its text encoder."""

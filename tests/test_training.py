@@ -121,3 +121,7 @@ def test_base_task_trains_and_its_pipeline_loads_plainly(tmp_path, monkeypatch):
     pipe = WanPipeline.from_pretrained(tmp_path / "pipe")
     video = pipe("a red star spins", height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np").frames
     assert video.shape == (1, 5, 16, 16, 3)
+    again = base.BaseTask(recipe, build_vae(8), 16, 5, 4, tmp_path / "again")
+    again.start_from(tmp_path / "pipe")
+    for name, weight in task.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], weight)

@@ -71,6 +71,8 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     compiled = device != "cpu" or shutil.which("g++") is not None
     with PartialState().main_process_first():  # which encodes the pool that the others load
         task = base.BaseTask(recipe, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, compiled)
+    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
+        task.start_from(target)
     summary = fit(task, out, minutes=minutes, resume=resume)
     if not PartialState().is_main_process:
         return summary

@@ -209,6 +209,13 @@ class BaseTask:
         z = _encode(Autoencoder(self.vae), frames)
         return normalise(self.vae, z), [caption(s, rng) for s in scenes]
 
+    def start_from(self, folder: Path) -> None:
+        """Begin with the weights of a finished pipeline; the schedule and the optimizer start anew."""
+        text = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        self.module.text.load_state_dict(text.state_dict())
+        self.module.transformer.load_state_dict(transformer.state_dict())
+
     def pipeline(self) -> WanPipeline:
         """The model as it stands, as a stock pipeline. Its transformer is a copy with stock processors."""
         transformer = WanTransformer3DModel.from_config(self.module.transformer.config)
