@@ -37,7 +37,7 @@ def suite(name: str) -> str:
 
 def attributes() -> str:
     """How often each attribute of the prompt is read back from the plain model's videos."""
-    file = RESULTS / "base" / "results.json"
+    file = RESULTS / "fastercache" / "results.json"
     if not file.is_file():
         return "Not measured yet.\n"
     summary = json.loads(file.read_text())
