@@ -11,7 +11,7 @@ from torch import nn
 from accel.training import base, train_parts
 from accel.training.base import Denoiser, build_models, build_tokenizer
 from accel.training.fit import Recipe, fit, rate
-from accel.training.vae import Autoencoder, build_vae, clips
+from accel.training.vae import Autoencoder, VaeTask, build_vae, clips
 
 
 @torch.no_grad()
@@ -49,6 +49,14 @@ def test_time_embedding_stays_smooth_under_training():
     assert 0.3 < silent.float().mean() < 0.7
     transformer.condition_embedder.time_embedder(torch.randn(4, 128)).sum().backward()
     assert (weight.grad[:, silent] == 0).all() and (weight.grad[:, ~silent] != 0).any()
+
+
+def test_autoencoder_training_can_go_on_from_finished_weights(tmp_path):
+    first, second = VaeTask(Recipe(steps=1, lr=1e-3)), VaeTask(Recipe(steps=1, lr=1e-3, seed=1))
+    first.module.vae.save_pretrained(tmp_path)
+    second.start_from(tmp_path)
+    for name, weight in first.module.state_dict().items():
+        assert torch.equal(second.module.state_dict()[name], weight)
 
 
 class Line:

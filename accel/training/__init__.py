@@ -54,9 +54,11 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path) -> di
 def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
     from . import vae
 
-    task = vae.VaeTask(recipe, shape["size"], shape["frames"])
+    task, target = vae.VaeTask(recipe, shape["size"], shape["frames"]), ROOT / TINY / "vae"
+    if resume and not (out / "state.pt").is_file() and target.is_dir():
+        task.start_from(target)
     summary = fit(task, out, minutes=minutes, resume=resume)
-    return {**summary, **(vae.finish(task, ROOT / TINY / "vae") if PartialState().is_main_process else {})}
+    return {**summary, **(vae.finish(task, target) if PartialState().is_main_process else {})}
 
 
 def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:

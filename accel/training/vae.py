@@ -112,6 +112,10 @@ class VaeTask:
         self.recipe, self.size, self.frames, self.kl = recipe, size, frames, kl
         self.module = Autoencoder(build_vae())
 
+    def start_from(self, folder: Path) -> None:
+        """Begin with the weights of a finished autoencoder; the schedule and the optimizer start anew."""
+        self.module.vae.load_state_dict(AutoencoderKLWan.from_pretrained(folder).state_dict())
+
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         share = step / self.recipe.steps
         frames, n = next((f or self.frames, n) for until, f, n in CURRICULUM if share < until)
