@@ -105,6 +105,7 @@ def test_stop_ends_the_run_within_a_step(page):
     page.wait_for_selector("#live-a .live >> text=step", timeout=60_000)
     page.click("#stop")
     page.wait_for_selector("#message >> text=Stopped", timeout=5_000)
+    assert page.locator("#live-a .live").count() == 0
 
 
 def test_bad_input_is_told_and_nothing_is_lost(page):

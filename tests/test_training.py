@@ -126,6 +126,7 @@ def test_base_task_trains_and_its_pipeline_loads_plainly(tmp_path, monkeypatch):
     task = base.BaseTask(recipe, build_vae(8), 16, 5, 4, tmp_path / "work", "cpu")
     assert fit(task, tmp_path / "work", minutes=None, resume=False)["step"] == 3
     base.finish(task, tmp_path / "pipe")
+    assert "_name_or_path" not in (tmp_path / "pipe" / "vae" / "config.json").read_text()
     pipe = WanPipeline.from_pretrained(tmp_path / "pipe")
     video = pipe("a red star spins", height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np").frames
     assert video.shape == (1, 5, 16, 16, 3)

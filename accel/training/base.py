@@ -12,6 +12,7 @@ Two choices serve the model's later life:
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -244,3 +245,7 @@ def finish(task: BaseTask, folder: Path) -> None:
     for part in ("vae", "text_encoder", "transformer"):
         clear_weights(folder / part)
     task.pipeline().save_pretrained(folder, safe_serialization=True, max_shard_size="9MB")
+    for file in folder.glob("*/config.json"):  # a part that was loaded remembers from where, on this machine
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
