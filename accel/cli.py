@@ -14,6 +14,8 @@ import yaml
 from tqdm import tqdm
 from typer.exceptions import TyperException
 
+from .models import TINY
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 world = typer.Typer(no_args_is_help=True, help="The captioned toy world: sample it, judge videos.")
 app.add_typer(world, name="world")
@@ -29,7 +31,6 @@ Guidance = Annotated[float, typer.Option(help="Guidance scale; the model's own i
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
 Size = Annotated[int, typer.Option(min=1, help="Pixels or frames; the model's own if not given.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
-TINY = "models/tiny-wan"
 
 
 def main() -> None:

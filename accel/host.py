@@ -73,6 +73,7 @@ class Host:
     def __init__(self, pipe, trace: Trace):
         self.pipe, self.trace, self.family = pipe, trace, family_of(pipe)
         self.models = self.family.denoisers(pipe)
+        self.signatures = [inspect.signature(type(model).forward) for model in self.models]
         self.attentions = [self.family.attentions(model) for model in self.models]
         self.stacks = [list(self.family.blocks(model)) for model in self.models]
         self.step: Step | None = None
@@ -126,7 +127,7 @@ class Host:
         return get
 
     def _denoise(self, model: int, hook: _Around, *args, **kwargs):
-        inputs = inspect.signature(type(self.models[model]).forward).bind(None, *args, **kwargs).arguments
+        inputs = self.signatures[model].bind(None, *args, **kwargs).arguments
         del inputs["self"]
         return_dict, x = inputs.pop("return_dict", True), inputs.pop("hidden_states")
         began = clock(x.device)
@@ -152,7 +153,8 @@ class Host:
             count = len(scheduler.timesteps)
         else:
             index, branch, count = context.step_index, context.name, context.num_inference_steps
-        if self.step is None or index < self.step.index or (index, branch) in self._seen:
+        opens = self.step is None or index < self.step.index or (index, branch) in self._seen
+        if opens:
             self.run += 1
             self.trace.begin()
             self._seen.clear()
@@ -160,9 +162,10 @@ class Host:
         self._seen.add((index, branch))
         sigmas = scheduler.sigmas
         self.step = Step(index, count, float(sigmas[index]), float(sigmas[index + 1]), branch)
+        if opens or model != self.model:  # shapes do not change within a run
+            self.trace.flops = count_flops(self.models[model], x, inputs)
         self.model, self.latents = model, x
         self.trace.sigmas[index] = self.step.sigma
-        self.trace.flops = count_flops(self.models[model], x, inputs)
 
     def _pass(self, model: int, index: int, hook: _Around, hidden: Tensor, *inputs, **named) -> Tensor:
         """The first block runs the wrapped stack; the others, already run in it, hand on what they are given."""

@@ -57,11 +57,12 @@ def test_jobs_run_one_after_the_other_and_the_second_sees_that_it_waits(worker):
     assert kinds(worker, first) == ["done"] and kinds(worker, third) == ["hello", "done"]
 
 
-def test_stop_ends_a_job_at_its_next_event_and_the_next_one_runs(worker):
-    def endless(job, pipe, home):
-        while True:
-            job.tell("step")
+def endless(job, pipe, home):
+    while True:
+        job.tell("step")
 
+
+def test_stop_ends_a_job_at_its_next_event_and_the_next_one_runs(worker):
     job = worker.submit(endless)
     stream = worker.follow(job)
     assert next(stream)[0] == "step"
@@ -71,10 +72,6 @@ def test_stop_ends_a_job_at_its_next_event_and_the_next_one_runs(worker):
 
 
 def test_a_visitor_who_leaves_stops_the_job(worker):
-    def endless(job, pipe, home):
-        while True:
-            job.tell("step")
-
     job = worker.submit(endless)
     stream = worker.follow(job)
     next(stream)
