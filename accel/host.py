@@ -1,11 +1,13 @@
-"""The host: wraps a stock diffusers pipeline and gives methods the step, and three places to wrap.
+"""The host: wraps a stock diffusers pipeline and gives methods the step, and places to wrap, from outer to inner.
 
 `wrap_denoiser`  a whole transformer call            fn(inner, x, **inputs) -> velocity (b, c, f, h, w)
 `wrap_blocks`    the stack of blocks inside it        fn(inner, hidden, *inputs) -> hidden (b, n, d)
 `wrap_attention` each video self-attention's output   fn(inner, site) -> hidden (b, n, d)
+`wrap_heads`     what lies inside it                   fn(inner, q, k, v, site) -> heads (b, n, h, d)
 
 Wrappers nest, the last added outermost; none replaces another. Handles are taken once, at construction, and the
-model is on exit as it was found. Built on diffusers' hooks, so offload, LoRA and attention backends keep working.
+model is on exit as it was found. Built on diffusers' hooks and attention processors, so offload, LoRA and attention
+backends keep working; a place is touched only while somebody wraps it, so that compiled blocks stay compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from .families import family_of
 from .flops import count_flops
+from .heads import opened
 from .trace import DENOISER, Step, Trace
 
 T = TypeVar("T")
@@ -86,16 +89,13 @@ class Host:
         self._denoiser: list[Callable] = []
         self._blocks: list[Callable] = []
         self._attention: list[Callable] = []
+        self._heads: list[Callable] = []
 
     @contextmanager
     def attached(self) -> Iterator[Host]:
         """Inside, the pipeline's calls pass through the host."""
         with ExitStack() as stack:
             for i, model in enumerate(self.models):
-                for site, module in self.attentions[i].items():
-                    stack.enter_context(_hooked(module, partial(self._attend, site)))
-                for j, block in enumerate(self.stacks[i]):
-                    stack.enter_context(_hooked(block, partial(self._pass, i, j)))
                 stack.enter_context(_hooked(model, partial(self._denoise, i)))
                 registry = model._diffusers_hook
                 registry.invalidate_child_registries_cache()
@@ -108,11 +108,49 @@ class Host:
 
     def wrap_blocks(self, fn: Callable) -> AbstractContextManager:
         """Let `fn(inner, hidden, *inputs)` stand around the whole stack of blocks; returns (b, n, d)."""
-        return _listed(self._blocks, fn)
+        return _listed(self._blocks, fn, self._open_blocks)
 
     def wrap_attention(self, fn: Callable) -> AbstractContextManager:
         """Let `fn(inner, site)` stand around each video self-attention; returns its output (b, n, d)."""
-        return _listed(self._attention, fn)
+        return _listed(self._attention, fn, self._open_attentions)
+
+    def wrap_heads(self, fn: Callable) -> AbstractContextManager:
+        """Let `fn(inner, q, k, v, site)` stand around each video self-attention's core; returns (b, n, h, d).
+
+        q, k and v (b, n, h, d) are after norm and rotary embedding. `inner(q, k, v, bias=None)` takes any lengths;
+        `bias` (b or 1, keys) or (b, h, keys) is added to the logits.
+        """
+        return _listed(self._heads, fn, self._open_heads)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens (f, h, w) of the call that runs."""
+        return self.family.grid(self.models[self.model], self.latents)
+
+    @contextmanager
+    def _open_blocks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for i, blocks in enumerate(self.stacks):
+                for j, block in enumerate(blocks):
+                    stack.enter_context(_hooked(block, partial(self._pass, i, j)))
+            yield
+
+    @contextmanager
+    def _open_attentions(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site, module in self._sites():
+                stack.enter_context(_hooked(module, partial(self._attend, site)))
+            yield
+
+    @contextmanager
+    def _open_heads(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site, module in self._sites():
+                stack.enter_context(opened(module, self.family, partial(self._core, site)))
+            yield
+
+    def _sites(self) -> Iterator[tuple[str, nn.Module]]:
+        return (item for attentions in self.attentions for item in attentions.items())
 
     def per_run(self, factory: Callable[[], T]) -> Callable[[], T]:
         """A getter of state that is made anew for each run of the pipeline."""
@@ -135,7 +173,8 @@ class Host:
         step = self.step
 
         def call(x: Tensor, **inputs) -> Tensor:
-            self.trace.record(step, DENOISER, "compute")
+            for site in (DENOISER, *self.attentions[model]):
+                self.trace.record(step, site, "compute")
             return hook.original(hidden_states=x, **inputs, return_dict=False)[0]
 
         y = _nest(call, self._denoiser)(x, **inputs)
@@ -186,13 +225,15 @@ class Host:
         return _nest(stack, self._blocks)(hidden, *inputs, **named)
 
     def _attend(self, site: str, hook: _Around, *args, **kwargs) -> Tensor:
-        def call() -> Tensor:
-            self.trace.record(self.step, site, "compute")
-            return hook.original(*args, **kwargs)
-
+        call = partial(hook.original, *args, **kwargs)
         for fn in self._attention:
             call = partial(fn, call, site)
         return call()
+
+    def _core(self, site: str, inner: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for fn in self._heads:
+            inner = partial(fn, inner, site=site)
+        return inner(q, k, v)
 
 
 class _Loose:
@@ -222,12 +263,14 @@ def _nest(call: Callable, wrappers: list[Callable]) -> Callable:
 
 
 @contextmanager
-def _listed(wrappers: list[Callable], fn: Callable) -> Iterator[None]:
-    wrappers.append(fn)
-    try:
-        yield
-    finally:
-        wrappers.remove(fn)
+def _listed(wrappers: list[Callable], fn: Callable, place: Callable = nullcontext) -> Iterator[None]:
+    """The wrapper in its list; the place is opened by the first and closed by the last to leave."""
+    with nullcontext() if wrappers else place():
+        wrappers.append(fn)
+        try:
+            yield
+        finally:
+            wrappers.remove(fn)
 
 
 def clock(device: torch.device) -> float:

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
-    {"spectrum"},
+    {"spectrum", "tokens"},
     {"trace", "metrics", "video"},
-    {"flops", "families", "host"},
+    {"flops", "families", "heads", "host"},
     {"methods"},
     {"presets", "models", "apply", "world"},
     {"run", "bench"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,3 +35,18 @@ def is_guided(pipe) -> bool:
 def width(model: nn.Module) -> int:
     """Channels of a token inside the blocks."""
     return model.config.num_attention_heads * model.config.attention_head_dim
+
+
+def attend(attn: nn.Module, core, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A self-attention (b, n, d) with `core(q, k, v)` (b, n, h, d) in place of its softmax; else as the stock one."""
+    q, k, v = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (attn.norm_q(q), attn.norm_k(k), v))
+    y = core(_turned(q, *rope), _turned(k, *rope), v)
+    return attn.to_out[1](attn.to_out[0](y.flatten(2, 3).type_as(q)))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (b, n, h, d): each pair of channels turned by its angle."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)

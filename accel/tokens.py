@@ -1,0 +1,193 @@
+"""Token reduction on a grid: which tokens may stand for which, and shortening a sequence and restoring it.
+
+A `partition` cuts the grid into cells with one random destination each; `match` gives every other token, a source,
+its destination and ranks the sources by likeness; `cut` turns the ranking into a `Reduction` at any rate.
+Letters: b batch, n tokens, m kept tokens, s sources, c destinations (one a cell), h heads, d channels a head,
+g groups that share a plan: b with shared heads, b * h with separate ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Metric = Literal["euclidean", "cosine", "dot"]
+MEMORY = 256 * 2**20  # bytes that global matching may use at a time
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A grid of n tokens in raster order, cut into cells."""
+
+    destinations: Tensor  # (c,) token index, ascending in the cells' raster order
+    sources: Tensor  # (s,) token index, ascending
+    cell: Tensor  # (s,) the cell of each source, an index into `destinations`
+
+    @property
+    def tokens(self) -> int:
+        return len(self.destinations) + len(self.sources)
+
+    @property
+    def max_rate(self) -> float:
+        """The share of the tokens that can be removed: all but the destinations."""
+        return len(self.sources) / self.tokens
+
+
+def partition(grid: tuple[int, int, int], cell: tuple[int, int, int], seed: int, device="cpu") -> Partition:
+    """Cells of at most `cell` (f, h, w) tokens over the grid (f, h, w), each with one destination drawn by `seed`.
+
+    Cells at the far edges are cut short, never left out, so that the last frames, rows and columns have destinations
+    too. The global random state is not touched. Raises ValueError if a cell is not positive.
+    """
+    if min(cell) < 1:
+        raise ValueError(f"a cell of {cell} tokens is not possible: each side must be at least 1")
+    places = [torch.arange(n) // step for n, step in zip(grid, cell)]
+    counts = [-(-n // step) for n, step in zip(grid, cell)]
+    f, h, w = torch.meshgrid(*places, indexing="ij")
+    owner = ((f * counts[1] + h) * counts[2] + w).flatten()
+    luck = torch.rand(len(owner), generator=torch.Generator().manual_seed(seed))
+    by_cell = torch.argsort(owner + luck)  # cells in order, their tokens shuffled
+    first = torch.ones(len(owner), dtype=torch.bool)
+    first[1:] = owner[by_cell][1:] != owner[by_cell][:-1]
+    destinations = by_cell[first]
+    rest = torch.ones(len(owner), dtype=torch.bool)
+    rest[destinations] = False
+    sources = rest.nonzero().flatten()
+    return Partition(destinations.to(device), sources.to(device), owner[sources].to(device))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sources from the most to the least alike their destination, found once; any rate is a cut of it."""
+
+    part: Partition
+    order: Tensor  # (g, s) token index of the sources, most alike first
+    owner: Tensor  # (g, s) index into `part.destinations` of the destination of each of them
+    likeness: Tensor  # (g,) 0: as unlike as random tokens, 1: the same
+
+    def cut(self, rate: float) -> Reduction:
+        """The reduction that removes the share `rate` of all tokens. Raises ValueError beyond the partition."""
+        part, (g, _) = self.part, self.order.shape
+        if not 0 <= rate <= part.max_rate:
+            raise ValueError(f"rate {rate} is not possible: these cells allow 0 to {part.max_rate:.3f}")
+        removed = int(part.tokens * rate + 1e-6)
+        every = torch.arange(part.tokens, device=self.order.device).expand(g, -1)
+        gone, heir = self.order[:, :removed], part.destinations[self.owner[:, :removed]]
+        keep = torch.cat([self.order[:, removed:], part.destinations.expand(g, -1)], 1).sort(1).values
+        rank = torch.zeros_like(every).scatter(1, keep, every[:, : keep.shape[1]])
+        return Reduction(keep, rank.gather(1, every.scatter(1, gone, heir)))
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Which tokens stay, and who stands for each token. Shortening and restoring are one gather of rows each."""
+
+    keep: Tensor  # (g, m) token index, ascending
+    place: Tensor  # (g, n) position in `keep` of the token that stands for each token
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many tokens each kept one stands for (g, m)."""
+        ones = torch.ones_like(self.place)
+        return torch.zeros_like(self.keep).scatter_add(1, self.place, ones)
+
+    def reduce(self, x: Tensor, mean: bool = False) -> Tensor:
+        """x (b, n, h, d) shortened to (b, m, h, d): kept tokens as they are, or the mean of those they stand for."""
+        rows = _rows(x, len(self.keep))
+        if not mean:
+            return _tokens(_take(rows, self.keep), x.shape)
+        place = self.place[..., None].expand(-1, -1, rows.shape[-1])
+        total = rows.new_zeros(len(rows), self.keep.shape[1], rows.shape[-1]).scatter_add_(1, place, rows)
+        return _tokens(total / self.sizes[..., None].to(rows.dtype), x.shape)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """x (b, m, h, d) at full length (b, n, h, d): each token gets the row of the one that stands for it."""
+        return _tokens(_take(_rows(x, len(self.place)), self.place), x.shape)
+
+
+def match(
+    x: Tensor, part: Partition, metric: Metric = "euclidean", everywhere: bool = False, shared: bool = True,
+    memory: int = MEMORY,
+) -> Plan:  # fmt: skip
+    """The plan for features x (b, n, h, d), centred on their mean.
+
+    A source's destination is that of its own cell (linear cost), or the best of all (`everywhere`: a matrix product
+    never whole). At most `memory` bytes are used at a time. `shared`: one plan for all heads.
+    """
+    rows = _rows(x, len(x) if shared else len(x) * x.shape[2])
+    middle = rows.mean(1, keepdim=True, dtype=torch.float32)
+    ready = lambda y: F.normalize(y - middle, dim=-1) if metric == "cosine" else y - middle
+    targets = ready(rows[:, part.destinations])
+
+    def piece(place: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sources = ready(rows[:, place])
+        distance, owner = (_nearest if everywhere else _in_cell)(sources, targets, cell, metric)
+        spread = sources.square().sum((1, 2))
+        return distance, owner, spread, sources.sub_(_take(targets, owner)).square_().sum((1, 2))
+
+    pieces = [piece(*chunk) for chunk in _chunks(part, targets, everywhere, memory)]
+    distance, owner = (torch.cat([p[i] for p in pieces], 1) for i in (0, 1))
+    spread, apart = (torch.stack([p[i] for p in pieces]).sum(0) for i in (2, 3))
+    order = distance.argsort(dim=1, stable=True)
+    likeness = (1 - apart / (2 * spread).clamp_min(1e-12)).clamp(0, 1)  # two random sources are 2 x spread apart
+    return Plan(part, part.sources[order], owner.gather(1, order), likeness)
+
+
+def _in_cell(sources: Tensor, targets: Tensor, cell: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Distance (g, s) of each source to the destination of its own cell, and which that is."""
+    owner = cell.expand(len(sources), -1)
+    own = _take(targets, owner)
+    far = own.sub_(sources).square_().sum(-1) if metric == "euclidean" else -own.mul_(sources).sum(-1)
+    return far, owner
+
+
+def _nearest(sources: Tensor, targets: Tensor, _: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Distance (g, s) of each source to its nearest destination, and which that is."""
+    far = (sources @ targets.mT).mul_(-2)
+    if metric != "euclidean":
+        return tuple(far.min(-1))
+    near, owner = far.add_(targets.square().sum(-1)[:, None]).min(-1)
+    return near + sources.square().sum(-1), owner
+
+
+def _chunks(part: Partition, targets: Tensor, everywhere: bool, memory: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sources and their cells in pieces whose rows, and distances to all destinations, fit in `memory` bytes."""
+    g, c, width = targets.shape
+    each = 4 * g * (4 * width + 2 * c * everywhere)
+    length = max(1, (memory - targets.nbytes) // each)
+    yield from zip(part.sources.split(length), part.cell.split(length))
+
+
+def _rows(x: Tensor, g: int) -> Tensor:
+    """x (b, n, h, d) as (g, n, h d / ...): heads side by side if they share a plan, else each a group."""
+    return x.flatten(2) if g == len(x) else rearrange(x, "b n h d -> (b h) n d")
+
+
+def _tokens(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_rows` for x of `shape` but any length."""
+    b, _, h, d = shape
+    return rows.unflatten(2, (h, d)) if len(rows) == b else rearrange(rows, "(b h) n d -> b n h d", b=b)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (g, n, k) at index (g, m): (g, m, k), as one selection of contiguous rows."""
+    g, n, k = rows.shape
+    if g == 1:
+        return rows[0].index_select(0, index[0])[None]
+    flat = index + n * torch.arange(g, device=index.device)[:, None]
+    return rows.reshape(g * n, k).index_select(0, flat.flatten()).view(g, -1, k)
+
+
+def _wide(index: Tensor, rows: Tensor) -> Tensor:
+    return index[..., None].expand(-1, -1, rows.shape[-1])
+
+
+def size_bias(sizes: Tensor) -> Tensor:
+    """The log of the sizes (g, m). Added to a key's logits, it weighs as much as the tokens it stands for."""
+    return sizes.float().log()
