@@ -48,9 +48,8 @@ class Opened:
         return self.around(self.inner, q, k, v)
 
     def inner(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Softmax attention of heads (b, n, h, d) on the backend that was chosen; `bias` (b or 1, [h,] keys)."""
-        if bias is not None:
-            bias = bias.to(q.dtype).view(len(bias), -1, 1, bias.shape[-1])
+        """Softmax attention of heads (b, n, h, d) on the backend that was chosen; `bias` (b, 1 or h, 1, keys)."""
+        bias = bias if bias is None else bias.to(q.dtype)
         return dispatch_attention_fn(q, k, v, attn_mask=bias, backend=self._attention_backend)
 
 

@@ -3,7 +3,7 @@
 `wrap_denoiser`  a whole transformer call            fn(inner, x, **inputs) -> velocity (b, c, f, h, w)
 `wrap_blocks`    the stack of blocks inside it        fn(inner, hidden, *inputs) -> hidden (b, n, d)
 `wrap_attention` each video self-attention's output   fn(inner, site) -> hidden (b, n, d)
-`wrap_heads`     what lies inside it                   fn(inner, q, k, v, site) -> heads (b, n, h, d)
+`wrap_heads`     what lies inside it                   fn(inner, q, k, v, site, bias) -> heads (b, n, h, d)
 
 Wrappers nest, the last added outermost; none replaces another. Handles are taken once, at construction, and the
 model is on exit as it was found. Built on diffusers' hooks and attention processors, so offload, LoRA and attention
@@ -115,10 +115,10 @@ class Host:
         return _listed(self._attention, fn, self._open_attentions)
 
     def wrap_heads(self, fn: Callable) -> AbstractContextManager:
-        """Let `fn(inner, q, k, v, site)` stand around each video self-attention's core; returns (b, n, h, d).
+        """Let `fn(inner, q, k, v, site, bias=None)` stand around each video self-attention's core.
 
-        q, k and v (b, n, h, d) are after norm and rotary embedding. `inner(q, k, v, bias=None)` takes any lengths;
-        `bias` (b or 1, keys) or (b, h, keys) is added to the logits.
+        q, k, v and the result (b, n, h, d) are after norm and rotary embedding. `inner(q, k, v, bias=None)` takes any
+        lengths; `bias` (b, 1 or h, 1, keys) is added to the logits.
         """
         return _listed(self._heads, fn, self._open_heads)
 

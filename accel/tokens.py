@@ -97,6 +97,10 @@ class Reduction:
         ones = torch.ones_like(self.place)
         return torch.zeros_like(self.keep).scatter_add(1, self.place, ones)
 
+    def bias(self, batch: int, heads: int) -> Tensor:
+        """`size_bias` in the shape of logits: (b, 1, 1, m), or (b, h, 1, m) with a plan for each head."""
+        return size_bias(self.sizes).view(batch, heads if len(self.keep) > batch else 1, 1, -1)
+
     def reduce(self, x: Tensor, mean: bool = False) -> Tensor:
         """x (b, n, h, d) shortened to (b, m, h, d): kept tokens as they are, or the mean of those they stand for."""
         rows = _rows(x, len(self.keep))
@@ -137,6 +141,12 @@ def match(
     order = distance.argsort(dim=1, stable=True)
     likeness = (1 - apart / (2 * spread).clamp_min(1e-12)).clamp(0, 1)  # two random sources are 2 x spread apart
     return Plan(part, part.sources[order], owner.gather(1, order), likeness)
+
+
+def pooled(part: Partition, groups: int) -> Plan:
+    """The plan without matching: every source stands with its own cell, in raster order."""
+    order, owner = part.sources.expand(groups, -1), part.cell.expand(groups, -1)
+    return Plan(part, order, owner, torch.ones(groups, device=order.device))
 
 
 def _in_cell(sources: Tensor, targets: Tensor, cell: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:

@@ -41,13 +41,14 @@ class Trace:
     milliseconds: dict[int, float] = field(default_factory=dict)  # of the transformer, per step
     notes: list[str] = field(default_factory=list)
     flops: dict[str, int] = field(default_factory=dict)  # of one full call, by site
+    extras: dict[str, dict] = field(default_factory=dict)  # what a method alone has to tell, JSON-ready, by its name
     started: float = 0.0  # clock reading at the first transformer call
     bytes_forecast: int = 0
     bytes_held: int = 0  # the most that was held at once
 
     def begin(self) -> None:
         """Forget the last run: a new one starts."""
-        for record in (self.events, self.sigmas, self.milliseconds, self.notes):
+        for record in (self.events, self.sigmas, self.milliseconds, self.notes, self.extras):
             record.clear()
         self.bytes_forecast = self.bytes_held = 0
 
@@ -92,6 +93,7 @@ class Trace:
         """Everything, JSON-ready: the summary, one row per step and one per event that was not plain computing."""
         return {
             "summary": self.summary(),
+            "extras": self.extras,
             "sites": sorted({e.site for e in self.events.values()} - {DENOISER}, key=_natural),
             "steps": [
                 {"index": i, "sigma": round(s, 5), "ms": round(self.milliseconds.get(i, 0.0), 2)}

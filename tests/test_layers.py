@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
-    {"spectrum", "tokens"},
+    {"spectrum", "tokens", "budget"},
     {"trace", "metrics", "video"},
     {"flops", "families", "heads", "host"},
     {"methods"},

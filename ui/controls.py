@@ -20,6 +20,8 @@ def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
             made[name] = gr.Checkbox(**common)
         elif "enum" in schema:
             made[name] = gr.Radio(schema["enum"], **common)
+        elif schema["type"] == "string":
+            made[name] = gr.Textbox(**common)
         else:
             step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
             made[name] = gr.Slider(schema["minimum"], schema["maximum"], step=step, **common)

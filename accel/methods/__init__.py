@@ -1,6 +1,7 @@
 """The only list of methods."""
 
+from .asymrnr import AsymRnR
 from .base import Method
 from .fastercache import FasterCache
 
-METHODS: dict[str, type[Method]] = {"fastercache": FasterCache}
+METHODS: dict[str, type[Method]] = {"fastercache": FasterCache, "asymrnr": AsymRnR}

@@ -1,0 +1,65 @@
+"""One budget into rates: where removing tokens costs least, most are removed. Costs can be kept as JSON.
+
+A *cost* says how much removing tokens harms at a site (a block's self-attention), for queries and for keys/values, per
+span of the steps; the harm of a rate r is cost * r^2. Only the proportions of the costs matter.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from pathlib import Path
+
+Pair = tuple[float, float]  # of queries, of keys and values
+Table = dict[str, list[Pair]]  # site -> per span
+LADDER = 0.05  # rates are multiples of this
+
+
+def allocate(costs: Table, budget: float, ceilings: Pair) -> Table:
+    """Rates whose mean attention work, (1 - query rate)(1 - kv rate), is `budget` at the least harm found.
+
+    Greedy: again and again the rate is raised that saves most work for its harm, up to the ceilings; if even these do
+    not reach the budget, the ceilings are what comes back.
+    """
+    rates = {(site, span): [0.0, 0.0] for site, spans in costs.items() for span in range(len(spans))}
+
+    def price(cell: tuple[str, int], which: int) -> float:
+        """Harm for each unit of work saved by raising a rate by one rung; infinite beyond its ceiling."""
+        now, other, cost = rates[cell][which], rates[cell][1 - which], costs[cell[0]][cell[1]][which]
+        harm = max(cost, 1e-6) * ((now + LADDER) ** 2 - now**2)
+        return harm / (LADDER * (1 - other)) if now + LADDER < ceilings[which] + 1e-9 else float("inf")
+
+    queue = [(price(cell, which), cell, which) for cell in rates for which in (0, 1)]
+    heapq.heapify(queue)
+    surplus = len(rates) * (1 - budget)
+    while surplus > 1e-9 and queue[0][0] < float("inf"):
+        _, cell, which = queue[0]
+        current = price(cell, which)
+        if current <= queue[0][0] * (1 + 1e-9):  # else the cell's other rate has risen since, and this one saves less
+            surplus -= LADDER * (1 - rates[cell][1 - which])
+            rates[cell][which] = round(rates[cell][which] + LADDER, 6)
+            current = price(cell, which)
+        heapq.heapreplace(queue, (current, cell, which))
+    return {site: [tuple(rates[site, s]) for s in range(len(spans))] for site, spans in costs.items()}
+
+
+def work(rates: Table) -> float:
+    """Mean share of the attention work that is left."""
+    cells = [(1 - q) * (1 - kv) for spans in rates.values() for q, kv in spans]
+    return sum(cells) / len(cells)
+
+
+def save_costs(costs: Table, path: str | Path) -> None:
+    """Write costs as JSON: {site: [[query, kv] per span]}."""
+    Path(path).write_text(json.dumps(costs, indent=1) + "\n")
+
+
+def load_costs(path: str | Path, sites: list[str]) -> Table:
+    """The costs of a file. Raises ValueError if there is none or it is of a model with other blocks."""
+    if not Path(path).is_file():
+        raise ValueError(f"profile {str(path)!r} does not exist: give the path of a JSON file, or leave it empty")
+    costs = {site: [tuple(pair) for pair in spans] for site, spans in json.loads(Path(path).read_text()).items()}
+    if sorted(costs) != sorted(sites):
+        found, name = len(costs), Path(path).name
+        raise ValueError(f"profile {name} is of a model with {found} attentions, this one has {len(sites)}")
+    return costs

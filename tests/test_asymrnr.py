@@ -1,0 +1,142 @@
+"""AsymRnR on a random Wan of the real class: rates, windows, schedules, limits, and one compiled graph."""
+
+import pytest
+import torch
+
+import accel
+from accel.budget import save_costs
+from accel.host import Host
+from accel.methods import METHODS
+from accel.trace import Trace
+
+AsymRnR = METHODS["asymrnr"]
+FIXED = {"schedule": "fixed", "query_rate": 0.3, "kv_rate": 0.5, "start": 0.1, "cell": "1x2x2"}
+
+
+def lengths(pipe, sample, method, **run):
+    """(query, key) lengths at each attention core, by (step, branch, site)."""
+    seen = {}
+    host = Host(pipe, Trace())
+
+    def spy(inner, q, k, v, site, bias=None):
+        seen[host.step.index, host.step.branch, site] = (q.shape[1], k.shape[1])
+        return inner(q, k, v, bias=bias)
+
+    with host.attached(), host.wrap_heads(spy), method.apply(host, host.trace):
+        sample(pipe, **run)
+    return seen, host.trace
+
+
+def test_fixed_rates_shorten_queries_and_keys_on_their_own(pipe, sample):
+    """3 x 4 x 4 = 48 tokens: 30 % of the queries and 50 % of the keys go, from the third of 20 steps on."""
+    seen, trace = lengths(pipe, sample, AsymRnR(**FIXED))
+    assert {v for (step, *_), v in seen.items() if step < 2} == {(48, 48)}
+    assert {v for (step, *_), v in seen.items() if step >= 2} == {(34, 24)}
+    kept = {e.kept for e in trace.events.values() if e.action == "reduce"}
+    core, whole = 4 * 48 * 48 * 24, trace.flops["blocks.0.attn1"]
+    assert kept == {pytest.approx(1 - (1 - 34 * 24 / 48**2) * core / whole)}
+
+
+def test_queries_alone_and_keys_alone(pipe, sample):
+    only_queries, _ = lengths(pipe, sample, AsymRnR(**{**FIXED, "kv_rate": 0.0}))
+    only_keys, _ = lengths(pipe, sample, AsymRnR(**{**FIXED, "query_rate": 0.0}))
+    assert only_queries[5, "cond", "blocks.1.attn1"] == (34, 48)
+    assert only_keys[5, "cond", "blocks.1.attn1"] == (48, 24)
+
+
+def test_a_plan_is_kept_for_its_window_of_steps_and_its_branch(pipe, sample, monkeypatch):
+    """20 steps, the first two whole, windows of 3: 6 windows x 2 branches x 2 blocks x 2 features."""
+    import accel.methods.asymrnr as module
+
+    calls, real = [], module.match
+    monkeypatch.setattr(module, "match", lambda *args: calls.append(1) or real(*args))
+    with accel.apply(pipe, [AsymRnR(**FIXED, interval=3)]):
+        sample(pipe)
+    assert len(calls) == 6 * 2 * 2 * 2
+
+
+def test_the_budget_is_met_over_the_whole_run(pipe, sample):
+    _, trace = lengths(pipe, sample, AsymRnR(budget=0.6))
+    core, site = 4 * 48 * 48 * 24, trace.flops["blocks.0.attn1"]
+    cores = [e for e in trace.events.values() if e.site != "denoiser"]
+    left = [1 - (1 - e.kept) * site / core for e in cores]
+    assert sum(left) / len(left) == pytest.approx(0.6, abs=0.04)
+    assert set(trace.extras["asymrnr"]["rates"]) == {"blocks.0.attn1", "blocks.1.attn1"}
+
+
+def test_a_budget_out_of_reach_is_said(pipe, sample):
+    _, trace = lengths(pipe, sample, AsymRnR(budget=0.2, query_rate=0.1, kv_rate=0.1))
+    assert any("budget of 0.2 is out of reach" in note for note in trace.notes)
+
+
+def test_a_profile_decides_where_tokens_go(pipe, sample, tmp_path):
+    save_costs({"blocks.0.attn1": [(100.0, 100.0)], "blocks.1.attn1": [(1.0, 1.0)]}, tmp_path / "costs.json")
+    _, trace = lengths(pipe, sample, AsymRnR(budget=0.8, profile=str(tmp_path / "costs.json")))
+    rates = trace.extras["asymrnr"]["rates"]
+    assert max(rates["blocks.0.attn1"][0]) < min(rates["blocks.1.attn1"][0])
+
+
+def test_a_rate_beyond_the_cells_names_the_maximum(pipe, sample):
+    with pytest.raises(ValueError, match="rate 0.9 is not possible: cells of 1x2x2 allow 0 to 0.750"):
+        lengths(pipe, sample, AsymRnR(**{**FIXED, "kv_rate": 0.9}))
+
+
+def test_tokens_that_are_not_the_grid_run_unreduced_and_say_so(pipe, sample, monkeypatch):
+    monkeypatch.setattr(Host, "grid", property(lambda self: (3, 4, 5)))
+    seen, trace = lengths(pipe, sample, AsymRnR(**FIXED))
+    assert set(seen.values()) == {(48, 48)}
+    assert "AsymRnR is off: 48 tokens are not the grid of (3, 4, 5)" in trace.notes
+
+
+def test_a_model_with_little_attention_is_left_alone_and_says_so(pipe, sample, monkeypatch):
+    import accel.methods.asymrnr as module
+
+    monkeypatch.setattr(module, "LEAST_SHARE", 0.9)
+    seen, trace = lengths(pipe, sample, AsymRnR())
+    assert set(seen.values()) == {(48, 48)}
+    assert trace.notes[0].startswith("AsymRnR is off: the attention cores are ")
+
+
+def test_context_parallelism_is_refused_with_the_reason(pipe):
+    pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(ValueError, match="tokens cannot be reduced under context parallelism"):
+        with accel.apply(pipe, [AsymRnR()]):
+            pass
+
+
+def test_the_same_seed_gives_the_same_video_and_global_random_state_is_untouched(pipe, sample):
+    before = torch.get_rng_state()
+    with accel.apply(pipe, [AsymRnR()]):
+        one, two = sample(pipe), sample(pipe)
+    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("order", [("fastercache", "asymrnr"), ("asymrnr", "fastercache")])
+def test_together_with_fastercache_both_act(order, pipe, sample):
+    with accel.apply(pipe, [METHODS[name]() for name in order]) as trace:
+        sample(pipe)
+    done = {e.action for e in trace.events.values()}
+    assert {"reuse", "rebuild", "reduce"} <= done
+
+
+def test_the_attention_backend_stays_settable_inside_and_is_kept(pipe, sample):
+    with accel.apply(pipe, [AsymRnR()]):
+        plain = sample(pipe)
+        pipe.transformer.set_attention_backend("_native_math")
+        torch.testing.assert_close(sample(pipe), plain, rtol=1e-3, atol=1e-3)
+    assert pipe.transformer.blocks[0].attn1.processor._attention_backend is not None
+
+
+def test_compiled_blocks_share_one_graph_and_do_not_recompile_when_a_rate_changes(pipe, sample):
+    torch._dynamo.reset()
+    plain = AsymRnR(**FIXED)
+    with accel.apply(pipe, [plain]):
+        expected = sample(pipe, steps=4)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for kv_rate in (0.5, 0.3, 0.0):
+        with accel.apply(pipe, [AsymRnR(**{**FIXED, "kv_rate": kv_rate})]):
+            got = sample(pipe, steps=4)
+        if kv_rate == 0.5:
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,40 @@
+"""One budget into rates, on tables small enough to see through."""
+
+import pytest
+
+from accel.budget import allocate, load_costs, save_costs, work
+
+FREE = (0.9, 0.9)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.9, 0.6, 0.3])
+def test_the_budget_is_met(budget):
+    rates = allocate({"a": [(1.0, 2.0)], "b": [(3.0, 0.5)], "c": [(1.0, 1.0)]}, budget, FREE)
+    assert budget - 0.02 <= work(rates) <= budget + 1e-9
+
+
+def test_equal_costs_give_equal_rates_and_a_dear_block_less():
+    rates = allocate({"a": [(1.0, 1.0)], "b": [(1.0, 1.0)], "dear": [(50.0, 50.0)]}, 0.6, FREE)
+    assert max(rates["dear"][0]) < 0.1 < min(rates["a"][0])
+    assert abs(rates["a"][0][0] - rates["b"][0][0]) <= 0.05
+
+
+def test_the_cheap_feature_and_the_cheap_span_are_cut_most():
+    rates = allocate({"a": [(9.0, 1.0), (90.0, 10.0)]}, 0.8, FREE)
+    (query, kv), late = rates["a"]
+    assert kv > query and kv > max(late)
+
+
+def test_ceilings_hold_even_if_the_budget_is_then_missed():
+    rates = allocate({"a": [(1.0, 1.0)]}, 0.1, (0.3, 0.5))
+    assert rates["a"] == [(0.3, 0.5)] and work(rates) == pytest.approx(0.35)
+
+
+def test_costs_round_trip_and_strange_files_are_named(tmp_path):
+    costs = {"a": [(1.0, 2.0)], "b": [(3.0, 0.5)]}
+    save_costs(costs, tmp_path / "costs.json")
+    assert load_costs(tmp_path / "costs.json", ["b", "a"]) == costs
+    with pytest.raises(ValueError, match="costs.json is of a model with 2 attentions, this one has 1"):
+        load_costs(tmp_path / "costs.json", ["a"])
+    with pytest.raises(ValueError, match="nowhere.json' does not exist"):
+        load_costs("nowhere.json", ["a"])
