@@ -37,7 +37,7 @@ def suite(name: str) -> str:
 
 def attributes() -> str:
     """How often each attribute of the prompt is read back from the plain model's videos."""
-    file = RESULTS / "fastercache" / "results.json"
+    file = RESULTS / "base" / "results.json"
     if not file.is_file():
         return "Not measured yet.\n"
     summary = json.loads(file.read_text())
@@ -53,19 +53,25 @@ def training() -> str:
     """Device, steps, time and result of each trained part."""
     file = CARD.parent / "training.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
-    lines = ["| part | device | steps | minutes | learning rate | result |", "|---|---|---|---|---|---|"]
+    lines = ["| part | device | steps | minutes | learning rates (AdamW, Muon) | result |", "|---|---|---|---|---|---|"]
     for part, r in record.items():
-        result = f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips" if "psnr" in r else "see below"
+        result = "see below" if part == "base" else _reconstruction(r)
         cells = (
             part,
             r["device"],
             f"{r['step']} of {r['steps']}",
             f"{r['seconds'] / 60:.0f}",
-            r["recipe"]["lr"],
+            f"{r['recipe']['lr']}, {r['recipe']['matrix_lr']}",
             result,
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _reconstruction(r: dict) -> str:
+    """How true the autoencoder is: its error, and whether the judge still reads the scene."""
+    read = ", ".join(f"{a} {share:.0%}" for a, share in r["read"].items())
+    return f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips; read back from these: {read}"
 
 
 PARTS = {"knobs": knobs, "fastercache": lambda: suite("fastercache"), "attributes": attributes, "training": training}

@@ -1,5 +1,6 @@
 """The trainers on a few steps: the same function as the stock model, resumable to the same weights."""
 
+import random
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ from torch import nn
 
 from accel.training import base, train_parts
 from accel.training.base import Denoiser, build_models, build_tokenizer
-from accel.training.fit import Recipe, fit, rate
+from accel.training.fit import Matrices, Recipe, fit, rate
 from accel.training.vae import Autoencoder, VaeTask, build_vae, clips
 
 
@@ -38,8 +39,37 @@ def test_weighted_padding_equals_many_padding_tokens():
     for total in (40, 512):
         padded = torch.cat([words, torch.zeros(1, total - 5, 128)], 1)
         expected = stock(x, torch.tensor([500.0]), padded, return_dict=False)[0]
-        got = model(x, torch.tensor([0.5]), tokens.input_ids, tokens.attention_mask, total)
+        got = model(x, [0, 1], torch.tensor([0.5]), tokens.input_ids, tokens.attention_mask, total)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_picked_frames_keep_their_true_times():
+    _, transformer = build_models(30)
+    stock, picked = transformer.rope, base.PickedFrames(transformer.rope)
+    picked.frames = [0, 2, 3]
+    for whole, some in zip(stock(torch.empty(1, 16, 4, 2, 3)), picked(torch.empty(1, 16, 3, 2, 3))):
+        assert torch.equal(some, whole.unflatten(1, (4, 6))[:, [0, 2, 3]].flatten(1, 2))
+
+
+def test_pool_draws_the_first_frame_and_later_ones_in_order(tmp_path):
+    pool = base.Pool(build_vae(8), 2, 9, 16, 0, tmp_path / "pool.safetensors", "cpu")
+    latents, times, captions = pool.draw(3, 3, random.Random(0))
+    assert latents.shape == (3, 48, 3, 2, 2) and len(captions) == 3
+    assert times[0] == 0 and times == sorted(set(times)) and times[-1] < 5
+    assert any(torch.equal(latents[0], clip[:, times].float()) for clip in pool.latents)
+
+
+def test_muon_turns_a_kernel_by_orthogonal_steps():
+    """The step's rows, one per output, are nearly orthonormal, times 0.2 lr sqrt(the longer side)."""
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+    before, optimizer = kernel.detach().clone(), Matrices([kernel], lr=0.5, weight_decay=0.0)
+    (kernel**3).sum().backward()
+    optimizer.step()
+    scale = torch.linalg.svdvals((kernel.detach() - before).flatten(1)) / (0.2 * 0.5 * 27**0.5)
+    assert ((scale > 0.5) & (scale < 1.4)).all()
+    optimizer.zero_grad()
+    assert kernel.grad is None
 
 
 def test_time_embedding_stays_smooth_under_training():
@@ -65,6 +95,9 @@ class Line:
     def __init__(self, steps: int = 30):
         torch.manual_seed(1)
         self.recipe, self.module = Recipe(steps=steps, lr=0.1, warmup=3), nn.Linear(1, 1)
+
+    def matrices(self):
+        return [self.module.weight]
 
     def loss(self, model, step, seed):
         x = torch.randn(8, 1, generator=torch.Generator().manual_seed(seed))

@@ -14,17 +14,17 @@ from .fit import Recipe, fit
 
 # The small setting is for CPUs, the large one for a GPU; same code, same layout.
 SETTINGS = {
-    "small": {"size": 64, "frames": 17, "fps": 8, "clips": 8_000},
+    "small": {"size": 64, "frames": 17, "fps": 8, "clips": 12_000},
     "large": {"size": 96, "frames": 33, "fps": 12, "clips": 40_000},
 }
 RECIPES = {
     "small": {
-        "vae": {"steps": 6500, "lr": 1.2e-3, "decay_from": 0.6},
-        "base": {"steps": 2400, "lr": 1.4e-3, "betas": (0.9, 0.98)},
+        "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
+        "base": {"steps": 3600, "lr": 1.4e-3, "matrix_lr": 6e-3, "decay_from": 0.3, "betas": (0.9, 0.98)},
     },
     "large": {
-        "vae": {"steps": 12_000, "lr": 1.2e-3, "decay_from": 0.6},
-        "base": {"steps": 30_000, "lr": 1e-3, "betas": (0.9, 0.98)},
+        "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
+        "base": {"steps": 30_000, "lr": 1e-3, "matrix_lr": 4e-3, "betas": (0.9, 0.98)},
     },
 }
 PARTS = ("vae", "base")

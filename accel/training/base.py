@@ -31,12 +31,12 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from ..world.render import render
 from ..world.scene import caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
-from .vae import Autoencoder, clear_weights
+from .vae import Autoencoder, clear_weights, to_unit
 
 TEXT = 32  # tokens a prompt is padded or cut to
-SHIFT = 2.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
+SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
 # until this share of the steps: latent frames (0: all), clips a batch
-CURRICULUM = ((0.30, 1, 128), (0.42, 3, 48), (1.0, 0, 24))
+CURRICULUM = ((0.29, 1, 128), (0.56, 3, 48), (0.76, 5, 32), (1.0, 0, 24))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -119,20 +119,34 @@ class DenseAttention:
         return attn.to_out[0]((weights.type_as(v) @ v).transpose(1, 2).flatten(2))
 
 
+class PickedFrames(nn.Module):
+    """Rotary embedding for some latent frames of a clip, each at its true time."""
+
+    def __init__(self, whole: nn.Module):
+        super().__init__()
+        self.whole, self.frames = whole, [0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.frames[-1] + 1
+        turns = self.whole(x[:, :, :1].expand(-1, -1, f, -1, -1))
+        return tuple(t.unflatten(1, (f, -1))[:, self.frames].flatten(1, 2) for t in turns)
+
+
 class Denoiser(nn.Module):
     """Text encoder and transformer as one trainable module."""
 
     def __init__(self, text: UMT5EncoderModel, transformer: WanTransformer3DModel, device: str = "cpu"):
         super().__init__()
         self.text, self.transformer = text.to(device), transformer.to(device)
-        self.padded = PaddedText()
+        self.padded, transformer.rope = PaddedText(), PickedFrames(transformer.rope)
         for block in transformer.blocks:
             block.attn2.set_processor(self.padded)
             if device == "cpu":
                 block.attn1.set_processor(DenseAttention())
 
-    def forward(self, x: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, total: int) -> Tensor:
-        """Velocity (b, c, f, h, w) at noise levels sigma (b,) for token ids (b, text)."""
+    def forward(self, x: Tensor, frames: list[int], sigma: Tensor, ids: Tensor, mask: Tensor, total: int) -> Tensor:
+        """Velocity (b, c, f, h, w) at noise levels sigma (b,) for token ids (b, text); `frames`: the time of each f."""
+        self.transformer.rope.frames = frames
         words = self.text(ids, mask).last_hidden_state * mask[..., None]
         self.padded.weigh(mask.to(words.dtype), total)
         return self.transformer(x, 1000 * sigma, words, return_dict=False)[0]
@@ -154,14 +168,15 @@ class Pool:
             save_file({"latents": latents}, file, made)
         self.latents = load_file(file)["latents"].to(device)
 
-    def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[str]]:
-        """n latents cut to their first `frames` latent frames, and a caption for each."""
+    def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[int], list[str]]:
+        """Latents of n clips at their first and `frames` - 1 random later frames; which these are; the captions."""
         pick = [rng.randrange(len(self.scenes)) for _ in range(n)]
-        return self.latents[pick, :, :frames].float(), [caption(self.scenes[i], rng) for i in pick]
+        times = [0, *sorted(rng.sample(range(1, self.latents.shape[2]), frames - 1))]
+        return self.latents[pick][:, :, times].float(), times, [caption(self.scenes[i], rng) for i in pick]
 
 
 def _encode(auto: Autoencoder, frames: list[Tensor]) -> Tensor:
-    x = rearrange(torch.stack(frames), "b f h w c -> b c f h w").float() / 127.5 - 1
+    x = torch.stack([to_unit(f) for f in frames])
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         return auto.encode(x)[0].float()
 
@@ -175,7 +190,7 @@ def normalise(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
 
 
 class BaseTask:
-    """Flow matching on a pool of latents; single frames are rendered and encoded as they are drawn."""
+    """Flow matching on a pool of latents: first frames, then more and more frames of the clips."""
 
     def __init__(
         self, recipe: Recipe, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
@@ -189,26 +204,23 @@ class BaseTask:
             self.module.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
         self.pool = Pool(vae, clips, frames, size, recipe.seed, folder / "pool.safetensors", device)
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of the blocks' linear layers."""
+        return [p for p in self.module.transformer.blocks.parameters() if p.ndim == 2]
+
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
         frames, n = next((f, n) for until, f, n in CURRICULUM if step / self.recipe.steps < until)
-        frames = frames or self.pool.latents.shape[2]
-        x0, captions = self._images(n, rng) if frames == 1 else self.pool.draw(n, frames, rng)
+        x0, times, captions = self.pool.draw(n, frames or self.pool.latents.shape[2], rng)
         captions = ["" if rng.random() < 0.1 else c for c in captions]
         tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT - 8, return_tensors="pt").to(x0.device)
         eps = torch.randn(x0.shape, generator=noise).to(x0.device)
         u = (torch.arange(n) + torch.rand(n, generator=noise)) / n  # stratified: a quieter loss
         sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(x0.device)
         s = sigma[:, None, None, None, None]
-        v = model((1 - s) * x0 + s * eps, sigma, tokens.input_ids, tokens.attention_mask, rng.choice((TEXT, 512)))
+        words = tokens.input_ids, tokens.attention_mask, rng.choice((TEXT, 512))
+        v = model((1 - s) * x0 + s * eps, times, sigma, *words)
         return (v.float() - (eps - x0)).square().mean(), {}
-
-    def _images(self, n: int, rng: random.Random) -> tuple[Tensor, list[str]]:
-        scenes = [sample_scene(rng) for _ in range(n)]
-        device = self.pool.latents.device
-        frames = [render(s, 1, self.size, device, at=rng.random()) for s in scenes]
-        z = _encode(Autoencoder(self.vae), frames)
-        return normalise(self.vae, z), [caption(s, rng) for s in scenes]
 
     def start_from(self, folder: Path) -> None:
         """Begin with the weights of a finished pipeline; the schedule and the optimizer start anew."""

@@ -27,6 +27,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
+    matrix_lr: float = Field(6e-3, gt=0)  # of Muon, for the task's `matrices`; AdamW's `lr` is for the rest
     warmup: int = 100
     decay_from: float = 0.4  # share of the steps after which the rate falls linearly to zero
     weight_decay: float = 0.01
@@ -42,15 +43,16 @@ class Task(Protocol):
     recipe: Recipe
     module: nn.Module
 
+    def matrices(self) -> list[nn.Parameter]: ...  # that Muon trains; AdamW trains the rest
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]: ...
     def sheet(self, path: Path) -> None: ...
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Learning rate at a step: linear warm-up, constant, linear decay."""
+    """Share of the peak learning rate at a step: linear warm-up, constant, linear decay."""
     start = recipe.decay_from * recipe.steps
     decay = min(1.0, (recipe.steps - step) / max(1.0, recipe.steps - start))
-    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * decay
+    return min(1.0, (step + 1) / recipe.warmup) * decay
 
 
 def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 400) -> dict:
@@ -59,18 +61,17 @@ def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_e
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision="bf16")
-    optimizer = torch.optim.AdamW(
-        task.module.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    task.module.to(accelerator.device)  # before `Matrices` takes its views
+    optimizers = _optimizers(task)
     ema = EMAModel(task.module.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.8)
-    step, spent = _load(folder, task.module, optimizer, ema) if resume else (0, 0.0)
-    model, optimizer = accelerator.prepare(task.module, optimizer)
+    step, spent = _load(folder, task.module, optimizers, ema) if resume else (0, 0.0)
+    model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
     bar = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
     with open(folder / "log.jsonl", "a") as log, _stop_on_signal() as stopped:
         while step < recipe.steps:
-            logs = _step(task, accelerator, model, optimizer, ema, step)
+            logs = _step(task, accelerator, model, optimizers, ema, step)
             step += 1
             bar.update()
             now = time.monotonic()
@@ -80,7 +81,7 @@ def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_e
                 log.flush()
             over = _any(accelerator, stopped() or (minutes is not None and now - began > 60 * minutes))
             if accelerator.is_main_process and (over or now - saved > save_every or step == recipe.steps):
-                _save(folder, accelerator.unwrap_model(model), optimizer, ema, step, spent + now - began)
+                _save(folder, accelerator.unwrap_model(model), optimizers, ema, step, spent + now - began)
                 with averaged(task.module, ema):
                     task.sheet(folder / "sheet.png")
                 saved = time.monotonic()
@@ -91,6 +92,33 @@ def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_e
     return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1)}
 
 
+def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
+    """Muon for the task's matrices, AdamW for the rest."""
+    recipe, hidden = task.recipe, task.matrices()
+    rest = [p for p in task.module.parameters() if all(p is not m for m in hidden)]
+    adam = torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    return [adam, Matrices(hidden, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay)]
+
+
+class Matrices(torch.optim.Muon):
+    """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output."""
+
+    def __init__(self, weights: list[nn.Parameter], **options):
+        self.weights = weights
+        flat = [nn.Parameter(w.data.flatten(1)) for w in weights]  # views: a step on them is a step on the weights
+        super().__init__(flat, adjust_lr_fn="match_rms_adamw", **options)
+
+    def step(self, closure=None):
+        for weight, flat in zip(self.weights, self.param_groups[0]["params"], strict=True):
+            flat.grad = None if weight.grad is None else weight.grad.flatten(1)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for weight in self.weights:
+            weight.grad = None
+
+
 def _any(accelerator: Accelerator, mine: bool) -> bool:
     """True in all processes if it is true in one: they must leave the loop together."""
     if accelerator.num_processes == 1:
@@ -98,10 +126,11 @@ def _any(accelerator: Accelerator, mine: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([mine], device=accelerator.device)).any())
 
 
-def _step(task, accelerator, model, optimizer, ema, step: int) -> dict[str, float]:
+def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, float]:
     recipe = task.recipe
-    for group in optimizer.param_groups:
-        group["lr"] = rate(step, recipe)
+    for optimizer, peak in zip(optimizers, (recipe.lr, recipe.matrix_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * rate(step, recipe)
     seed = (recipe.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
     with accelerator.autocast():
         loss, logs = task.loss(model, step, seed)
@@ -109,24 +138,27 @@ def _step(task, accelerator, model, optimizer, ema, step: int) -> dict[str, floa
         raise RuntimeError(f"the loss became {loss.item()} at step {step}: lower the learning rate and resume")
     accelerator.backward(loss)
     logs["grad"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     ema.step(task.module.parameters())
     return {"loss": loss.item(), **logs}
 
 
-def _save(folder: Path, module: nn.Module, optimizer, ema: EMAModel, step: int, seconds: float) -> None:
-    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, step: int, seconds: float) -> None:
+    state = {"module": module.state_dict(), "ema": ema.state_dict()}
+    state["optimizers"] = [o.state_dict() for o in optimizers]
     torch.save({**state, "step": step, "seconds": seconds}, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
 
 
-def _load(folder: Path, module: nn.Module, optimizer, ema: EMAModel) -> tuple[int, float]:
+def _load(folder: Path, module: nn.Module, optimizers, ema: EMAModel) -> tuple[int, float]:
     if not (folder / "state.pt").exists():
         return 0, 0.0
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
     ema.load_state_dict(state["ema"])
     return state["step"], state["seconds"]
 

@@ -22,7 +22,7 @@ LIGHT = 0.17  # how far pattern and gradient may shift a background's brightness
 FAR = 0.13  # a pixel further than this from the background's colours belongs to the thing
 FIT = 0.55  # overlap with the best outline below which there is no thing
 SYMMETRY = {"circle": 0, "ring": 0, "square": 4, "cross": 4, "triangle": 3, "star": 5}
-BETWEEN_SIZES = 0.19  # mean radius in widths
+BETWEEN_SIZES = 0.203  # mean radius in widths
 BETWEEN_SPEEDS = {"travel": 0.32, "turns": 0.85, "hops": 2.0, "ratio": 1.95}
 
 
@@ -48,7 +48,7 @@ def read(frames: np.ndarray) -> dict[str, str | None]:
     area = mask.float().mean((1, 2))
     if (area > 0.004).float().mean() < 0.7 or area.max() > 0.6:
         return seen
-    shape, fit = _shape(mask)
+    shape, fit = _shape(_outline(away, mask))
     if fit < FIT:
         return seen
     track = _track(video, mask, shape)
@@ -81,6 +81,12 @@ def _background(video: Tensor) -> tuple[str | None, Tensor]:
 def _clean(mask: Tensor) -> Tensor:
     """The mask (f, h, w) without specks: a majority vote of each 3x3 neighbourhood."""
     return F.avg_pool2d(mask.float()[:, None], 3, 1, 1)[:, 0] > 0.5
+
+
+def _outline(away: Tensor, mask: Tensor) -> Tensor:
+    """The mask (f, h, w) cut at half the height of its edge: where an edge is soft, its foot would round the shape."""
+    peak = F.max_pool2d((away * mask)[:, None], 5, 1, 2)[:, 0]
+    return _clean(mask & (away > peak / 2))
 
 
 def _pattern(video: Tensor, mask: Tensor) -> str | None:

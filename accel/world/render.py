@@ -27,7 +27,7 @@ BACKGROUNDS = {
     "brown": (0.36, 0.24, 0.14),
     "forest": (0.12, 0.30, 0.18),
 }
-RADIUS = {"small": 0.15, "large": 0.24}  # mean over the clip, in widths of the frame
+RADIUS = {"small": 0.17, "large": 0.24}  # mean over the clip, in widths of the frame
 CONTRAST = 0.07  # of the pattern, added to every channel
 CYCLES = {"striped": 8, "checked": 4, "dotted": 6}  # periods of the pattern across the frame
 # in each speed's range [low, high]: distance in widths, turns, hops, ratio of last to first radius
