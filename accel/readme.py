@@ -22,11 +22,17 @@ def knobs() -> str:
     rows = ["| knob | default | allowed | what it costs |", "|---|---|---|---|"]
     for name, method in METHODS.items():
         for knob, schema in method.model_json_schema()["properties"].items():
-            ends = f"{schema.get('minimum')} to {schema.get('maximum')}"
-            choices = ", ".join(map(str, schema.get("enum", ("true", "false"))))
-            allowed = ends if "maximum" in schema else choices
-            rows.append(f"| `{name}.{knob}` | {schema['default']} | {allowed} | {schema['description']} |")
+            rows.append(f"| `{name}.{knob}` | {schema['default']} | {_values(schema)} | {schema['description']} |")
     return "\n".join(rows) + "\n"
+
+
+def _values(schema: dict) -> str:
+    """What a knob may be set to."""
+    if "maximum" in schema:
+        return f"{schema['minimum']} to {schema['maximum']}"
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    return "true, false" if schema["type"] == "boolean" else "a file"
 
 
 def suite(name: str) -> str:
