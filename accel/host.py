@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -127,27 +127,15 @@ class Host:
         """Tokens (f, h, w) of the call that runs."""
         return self.family.grid(self.models[self.model], self.latents)
 
-    @contextmanager
-    def _open_blocks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for i, blocks in enumerate(self.stacks):
-                for j, block in enumerate(blocks):
-                    stack.enter_context(_hooked(block, partial(self._pass, i, j)))
-            yield
+    def _open_blocks(self) -> AbstractContextManager:
+        places = ((i, j, block) for i, blocks in enumerate(self.stacks) for j, block in enumerate(blocks))
+        return _all(_hooked(block, partial(self._pass, i, j)) for i, j, block in places)
 
-    @contextmanager
-    def _open_attentions(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for site, module in self._sites():
-                stack.enter_context(_hooked(module, partial(self._attend, site)))
-            yield
+    def _open_attentions(self) -> AbstractContextManager:
+        return _all(_hooked(module, partial(self._attend, site)) for site, module in self._sites())
 
-    @contextmanager
-    def _open_heads(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for site, module in self._sites():
-                stack.enter_context(opened(module, self.family, partial(self._core, site)))
-            yield
+    def _open_heads(self) -> AbstractContextManager:
+        return _all(opened(module, self.family, partial(self._core, site)) for site, module in self._sites())
 
     def _sites(self) -> Iterator[tuple[str, nn.Module]]:
         return (item for attentions in self.attentions for item in attentions.items())
@@ -208,7 +196,7 @@ class Host:
 
     def _pass(self, model: int, index: int, hook: _Around, hidden: Tensor, *inputs, **named) -> Tensor:
         """The first block runs the wrapped stack; the others, already run in it, hand on what they are given."""
-        if self._inside or not self._blocks:
+        if self._inside:
             return hook.original(hidden, *inputs, **named)
         if index > 0:
             return hidden
@@ -263,8 +251,16 @@ def _nest(call: Callable, wrappers: list[Callable]) -> Callable:
 
 
 @contextmanager
+def _all(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
 def _listed(wrappers: list[Callable], fn: Callable, place: Callable = nullcontext) -> Iterator[None]:
-    """The wrapper in its list; the place is opened by the first and closed by the last to leave."""
+    """The wrapper in its list; the first to come opens the place and, as contexts nest, is the last to leave it."""
     with nullcontext() if wrappers else place():
         wrappers.append(fn)
         try:

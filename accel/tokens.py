@@ -81,7 +81,8 @@ class Plan:
         gone, heir = self.order[:, :removed], part.destinations[self.owner[:, :removed]]
         keep = torch.cat([self.order[:, removed:], part.destinations.expand(g, -1)], 1).sort(1).values
         rank = torch.zeros_like(every).scatter(1, keep, every[:, : keep.shape[1]])
-        return Reduction(keep, rank.gather(1, every.scatter(1, gone, heir)))
+        place = rank.gather(1, every.scatter(1, gone, heir))
+        return Reduction(keep, place, torch.zeros_like(keep).scatter_add(1, place, torch.ones_like(place)))
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,7 @@ class Reduction:
 
     keep: Tensor  # (g, m) token index, ascending
     place: Tensor  # (g, n) position in `keep` of the token that stands for each token
-
-    @property
-    def sizes(self) -> Tensor:
-        """How many tokens each kept one stands for (g, m)."""
-        ones = torch.ones_like(self.place)
-        return torch.zeros_like(self.keep).scatter_add(1, self.place, ones)
+    sizes: Tensor  # (g, m) how many tokens each kept one stands for
 
     def bias(self, batch: int, heads: int) -> Tensor:
         """`size_bias` in the shape of logits: (b, 1, 1, m), or (b, h, 1, m) with a plan for each head."""
@@ -192,10 +188,6 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
         return rows[0].index_select(0, index[0])[None]
     flat = index + n * torch.arange(g, device=index.device)[:, None]
     return rows.reshape(g * n, k).index_select(0, flat.flatten()).view(g, -1, k)
-
-
-def _wide(index: Tensor, rows: Tensor) -> Tensor:
-    return index[..., None].expand(-1, -1, rows.shape[-1])
 
 
 def size_bias(sizes: Tensor) -> Tensor:

@@ -102,13 +102,12 @@ def _background(scene: Scene, size: int, device: torch.device | str) -> Tensor:
     return torch.tensor(BACKGROUNDS[scene.background], device=device) + light[..., None]
 
 
-def render(scene: Scene, frames: int, size: int, device: torch.device | str = "cpu", at: float | None = None) -> Tensor:
-    """Frames of a scene: uint8 (f, h, w, 3), square, `size` wide; over the whole clip, or all at one time in [0, 1]."""
+def render(scene: Scene, frames: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Frames of a scene: uint8 (f, h, w, 3), square, `size` wide."""
     ramp = (torch.arange(size, device=device) + 0.5) / size
     image = _background(scene, size, device).expand(frames, size, size, 3)
     for thing in scene.things:
-        time = torch.linspace(0, 1, frames) if at is None else torch.full((frames,), at)
-        cx, cy, radius, angle = trajectory(thing, time).to(device).unbind(-1)
+        cx, cy, radius, angle = trajectory(thing, torch.linspace(0, 1, frames)).to(device).unbind(-1)
         dx = (ramp[None, :] - cx[:, None]) / radius[:, None]
         dy = (ramp[None, :] - cy[:, None]) / radius[:, None]
         cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
