@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from accel.training import base, train_parts
+from accel.training import base, earlier, train_parts
 from accel.training.base import Denoiser, build_models, build_tokenizer
 from accel.training.fit import Matrices, Recipe, fit, rate
-from accel.training.vae import Autoencoder, VaeTask, build_vae, clips
+from accel.training.vae import Autoencoder, VaeTask, build_vae, clips, without_dead_channels
 
 
 @torch.no_grad()
@@ -22,6 +22,22 @@ def test_parallel_time_equals_the_stock_autoencoder():
     z = vae.encode(x).latent_dist.mode()
     torch.testing.assert_close(Autoencoder(vae).encode(x)[0], z, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(Autoencoder(vae).decode(z).clamp(-1, 1), vae.decode(z).sample, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_dead_latent_channels_go_and_the_others_stay_as_they_are():
+    """Channels 1 and 3 of five vary by .01: the smaller autoencoder is the larger one with these at their mean, 0."""
+    vae, alive = build_vae(8, 5).eval(), [0, 2, 4]
+    vae.post_quant_conv.bias.zero_()
+    vae.register_to_config(latents_std=[1.0, 0.01, 0.7, 0.01, 2.0], latents_mean=[0.5, 0.0, 0.1, 0.0, 0.2])
+    small = without_dead_channels(vae)
+    x = clips(1, 5, 32, seed=0)
+    z = vae.encode(x).latent_dist.mode()
+    torch.testing.assert_close(small.encode(x).latent_dist.mode(), z[:, alive], atol=1e-5, rtol=1e-4)
+    z[:, [1, 3]] = 0
+    torch.testing.assert_close(small.decode(z[:, alive]).sample, vae.decode(z).sample, atol=1e-5, rtol=1e-4)
+    assert small.config.z_dim == 3 and small.config.latents_std == [1.0, 0.7, 2.0]
+    assert without_dead_channels(small) is small
 
 
 @torch.no_grad()
@@ -166,4 +182,17 @@ def test_base_task_trains_and_its_pipeline_loads_plainly(tmp_path, monkeypatch):
     again = base.BaseTask(recipe, build_vae(8), 16, 5, 4, tmp_path / "again")
     again.start_from(tmp_path / "pipe")
     for name, weight in task.module.state_dict().items():
-        assert torch.equal(again.module.state_dict()[name], weight)
+        kept = weight.half().float() if name.startswith("transformer.") else weight  # stored in half the bytes
+        assert torch.equal(again.module.state_dict()[name], kept)
+    other = base.BaseTask(recipe, build_vae(8, 6), 16, 5, 4, tmp_path / "other")
+    other.start_from(tmp_path / "pipe")  # an autoencoder with other channels: the blocks are kept
+    assert other.module.transformer.proj_out.weight.shape[0] == 6
+    assert torch.equal(*(t.module.transformer.blocks[0].ffn.net[2].weight for t in (other, again)))
+
+
+def test_the_record_of_a_run_keeps_that_of_the_run_it_began_with(tmp_path):
+    first = {"steps": 10}
+    assert earlier(first, tmp_path) == first  # from finished weights
+    (tmp_path / "state.pt").touch()
+    assert earlier({"steps": 5, "after": first}, tmp_path) == first  # the second chunk of such a run
+    assert earlier(first, tmp_path) is None  # the second chunk of a run from scratch

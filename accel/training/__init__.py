@@ -20,7 +20,7 @@ SETTINGS = {
 RECIPES = {
     "small": {
         "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
-        "base": {"steps": 3600, "lr": 1.4e-3, "matrix_lr": 6e-3, "decay_from": 0.3, "betas": (0.9, 0.98)},
+        "base": {"steps": 4800, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 1},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
@@ -42,13 +42,22 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path) -> di
     name = f"cpu, {torch.get_num_threads()} threads" if setting == "small" else torch.cuda.get_device_name()
     for part in PARTS if what == "all" else (what,):
         recipe = Recipe(**RECIPES[setting][part])
+        after = earlier(record.get(part), out / part) if resume else None
         done = TRAINERS[part](recipe, SETTINGS[setting], device, minutes, resume, out / part)
         record[part] = {"setting": setting, "device": name, **done, "recipe": recipe.model_dump()}
+        if after:
+            record[part]["after"] = after
         if state.is_main_process:
             file.write_text(json.dumps(record, indent=1) + "\n")
         if done["step"] < done["steps"]:  # the next part is made from a finished one
             break
     return record
+
+
+def earlier(record: dict | None, folder: Path) -> dict | None:
+    """The record of the finished run whose weights this one begins with, if it does."""
+    chunk = (folder / "state.pt").is_file()  # of this run: it keeps the beginning it had
+    return (record or {}).get("after") if chunk else record
 
 
 def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from ..families import wan
 from ..world.render import render
 from ..world.scene import caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
@@ -36,7 +37,7 @@ from .vae import Autoencoder, clear_weights, to_unit
 TEXT = 32  # tokens a prompt is padded or cut to
 SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
 # until this share of the steps: latent frames (0: all), clips a batch
-CURRICULUM = ((0.29, 1, 128), (0.56, 3, 48), (0.76, 5, 32), (1.0, 0, 24))
+CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -106,17 +107,12 @@ class DenseAttention:
     """
 
     def __call__(self, attn, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
+        return wan.attend(attn, self._core, x, rope=rope)
 
-        def turned(y: Tensor) -> Tensor:
-            a, b = y.unflatten(2, (attn.heads, -1)).unflatten(-1, (-1, 2)).unbind(-1)
-            return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-        v = attn.to_v(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        q = turned(attn.norm_q(attn.to_q(x))).transpose(1, 2).type_as(v)
-        k = turned(attn.norm_k(attn.to_k(x))).transpose(1, 2).type_as(v)
+    def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (y.transpose(1, 2).type_as(v) for y in (q, k, v))
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float().softmax(-1)
-        return attn.to_out[0]((weights.type_as(v) @ v).transpose(1, 2).flatten(2))
+        return (weights.type_as(v) @ v).transpose(1, 2)
 
 
 class PickedFrames(nn.Module):
@@ -223,11 +219,17 @@ class BaseTask:
         return (v.float() - (eps - x0)).square().mean(), {}
 
     def start_from(self, folder: Path) -> None:
-        """Begin with the weights of a finished pipeline; the schedule and the optimizer start anew."""
+        """Begin with the weights of a finished pipeline; the schedule and the optimizer start anew.
+
+        So do the first and the last layer where the autoencoder has got another number of latent channels.
+        """
         text = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
-        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+        fresh = self.module.transformer.state_dict()
         self.module.text.load_state_dict(text.state_dict())
-        self.module.transformer.load_state_dict(transformer.state_dict())
+        self.module.transformer.load_state_dict(
+            {name: w if w.shape == fresh[name].shape else fresh[name] for name, w in transformer.items()}
+        )
 
     def pipeline(self) -> WanPipeline:
         """The model as it stands, as a stock pipeline. Its transformer is a copy with stock processors."""
@@ -256,7 +258,9 @@ def finish(task: BaseTask, folder: Path) -> None:
     """Write the whole pipeline in diffusers layout, every file under 10 MB."""
     for part in ("vae", "text_encoder", "transformer"):
         clear_weights(folder / part)
-    task.pipeline().save_pretrained(folder, safe_serialization=True, max_shard_size="9MB")
+    pipe = task.pipeline()
+    pipe.transformer.half(), pipe.vae.half()  # half the size on disk; stock loading makes them float32 again
+    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="9MB")
     for file in folder.glob("*/config.json"):  # a part that was loaded remembers from where, on this machine
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
