@@ -19,6 +19,7 @@ from accel.methods import METHODS
 from accel.models import ROOT, TINY
 from accel.presets import load_preset, preset_names
 from ui import controls
+from ui.maps import maps
 from ui.pair import PairJob, Shelf
 from ui.player import ABPlayer
 from ui.stored import stored_pairs
@@ -59,6 +60,7 @@ class Page:
             player = ABPlayer(first.value if first else None, elem_id="player")
             figures = gr.HTML(numbers(first.report) if first else "", elem_id="numbers")
             steps_shown = gr.HTML(timeline(first.report["trace"]) if first else "", elem_id="timeline")
+            rates_shown = gr.HTML(maps(first.report["trace"]) if first else "", elem_id="maps")
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     gr.Markdown("### Run")
@@ -80,7 +82,7 @@ class Page:
                             knobs[name] = controls.widgets(method)
             gr.Markdown(about())
             widgets = [switches[m] for m in METHODS] + [w for m in METHODS for w in knobs[m].values()]
-            outputs = [message, *live, player, figures, steps_shown]
+            outputs = [message, *live, player, figures, steps_shown, rates_shown]
             event = dict(fn=self.run_pair, inputs=[prompt, seed, steps, guidance, *widgets], outputs=outputs)
             gr.on(
                 [run.click, prompt.submit], **event, concurrency_limit=None, show_progress="hidden", api_name="run_pair"
@@ -97,7 +99,7 @@ class Page:
         preset = load_preset(name)
         chosen = {type(m): m for m in preset}
         switched = [method in chosen for method in METHODS.values()]
-        values = [v for method in METHODS.values() for v in (chosen.get(method) or method()).model_dump().values()]
+        values = [getattr(chosen.get(m) or m(), knob) for m in METHODS.values() for knob in m.knobs()]
         own = [gr.skip() if v is None else v for v in (preset.steps, preset.guidance)]
         return [*own, *switched, *values]
 
@@ -114,7 +116,7 @@ class Page:
         switches, rest = dict(zip(METHODS, values)), list(values[len(METHODS) :])
         methods = {}
         for name, method in METHODS.items():
-            own = {field: rest.pop(0) for field in method.model_fields}
+            own = {knob: rest.pop(0) for knob in method.knobs()}
             if switches[name]:
                 methods[name] = controls.settings(method, own)
         asked = dict(prompt=prompt, seed=seed, steps=steps, guidance=guidance, methods=methods)
@@ -131,26 +133,31 @@ class Page:
                 del self.running[request.session_hash]
 
     def _show(self, kind: str, data: dict) -> list:
+        """What the outputs show now: message, two panes, player, figures, timeline, maps."""
         keep = gr.skip()
+        rest = [keep] * 4
         if kind == "waiting":
             ahead = data["ahead"]
             what = "Loading the model…" if data["loading"] else f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you."
-            return [f'<div class="note">{what}</div>', keep, keep, keep, keep, keep]
+            return [f'<div class="note">{what}</div>', keep, keep, *rest]
         if kind == "started":
             baseline = pane_waiting("baseline", "kept from before" if data["kept"] else "next")
-            return [data["note"], baseline, pane_waiting("accelerated", "after the baseline"), keep, keep, keep]
+            return [data["note"], baseline, pane_waiting("accelerated", "after the baseline"), *rest]
         if kind == "step":
             shown = [pane(**data["pane"]) if p == data["which"] else keep for p in "ab"]
-            return [keep, *shown, keep, keep, timeline(data["trace"]) if data["trace"] else keep]
+            return [keep, *shown, keep, keep, timeline(data["trace"]) if data["trace"] else keep, keep]
         if kind == "pair":
-            report = data["report"]
-            return [data["note"], EMPTY_PANE, EMPTY_PANE, data["player"], numbers(report), timeline(report["trace"])]
+            trace = data["report"]["trace"]
+            return [
+                data["note"], EMPTY_PANE, EMPTY_PANE, data["player"], numbers(data["report"]), timeline(trace),
+                maps(trace),
+            ]  # fmt: skip
         if kind == "stopped":
             note = '<div class="note">Stopped. Nothing was lost: the last pair is still here.</div>'
-            return [note, EMPTY_PANE, EMPTY_PANE, keep, keep, keep]
+            return [note, EMPTY_PANE, EMPTY_PANE, *rest]
         if kind in ("refused", "failed"):
-            return [f'<div class="note bad">{_sentence(kind, data)}</div>', EMPTY_PANE, EMPTY_PANE, keep, keep, keep]
-        return [keep] * 6
+            return [f'<div class="note bad">{_sentence(kind, data)}</div>', EMPTY_PANE, EMPTY_PANE, *rest]
+        return [keep, keep, keep, *rest]
 
 
 def _sentence(kind: str, data: dict) -> str:

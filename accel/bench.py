@@ -6,31 +6,60 @@ is a line of `results.jsonl` as soon as it is there; a second start goes on wher
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from .ledger import Ledger, digest
 from .metrics import distance, interval
-from .models import hash_file, home_of, load_pipeline, resolve
-from .presets import load_preset
+from .models import home_of, load_pipeline, weights
+from .presets import Preset, load_preset
 from .run import Video, build_run, generate, machine, warm_up
 from .world.judge import score
 from .world.scene import ATTRIBUTES, held_out_prompts
 
-# suite -> row -> preset (None: plain), steps (None: the model's own); the others are held against the first row
-Rows = dict[str, tuple[str | None, int | None]]
-SUITES: dict[str, Rows] = {
-    "base": {"baseline": (None, None)},
-    "fastercache": {
-        "baseline": (None, None),
-        "fastercache": ("fastercache", None),
-        "fewer steps: 30": (None, 30),
-        "fewer steps: 25": (None, 25),
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of a suite: a preset (None: plain), the model's own steps or others, knobs to change."""
+
+    preset: str | None = None
+    steps: int | None = None
+    change: dict[str, dict] = field(default_factory=dict)
+
+    def settings(self) -> dict:
+        """What it sets of a run; None where the model's own value stays."""
+        preset = load_preset(self.preset) if self.preset else Preset()
+        methods = {name: {**preset.methods.get(name, {}), **self.change.get(name, {})} for name in
+                   dict.fromkeys((*preset.methods, *self.change))}  # fmt: skip
+        return {"methods": methods, "steps": self.steps or preset.steps, "guidance": preset.guidance}
+
+
+def _budgets(*shares: float) -> dict[str, Row]:
+    return {f"asymrnr, budget {s}": Row("asymrnr", change={"asymrnr": {"budget": s}}) for s in shares}
+
+
+PLAIN = {"baseline": Row()}
+# suite -> row -> setting; the others are held against the first row
+SUITES: dict[str, dict[str, Row]] = {
+    "base": PLAIN,
+    "fastercache": PLAIN | {"fastercache": Row("fastercache"), "fewer steps: 30": Row(steps=30)},
+    "asymrnr": PLAIN
+    | {name: Row(name) for name in ("asymrnr", "asymrnr-official", "tome", "todo")}
+    | {
+        "asymrnr, judged": Row("asymrnr", change={"asymrnr": {"schedule": "judged"}}),
+        "asymrnr, replace, no bias": Row("asymrnr", change={"asymrnr": {"merge": "replace", "bias": False}}),
+        "fastercache + asymrnr": Row("balanced"),
+        "fewer steps: 40": Row(steps=40),
+        "fewer steps: 25": Row(steps=25),
     },
+    "asymrnr-curve": PLAIN
+    | _budgets(0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    | {f"fewer steps: {n}": Row(steps=n) for n in (47, 43, 39, 35)},
 }
 PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; nothing is tuned to them
 
@@ -42,22 +71,16 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
     out.mkdir(parents=True, exist_ok=True)
-    file, key = out / "results.jsonl", _key(SUITES[suite], model)
-    lines = [r for r in _lines(file) if r["key"] == key]
-    done = {(r["prompt"], r["seed"]) for r in lines}
+    ledger = Ledger(out / "results.jsonl", _key(SUITES[suite], model))
+    done = {(r["prompt"], r["seed"]) for r in ledger.lines}
     pairs = [(p, s) for s in range(seeds) for p in held_out_prompts(prompts, PROMPT_SEED)]
     todo = [pair for pair in pairs if pair not in done]
     if todo:
         warm_up(build_run(home, model=model, prompt=todo[0][0]), pipe, home)
-    with open(file, "a") as log:
-        for prompt, seed in tqdm(todo, desc=suite):
-            rows = _measure(SUITES[suite], prompt, seed, model, pipe, home)
-            line = {"key": key, "prompt": prompt, "seed": seed, "rows": rows}
-            lines.append(line)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+    for prompt, seed in tqdm(todo, desc=suite):
+        ledger.add(prompt=prompt, seed=seed, rows=_measure(SUITES[suite], prompt, seed, model, pipe, home))
     wanted = set(pairs)
-    summary = summarise([r for r in lines if (r["prompt"], r["seed"]) in wanted], pipe)
+    summary = summarise([r for r in ledger.lines if (r["prompt"], r["seed"]) in wanted], pipe)
     partial = out / "results.json.part"
     partial.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
     os.replace(partial, out / "results.json")
@@ -66,28 +89,17 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     return {"suite": suite, "out": str(out), **summary}
 
 
-def _key(rows: Rows, model: str) -> str:
-    """Changes with the rows, their presets and the model's weights: older results are then not counted in."""
-    presets = [load_preset(preset).model_dump() if preset else None for preset, _ in rows.values()]
-    weights = [(f.name, f.stat().st_size, hash_file(f)) for f in sorted(Path(resolve(model)).rglob("*.safetensors"))]
-    return hashlib.sha256(json.dumps([rows, presets, weights]).encode()).hexdigest()[:16]
+def _key(rows: dict[str, Row], model: str) -> str:
+    """Changes with the settings of the rows and the model's weights: older results are then not counted in."""
+    return digest([(name, row.settings()) for name, row in rows.items()], weights(model))
 
 
-def _lines(file: Path) -> list[dict]:
-    """The whole lines of a results file; a line that a kill cut short is dropped."""
-    text = file.read_text() if file.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _measure(rows: Rows, prompt: str, seed: int, model: str, pipe, home) -> dict[str, dict]:
+def _measure(rows: dict[str, Row], prompt: str, seed: int, model: str, pipe, home) -> dict[str, dict]:
     """One prompt through all rows of a suite."""
     results: dict[str, dict] = {}
     plain: Video | None = None
-    for name, (preset, steps) in rows.items():
-        chosen = load_preset(preset) if preset else None
-        own = {"methods": chosen.methods, "steps": chosen.steps, "guidance": chosen.guidance} if chosen else {}
-        own |= {"steps": steps} if steps else {}
-        run = build_run(home, model=model, prompt=prompt, seed=seed, **own)
+    for name, row in rows.items():
+        run = build_run(home, model=model, prompt=prompt, seed=seed, **row.settings())
         video = generate(run, pipe, home)
         plain = plain or video
         likeness = distance(plain.frames, video.frames)

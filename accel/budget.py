@@ -13,6 +13,7 @@ from pathlib import Path
 Pair = tuple[float, float]  # of queries, of keys and values
 Table = dict[str, list[Pair]]  # site -> per span
 LADDER = 0.05  # rates are multiples of this
+PROFILE = "asymrnr.json"  # file of measured costs in a model's folder
 
 
 def allocate(costs: Table, budget: float, ceilings: Pair) -> Table:
@@ -44,9 +45,9 @@ def allocate(costs: Table, budget: float, ceilings: Pair) -> Table:
 
 
 def work(rates: Table) -> float:
-    """Mean share of the attention work that is left."""
-    cells = [(1 - q) * (1 - kv) for spans in rates.values() for q, kv in spans]
-    return sum(cells) / len(cells)
+    """Mean share of the attention work that is left, over sites and spans."""
+    site = lambda spans: sum((1 - q) * (1 - kv) for q, kv in spans) / len(spans)
+    return sum(map(site, rates.values())) / len(rates)
 
 
 def save_costs(costs: Table, path: str | Path) -> None:

@@ -169,7 +169,7 @@ def compare(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="base: the plain model; fastercache: preset and rivals.")] = "base",
+    suite: Annotated[str, typer.Option(help="base, fastercache, asymrnr or asymrnr-curve.")] = "base",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds a prompt.")] = 1,
     model: Model = TINY,
@@ -179,6 +179,19 @@ def bench(
     from .bench import run_suite
 
     _finish(run_suite(suite, prompts, seeds, model, out or Path("runs/bench") / suite))
+
+
+@app.command()
+def profile(
+    model: Model = TINY,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts that costs are averaged over.")] = 4,
+    steps: Steps = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")] = Path("runs/profile"),
+) -> None:  # fmt: skip
+    """Measure what removing tokens costs in each block: asymrnr.json for AsymRnR, a table and a plot. Resumable."""
+    from .profile import run_profile
+
+    _finish(run_profile(model, prompts, steps, out))
 
 
 @app.command()

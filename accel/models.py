@@ -91,8 +91,14 @@ def _json(file: Path) -> dict:
         raise ValueError(f"{file} is damaged ({error}); {_remedy(file.parent)}") from None
 
 
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file's content."""
+def weights(model: str) -> list[tuple[str, str]]:
+    """Name and SHA-256 of each file of a local model that decides what it generates; nothing for a hub id."""
+    folder = Path(resolve(model))
+    files = sorted([*folder.rglob("*.safetensors"), *folder.glob("*.json")])
+    return [(f.name, _hash(f)) for f in files if f.name != "training.json"]  # which is about the past
+
+
+def _hash(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

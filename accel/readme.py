@@ -32,7 +32,7 @@ def _values(schema: dict) -> str:
         return f"{schema['minimum']} to {schema['maximum']}"
     if "enum" in schema:
         return ", ".join(schema["enum"])
-    return "true, false" if schema["type"] == "boolean" else "a file"
+    return {"boolean": "true, false", "string": "a file", "object": "a table"}[schema["type"]]
 
 
 def suite(name: str) -> str:
@@ -61,7 +61,7 @@ def training() -> str:
     record = json.loads(file.read_text()) if file.is_file() else {}
     lines = ["| part | device | steps | minutes | learning rates (AdamW, Muon) | result |", "|---|---|---|---|---|---|"]
     for part, r in record.items():
-        result = "see below" if part == "base" else _reconstruction(r)
+        result = _reconstruction(r) if "psnr" in r else "see below"
         cells = (
             part,
             r["device"],

@@ -5,6 +5,7 @@ import torch
 
 import accel
 from accel.budget import save_costs
+from accel.families import family_of
 from accel.host import Host
 from accel.methods import METHODS
 from accel.trace import Trace
@@ -73,7 +74,55 @@ def test_a_profile_decides_where_tokens_go(pipe, sample, tmp_path):
     save_costs({"blocks.0.attn1": [(100.0, 100.0)], "blocks.1.attn1": [(1.0, 1.0)]}, tmp_path / "costs.json")
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.8, profile=str(tmp_path / "costs.json")))
     rates = trace.extras["asymrnr"]["rates"]
-    assert max(rates["blocks.0.attn1"][0]) < min(rates["blocks.1.attn1"][0])
+    assert rates["blocks.0.attn1"][1] == [0, 0]  # protected
+    assert max(rates["blocks.0.attn1"][5]) < min(rates["blocks.1.attn1"][5])
+
+
+def test_the_profile_in_the_models_folder_is_used_and_its_absence_is_said(pipe, sample, tmp_path):
+    save_costs({"blocks.0.attn1": [(100.0, 100.0)], "blocks.1.attn1": [(1.0, 1.0)]}, tmp_path / "asymrnr.json")
+    _, trace = lengths(pipe, sample, AsymRnR(budget=0.8))
+    assert any("this model has no profile" in note for note in trace.notes)
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    _, trace = lengths(pipe, sample, AsymRnR(budget=0.8))
+    rates = trace.extras["asymrnr"]["rates"]
+    assert not trace.notes and max(rates["blocks.0.attn1"][5]) < min(rates["blocks.1.attn1"][5])
+
+
+def test_rates_can_be_given_per_block_and_span(pipe, sample):
+    """20 steps, two protected: 9 steps at the first pair of rates, then 9 at the second."""
+    table = {"blocks.1.attn1": [(0.5, 0.0), (0.0, 0.25)]}
+    seen, _ = lengths(pipe, sample, AsymRnR(**{**FIXED, "rates": table}))
+    assert seen[10, "cond", "blocks.1.attn1"] == (24, 48) and seen[11, "cond", "blocks.1.attn1"] == (48, 36)
+    assert seen[10, "cond", "blocks.0.attn1"] == (48, 48)
+    with pytest.raises(ValueError, match="there is no attention 'blocks.7' to give a rate; there are blocks.0.attn1,"):
+        lengths(pipe, sample, AsymRnR(**{**FIXED, "rates": {"blocks.7": [(0.5, 0.5)]}}))
+
+
+def test_blocks_that_another_method_skips_are_judged_in_the_next_step(pipe, sample):
+    """FasterCache reuses the attentions of step 4, the last one that AsymRnR would leave whole."""
+    reuse = METHODS["fastercache"](attention_start=0.1, attention_interval=2)
+    with accel.apply(pipe, [AsymRnR(schedule="judged", start=0.25), reuse]) as trace:
+        sample(pipe)
+    reused, reduced = ({e.step for e in trace.events.values() if e.action == a} for a in ("reuse", "reduce"))
+    assert 4 in reused and min(reduced) == 6 and not trace.notes
+
+
+def test_each_transformer_is_judged_on_its_own(two_models, sample):
+    seen, _ = lengths(two_models, sample, AsymRnR(schedule="judged"))
+    assert {v for (step, *_), v in seen.items() if step in (3, 19)} != {(48, 48)}
+
+
+def test_the_forecast_is_not_exceeded(pipe, sample):
+    method, latents = AsymRnR(), torch.empty(1, 4, 3, 8, 8)
+    expected = method.forecast(pipe.transformer, family_of(pipe), latents, 20, True)
+    _, trace = lengths(pipe, sample, method)
+    assert expected / 2 < trace.bytes_held <= expected
+
+
+def test_the_picture_shows_the_tokens_that_stay_in_the_middle_frame(pipe, sample):
+    _, trace = lengths(pipe, sample, AsymRnR(**FIXED))
+    kept = trace.extras["asymrnr"]["kept"]["blocks.0.attn1"]
+    assert [len(row) for row in kept["kv"]] == [4, 4, 4, 4] and {*"".join(kept["kv"])} == {"0", "1"}
 
 
 def test_a_rate_beyond_the_cells_names_the_maximum(pipe, sample):

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
     {"spectrum", "tokens", "budget"},
-    {"trace", "metrics", "video"},
+    {"trace", "metrics", "video", "ledger"},
     {"flops", "families", "heads", "host"},
     {"methods"},
     {"presets", "models", "apply", "world"},
-    {"run", "bench"},
+    {"run", "bench", "profile"},
     {"training"},
     {"cli", "readme", "__main__", "__init__"},
 ]

@@ -12,6 +12,7 @@ from accel.models import Home
 from accel.run import Video, build_run
 from accel.trace import Step, Trace
 from ui import controls
+from ui.maps import maps
 from ui.pair import PairJob, Shelf
 from ui.player import ABPlayer
 from ui.timeline import LOOK, timeline
@@ -23,7 +24,8 @@ from ui.worker import Worker
 def test_every_field_has_a_widget_with_its_range_and_help(name):
     with gr.Blocks():
         made = controls.widgets(METHODS[name])
-    for field, schema in METHODS[name].model_json_schema()["properties"].items():
+    assert list(made) == list(METHODS[name].knobs())
+    for field, schema in METHODS[name].knobs().items():
         assert made[field].info == schema["description"] and made[field].value == schema["default"]
         if "maximum" in schema:
             assert (made[field].minimum, made[field].maximum) == (schema["minimum"], schema["maximum"])
@@ -31,7 +33,7 @@ def test_every_field_has_a_widget_with_its_range_and_help(name):
 
 def test_slider_values_become_settings_that_the_method_takes():
     method = METHODS["fastercache"]
-    values = {**method().model_dump(), "attention_interval": 3.0}
+    values = {knob: getattr(method(), knob) for knob in method.knobs()} | {"attention_interval": 3.0}
     assert method(**controls.settings(method, values)).attention_interval == 3
 
 
@@ -99,6 +101,15 @@ def test_a_model_that_cannot_be_loaded_is_told_to_every_visitor(monkeypatch):
     monkeypatch.setattr("ui.worker.load_pipeline", missing)
     worker = Worker("none")
     assert list(worker.follow(worker.submit(lambda *a: None)))[-1] == ("refused", {"why": "no model folder 'none'"})
+
+
+def test_maps_show_the_rate_of_each_step_and_the_tokens_that_stay():
+    told = {"core_share": 0.4, "forecast": 1.3, "overhead_ms": 5.0, "rates": {"a": [[0, 0], [0.5, 0.2]]}}
+    told["kept"] = {"a": {"query": ["01", "10"]}}
+    html = maps({"steps": [{"ms": 40}, {"ms": 60}], "extras": {"asymrnr": told}})
+    assert "step 2, a: 50% queries removed" in html and "step 2, a: 20% keys and values removed" in html
+    assert html.count("#3b82f6") == 1 + 4 and "5 ms, 5.0% of the denoising" in html and "1.30×" in html
+    assert maps({"steps": [], "extras": {}}) == ""
 
 
 def test_timeline_shows_each_step_of_each_site():

@@ -4,8 +4,10 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accel.heads import folded
 from accel.tokens import match, partition, size_bias
 
 GRID = (3, 5, 4)  # no side but the last is a multiple of the cells below
@@ -145,3 +147,14 @@ def test_extra_memory_at_480p_stays_under_300_mb(everywhere):
         short = queries.reduce(q), keys.reduce(k, mean=True), keys.reduce(v, mean=True)
         queries.restore(short[0])
     assert 100e6 < memory.peak < 300e6
+
+
+@pytest.mark.parametrize("groups", [1, 3], ids=["shared", "a head each"])
+def test_a_bias_folded_into_channels_is_the_bias_on_the_logits(groups):
+    """b, h, d = 2, 3, 16; 5 queries, 7 keys: the same softmax, without a mask."""
+    q, k, v = (torch.randn(2, n, 3, 16) for n in (5, 7, 7))
+    bias = torch.randint(1, 9, (2, groups, 1, 7)).float().log()
+    attend = lambda q, k, v, **more: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **more)
+    expected = attend(q, k, v, attn_mask=bias)
+    got = attend(*folded(q, k, v, bias), scale=16**-0.5)[..., :16]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

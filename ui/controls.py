@@ -12,7 +12,7 @@ from accel.methods import Method
 def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
     """One widget per field: what it is called, what it costs, and its range, all from the field itself."""
     made = {}
-    for name, schema in method.model_json_schema()["properties"].items():
+    for name, schema in method.knobs().items():
         label = name.replace("_", " ")
         common = {"label": label, "info": schema.get("description", ""), "value": schema["default"], "min_width": 220}
         common["elem_id"] = f"{method.title.lower()}-{name}"
@@ -20,8 +20,6 @@ def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
             made[name] = gr.Checkbox(**common)
         elif "enum" in schema:
             made[name] = gr.Radio(schema["enum"], **common)
-        elif schema["type"] == "string":
-            made[name] = gr.Textbox(**common)
         else:
             step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
             made[name] = gr.Slider(schema["minimum"], schema["maximum"], step=step, **common)
@@ -30,5 +28,5 @@ def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
 
 def settings(method: type[Method], values: dict[str, Any]) -> dict[str, Any]:
     """Knob values as the method wants them: sliders give floats where whole numbers are meant."""
-    kinds = {name: schema["type"] for name, schema in method.model_json_schema()["properties"].items()}
+    kinds = {name: schema["type"] for name, schema in method.knobs().items()}
     return {name: int(v) if kinds[name] == "integer" and float(v).is_integer() else v for name, v in values.items()}

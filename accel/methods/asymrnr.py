@@ -5,21 +5,26 @@ normalisation and rotary embedding, so each kept token carries its own position;
 length by giving every removed query the output of the token that stands for it. Text is never touched.
 
 The authors ship schedules for three models. Here one budget is turned into rates per block and span of steps, by
-what removing tokens costs there: measured beforehand (a profile), or judged by likeness in an early step of the run.
+what removing tokens costs there: measured beforehand (`python -m accel profile` puts it beside the model), or judged
+by likeness in an early step of the run.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..budget import Pair, Table, allocate, load_costs, work
+from ..budget import PROFILE, Pair, Table, allocate, load_costs, work
 from ..host import Host
 from ..tokens import Partition, Plan, Reduction, match, partition, pooled
 from ..trace import DENOISER, Trace
@@ -27,6 +32,7 @@ from .base import Method
 
 LEAST_SHARE = 0.15  # of the attention cores in the work, below which too little can be won
 NEVER = 10**9
+Rate = Annotated[float, Field(ge=0, le=0.95)]
 
 
 @dataclass
@@ -36,8 +42,8 @@ class Memory:
     first: int  # step from which tokens are reduced
     interval: int  # steps that share a plan
     costs: Table = field(default_factory=dict)
-    rates: Table = field(default_factory=dict)
-    likeness: dict[str, Pair] = field(default_factory=dict)  # of queries, of values, by site
+    rates: dict[int, Table] = field(default_factory=dict)  # by transformer
+    likeness: dict[int, dict[str, Pair]] = field(default_factory=dict)  # of queries and values, by transformer and site
     partitions: dict[tuple, Partition] = field(default_factory=dict)
     plans: dict[tuple, tuple[int, Plan]] = field(default_factory=dict)  # with the window they are of
     cuts: dict[tuple, tuple[Plan, float, Reduction]] = field(default_factory=dict)
@@ -46,7 +52,7 @@ class Memory:
     def held(self) -> int:
         """Bytes of all plans and reductions."""
         plans = [t for _, plan in self.plans.values() for t in (plan.order, plan.owner)]
-        cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place)]
+        cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place, cut.sizes)]
         return sum(t.nbytes for t in plans + cuts)
 
 
@@ -55,10 +61,10 @@ class AsymRnR(Method):
 
     title: ClassVar[str] = "AsymRnR"
     paper: ClassVar[str] = "arXiv 2412.11706"
-    neutral: ClassVar[dict] = {"schedule": "budget", "budget": 1.0}
+    neutral: ClassVar[dict] = {"budget": 1.0}
 
-    schedule: Literal["budget", "fixed"] = Field(
-        "budget", description="Spread a budget over blocks by what removing costs, or the same two rates everywhere."
+    schedule: Literal["measured", "judged", "fixed"] = Field(
+        "measured", description="Spread the budget by measured cost per block, or by likeness; or fixed rates."
     )
     budget: float = Field(
         0.6, ge=0.2, le=1, multiple_of=0.01, description="Share of the attention cores' work; lower blurs detail first."
@@ -91,7 +97,19 @@ class AsymRnR(Method):
     )
     bias: bool = Field(True, description="Weigh a merged key by its size; without it, merged regions fade.")
     interval: int = Field(0, ge=0, le=10, description="Steps that share a matching; 0: by the number of steps.")
-    profile: str = Field("", description="JSON file of measured costs per block; empty: judged in the run.")
+    profile: str = Field(
+        "", description="JSON file of measured costs; empty: the model's own.", json_schema_extra={"page": False}
+    )
+    rates: dict[str, list[tuple[Rate, Rate]]] = Field(
+        {}, description="Fixed rates (query, kv) per span of steps, by block.", json_schema_extra={"page": False}
+    )
+
+    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+        """Bytes of the plans and reductions, if every attention had one for queries and one for keys at a low rate."""
+        n = math.prod(family.grid(model, latents))
+        groups = len(latents) * (1 if self.heads == "shared" else model.config.num_attention_heads)
+        indices = 5 * n * groups  # at most: order, owner, keep, place, sizes
+        return 8 * indices * 2 * len(family.attentions(model)) * (1 + guided)
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
@@ -106,37 +124,49 @@ class AsymRnR(Method):
 
     def _begin(self, host: Host, trace: Trace) -> Memory:
         """The run's memory; what keeps it from acting goes to the trace."""
-        count = host.step.count
+        count, sites = host.step.count, list(host.attentions[host.model])
         memory = Memory(
             max(1, round(self.start * count)), self.interval or (1 if count <= 8 else 3 if count <= 30 else 5)
         )
-        share = core_share(host, trace)
+        given = (host.models[host.model], host.family, host.latents, count, host.family.is_guided(host.pipe))
+        trace.bytes_forecast += self.forecast(*given)
+        share = core_flops(host) * len(sites) / trace.flops[DENOISER]
         if share < LEAST_SHARE:
             trace.note(f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size")
             memory.first = NEVER
-        elif memory.first >= count or (self.budget == 1 if self.schedule == "budget" else not self._most()):
+        elif memory.first >= count or self._asks_nothing():
             trace.note("AsymRnR does nothing: at these settings no token is removed")
             memory.first = NEVER
-        elif self.profile:
-            memory.costs = load_costs(self.profile, list(host.attentions[host.model]))
-        trace.extras["asymrnr"] = {"core_share": round(share, 4), "rates": {}, "first": memory.first}
+        elif self.schedule == "measured":
+            memory.costs = self._costs(host, trace)
+        none = {site: [[0.0, 0.0]] * count for site in sites}
+        trace.extras["asymrnr"] = {"core_share": round(share, 4), "rates": none, "kept": {}, "overhead_ms": 0.0}
         return memory
 
-    def _most(self) -> float:
-        return max(self.query_rate, self.kv_rate)
+    def _asks_nothing(self) -> bool:
+        if self.rates:
+            return not any(max(pair) for spans in self.rates.values() for pair in spans)
+        return not max(self.query_rate, self.kv_rate) if self.schedule == "fixed" else self.budget == 1
+
+    def _costs(self, host: Host, trace: Trace) -> Table:
+        """The costs of the profile that was given, or of the model's own; none if it has none."""
+        own = Path(host.pipe.name_or_path or "nowhere") / PROFILE
+        if not self.profile and not own.is_file():
+            trace.note("AsymRnR judges the blocks by likeness: this model has no profile (python -m accel profile)")
+            return {}
+        return load_costs(self.profile or own, list(host.attentions[host.model]))
 
     def _core(self, inner, q, k, v, site: str, host: Host, trace: Trace, memory: Memory) -> Tensor:
         step = host.step
-        if step.index < memory.first:
-            if step.index == memory.first - 1 and step.branch == "cond" and self._asks_likeness(memory):
-                memory.likeness[site] = self._likeness(q, v, host, memory)
+        if self._judges(q, v, site, host, memory) or step.index < memory.first:
             return inner(q, k, v)
-        if q.shape[1] != _tokens(host):
+        if q.shape[1] != math.prod(host.grid):
             trace.note(f"AsymRnR is off: {q.shape[1]} tokens are not the grid of {host.grid}")
             return inner(q, k, v)
         query_rate, kv_rate = self._rates(site, host, trace, memory)
         if not query_rate and not kv_rate:
             return inner(q, k, v)
+        trace.extras["asymrnr"]["rates"][site][step.index] = [query_rate, kv_rate]
         began = time.perf_counter()
         queries = self._cut("query", q, query_rate, site, host, memory)
         keys = queries if self.plans == "one" else self._cut("kv", v, kv_rate, site, host, memory)
@@ -150,13 +180,24 @@ class AsymRnR(Method):
         out = queries.restore(out) if queries else out
         memory.seconds += time.perf_counter() - began
         left = (q.shape[1] / n) * (k.shape[1] / n)
-        whole = 4 * len(q) * n * n * q.shape[2] * q.shape[3]
-        trace.record(step, site, "reduce", 1 - (1 - left) * whole / trace.flops[site])
+        trace.record(step, site, "reduce", 1 - (1 - left) * core_flops(host) / trace.flops[site])
         trace.extras["asymrnr"]["overhead_ms"] = round(1000 * memory.seconds, 2)
         return out
 
-    def _asks_likeness(self, memory: Memory) -> bool:
-        return not memory.costs if self.schedule == "budget" else self.threshold > 0
+    def _judges(self, q: Tensor, v: Tensor, site: str, host: Host, memory: Memory) -> bool:
+        """Looks at likeness where it is asked for and not known yet; true while a block's is missing.
+
+        That is in the last protected step, or later for a block that another method skipped there.
+        """
+        wanted = self.threshold > 0 if self.schedule == "fixed" else not memory.costs
+        seen, sites = memory.likeness.setdefault(host.model, {}), host.attentions[host.model]
+        if not wanted or len(seen) == len(sites) or host.step.index < memory.first - 1:
+            return False
+        if site not in seen and host.step.branch == "cond":
+            seen[site] = self._likeness(q, v, host, memory)
+            if len(seen) == len(sites):  # both branches are reduced from the same step on
+                memory.first = max(memory.first, host.step.index + 1)
+        return True
 
     def _likeness(self, q: Tensor, v: Tensor, host: Host, memory: Memory) -> Pair:
         """How alike queries, and values, are to the tokens they would merge into (0: as random ones, 1: the same)."""
@@ -169,29 +210,34 @@ class AsymRnR(Method):
 
     def _rates(self, site: str, host: Host, trace: Trace, memory: Memory) -> Pair:
         """Query and key/value rate of a site at this step; all sites' are settled at the first call."""
-        if not memory.rates:
-            memory.rates = self._settle(host, trace, memory)
-            trace.extras["asymrnr"]["rates"] = memory.rates
-        spans = memory.rates[site]
+        if host.model not in memory.rates:
+            rates = memory.rates[host.model] = self._settle(host, memory)
+            left = (work(rates) * (host.step.count - memory.first) + memory.first) / host.step.count
+            if self.schedule != "fixed" and left > self.budget + 0.02:
+                trace.note(f"AsymRnR: the budget of {self.budget} is out of reach, {left:.2f} of the work is left")
+            told = trace.extras["asymrnr"]
+            told["forecast"] = round(1 / (1 - told["core_share"] * (1 - left)), 3)
+        spans = memory.rates[host.model][site]
         done = (host.step.index - memory.first) / max(1, host.step.count - memory.first)
         return spans[int(done * len(spans))]
 
-    def _settle(self, host: Host, trace: Trace, memory: Memory) -> Table:
-        sites, count = host.attentions[host.model], host.step.count
-        most = min(self._partition(f, host, memory).max_rate for f in ("query", "kv"))
+    def _settle(self, host: Host, memory: Memory) -> Table:
+        sites, count, seen = host.attentions[host.model], host.step.count, memory.likeness[host.model]
+        most = self._partition("query", host, memory).max_rate  # the keys' cells are as large
         if self.schedule == "fixed":
-            if self._most() > most:
-                raise ValueError(f"rate {self._most()} is not possible: cells of {self.cell} allow 0 to {most:.3f}")
-            alike = {site: memory.likeness.get(site, (1.0, 1.0)) for site in sites}
-            pick = lambda seen: tuple(r * (a >= self.threshold) for r, a in zip((self.query_rate, self.kv_rate), seen))
-            return {site: [pick(alike[site])] for site in sites}
-        costs = memory.costs or {site: [tuple(1 - a for a in memory.likeness[site])] for site in sites}
+            rates = self.rates or {site: [(self.query_rate, self.kv_rate)] for site in sites}
+            self._check(rates, sites, most)
+            keep = lambda spans, alike: [tuple(r * (a >= self.threshold) for r, a in zip(s, alike)) for s in spans]
+            return {site: keep(rates.get(site, [(0.0, 0.0)]), seen.get(site, (1.0, 1.0))) for site in sites}
+        costs = memory.costs or {site: [tuple(1 - a for a in seen[site])] for site in sites}
         target = max(0.0, self.budget * count - memory.first) / (count - memory.first)
-        rates = allocate(costs, target, (min(self.query_rate, most), min(self.kv_rate, most)))
-        if (left := work(rates)) > target + 0.02:
-            whole = (left * (count - memory.first) + memory.first) / count
-            trace.note(f"AsymRnR: the budget of {self.budget} is out of reach, {whole:.2f} of the work is left")
-        return rates
+        return allocate(costs, target, (min(self.query_rate, most), min(self.kv_rate, most)))
+
+    def _check(self, rates: Table, sites: Iterable[str], most: float) -> None:
+        if strange := sorted(set(rates) - set(sites)):
+            raise ValueError(f"there is no attention {strange[0]!r} to give a rate; there are {', '.join(sites)}")
+        if (highest := max(rate for spans in rates.values() for pair in spans for rate in pair)) > most:
+            raise ValueError(f"rate {highest} is not possible: cells of {self.cell} allow 0 to {most:.3f}")
 
     def _partition(self, feature: str, host: Host, memory: Memory) -> Partition:
         key = (feature, host.grid)
@@ -216,7 +262,17 @@ class AsymRnR(Method):
             cut = plan.cut(rate)
             memory.cuts[key] = (plan, rate, cut)
             host.trace.hold(memory.held())
+            if step.branch == "cond":
+                self._show(feature, cut, site, host)
         return cut
+
+    def _show(self, feature: str, cut: Reduction, site: str, host: Host) -> None:
+        """Which tokens of the middle frame stay when a block is cut first: rows of 0 and 1 for the page to draw."""
+        shown = host.trace.extras["asymrnr"]["kept"].setdefault(site, {})
+        if feature not in shown:
+            f, h, w = host.grid
+            stays = torch.zeros(f * h * w, dtype=torch.bool).index_fill(0, cut.keep[0].cpu(), True)
+            shown[feature] = ["".join("01"[token] for token in row) for row in stays.view(f, h, w)[f // 2].tolist()]
 
     def _match(self, x: Tensor, part: Partition) -> Plan:
         shared = self.heads == "shared"
@@ -225,13 +281,6 @@ class AsymRnR(Method):
         return match(x, part, self.metric, self.matching == "global", shared)
 
 
-def core_share(host: Host, trace: Trace) -> float:
-    """The share of a call's work that lies in the products of queries with keys and of weights with values."""
-    n, model = _tokens(host), host.models[host.model]
-    cores = 4 * len(host.latents) * n * n * host.family.width(model) * len(host.attentions[host.model])
-    return cores / trace.flops[DENOISER]
-
-
-def _tokens(host: Host) -> int:
-    f, h, w = host.grid
-    return f * h * w
+def core_flops(host: Host) -> int:
+    """Work of one whole attention core: the products of queries with keys, and of weights with values."""
+    return 4 * len(host.latents) * math.prod(host.grid) ** 2 * host.family.width(host.models[host.model])

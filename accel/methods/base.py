@@ -18,12 +18,18 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     """A reversible change to how a denoiser is evaluated.
 
     Knobs are `Field(default, ge=, le=, multiple_of=, description=)`: widgets, flags, preset checks and the README's
-    table are made from them. `neutral` lists the settings at which the output is bitwise the baseline's.
+    table are made from them; one with `json_schema_extra={"page": False}` is for presets and code, not for visitors.
+    `neutral` lists the settings at which the output is bitwise the baseline's.
     """
 
     title: ClassVar[str]
     paper: ClassVar[str]
     neutral: ClassVar[dict]
+
+    @classmethod
+    def knobs(cls) -> dict[str, dict]:
+        """The JSON schema of each knob that the page shows."""
+        return {k: v for k, v in cls.model_json_schema()["properties"].items() if v.get("page", True)}
 
     def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
         """Bytes that a run of `count` steps on latents (b, c, f, h, w) will hold at most, known before it starts."""

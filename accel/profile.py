@@ -1,0 +1,157 @@
+"""What removing tokens costs, measured: by block, by span of the steps, and for queries and keys/values apart.
+
+Each setting removes `RATE` of one feature's tokens in one block during one span and nothing elsewhere; its cost is
+the squared error of the frames against the plain run of the same noise, for each squared rate. AsymRnR spreads its
+budget by these costs. Beside them: every block at once, at several rates, for the whole curve.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .budget import PROFILE, Table, save_costs
+from .families import family_of
+from .ledger import Ledger, digest
+from .metrics import distance, interval
+from .models import ROOT, Home, home_of, load_pipeline, resolve, weights
+from .run import Run, build_run, generate, machine, warm_up
+from .world.judge import score
+from .world.scene import held_out_prompts
+
+RATE, SPANS = 0.5, 3
+RATES = (0.2, 0.4, 0.6, 0.8)
+FEATURES = ("query", "kv")
+PROMPT_SEED = 7  # other prompts than those figures are reported on
+
+
+def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
+    """Costs of a model, after writing asymrnr.json, profile.md and profile.png; a local model gets its asymrnr.json."""
+    pipe = load_pipeline(model)
+    home = home_of(pipe, model)
+    out.mkdir(parents=True, exist_ok=True)
+    sites = list(family_of(pipe).attentions(pipe.transformer))
+    settings = _everywhere() | _single(sites)
+    texts = held_out_prompts(prompts, PROMPT_SEED) if home.captions else _examples(prompts)
+    runs = [build_run(home, model=model, prompt=text, seed=i, steps=steps) for i, text in enumerate(texts)]
+    others = [pair for pair in weights(model) if pair[0] != PROFILE]
+    ledger = Ledger(out / "profile.jsonl", digest(settings, others, runs[0].steps, runs[0].guidance))
+    done = {(line["prompt"], line["name"]) for line in ledger.lines}
+    warm_up(runs[0], pipe, home)
+    with tqdm(total=len(runs) * len(settings), desc="profile") as bar:
+        for run in runs:
+            _measure(run, settings, done, ledger, pipe, home, bar)
+    wanted = [line for line in ledger.lines if line["prompt"] in texts]
+    costs = _costs(wanted, sites)
+    about = {"model": model, "prompts": prompts, "steps": runs[0].steps, **machine(pipe)}
+    (out / "profile.md").write_text(_report(wanted, costs, about))
+    _plot(wanted, costs, out / "profile.png")
+    places = [out] + [Path(resolve(model))] * Path(resolve(model)).is_dir()
+    for folder in places:
+        save_costs(costs, folder / f"{PROFILE}.part")
+        os.replace(folder / f"{PROFILE}.part", folder / PROFILE)
+    return {**about, "costs": costs, "written": [str(folder / PROFILE) for folder in places]}
+
+
+def _everywhere() -> dict[str, dict]:
+    """Settings that remove one feature's tokens in all blocks, by name."""
+    names = {"query": {"kv_rate": 0.0}, "kv": {"query_rate": 0.0}, "both": {}}
+    return {
+        f"{name} {rate}": {"schedule": "fixed", "query_rate": rate, "kv_rate": rate, **other}
+        for name, other in names.items()
+        for rate in RATES
+    }
+
+
+def _single(sites: list[str]) -> dict[str, dict]:
+    """Settings that remove one feature's tokens in one block during one span, by name."""
+    pair = {"query": (RATE, 0.0), "kv": (0.0, RATE)}
+    spans = lambda span, feature: [pair[feature] if s == span else (0.0, 0.0) for s in range(SPANS)]
+    return {
+        f"{site} {span} {feature}": {"schedule": "fixed", "rates": {site: spans(span, feature)}}
+        for site in sites
+        for span in range(SPANS)
+        for feature in FEATURES
+    }
+
+
+def _examples(n: int) -> list[str]:
+    lines = (ROOT / "examples" / "prompts.txt").read_text().splitlines()
+    if n > len(lines):
+        raise ValueError(f"{n} prompts are too many: examples/prompts.txt has {len(lines)}")
+    return lines[:n]
+
+
+def _measure(run: Run, settings: dict[str, dict], done: set, ledger: Ledger, pipe, home: Home, bar: tqdm) -> None:
+    """One prompt through all settings that were not measured yet, each against the plain run."""
+    todo = [name for name in settings if (run.prompt, name) not in done]
+    bar.update(len(settings) - len(todo))
+    plain = generate(run, pipe, home) if todo else None
+    for name in todo:
+        video = generate(run.model_copy(update={"methods": {"asymrnr": settings[name]}}), pipe, home)
+        error = (plain.frames.astype(np.float64) - video.frames) / 255
+        marks = [score(v.frames, run.prompt).get("mean") if home.captions else None for v in (plain, video)]
+        ledger.add(
+            prompt=run.prompt, name=name, mse=float(np.square(error).mean()), marks=marks,
+            ssim=distance(plain.frames, video.frames)["ssim"], work=video.trace.summary()["work"],
+        )  # fmt: skip
+        bar.update()
+
+
+def _costs(lines: list[dict], sites: list[str]) -> Table:
+    """Mean squared error per squared rate, in parts of the largest."""
+    by_name: dict[str, list[float]] = {}
+    for line in lines:
+        by_name.setdefault(line["name"], []).append(line["mse"] / RATE**2)
+    mean = lambda *key: float(np.mean(by_name[" ".join(map(str, key))]))
+    costs = {site: [tuple(mean(site, s, f) for f in FEATURES) for s in range(SPANS)] for site in sites}
+    most = max(cost for spans in costs.values() for pair in spans for cost in pair)
+    return {site: [tuple(round(c / most, 5) for c in pair) for pair in spans] for site, spans in costs.items()}
+
+
+def _report(lines: list[dict], costs: Table, about: dict) -> str:
+    """Two tables: every block at several rates, and the cost of each block alone."""
+    text = (
+        f"{about['model']}, {about['prompts']} held-out prompts, {about['steps']} steps, {about['device']}, "
+        f"{about['dtype']}; means with 95 % bootstrap intervals\n\n"
+        "| all blocks | work | SSIM | adherence - baseline |\n|---|---|---|---|\n"
+    )
+    for name in _everywhere():
+        own = [line for line in lines if line["name"] == name]
+        work = np.mean([line["work"] for line in own])
+        lost = [line["marks"][1] - line["marks"][0] for line in own if line["marks"][0] is not None]
+        cells = [f"{{:.{digits}f}} [{{:.{digits}f}}, {{:.{digits}f}}]" for digits in (4, 3)]
+        ssim = cells[0].format(*interval([line["ssim"] for line in own]))
+        text += f"| {name} | {work:.2f} | {ssim} | {cells[1].format(*interval(lost)) if lost else '-'} |\n"
+    names = [f"{feature}, span {s + 1}" for s in range(SPANS) for feature in FEATURES]
+    text += f"\nCost of each block alone, at rate {RATE}, in parts of the largest; spans are thirds of the steps\n\n"
+    text += f"| block | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
+    for site, spans in costs.items():
+        text += f"| {site} | {' | '.join(f'{cost:.3f}' for pair in spans for cost in pair)} |\n"
+    return text
+
+
+def _plot(lines: list[dict], costs: Table, path: Path) -> None:
+    """The curve of likeness against rate, and the costs as two maps, block by span."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    for kind in ("query", "kv", "both"):
+        shown = {r: [line["ssim"] for line in lines if line["name"] == f"{kind} {r}"] for r in RATES}
+        axes[0].plot(RATES, [np.mean(v) for v in shown.values()], marker="o", label=kind)
+    axes[0].set(xlabel="rate in all blocks", ylabel="SSIM to the baseline", title="likeness")
+    axes[0].legend()
+    maps = np.array(list(costs.values()))  # (blocks, spans, features)
+    for i, feature in enumerate(FEATURES):
+        image = axes[i + 1].imshow(maps[:, :, i], vmin=0, vmax=1, aspect="auto", cmap="magma")
+        axes[i + 1].set(xlabel="span of the steps", ylabel="block", title=f"cost of removing: {feature}")
+        axes[i + 1].set_xticks(range(SPANS), [str(s + 1) for s in range(SPANS)])
+    figure.colorbar(image, ax=axes[2])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,51 @@
+"""Costs measured block by block, with a generator whose errors are known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from accel import profile
+from accel.budget import load_costs
+from accel.models import Home
+
+SHIFT = {"blocks.0.attn1": 2, "blocks.1.attn1": 4}  # grey levels that a frame is off when a block is reduced
+
+
+@pytest.fixture
+def runs(pipe, monkeypatch):
+    """The runs that were generated; each gives grey frames, off by the block's shift."""
+    seen = []
+
+    def generate(run, *_):
+        seen.append(run)
+        (knobs,) = run.methods.values() or ({},)
+        shift = sum(SHIFT[site] for site in knobs.get("rates", {}))
+        frames = np.full((2, 16, 16, 3), 100 + shift, np.uint8)
+        return SimpleNamespace(frames=frames, trace=SimpleNamespace(summary=lambda: {"work": 0.9}))
+
+    monkeypatch.setattr(profile, "generate", generate)
+    monkeypatch.setattr(profile, "warm_up", lambda *_: None)
+    monkeypatch.setattr(profile, "load_pipeline", lambda _: pipe)
+    monkeypatch.setattr(profile, "home_of", lambda *_: Home())
+    return seen
+
+
+def test_a_block_that_errs_twice_as_far_costs_four_times_as_much(runs, tmp_path):
+    profile.run_profile("nobody/nothing", 2, 4, tmp_path)
+    costs = load_costs(tmp_path / "asymrnr.json", list(SHIFT))
+    assert costs == {"blocks.0.attn1": [(0.25, 0.25)] * 3, "blocks.1.attn1": [(1.0, 1.0)] * 3}
+    report = (tmp_path / "profile.md").read_text()
+    assert "| blocks.0.attn1 | 0.250 |" in report and "| both 0.8 | 0.90 |" in report
+    assert (tmp_path / "profile.png").is_file()
+
+
+def test_a_second_start_measures_only_what_is_missing(runs, tmp_path):
+    profile.run_profile("nobody/nothing", 1, 4, tmp_path)
+    first = len(runs)
+    profile.run_profile("nobody/nothing", 1, 4, tmp_path)
+    assert len(runs) == first == 1 + 12 + 2 * 3 * 2  # plain, all blocks, each block alone
+    lines = (tmp_path / "profile.jsonl").read_text()
+    (tmp_path / "profile.jsonl").write_text(lines[:-9])  # a kill in the middle of the last line
+    profile.run_profile("nobody/nothing", 1, 4, tmp_path)
+    assert len(runs) == first + 2

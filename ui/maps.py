@@ -1,0 +1,63 @@
+"""What token reduction did, as pictures: the rate in each block and step, and which tokens of a frame stay."""
+
+from __future__ import annotations
+
+CELL, GAP, LEFT = 12, 2, 78
+FEATURES = ("query", "kv")
+NAMES = {"query": "queries removed", "kv": "keys and values removed"}
+
+
+def maps(trace: dict) -> str:
+    """HTML for each method of a trace (`Trace.to_json()`) that tells of rates; empty where none does."""
+    return "".join(_told(told, trace) for told in trace.get("extras", {}).values() if told.get("kept"))
+
+
+def _told(told: dict, trace: dict) -> str:
+    spent = sum(step["ms"] for step in trace["steps"]) or 1
+    words = (
+        f"The attention cores are {told['core_share']:.0%} of this model's work. Forecast at these rates: "
+        f"{told['forecast']:.2f}× if all that is saved arrives; matching, gathering and restoring took "
+        f"{told['overhead_ms']:.0f} ms, {told['overhead_ms'] / spent:.1%} of the denoising."
+    )
+    rates = "".join(_rates(told["rates"], i) for i in range(len(FEATURES)))
+    return f'<div class="maps"><div class="words">{words}</div>{rates}{_kept(told)}</div>'
+
+
+def _rates(rates: dict[str, list], which: int) -> str:
+    """SVG: a column per step, a row per block, the shade is the rate of one feature."""
+    cells = []
+    for row, (site, steps) in enumerate(rates.items()):
+        for column, pair in enumerate(steps):
+            hint = f"step {column + 1}, {site}: {pair[which]:.0%} {NAMES[FEATURES[which]]}"
+            cells.append(
+                f'<rect x="{LEFT + column * CELL}" y="{row * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
+                f'fill="#10b981" fill-opacity="{0.08 + 0.92 * pair[which]:.2f}"><title>{hint}</title></rect>'
+            )
+    width, height = LEFT + len(next(iter(rates.values()))) * CELL, len(rates) * CELL
+    return (
+        f'<div class="legend"><span><i style="background:#10b981"></i>{NAMES[FEATURES[which]]}, by step and block'
+        f'</span></div><div class="scroll"><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{NAMES[FEATURES[which]]}"><text x="0" y="9" class="name">blocks</text>'
+        f"{''.join(cells)}</svg></div>"
+    )
+
+
+def _kept(told: dict) -> str:
+    """SVG: the tokens of the middle frame, those that stay filled, in the block with the highest rates."""
+    site = max(told["kept"], key=lambda s: max(sum(pair) for pair in told["rates"][s]))
+    pictures, x = [], 0
+    for feature, rows in told["kept"][site].items():
+        pictures.append(f'<text x="{x}" y="9" class="name">{NAMES[feature]}</text>')
+        for i, row in enumerate(rows):
+            pictures += [
+                f'<rect x="{x + j * CELL}" y="{14 + i * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
+                f'fill="#3b82f6" fill-opacity="{1 if stays == "1" else 0.12}"/>'
+                for j, stays in enumerate(row)
+            ]
+        x += max(len(rows[0]) * CELL, 130) + 24
+    height = 14 + max(len(rows) for rows in told["kept"][site].values()) * CELL
+    return (
+        f'<div class="legend"><span><i style="background:#3b82f6"></i>tokens of the middle frame that stay in {site}'
+        f'</span></div><div class="scroll"><svg viewBox="0 0 {x} {height}" width="{x}" height="{height}" '
+        f'role="img" aria-label="tokens that stay">{"".join(pictures)}</svg></div>'
+    )
