@@ -56,22 +56,28 @@ def attributes() -> str:
 
 
 def training() -> str:
-    """Device, steps, time and result of each trained part."""
+    """Device, steps, time and result of each training run, in their order."""
     file = CARD.parent / "training.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     lines = ["| part | device | steps | minutes | learning rates (AdamW, Muon) | result |", "|---|---|---|---|---|---|"]
-    for part, r in record.items():
-        result = _reconstruction(r) if "psnr" in r else "see below"
-        cells = (
-            part,
-            r["device"],
-            f"{r['step']} of {r['steps']}",
-            f"{r['seconds'] / 60:.0f}",
-            f"{r['recipe']['lr']}, {r['recipe']['matrix_lr']}",
-            result,
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for part, newest in record.items():
+        for run in _runs(newest):
+            result = _reconstruction(run) if "psnr" in run else "see below" if run is newest else "the next one's start"
+            cells = (
+                part,
+                run["device"],
+                f"{run['step']} of {run['steps']}",
+                f"{run['seconds'] / 60:.0f}",
+                f"{run['recipe']['lr']}, {run['recipe']['matrix_lr']}",
+                result,
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _runs(record: dict) -> list[dict]:
+    """A run and those whose weights it began with, the first one first."""
+    return [*(_runs(record["after"]) if "after" in record else []), record]
 
 
 def _reconstruction(r: dict) -> str:
