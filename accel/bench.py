@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .ledger import Ledger, digest
 from .metrics import distance, interval
 from .models import home_of, load_pipeline, weights
-from .presets import Preset, load_preset
+from .presets import Preset, build_methods, load_preset
 from .run import Video, build_run, generate, machine, warm_up
 from .world.judge import score
 from .world.scene import ATTRIBUTES, held_out_prompts
@@ -71,7 +71,7 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
     out.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(out / "results.jsonl", _key(SUITES[suite], model))
+    ledger = Ledger(out / "results.jsonl", _key(SUITES[suite], model, pipe, home))
     done = {(r["prompt"], r["seed"]) for r in ledger.lines}
     pairs = [(p, s) for s in range(seeds) for p in held_out_prompts(prompts, PROMPT_SEED)]
     todo = [pair for pair in pairs if pair not in done]
@@ -89,9 +89,11 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     return {"suite": suite, "out": str(out), **summary}
 
 
-def _key(rows: dict[str, Row], model: str) -> str:
-    """Changes with the settings of the rows and the model's weights: older results are then not counted in."""
-    return digest([(name, row.settings()) for name, row in rows.items()], weights(model))
+def _key(rows: dict[str, Row], model: str, pipe, home) -> str:
+    """Changes with the runs of the rows, every knob of their methods, the weights and the machine."""
+    runs = [build_run(home, model=model, prompt="-", **row.settings()) for row in rows.values()]
+    methods = [[m.model_dump() for m in build_methods(run.methods)] for run in runs]
+    return digest(list(rows), [run.model_dump() for run in runs], methods, weights(model), machine(pipe))
 
 
 def _measure(rows: dict[str, Row], prompt: str, seed: int, model: str, pipe, home) -> dict[str, dict]:
@@ -126,7 +128,7 @@ def summarise(lines: list[dict], pipe) -> dict:
 def _row(own: list[dict], base: list[dict]) -> dict:
     seconds = float(np.median([r["denoise"] for r in own]))
     speed = [b["denoise"] / r["denoise"] for r, b in zip(own, base)]
-    work = own[0]["flops"] / base[0]["flops"]
+    work = float(np.median([r["flops"] / b["flops"] for r, b in zip(own, base)]))
     psnr = [r["psnr"] for r in own if r["psnr"] is not None]
     row = {
         "seconds": seconds,

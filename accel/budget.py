@@ -7,8 +7,11 @@ span of the steps; the harm of a rate r is cost * r^2. Only the proportions of t
 from __future__ import annotations
 
 import heapq
-import json
+import os
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError
 
 Pair = tuple[float, float]  # of queries, of keys and values
 Table = dict[str, list[Pair]]  # site -> per span
@@ -50,17 +53,32 @@ def work(rates: Table) -> float:
     return sum(map(site, rates.values())) / len(rates)
 
 
-def save_costs(costs: Table, path: str | Path) -> None:
-    """Write costs as JSON: {site: [[query, kv] per span]}."""
-    Path(path).write_text(json.dumps(costs, indent=1) + "\n")
+class Profile(BaseModel, frozen=True, extra="forbid"):
+    """Measured costs of a model's attentions, per span of the steps, and how they were measured."""
+
+    grid: tuple[int, int, int]  # tokens (f, h, w)
+    steps: int
+    rate: float
+    costs: dict[str, Annotated[list[Pair], Field(min_length=1)]]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.model_dump_json(indent=1) + "\n")
+        os.replace(part, path)
 
 
-def load_costs(path: str | Path, sites: list[str]) -> Table:
-    """The costs of a file. Raises ValueError if there is none or it is of a model with other blocks."""
-    if not Path(path).is_file():
+def load_profile(path: str | Path, sites: list[str]) -> Profile:
+    """The profile in a file. Raises ValueError if there is none or it is of a model with other blocks."""
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"profile {str(path)!r} does not exist: give the path of a JSON file, or leave it empty")
-    costs = {site: [tuple(pair) for pair in spans] for site, spans in json.loads(Path(path).read_text()).items()}
-    if sorted(costs) != sorted(sites):
-        found, name = len(costs), Path(path).name
-        raise ValueError(f"profile {name} is of a model with {found} attentions, this one has {len(sites)}")
-    return costs
+    try:
+        profile = Profile.model_validate_json(path.read_text())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path.name} is no profile: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    if sorted(profile.costs) != sorted(sites):
+        found = len(profile.costs)
+        raise ValueError(f"profile {path.name} is of a model with {found} attentions, this one has {len(sites)}")
+    return profile

@@ -51,6 +51,8 @@ class Opened:
     def inner(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """Softmax attention of heads (b, n, h, d) on the backend that was chosen; `bias` (b, 1 or h, 1, keys)."""
         backend, d = self._attention_backend, q.shape[-1]
+        if bias is not None and "sage" in str(backend):
+            raise ValueError(f"attention backend {backend} takes no bias: switch the size bias off or choose another")
         if bias is not None and q.is_cuda:
             return dispatch_attention_fn(*folded(q, k, v, bias), scale=d**-0.5, backend=backend)[..., :d]
         bias = bias if bias is None else bias.to(q.dtype)
@@ -71,10 +73,12 @@ def folded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 @contextmanager
 def opened(module: nn.Module, family: ModuleType, around: Callable) -> Iterator[None]:
-    """The attention module with an `Opened` processor. Raises ValueError where the tokens are spread over devices."""
+    """The attention module with an `Opened` processor. Raises ValueError where that one would not do the same."""
     stock = module.processor
     if getattr(stock, "_parallel_config", None) is not None:
         raise ValueError("tokens cannot be reduced under context parallelism: each device sees only a part of the grid")
+    if not type(stock).__module__.startswith("diffusers."):
+        raise ValueError(f"{type(stock).__name__} is no attention processor of diffusers: tokens inside it are unknown")
     mine = Opened(family, around)
     mine._attention_backend = getattr(stock, "_attention_backend", None)
     _OPEN[int(mine.number)] = mine.run

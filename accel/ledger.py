@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 
@@ -13,8 +14,11 @@ class Ledger:
     def __init__(self, file: Path, key: str):
         self.file, self.key = file, key
         text = file.read_text() if file.is_file() else ""
-        if whole := text[: text.rfind("\n") + 1]:
-            file.write_text(whole)  # without a last line that a kill cut short
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a kill cut the last line short
+            part = file.with_name(file.name + ".part")
+            part.write_text(whole)
+            os.replace(part, file)
         self.lines = [line for line in map(json.loads, whole.splitlines()) if line["key"] == key]
 
     def add(self, **line) -> None:

@@ -94,8 +94,10 @@ def _json(file: Path) -> dict:
 def weights(model: str) -> list[tuple[str, str]]:
     """Name and SHA-256 of each file of a local model that decides what it generates; nothing for a hub id."""
     folder = Path(resolve(model))
-    files = sorted([*folder.rglob("*.safetensors"), *folder.glob("*.json")])
-    return [(f.name, _hash(f)) for f in files if f.name != "training.json"]  # which is about the past
+    files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])
+    return [
+        (str(f.relative_to(folder)), _hash(f)) for f in files if f.name != "training.json"
+    ]  # which is about the past
 
 
 def _hash(file: Path) -> str:

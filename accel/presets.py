@@ -41,6 +41,8 @@ def build_methods(settings: dict[str, dict]) -> list[Method]:
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One sentence about the first problem: which knob, what was given, what is allowed."""
     first = error.errors()[0]
+    if first["type"] == "value_error" and not first["loc"]:  # of the knobs together
+        return f"{prefix.rstrip('.')}: {first['ctx']['error']}"
     knob = str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
         return f"unknown setting {prefix}{knob}; known are {', '.join(model.model_fields)}"

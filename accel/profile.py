@@ -7,18 +7,18 @@ budget by these costs. Beside them: every block at once, at several rates, for t
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from .budget import PROFILE, Table, save_costs
+from .budget import PROFILE, Profile, Table
 from .families import family_of
 from .ledger import Ledger, digest
+from .methods import AsymRnR
 from .metrics import distance, interval
 from .models import ROOT, Home, home_of, load_pipeline, resolve, weights
-from .run import Run, build_run, generate, machine, warm_up
+from .run import Run, build_run, generate, grid, machine, warm_up
 from .world.judge import score
 from .world.scene import held_out_prompts
 
@@ -38,7 +38,8 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     texts = held_out_prompts(prompts, PROMPT_SEED) if home.captions else _examples(prompts)
     runs = [build_run(home, model=model, prompt=text, seed=i, steps=steps) for i, text in enumerate(texts)]
     others = [pair for pair in weights(model) if pair[0] != PROFILE]
-    ledger = Ledger(out / "profile.jsonl", digest(settings, others, runs[0].steps, runs[0].guidance))
+    asked = runs[0].model_dump(exclude={"prompt", "seed"})
+    ledger = Ledger(out / "profile.jsonl", digest(settings, AsymRnR().model_dump(), others, asked, machine(pipe)))
     done = {(line["prompt"], line["name"]) for line in ledger.lines}
     warm_up(runs[0], pipe, home)
     with tqdm(total=len(runs) * len(settings), desc="profile") as bar:
@@ -49,10 +50,10 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     about = {"model": model, "prompts": prompts, "steps": runs[0].steps, **machine(pipe)}
     (out / "profile.md").write_text(_report(wanted, costs, about))
     _plot(wanted, costs, out / "profile.png")
+    profile = Profile(grid=grid(pipe, runs[0]), steps=runs[0].steps, rate=RATE, costs=costs)
     places = [out] + [Path(resolve(model))] * Path(resolve(model)).is_dir()
     for folder in places:
-        save_costs(costs, folder / f"{PROFILE}.part")
-        os.replace(folder / f"{PROFILE}.part", folder / PROFILE)
+        profile.save(folder / PROFILE)
     return {**about, "costs": costs, "written": [str(folder / PROFILE) for folder in places]}
 
 
@@ -92,6 +93,8 @@ def _measure(run: Run, settings: dict[str, dict], done: set, ledger: Ledger, pip
     plain = generate(run, pipe, home) if todo else None
     for name in todo:
         video = generate(run.model_copy(update={"methods": {"asymrnr": settings[name]}}), pipe, home)
+        if video.trace.notes:  # with fixed rates only about what keeps it from acting
+            raise ValueError(f"nothing to measure: {video.trace.notes[0]}")
         error = (plain.frames.astype(np.float64) - video.frames) / 255
         marks = [score(v.frames, run.prompt).get("mean") if home.captions else None for v in (plain, video)]
         ledger.add(
@@ -127,7 +130,7 @@ def _report(lines: list[dict], costs: Table, about: dict) -> str:
         ssim = cells[0].format(*interval([line["ssim"] for line in own]))
         text += f"| {name} | {work:.2f} | {ssim} | {cells[1].format(*interval(lost)) if lost else '-'} |\n"
     names = [f"{feature}, span {s + 1}" for s in range(SPANS) for feature in FEATURES]
-    text += f"\nCost of each block alone, at rate {RATE}, in parts of the largest; spans are thirds of the steps\n\n"
+    text += f"\nCost of each block alone at rate {RATE}, in parts of the largest, by third of the reduced steps\n\n"
     text += f"| block | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
     for site, spans in costs.items():
         text += f"| {site} | {' | '.join(f'{cost:.3f}' for pair in spans for cost in pair)} |\n"

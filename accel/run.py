@@ -71,14 +71,22 @@ def check_size(pipe, run: Run) -> None:
         raise ValueError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time_step}")
 
 
+def latents(run: Run, pipe) -> torch.Tensor:
+    """Latents (1, c, f, h, w) of a run, on the meta device: a shape and a dtype."""
+    model, space = pipe.transformer, pipe.vae_scale_factor_spatial
+    frames = (run.frames - 1) // pipe.vae_scale_factor_temporal + 1
+    shape = (1, model.config.in_channels, frames, run.height // space, run.width // space)
+    return torch.empty(shape, device="meta", dtype=model.dtype)
+
+
+def grid(pipe, run: Run) -> tuple[int, int, int]:
+    """Tokens (f, h, w) of a run."""
+    return family_of(pipe).grid(pipe.transformer, latents(run, pipe))
+
+
 def forecast(run: Run, pipe) -> int:
     """Bytes that the methods will hold at most during a run, known before it starts."""
-    family, model = family_of(pipe), pipe.transformer
-    frames = (run.frames - 1) // pipe.vae_scale_factor_temporal + 1
-    space = pipe.vae_scale_factor_spatial
-    shape = (1, model.config.in_channels, frames, run.height // space, run.width // space)
-    latents = torch.empty(shape, device="meta", dtype=model.dtype)
-    given = (model, family, latents, run.steps, run.guidance > 1)
+    given = (pipe.transformer, family_of(pipe), latents(run, pipe), run.steps, run.guidance > 1)
     return sum(method.forecast(*given) for method in build_methods(run.methods))
 
 

@@ -8,7 +8,7 @@ g groups that share a plan: b with shared heads, b * h with separate ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,8 +51,8 @@ def partition(grid: tuple[int, int, int], cell: tuple[int, int, int], seed: int,
     counts = [-(-n // step) for n, step in zip(grid, cell)]
     f, h, w = torch.meshgrid(*places, indexing="ij")
     owner = ((f * counts[1] + h) * counts[2] + w).flatten()
-    luck = torch.rand(len(owner), generator=torch.Generator().manual_seed(seed))
-    by_cell = torch.argsort(owner + luck)  # cells in order, their tokens shuffled
+    shuffled = torch.randperm(len(owner), generator=torch.Generator().manual_seed(seed))
+    by_cell = shuffled[owner[shuffled].argsort(stable=True)]  # cells in order, their tokens shuffled
     first = torch.ones(len(owner), dtype=torch.bool)
     first[1:] = owner[by_cell][1:] != owner[by_cell][:-1]
     destinations = by_cell[first]
@@ -102,9 +102,13 @@ class Reduction:
         rows = _rows(x, len(self.keep))
         if not mean:
             return _tokens(_take(rows, self.keep), x.shape)
-        place = self.place[..., None].expand(-1, -1, rows.shape[-1])
-        total = rows.new_zeros(len(rows), self.keep.shape[1], rows.shape[-1]).scatter_add_(1, place, rows)
-        return _tokens(total / self.sizes[..., None].to(rows.dtype), x.shape)
+        return _tokens(torch.cat([self._mean(part) for part in rows.split(512, -1)], -1), x.shape)
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Means (g, m, k) of rows (g, n, k), summed in float32: hundreds may meet in one."""
+        total = torch.zeros(*self.keep.shape, rows.shape[-1], device=rows.device)
+        total.scatter_add_(1, self.place[..., None].expand(-1, -1, rows.shape[-1]), rows.float())
+        return total.div_(self.sizes[..., None]).to(rows.dtype)
 
     def restore(self, x: Tensor) -> Tensor:
         """x (b, m, h, d) at full length (b, n, h, d): each token gets the row of the one that stands for it."""
@@ -118,20 +122,27 @@ def match(
     """The plan for features x (b, n, h, d), centred on their mean.
 
     A source's destination is that of its own cell (linear cost), or the best of all (`everywhere`: a matrix product
-    never whole). At most `memory` bytes are used at a time. `shared`: one plan for all heads.
+    never whole). About `memory` bytes are used at a time. `shared`: one plan for all heads.
     """
     rows = _rows(x, len(x) if shared else len(x) * x.shape[2])
+    g, _, width = rows.shape
     middle = rows.mean(1, keepdim=True, dtype=torch.float32)
-    ready = lambda y: F.normalize(y - middle, dim=-1) if metric == "cosine" else y - middle
-    targets = ready(rows[:, part.destinations])
+
+    def ready(y: Tensor) -> Tensor:
+        return F.normalize(y - middle, dim=-1) if metric == "cosine" else y - middle
 
     def piece(place: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sources = ready(rows[:, place])
-        distance, owner = (_nearest if everywhere else _in_cell)(sources, targets, cell, metric)
-        spread = sources.square().sum((1, 2))
-        return distance, owner, spread, sources.sub_(_take(targets, owner)).square_().sum((1, 2))
+        sources, owner = ready(rows.index_select(1, place)), cell.expand(g, -1)
+        if everywhere:
+            owner = _nearest(sources, rows, part.destinations.split(columns), ready, metric)
+        own = ready(_take(rows, part.destinations[owner]))
+        alike = (own * sources).sum(-1)
+        apart = own.sub_(sources).square_().sum(-1)
+        return apart if metric == "euclidean" else -alike, owner, sources.square_().sum((1, 2)), apart.sum(1)
 
-    pieces = [piece(*chunk) for chunk in _chunks(part, targets, everywhere, memory)]
+    columns = max(1, memory // (32 * g * width))  # destinations at a time: a quarter of the memory
+    lines = max(1, 3 * memory // (16 * g * (5 * width + 2 * columns * everywhere)))
+    pieces = [piece(*chunk) for chunk in zip(part.sources.split(lines), part.cell.split(lines))]
     distance, owner = (torch.cat([p[i] for p in pieces], 1) for i in (0, 1))
     spread, apart = (torch.stack([p[i] for p in pieces]).sum(0) for i in (2, 3))
     order = distance.argsort(dim=1, stable=True)
@@ -140,34 +151,26 @@ def match(
 
 
 def pooled(part: Partition, groups: int) -> Plan:
-    """The plan without matching: every source stands with its own cell, in raster order."""
-    order, owner = part.sources.expand(groups, -1), part.cell.expand(groups, -1)
+    """The plan without matching: sources go to their own cells, in an order drawn once: not the first frames first."""
+    shuffled = torch.randperm(len(part.sources), generator=torch.Generator().manual_seed(0)).to(part.sources.device)
+    order, owner = part.sources[shuffled].expand(groups, -1), part.cell[shuffled].expand(groups, -1)
     return Plan(part, order, owner, torch.ones(groups, device=order.device))
 
 
-def _in_cell(sources: Tensor, targets: Tensor, cell: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Distance (g, s) of each source to the destination of its own cell, and which that is."""
-    owner = cell.expand(len(sources), -1)
-    own = _take(targets, owner)
-    far = own.sub_(sources).square_().sum(-1) if metric == "euclidean" else -own.mul_(sources).sum(-1)
-    return far, owner
-
-
-def _nearest(sources: Tensor, targets: Tensor, _: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Distance (g, s) of each source to its nearest destination, and which that is."""
-    far = (sources @ targets.mT).mul_(-2)
-    if metric != "euclidean":
-        return tuple(far.min(-1))
-    near, owner = far.add_(targets.square().sum(-1)[:, None]).min(-1)
-    return near + sources.square().sum(-1), owner
-
-
-def _chunks(part: Partition, targets: Tensor, everywhere: bool, memory: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sources and their cells in pieces whose rows, and distances to all destinations, fit in `memory` bytes."""
-    g, c, width = targets.shape
-    each = 4 * g * (4 * width + 2 * c * everywhere)
-    length = max(1, (memory - targets.nbytes) // each)
-    yield from zip(part.sources.split(length), part.cell.split(length))
+def _nearest(sources: Tensor, rows: Tensor, chunks: tuple[Tensor, ...], ready: Callable, metric: Metric) -> Tensor:
+    """Which destination (g, s), of all in the chunks, is nearest to each source (g, s, k)."""
+    best, owner, before = None, None, 0
+    for chunk in chunks:
+        targets = ready(rows.index_select(1, chunk))
+        far = (sources @ targets.mT).neg_()
+        if metric == "euclidean":
+            far.mul_(2).add_(targets.square().sum(-1)[:, None])
+        near, which = far.min(-1)
+        if before:
+            closer = near < best
+            near, which = torch.where(closer, near, best), torch.where(closer, which + before, owner)
+        best, owner, before = near, which, before + len(chunk)
+    return owner
 
 
 def _rows(x: Tensor, g: int) -> Tensor:

@@ -45,10 +45,11 @@ class Trace:
     started: float = 0.0  # clock reading at the first transformer call
     bytes_forecast: int = 0
     bytes_held: int = 0  # the most that was held at once
+    holding: dict[str, int] = field(default_factory=dict)  # now, by method
 
     def begin(self) -> None:
         """Forget the last run: a new one starts."""
-        for record in (self.events, self.sigmas, self.milliseconds, self.notes, self.extras):
+        for record in (self.events, self.sigmas, self.milliseconds, self.notes, self.extras, self.holding):
             record.clear()
         self.bytes_forecast = self.bytes_held = 0
 
@@ -63,9 +64,10 @@ class Trace:
         if text not in self.notes:
             self.notes.append(text)
 
-    def hold(self, held: int) -> None:
-        """Bytes that methods hold now."""
-        self.bytes_held = max(self.bytes_held, held)
+    def hold(self, method: str, held: int) -> None:
+        """Bytes that a method holds now; what counts is the most that all held at once."""
+        self.holding[method] = held
+        self.bytes_held = max(self.bytes_held, sum(self.holding.values()))
 
     def work(self) -> tuple[int, int]:
         """FLOPs computed, and FLOPs of the same calls without any method."""

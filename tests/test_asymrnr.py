@@ -4,14 +4,19 @@ import pytest
 import torch
 
 import accel
-from accel.budget import save_costs
+from accel.budget import Profile
 from accel.families import family_of
 from accel.host import Host
 from accel.methods import METHODS
+from accel.presets import build_methods
 from accel.trace import Trace
 
 AsymRnR = METHODS["asymrnr"]
 FIXED = {"schedule": "fixed", "query_rate": 0.3, "kv_rate": 0.5, "start": 0.1, "cell": "1x2x2"}
+
+
+COSTS = {"blocks.0.attn1": [(100.0, 100.0)], "blocks.1.attn1": [(1.0, 1.0)]}
+MEASURED = Profile(grid=(3, 4, 4), steps=20, rate=0.5, costs=COSTS)
 
 
 def lengths(pipe, sample, method, **run):
@@ -47,7 +52,7 @@ def test_queries_alone_and_keys_alone(pipe, sample):
 
 def test_a_plan_is_kept_for_its_window_of_steps_and_its_branch(pipe, sample, monkeypatch):
     """20 steps, the first two whole, windows of 3: 6 windows x 2 branches x 2 blocks x 2 features."""
-    import accel.methods.asymrnr as module
+    import accel.plans as module
 
     calls, real = [], module.match
     monkeypatch.setattr(module, "match", lambda *args: calls.append(1) or real(*args))
@@ -58,10 +63,7 @@ def test_a_plan_is_kept_for_its_window_of_steps_and_its_branch(pipe, sample, mon
 
 def test_the_budget_is_met_over_the_whole_run(pipe, sample):
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.6))
-    core, site = 4 * 48 * 48 * 24, trace.flops["blocks.0.attn1"]
-    cores = [e for e in trace.events.values() if e.site != "denoiser"]
-    left = [1 - (1 - e.kept) * site / core for e in cores]
-    assert sum(left) / len(left) == pytest.approx(0.6, abs=0.04)
+    assert attention_left(trace) == pytest.approx(0.6, abs=0.04)
     assert set(trace.extras["asymrnr"]["rates"]) == {"blocks.0.attn1", "blocks.1.attn1"}
 
 
@@ -71,7 +73,7 @@ def test_a_budget_out_of_reach_is_said(pipe, sample):
 
 
 def test_a_profile_decides_where_tokens_go(pipe, sample, tmp_path):
-    save_costs({"blocks.0.attn1": [(100.0, 100.0)], "blocks.1.attn1": [(1.0, 1.0)]}, tmp_path / "costs.json")
+    MEASURED.save(tmp_path / "costs.json")
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.8, profile=str(tmp_path / "costs.json")))
     rates = trace.extras["asymrnr"]["rates"]
     assert rates["blocks.0.attn1"][1] == [0, 0]  # protected
@@ -79,13 +81,16 @@ def test_a_profile_decides_where_tokens_go(pipe, sample, tmp_path):
 
 
 def test_the_profile_in_the_models_folder_is_used_and_its_absence_is_said(pipe, sample, tmp_path):
-    save_costs({"blocks.0.attn1": [(100.0, 100.0)], "blocks.1.attn1": [(1.0, 1.0)]}, tmp_path / "asymrnr.json")
+    MEASURED.save(tmp_path / "asymrnr.json")
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.8))
-    assert any("this model has no profile" in note for note in trace.notes)
+    assert any("no profile of this model" in note for note in trace.notes)
     pipe.register_to_config(_name_or_path=str(tmp_path))
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.8))
     rates = trace.extras["asymrnr"]["rates"]
     assert not trace.notes and max(rates["blocks.0.attn1"][5]) < min(rates["blocks.1.attn1"][5])
+    MEASURED.model_copy(update={"grid": (9, 8, 8)}).save(tmp_path / "asymrnr.json")
+    _, trace = lengths(pipe, sample, AsymRnR(budget=0.8))
+    assert "AsymRnR: the costs were measured on a grid of (9, 8, 8) tokens, this one is (3, 4, 4)" in trace.notes
 
 
 def test_rates_can_be_given_per_block_and_span(pipe, sample):
@@ -107,9 +112,54 @@ def test_blocks_that_another_method_skips_are_judged_in_the_next_step(pipe, samp
     assert 4 in reused and min(reduced) == 6 and not trace.notes
 
 
-def test_each_transformer_is_judged_on_its_own(two_models, sample):
-    seen, _ = lengths(two_models, sample, AsymRnR(schedule="judged"))
-    assert {v for (step, *_), v in seen.items() if step in (3, 19)} != {(48, 48)}
+def attention_left(trace) -> float:
+    """Mean share of the attention cores' work that was computed."""
+    core, site = 4 * 48 * 48 * 24, trace.flops["blocks.0.attn1"]
+    left = [1 - (1 - e.kept) * site / core for e in trace.events.values() if e.site != "denoiser"]
+    return sum(left) / len(left)
+
+
+@pytest.mark.parametrize("schedule", ["judged", "measured"])
+def test_the_budget_is_met_by_two_transformers_together(schedule, two_models, sample, tmp_path):
+    """Likeness costs the second one a step of its own, which stays whole."""
+    MEASURED.save(tmp_path / "asymrnr.json")
+    two_models.register_to_config(_name_or_path=str(tmp_path))
+    method = AsymRnR(schedule=schedule, budget=0.6, query_rate=0.8, kv_rate=0.8)
+    _, trace = lengths(two_models, sample, method)
+    assert attention_left(trace) == pytest.approx(0.6, abs=0.05)
+    assert not any("out of reach" in note for note in trace.notes)
+    given = two_models.transformer, family_of(two_models), torch.empty(1, 4, 3, 8, 8), 20, True
+    assert trace.bytes_held <= method.forecast(*given)
+
+
+def test_one_plan_has_one_rate_for_the_work_that_was_asked(pipe, sample):
+    """Rates .3 and .5 leave .35 of the work; one rate does so at .41: 29 of 48 tokens stay."""
+    seen, trace = lengths(pipe, sample, AsymRnR(**FIXED, plans="one"))
+    assert seen[5, "cond", "blocks.0.attn1"] == (29, 29)
+    assert trace.extras["asymrnr"]["rates"]["blocks.0.attn1"][5] == pytest.approx([0.4084, 0.4084], abs=1e-3)
+
+
+def test_settings_that_cannot_be_are_refused_before_a_run():
+    with pytest.raises(ValueError, match="rates per block need schedule fixed, not measured"):
+        AsymRnR(rates={"blocks.0.attn1": [(0.5, 0.5)]})
+    with pytest.raises(ValueError, match="asymrnr: rate 0.9 is not possible: cells of 1x2x2 allow 0 to 0.750"):
+        build_methods({"asymrnr": {**FIXED, "kv_rate": 0.9}})
+
+
+def test_a_threshold_that_no_block_reaches_is_said(pipe, sample):
+    seen, trace = lengths(pipe, sample, AsymRnR(**FIXED, threshold=1.0))
+    assert set(seen.values()) == {(48, 48)}
+    assert any("does nothing: the threshold is 1.0, the most alike block has" in note for note in trace.notes)
+
+
+def test_matching_everywhere_counts_as_work(pipe, sample):
+    """12 destinations, 36 sources, 24 channels: 2 x 12 x 36 x 24 for queries and for values, once a window."""
+    whole, near = (
+        lengths(pipe, sample, AsymRnR(**FIXED, matching=m, interval=2))[1].events[2, "cond", "blocks.0.attn1"].kept
+        for m in ("global", "cell")
+    )
+    _, trace = lengths(pipe, sample, AsymRnR(**FIXED))
+    assert (whole - near) * trace.flops["blocks.0.attn1"] == pytest.approx(2 * 2 * 12 * 36 * 24)
 
 
 def test_the_forecast_is_not_exceeded(pipe, sample):
@@ -125,14 +175,10 @@ def test_the_picture_shows_the_tokens_that_stay_in_the_middle_frame(pipe, sample
     assert [len(row) for row in kept["kv"]] == [4, 4, 4, 4] and {*"".join(kept["kv"])} == {"0", "1"}
 
 
-def test_a_rate_beyond_the_cells_names_the_maximum(pipe, sample):
-    with pytest.raises(ValueError, match="rate 0.9 is not possible: cells of 1x2x2 allow 0 to 0.750"):
-        lengths(pipe, sample, AsymRnR(**{**FIXED, "kv_rate": 0.9}))
-
-
-def test_tokens_that_are_not_the_grid_run_unreduced_and_say_so(pipe, sample, monkeypatch):
+@pytest.mark.parametrize("schedule", ["fixed", "judged"])
+def test_tokens_that_are_not_the_grid_run_unreduced_and_say_so(schedule, pipe, sample, monkeypatch):
     monkeypatch.setattr(Host, "grid", property(lambda self: (3, 4, 5)))
-    seen, trace = lengths(pipe, sample, AsymRnR(**FIXED))
+    seen, trace = lengths(pipe, sample, AsymRnR(**{**FIXED, "schedule": schedule}))
     assert set(seen.values()) == {(48, 48)}
     assert "AsymRnR is off: 48 tokens are not the grid of (3, 4, 5)" in trace.notes
 

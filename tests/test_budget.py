@@ -2,7 +2,7 @@
 
 import pytest
 
-from accel.budget import allocate, load_costs, save_costs, work
+from accel.budget import Profile, allocate, load_profile, work
 
 FREE = (0.9, 0.9)
 
@@ -30,11 +30,15 @@ def test_ceilings_hold_even_if_the_budget_is_then_missed():
     assert rates["a"] == [(0.3, 0.5)] and work(rates) == pytest.approx(0.35)
 
 
-def test_costs_round_trip_and_strange_files_are_named(tmp_path):
-    costs = {"a": [(1.0, 2.0)], "b": [(3.0, 0.5)]}
-    save_costs(costs, tmp_path / "costs.json")
-    assert load_costs(tmp_path / "costs.json", ["b", "a"]) == costs
-    with pytest.raises(ValueError, match="costs.json is of a model with 2 attentions, this one has 1"):
-        load_costs(tmp_path / "costs.json", ["a"])
+def test_profiles_round_trip_and_strange_files_are_named(tmp_path):
+    file = tmp_path / "profile.json"
+    profile = Profile(grid=(3, 4, 4), steps=20, rate=0.5, costs={"a": [(1.0, 2.0)], "b": [(3.0, 0.5)]})
+    profile.save(file)
+    assert load_profile(file, ["b", "a"]) == profile
+    with pytest.raises(ValueError, match="profile.json is of a model with 2 attentions, this one has 1"):
+        load_profile(file, ["a"])
     with pytest.raises(ValueError, match="nowhere.json' does not exist"):
-        load_costs("nowhere.json", ["a"])
+        load_profile("nowhere.json", ["a"])
+    file.write_text('{"grid": [3, 4, 4], "steps": 20, "rate": 0.5, "costs": {"a": []}}')
+    with pytest.raises(ValueError, match="profile.json is no profile: costs.a List should have at least 1 item"):
+        load_profile(file, ["a"])

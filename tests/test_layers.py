@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
-    {"spectrum", "tokens", "budget"},
+    {"spectrum", "tokens", "plans", "budget"},
     {"trace", "metrics", "video", "ledger"},
     {"flops", "families", "heads", "host"},
     {"methods"},

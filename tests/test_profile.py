@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from accel import profile
-from accel.budget import load_costs
+from accel.budget import load_profile
 from accel.models import Home
 
 SHIFT = {"blocks.0.attn1": 2, "blocks.1.attn1": 4}  # grey levels that a frame is off when a block is reduced
@@ -22,8 +22,9 @@ def runs(pipe, monkeypatch):
         (knobs,) = run.methods.values() or ({},)
         shift = sum(SHIFT[site] for site in knobs.get("rates", {}))
         frames = np.full((2, 16, 16, 3), 100 + shift, np.uint8)
-        return SimpleNamespace(frames=frames, trace=SimpleNamespace(summary=lambda: {"work": 0.9}))
+        return SimpleNamespace(frames=frames, trace=SimpleNamespace(summary=lambda: {"work": 0.9}, notes=notes))
 
+    notes = []
     monkeypatch.setattr(profile, "generate", generate)
     monkeypatch.setattr(profile, "warm_up", lambda *_: None)
     monkeypatch.setattr(profile, "load_pipeline", lambda _: pipe)
@@ -33,8 +34,9 @@ def runs(pipe, monkeypatch):
 
 def test_a_block_that_errs_twice_as_far_costs_four_times_as_much(runs, tmp_path):
     profile.run_profile("nobody/nothing", 2, 4, tmp_path)
-    costs = load_costs(tmp_path / "asymrnr.json", list(SHIFT))
-    assert costs == {"blocks.0.attn1": [(0.25, 0.25)] * 3, "blocks.1.attn1": [(1.0, 1.0)] * 3}
+    written = load_profile(tmp_path / "asymrnr.json", list(SHIFT))
+    assert (written.grid, written.steps) == ((41, 30, 52), 4)
+    assert written.costs == {"blocks.0.attn1": [(0.25, 0.25)] * 3, "blocks.1.attn1": [(1.0, 1.0)] * 3}
     report = (tmp_path / "profile.md").read_text()
     assert "| blocks.0.attn1 | 0.250 |" in report and "| both 0.8 | 0.90 |" in report
     assert (tmp_path / "profile.png").is_file()

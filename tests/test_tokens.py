@@ -8,13 +8,35 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.heads import folded
-from accel.tokens import match, partition, size_bias
+from accel.tokens import match, partition, pooled, size_bias
 
 GRID = (3, 5, 4)  # no side but the last is a multiple of the cells below
 
 
 def features(n=60, heads=2, seed=0, b=1):
     return torch.randn(b, n, heads, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_large_grids_have_just_one_destination_a_cell():
+    """6,440 cells: sorting by cell number plus a float32 fraction would push tokens into the next cell."""
+    part = partition((21, 45, 80), (3, 2, 2), seed=1)
+    assert len(part.destinations) == 7 * 23 * 40
+    place = torch.stack(torch.unravel_index(part.destinations, (21, 45, 80)), 1) // torch.tensor((3, 2, 2))
+    assert torch.equal((place[:, 0] * 23 + place[:, 1]) * 40 + place[:, 2], torch.arange(6440))
+
+
+@pytest.mark.parametrize("memory", [3000, 20_000, 2**28])
+def test_memory_changes_the_pieces_and_not_the_plan(memory):
+    x, part = features(), partition(GRID, (2, 2, 2), seed=0)
+    whole, pieces = (match(x, part, everywhere=True, memory=m) for m in (2**28, memory))
+    assert torch.equal(whole.order, pieces.order) and torch.equal(whole.owner, pieces.owner)
+
+
+def test_pooling_a_part_takes_tokens_from_all_frames():
+    part = partition((4, 4, 4), (1, 2, 2), seed=0)
+    cut = pooled(part, 1).cut(0.4)
+    gone = 16 - (cut.keep[0] // 16).bincount(minlength=4)
+    assert gone.min() > 2
 
 
 @pytest.mark.parametrize("cell", [(2, 2, 2), (1, 2, 2), (3, 3, 3), (1, 1, 1)])

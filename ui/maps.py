@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 CELL, GAP, LEFT = 12, 2, 78
-FEATURES = ("query", "kv")
-NAMES = {"query": "queries removed", "kv": "keys and values removed"}
+NAMES = {"query": "queries", "kv": "keys and values"}
 
 
 def maps(trace: dict) -> str:
@@ -16,28 +15,30 @@ def _told(told: dict, trace: dict) -> str:
     spent = sum(step["ms"] for step in trace["steps"]) or 1
     words = (
         f"The attention cores are {told['core_share']:.0%} of this model's work. Forecast at these rates: "
-        f"{told['forecast']:.2f}× if all that is saved arrives; matching, gathering and restoring took "
-        f"{told['overhead_ms']:.0f} ms, {told['overhead_ms'] / spent:.1%} of the denoising."
+        f"{told['forecast']:.2f}× if all that is saved arrives."
     )
-    rates = "".join(_rates(told["rates"], i) for i in range(len(FEATURES)))
+    if told["overhead_ms"] is not None:
+        took = f"{told['overhead_ms']:.0f} ms, {told['overhead_ms'] / spent:.1%} of the denoising"
+        words += f" Matching, gathering and restoring took {took}."
+    rates = "".join(_rates(told["rates"], i) for i in range(len(NAMES)))
     return f'<div class="maps"><div class="words">{words}</div>{rates}{_kept(told)}</div>'
 
 
 def _rates(rates: dict[str, list], which: int) -> str:
     """SVG: a column per step, a row per block, the shade is the rate of one feature."""
-    cells = []
+    cells, name = [], f"{list(NAMES.values())[which]} removed"
     for row, (site, steps) in enumerate(rates.items()):
         for column, pair in enumerate(steps):
-            hint = f"step {column + 1}, {site}: {pair[which]:.0%} {NAMES[FEATURES[which]]}"
+            hint = f"step {column + 1}, {site}: {pair[which]:.0%} {name}"
             cells.append(
                 f'<rect x="{LEFT + column * CELL}" y="{row * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
                 f'fill="#10b981" fill-opacity="{0.08 + 0.92 * pair[which]:.2f}"><title>{hint}</title></rect>'
             )
     width, height = LEFT + len(next(iter(rates.values()))) * CELL, len(rates) * CELL
     return (
-        f'<div class="legend"><span><i style="background:#10b981"></i>{NAMES[FEATURES[which]]}, by step and block'
+        f'<div class="legend"><span><i style="background:#10b981"></i>{name}, by step and block'
         f'</span></div><div class="scroll"><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{NAMES[FEATURES[which]]}"><text x="0" y="9" class="name">blocks</text>'
+        f'role="img" aria-label="{name}"><text x="0" y="9" class="name">blocks</text>'
         f"{''.join(cells)}</svg></div>"
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,13 @@ from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..budget import PROFILE, Pair, Table, allocate, load_costs, work
+from ..budget import PROFILE, Pair, Table, allocate, load_profile, work
 from ..host import Host
-from ..tokens import Partition, Plan, Reduction, match, partition, pooled
+from ..plans import Matching, PlanCache
+from ..tokens import Metric, Reduction
 from ..trace import DENOISER, Trace
 from .base import Method
 
@@ -39,21 +40,15 @@ Rate = Annotated[float, Field(ge=0, le=0.95)]
 class Memory:
     """What one run holds: when and how much to reduce, and the plans of the open window of steps."""
 
-    first: int  # step from which tokens are reduced
+    first: int  # step from which tokens may be removed
     interval: int  # steps that share a plan
+    plans: PlanCache
+    model: int = 0  # the transformer whose plans are held
     costs: Table = field(default_factory=dict)
     rates: dict[int, Table] = field(default_factory=dict)  # by transformer
     likeness: dict[int, dict[str, Pair]] = field(default_factory=dict)  # of queries and values, by transformer and site
-    partitions: dict[tuple, Partition] = field(default_factory=dict)
-    plans: dict[tuple, tuple[int, Plan]] = field(default_factory=dict)  # with the window they are of
-    cuts: dict[tuple, tuple[Plan, float, Reduction]] = field(default_factory=dict)
+    judged: dict[int, int] = field(default_factory=dict)  # step in which the last of these was found, by transformer
     seconds: float = 0.0  # spent on matching, cutting, shortening and restoring
-
-    def held(self) -> int:
-        """Bytes of all plans and reductions."""
-        plans = [t for _, plan in self.plans.values() for t in (plan.order, plan.owner)]
-        cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place, cut.sizes)]
-        return sum(t.nbytes for t in plans + cuts)
 
 
 class AsymRnR(Method):
@@ -79,15 +74,15 @@ class AsymRnR(Method):
         0.0, ge=0, le=1, multiple_of=0.01, description="Fixed rates act in blocks at least this alike; 0: in all."
     )
     start: float = Field(
-        0.1, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first reduced one."
+        0.1, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first reduced one, at least one."
     )
     cell: Literal["1x2x2", "2x2x2", "3x2x2", "6x2x2"] = Field(
         "2x2x2", description="Frames x rows x columns that share one token that always stays."
     )
-    matching: Literal["cell", "global", "grid"] = Field(
+    matching: Matching = Field(
         "cell", description="Partners from the own cell (fast) or the whole clip (closest), or cells pooled unmatched."
     )
-    metric: Literal["euclidean", "cosine", "dot"] = Field("euclidean", description="How likeness is measured.")
+    metric: Metric = Field("euclidean", description="How likeness is measured.")
     heads: Literal["shared", "separate"] = Field("shared", description="One plan for all heads, or one for each.")
     plans: Literal["asymmetric", "one"] = Field(
         "asymmetric", description="Queries and keys matched on their own, or the queries' plan for all."
@@ -98,11 +93,25 @@ class AsymRnR(Method):
     bias: bool = Field(True, description="Weigh a merged key by its size; without it, merged regions fade.")
     interval: int = Field(0, ge=0, le=10, description="Steps that share a matching; 0: by the number of steps.")
     profile: str = Field(
-        "", description="JSON file of measured costs; empty: the model's own.", json_schema_extra={"page": False}
+        "", description="File of measured costs; empty: the model's own.", json_schema_extra={"page": False}
     )
-    rates: dict[str, list[tuple[Rate, Rate]]] = Field(
+    rates: dict[str, Annotated[list[tuple[Rate, Rate]], Field(min_length=1)]] = Field(
         {}, description="Fixed rates (query, kv) per span of steps, by block.", json_schema_extra={"page": False}
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> AsymRnR:
+        if self.rates and self.schedule != "fixed":
+            raise ValueError(f"rates per block need schedule fixed, not {self.schedule}")
+        most = 1 - 1 / math.prod(self._cell())
+        asked = [rate for spans in self.rates.values() for pair in spans for rate in pair]
+        highest = max(asked or (self.query_rate, self.kv_rate))
+        if self.schedule == "fixed" and highest > most + 1e-9:
+            raise ValueError(f"rate {highest} is not possible: cells of {self.cell} allow 0 to {most:.3f}")
+        return self
+
+    def _cell(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in self.cell.split("x"))
 
     def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
         """Bytes of the plans and reductions, if every attention had one for queries and one for keys at a low rate."""
@@ -116,7 +125,9 @@ class AsymRnR(Method):
         """Wrap the attentions' cores for the time of the context."""
         memory = host.per_run(lambda: self._begin(host, trace))
 
-        def core(inner: Callable, q: Tensor, k: Tensor, v: Tensor, site: str, bias: None = None) -> Tensor:
+        def core(inner: Callable, q: Tensor, k: Tensor, v: Tensor, site: str, bias: Tensor | None = None) -> Tensor:
+            if bias is not None:  # of another method: it says which keys these are
+                return inner(q, k, v, bias=bias)
             return self._core(inner, q, k, v, site, host, trace, memory())
 
         with host.wrap_heads(core):
@@ -125,9 +136,9 @@ class AsymRnR(Method):
     def _begin(self, host: Host, trace: Trace) -> Memory:
         """The run's memory; what keeps it from acting goes to the trace."""
         count, sites = host.step.count, list(host.attentions[host.model])
-        memory = Memory(
-            max(1, round(self.start * count)), self.interval or (1 if count <= 8 else 3 if count <= 30 else 5)
-        )
+        plans = PlanCache(self._cell(), self.matching, self.metric, self.heads == "shared")
+        interval = self.interval or (1 if count <= 8 else 3 if count <= 30 else 5)
+        memory = Memory(max(1, round(self.start * count)), interval, plans)
         given = (host.models[host.model], host.family, host.latents, count, host.family.is_guided(host.pipe))
         trace.bytes_forecast += self.forecast(*given)
         share = core_flops(host) * len(sites) / trace.flops[DENOISER]
@@ -140,36 +151,42 @@ class AsymRnR(Method):
         elif self.schedule == "measured":
             memory.costs = self._costs(host, trace)
         none = {site: [[0.0, 0.0]] * count for site in sites}
-        trace.extras["asymrnr"] = {"core_share": round(share, 4), "rates": none, "kept": {}, "overhead_ms": 0.0}
+        trace.extras["asymrnr"] = {"core_share": round(share, 4), "rates": none, "kept": {}, "overhead_ms": None}
         return memory
 
     def _asks_nothing(self) -> bool:
         if self.rates:
             return not any(max(pair) for spans in self.rates.values() for pair in spans)
-        return not max(self.query_rate, self.kv_rate) if self.schedule == "fixed" else self.budget == 1
+        return not max(self.query_rate, self.kv_rate) or (self.schedule != "fixed" and self.budget == 1)
 
     def _costs(self, host: Host, trace: Trace) -> Table:
         """The costs of the profile that was given, or of the model's own; none if it has none."""
         own = Path(host.pipe.name_or_path or "nowhere") / PROFILE
         if not self.profile and not own.is_file():
-            trace.note("AsymRnR judges the blocks by likeness: this model has no profile (python -m accel profile)")
+            trace.note("AsymRnR judges the blocks by likeness: no profile of this model (python -m accel profile)")
             return {}
-        return load_costs(self.profile or own, list(host.attentions[host.model]))
+        profile = load_profile(self.profile or own, list(host.attentions[host.model]))
+        if profile.grid != host.grid:
+            trace.note(f"AsymRnR: the costs were measured on a grid of {profile.grid} tokens, this one is {host.grid}")
+        return profile.costs
 
     def _core(self, inner, q, k, v, site: str, host: Host, trace: Trace, memory: Memory) -> Tensor:
         step = host.step
-        if self._judges(q, v, site, host, memory) or step.index < memory.first:
+        if memory.first == NEVER:
             return inner(q, k, v)
         if q.shape[1] != math.prod(host.grid):
             trace.note(f"AsymRnR is off: {q.shape[1]} tokens are not the grid of {host.grid}")
+            return inner(q, k, v)
+        if self._judges(q, v, site, host, memory) or step.index < memory.first:
             return inner(q, k, v)
         query_rate, kv_rate = self._rates(site, host, trace, memory)
         if not query_rate and not kv_rate:
             return inner(q, k, v)
         trace.extras["asymrnr"]["rates"][site][step.index] = [query_rate, kv_rate]
         began = time.perf_counter()
-        queries = self._cut("query", q, query_rate, site, host, memory)
-        keys = queries if self.plans == "one" else self._cut("kv", v, kv_rate, site, host, memory)
+        flops = [0, 0]
+        queries, flops[0] = self._cut("query", q, query_rate, site, host, memory)
+        keys, flops[1] = (queries, 0) if self.plans == "one" else self._cut("kv", v, kv_rate, site, host, memory)
         mean, n = self.merge == "mean", q.shape[1]
         q = queries.reduce(q, mean) if queries else q
         k, v = (keys.reduce(x, mean) if keys else x for x in (k, v))
@@ -179,9 +196,10 @@ class AsymRnR(Method):
         began = time.perf_counter()
         out = queries.restore(out) if queries else out
         memory.seconds += time.perf_counter() - began
-        left = (q.shape[1] / n) * (k.shape[1] / n)
-        trace.record(step, site, "reduce", 1 - (1 - left) * core_flops(host) / trace.flops[site])
-        trace.extras["asymrnr"]["overhead_ms"] = round(1000 * memory.seconds, 2)
+        saved = (1 - (q.shape[1] / n) * (k.shape[1] / n)) * core_flops(host) - sum(flops)
+        trace.record(step, site, "reduce", 1 - saved / trace.flops[site])
+        if not q.is_cuda:  # where this clock would only see the launches
+            trace.extras["asymrnr"]["overhead_ms"] = round(1000 * memory.seconds, 2)
         return out
 
     def _judges(self, q: Tensor, v: Tensor, site: str, host: Host, memory: Memory) -> bool:
@@ -191,80 +209,74 @@ class AsymRnR(Method):
         """
         wanted = self.threshold > 0 if self.schedule == "fixed" else not memory.costs
         seen, sites = memory.likeness.setdefault(host.model, {}), host.attentions[host.model]
-        if not wanted or len(seen) == len(sites) or host.step.index < memory.first - 1:
+        if not wanted or host.step.index < memory.first - 1:
             return False
+        if len(seen) == len(sites):  # both branches are reduced from the same step on
+            return host.step.index == memory.judged[host.model]
         if site not in seen and host.step.branch == "cond":
-            seen[site] = self._likeness(q, v, host, memory)
-            if len(seen) == len(sites):  # both branches are reduced from the same step on
-                memory.first = max(memory.first, host.step.index + 1)
+            began = time.perf_counter()
+            pair = (("query", q), ("kv", v))
+            seen[site] = tuple(memory.plans.likeness(feature, x, host.grid) for feature, x in pair)
+            memory.seconds += time.perf_counter() - began
+            memory.judged[host.model] = host.step.index
         return True
-
-    def _likeness(self, q: Tensor, v: Tensor, host: Host, memory: Memory) -> Pair:
-        """How alike queries, and values, are to the tokens they would merge into (0: as random ones, 1: the same)."""
-        return tuple(
-            match(x, self._partition(feature, host, memory), self.metric, self.matching == "global")
-            .likeness.mean()
-            .item()
-            for feature, x in (("query", q), ("kv", v))
-        )
 
     def _rates(self, site: str, host: Host, trace: Trace, memory: Memory) -> Pair:
         """Query and key/value rate of a site at this step; all sites' are settled at the first call."""
         if host.model not in memory.rates:
             rates = memory.rates[host.model] = self._settle(host, memory)
-            left = (work(rates) * (host.step.count - memory.first) + memory.first) / host.step.count
-            if self.schedule != "fixed" and left > self.budget + 0.02:
-                trace.note(f"AsymRnR: the budget of {self.budget} is out of reach, {left:.2f} of the work is left")
-            told = trace.extras["asymrnr"]
-            told["forecast"] = round(1 / (1 - told["core_share"] * (1 - left)), 3)
+            self._tell(rates, host, trace, memory)
         spans = memory.rates[host.model][site]
         done = (host.step.index - memory.first) / max(1, host.step.count - memory.first)
         return spans[int(done * len(spans))]
 
     def _settle(self, host: Host, memory: Memory) -> Table:
-        sites, count, seen = host.attentions[host.model], host.step.count, memory.likeness[host.model]
-        most = self._partition("query", host, memory).max_rate  # the keys' cells are as large
+        sites, seen = host.attentions[host.model], memory.likeness[host.model]
+        most = memory.plans.partition("query", host.grid, host.latents.device).max_rate  # the keys' cells are as large
         if self.schedule == "fixed":
-            rates = self.rates or {site: [(self.query_rate, self.kv_rate)] for site in sites}
-            self._check(rates, sites, most)
-            keep = lambda spans, alike: [tuple(r * (a >= self.threshold) for r, a in zip(s, alike)) for s in spans]
-            return {site: keep(rates.get(site, [(0.0, 0.0)]), seen.get(site, (1.0, 1.0))) for site in sites}
-        costs = memory.costs or {site: [tuple(1 - a for a in seen[site])] for site in sites}
-        target = max(0.0, self.budget * count - memory.first) / (count - memory.first)
-        return allocate(costs, target, (min(self.query_rate, most), min(self.kv_rate, most)))
+            if strange := sorted(set(self.rates) - set(sites)):
+                raise ValueError(f"there is no attention {strange[0]!r} to give a rate; there are {', '.join(sites)}")
+            none = [(0.0, 0.0)] if self.rates else [(self.query_rate, self.kv_rate)]
+            pick = lambda pair, alike: tuple(min(r, most) * (a >= self.threshold) for r, a in zip(pair, alike))
+            rates = {s: [pick(pair, seen.get(s, (1.0, 1.0))) for pair in self.rates.get(s, none)] for s in sites}
+        else:
+            costs = memory.costs or {site: [tuple(1 - a for a in seen[site])] for site in sites}
+            rates = allocate(costs, self._target(host, memory), (min(self.query_rate, most), min(self.kv_rate, most)))
+        one = lambda pair: (1 - math.sqrt((1 - pair[0]) * (1 - pair[1])),) * 2  # one plan: the same work by one rate
+        return {s: [one(pair) for pair in spans] for s, spans in rates.items()} if self.plans == "one" else rates
 
-    def _check(self, rates: Table, sites: Iterable[str], most: float) -> None:
-        if strange := sorted(set(rates) - set(sites)):
-            raise ValueError(f"there is no attention {strange[0]!r} to give a rate; there are {', '.join(sites)}")
-        if (highest := max(rate for spans in rates.values() for pair in spans for rate in pair)) > most:
-            raise ValueError(f"rate {highest} is not possible: cells of {self.cell} allow 0 to {most:.3f}")
+    def _target(self, host: Host, memory: Memory) -> float:
+        """The budget in parts of the steps that are not protected."""
+        return max(0.0, self.budget * host.step.count - memory.first) / (host.step.count - memory.first)
 
-    def _partition(self, feature: str, host: Host, memory: Memory) -> Partition:
-        key = (feature, host.grid)
-        if key not in memory.partitions:
-            cell = tuple(int(n) for n in self.cell.split("x"))
-            device = host.latents.device
-            memory.partitions[key] = partition(host.grid, cell, 0 if feature == "query" else 1, device)
-        return memory.partitions[key]
+    def _tell(self, rates: Table, host: Host, trace: Trace, memory: Memory) -> None:
+        """What is left of the attention work, if these rates hold to the end, as forecast; what is amiss, as notes."""
+        told, now, count = trace.extras["asymrnr"], host.step.index, host.step.count
+        before = [[(1 - q) * (1 - kv) for q, kv in steps[:now]] for steps in told["rates"].values()]
+        left = (sum(map(sum, before)) / len(before) + work(rates) * (count - now)) / count
+        told["forecast"] = round(1 / (1 - told["core_share"] * (1 - left)), 3)
+        if work(rates) == 1 and memory.likeness[host.model]:
+            alike = max(max(pair) for pair in memory.likeness[host.model].values())
+            trace.note(f"AsymRnR does nothing: the threshold is {self.threshold}, the most alike block has {alike:.2f}")
+        elif self.schedule != "fixed" and work(rates) > self._target(host, memory) + 0.02:
+            trace.note(f"AsymRnR: the budget of {self.budget} is out of reach, {left:.2f} of the work is left")
 
-    def _cut(self, feature: str, x: Tensor, rate: float, site: str, host: Host, memory: Memory) -> Reduction | None:
-        """The reduction of a feature at its rate; matched anew when a window of steps begins."""
+    def _cut(
+        self, feature: str, x: Tensor, rate: float, site: str, host: Host, memory: Memory
+    ) -> tuple[Reduction | None, int]:
+        """The reduction of a feature at its rate, none at rate 0, and the FLOPs of matching."""
         if not rate:
-            return None
-        key, step = (host.model, site, host.step.branch, feature), host.step
-        window = (step.index - memory.first) // memory.interval
-        known, plan = memory.plans.get(key, (-1, None))
-        if known != window or plan.order.shape[0] not in (len(x), len(x) * x.shape[2]):
-            plan = self._match(x, self._partition(feature, host, memory))
-            memory.plans[key] = (window, plan)
-        cut_of, cut_at, cut = memory.cuts.get(key, (None, 0.0, None))
-        if cut_of is not plan or cut_at != rate:
-            cut = plan.cut(rate)
-            memory.cuts[key] = (plan, rate, cut)
-            host.trace.hold(memory.held())
-            if step.branch == "cond":
-                self._show(feature, cut, site, host)
-        return cut
+            return None, 0
+        if memory.model != host.model:  # Wan 2.2 has changed to its second transformer
+            memory.plans.clear()
+            memory.model = host.model
+        part = memory.plans.partition(feature, host.grid, x.device)
+        window = (host.step.index - memory.first) // memory.interval
+        cut, flops = memory.plans.cut((site, host.step.branch, feature), window, x, part, rate)
+        host.trace.hold("asymrnr", memory.plans.held())
+        if host.step.branch == "cond":
+            self._show(feature, cut, site, host)
+        return cut, flops
 
     def _show(self, feature: str, cut: Reduction, site: str, host: Host) -> None:
         """Which tokens of the middle frame stay when a block is cut first: rows of 0 and 1 for the page to draw."""
@@ -273,12 +285,6 @@ class AsymRnR(Method):
             f, h, w = host.grid
             stays = torch.zeros(f * h * w, dtype=torch.bool).index_fill(0, cut.keep[0].cpu(), True)
             shown[feature] = ["".join("01"[token] for token in row) for row in stays.view(f, h, w)[f // 2].tolist()]
-
-    def _match(self, x: Tensor, part: Partition) -> Plan:
-        shared = self.heads == "shared"
-        if self.matching == "grid":
-            return pooled(part, len(x) if shared else len(x) * x.shape[2])
-        return match(x, part, self.metric, self.matching == "global", shared)
 
 
 def core_flops(host: Host) -> int:

@@ -168,7 +168,7 @@ class FasterCache(Method):
         elif step.index >= steps[0] - 2:  # among the last two computed when the first extrapolation comes
             fits = [e for e in entries[-1:] if e[1].shape == out.shape]
             memory.outputs[key] = [*fits, (step.sigma, out)]
-            trace.hold(memory.held())
+            trace.hold("fastercache", memory.held())
         return out
 
     def _extrapolate(self, entries: list[tuple[float, Tensor]], step: Step, plans: list[Plan]) -> Tensor:
@@ -196,7 +196,7 @@ class FasterCache(Method):
             memory.cond = out
         elif cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
             memory.bands, memory.since_full = (host.model, *split(out.float() - cond.float())), 0
-            trace.hold(memory.held())
+            trace.hold("fastercache", memory.held())
         else:
             memory.bands = memory.cond = None
         return out

@@ -1,0 +1,70 @@
+"""Plans that are kept: matched once for a window of steps, cut anew only when the rate or the plan changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .tokens import Metric, Partition, Plan, Reduction, match, partition, pooled
+
+Matching = Literal["cell", "global", "grid"]
+SEEDS = {"query": 0, "kv": 1}  # of the partitions, shared by both guidance branches
+
+
+@dataclass
+class PlanCache:
+    """The plans and reductions of one run, by whatever key tells attentions, branches and features apart."""
+
+    cell: tuple[int, ...]
+    matching: Matching
+    metric: Metric
+    shared: bool  # one plan for all heads
+    partitions: dict[tuple, Partition] = field(default_factory=dict)
+    plans: dict[tuple, tuple[int, Plan]] = field(default_factory=dict)  # with the window they are of
+    cuts: dict[tuple, tuple[Plan, float, Reduction]] = field(default_factory=dict)
+
+    def partition(self, feature: str, grid: tuple[int, int, int], device: torch.device) -> Partition:
+        """The cells of queries ("query") or of keys and values ("kv")."""
+        if (feature, grid) not in self.partitions:
+            self.partitions[feature, grid] = partition(grid, self.cell, SEEDS[feature], device)
+        return self.partitions[feature, grid]
+
+    def cut(self, key: tuple, window: int, x: Tensor, part: Partition, rate: float) -> tuple[Reduction, int]:
+        """The reduction of features x (b, n, h, d) at a rate, and the FLOPs of matching if it had to be done."""
+        known, plan = self.plans.get(key, (-1, None))
+        flops = 0
+        if known != window or len(plan.order) != (len(x) if self.shared else len(x) * x.shape[2]):
+            plan, flops = self._match(x, part), self._flops(x, part)
+            self.plans[key] = (window, plan)
+        cut_of, cut_at, cut = self.cuts.get(key, (None, 0.0, None))
+        if cut_of is not plan or cut_at != rate:
+            cut = plan.cut(rate)
+            self.cuts[key] = (plan, rate, cut)
+        return cut, flops
+
+    def likeness(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> float:
+        """How alike features are to the tokens they would merge into (0: as random ones, 1: the same)."""
+        return self._match(x, self.partition(feature, grid, x.device)).likeness.mean().item()
+
+    def clear(self) -> None:
+        """Forget all plans: another transformer takes over."""
+        self.plans.clear()
+        self.cuts.clear()
+
+    def held(self) -> int:
+        """Bytes of all plans and reductions."""
+        plans = [t for _, plan in self.plans.values() for t in (plan.order, plan.owner)]
+        cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place, cut.sizes)]
+        return sum(t.nbytes for t in plans + cuts)
+
+    def _match(self, x: Tensor, part: Partition) -> Plan:
+        if self.matching == "grid":
+            return pooled(part, len(x) if self.shared else len(x) * x.shape[2])
+        return match(x, part, self.metric, self.matching == "global", self.shared)
+
+    def _flops(self, x: Tensor, part: Partition) -> int:
+        """Work of the one matrix product that matching may need; by cell it needs none."""
+        return 2 * len(part.destinations) * len(part.sources) * x[:, 0].numel() * (self.matching == "global")
