@@ -70,7 +70,9 @@ class Page:
                     guidance = gr.Slider(
                         0, 12, 4, step=0.5, label="guidance", info="Strength of the prompt; 1 and less runs one branch."
                     )
-                    preset = gr.Dropdown(preset_names(), value="fastercache", label="preset", info="Sets the knobs.")
+                    preset = gr.Dropdown(
+                        preset_names(), value="fastercache", label="preset", info="Sets the knobs.", elem_id="preset"
+                    )
                 knobs: dict[str, dict] = {}
                 switches = {}
                 with gr.Column(scale=3):

@@ -67,8 +67,8 @@ class Plan:
     """Sources from the most to the least alike their destination, found once; any rate is a cut of it."""
 
     part: Partition
-    order: Tensor  # (g, s) token index of the sources, most alike first
-    owner: Tensor  # (g, s) index into `part.destinations` of the destination of each of them
+    order: Tensor  # (g, s) int32: token index of the sources, most alike first
+    owner: Tensor  # (g, s) int32: index into `part.destinations` of the destination of each of them
     likeness: Tensor  # (g,) 0: as unlike as random tokens, 1: the same
 
     def cut(self, rate: float) -> Reduction:
@@ -78,16 +78,17 @@ class Plan:
             raise ValueError(f"rate {rate} is not possible: these cells allow 0 to {part.max_rate:.3f}")
         removed = int(part.tokens * rate + 1e-6)
         every = torch.arange(part.tokens, device=self.order.device).expand(g, -1)
-        gone, heir = self.order[:, :removed], part.destinations[self.owner[:, :removed]]
-        keep = torch.cat([self.order[:, removed:], part.destinations.expand(g, -1)], 1).sort(1).values
+        order, heir = self.order.long(), part.destinations[self.owner[:, :removed]]
+        keep = torch.cat([order[:, removed:], part.destinations.expand(g, -1)], 1).sort(1).values
         rank = torch.zeros_like(every).scatter(1, keep, every[:, : keep.shape[1]])
-        place = rank.gather(1, every.scatter(1, gone, heir))
-        return Reduction(keep, place, torch.zeros_like(keep).scatter_add(1, place, torch.ones_like(place)))
+        place = rank.gather(1, every.scatter(1, order[:, :removed], heir))
+        sizes = torch.zeros_like(keep).scatter_add(1, place, torch.ones_like(place))
+        return Reduction(keep.int(), place.int(), sizes.int())
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which tokens stay, and who stands for each token. Shortening and restoring are one gather of rows each."""
+    """Which tokens stay, and who stands for each token, int32. Shortening and restoring are one gather of rows each."""
 
     keep: Tensor  # (g, m) token index, ascending
     place: Tensor  # (g, n) position in `keep` of the token that stands for each token
@@ -107,7 +108,7 @@ class Reduction:
     def _mean(self, rows: Tensor) -> Tensor:
         """Means (g, m, k) of rows (g, n, k), summed in float32: hundreds may meet in one."""
         total = torch.zeros(*self.keep.shape, rows.shape[-1], device=rows.device)
-        total.scatter_add_(1, self.place[..., None].expand(-1, -1, rows.shape[-1]), rows.float())
+        total.scatter_add_(1, self.place.long()[..., None].expand(-1, -1, rows.shape[-1]), rows.float())
         return total.div_(self.sizes[..., None]).to(rows.dtype)
 
     def restore(self, x: Tensor) -> Tensor:
@@ -147,14 +148,14 @@ def match(
     spread, apart = (torch.stack([p[i] for p in pieces]).sum(0) for i in (2, 3))
     order = distance.argsort(dim=1, stable=True)
     likeness = (1 - apart / (2 * spread).clamp_min(1e-12)).clamp(0, 1)  # two random sources are 2 x spread apart
-    return Plan(part, part.sources[order], owner.gather(1, order), likeness)
+    return Plan(part, part.sources[order].int(), owner.gather(1, order).int(), likeness)
 
 
 def pooled(part: Partition, groups: int) -> Plan:
     """The plan without matching: sources go to their own cells, in an order drawn once: not the first frames first."""
     shuffled = torch.randperm(len(part.sources), generator=torch.Generator().manual_seed(0)).to(part.sources.device)
     order, owner = part.sources[shuffled].expand(groups, -1), part.cell[shuffled].expand(groups, -1)
-    return Plan(part, order, owner, torch.ones(groups, device=order.device))
+    return Plan(part, order.int(), owner.int(), torch.ones(groups, device=order.device))
 
 
 def _nearest(sources: Tensor, rows: Tensor, chunks: tuple[Tensor, ...], ready: Callable, metric: Metric) -> Tensor:

@@ -63,6 +63,11 @@ def run_pair(page, steps: int) -> None:
     page.wait_for_function(f"document.querySelector('#player .a figcaption').textContent.includes('{steps} steps')")
 
 
+def choose_preset(page, name: str) -> None:
+    page.locator("#preset input").click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
 def test_a_recorded_pair_plays_before_anything_is_computed(page):
     assert "Recorded pair" in page.inner_text("#message")
     page.wait_for_function("document.querySelector('#player video').currentTime > 0.2", timeout=10_000)
@@ -133,3 +138,13 @@ def test_the_page_fits_a_phone(browser, url):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     shot(page, "phone")
     context.close()
+
+
+def test_token_reduction_shows_its_rates_and_the_tokens_that_stay(page):
+    choose_preset(page, "asymrnr")
+    page.wait_for_function("document.querySelector('#use-asymrnr input').checked")
+    run_pair(page, 12)
+    page.wait_for_selector("#maps svg[aria-label='tokens that stay']", state="attached")
+    assert page.locator("#maps rect").count() > 2 * 8 * 12
+    assert "of this model's work" in page.inner_text("#maps")
+    shot(page, "maps")

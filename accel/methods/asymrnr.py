@@ -118,7 +118,7 @@ class AsymRnR(Method):
         n = math.prod(family.grid(model, latents))
         groups = len(latents) * (1 if self.heads == "shared" else model.config.num_attention_heads)
         indices = 5 * n * groups  # at most: order, owner, keep, place, sizes
-        return 8 * indices * 2 * len(family.attentions(model)) * (1 + guided)
+        return 4 * indices * 2 * len(family.attentions(model)) * (1 + guided)
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
@@ -283,7 +283,7 @@ class AsymRnR(Method):
         shown = host.trace.extras["asymrnr"]["kept"].setdefault(site, {})
         if feature not in shown:
             f, h, w = host.grid
-            stays = torch.zeros(f * h * w, dtype=torch.bool).index_fill(0, cut.keep[0].cpu(), True)
+            stays = torch.zeros(f * h * w, dtype=torch.bool).index_fill(0, cut.keep[0].long().cpu(), True)
             shown[feature] = ["".join("01"[token] for token in row) for row in stays.view(f, h, w)[f // 2].tolist()]
 
 
