@@ -34,13 +34,9 @@ def _rates(rates: dict[str, list], which: int) -> str:
                 f'<rect x="{LEFT + column * CELL}" y="{row * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
                 f'fill="#10b981" fill-opacity="{0.08 + 0.92 * pair[which]:.2f}"><title>{hint}</title></rect>'
             )
-    width, height = LEFT + len(next(iter(rates.values()))) * CELL, len(rates) * CELL
-    return (
-        f'<div class="legend"><span><i style="background:#10b981"></i>{name}, by step and block'
-        f'</span></div><div class="scroll"><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{name}"><text x="0" y="9" class="name">blocks</text>'
-        f"{''.join(cells)}</svg></div>"
-    )
+    size = LEFT + len(next(iter(rates.values()))) * CELL, len(rates) * CELL
+    body = f'<text x="0" y="9" class="name">blocks</text>{"".join(cells)}'
+    return _figure(f"{name}, by step and block", "#10b981", name, size, body)
 
 
 def _kept(told: dict) -> str:
@@ -56,9 +52,15 @@ def _kept(told: dict) -> str:
                 for j, stays in enumerate(row)
             ]
         x += max(len(rows[0]) * CELL, 130) + 24
-    height = 14 + max(len(rows) for rows in told["kept"][site].values()) * CELL
+    size = x, 14 + max(len(rows) for rows in told["kept"][site].values()) * CELL
+    title = f"tokens of the middle frame that stay in {site}"
+    return _figure(title, "#3b82f6", "tokens that stay", size, "".join(pictures))
+
+
+def _figure(title: str, colour: str, label: str, size: tuple[int, int], body: str) -> str:
+    """An SVG of a size (w, h) under its title, in a box that scrolls where the page is narrow."""
+    w, h = size
     return (
-        f'<div class="legend"><span><i style="background:#3b82f6"></i>tokens of the middle frame that stay in {site}'
-        f'</span></div><div class="scroll"><svg viewBox="0 0 {x} {height}" width="{x}" height="{height}" '
-        f'role="img" aria-label="tokens that stay">{"".join(pictures)}</svg></div>'
+        f'<div><div class="legend"><span><i style="background:{colour}"></i>{title}</span></div><div class="scroll">'
+        f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{label}">{body}</svg></div></div>'
     )
