@@ -196,12 +196,12 @@ def profile(
 
 @app.command()
 def train(
-    what: Annotated[str, typer.Argument(help="vae, base or all.")],
+    what: Annotated[str, typer.Argument(help="vae, base, gpd or all.")],
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; a later --resume goes on.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
 ) -> None:
-    """Train the shipped model: first the autoencoder, then the transformer with its text encoder."""
+    """Train the shipped model: the autoencoder, the transformer with its text encoder, then its few-step students."""
     from .training import train_parts
 
     _finish(train_parts(what, minutes, resume, out))

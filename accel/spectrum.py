@@ -1,4 +1,4 @@
-"""Low and high spatial frequencies of a latent, per frame and channel."""
+"""Low and high frequencies of a latent, in space and in time."""
 
 from __future__ import annotations
 
@@ -28,3 +28,30 @@ def split(x: Tensor, radius: int | None = None) -> tuple[Tensor, Tensor]:
     mask = low_pass(h, w, min(h, w) // 5 if radius is None else radius, x.device)
     low = torch.fft.irfft2(torch.fft.rfft2(x) * mask, s=(h, w))
     return low, x - low
+
+
+def high_pass(shape: tuple[int, int, int], space: float = 0.25, time: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Boolean masks (f, h, w // 2 + 1) of high spatial and of high temporal frequencies, in the layout of `rfftn`.
+
+    Frequencies are shares of the highest one of their axis; the spatial one is the root mean square of both axes'.
+    """
+    f, h, w = shape
+    t, y = (2 * torch.fft.fftfreq(n).abs() for n in (f, h))
+    x = 2 * torch.fft.rfftfreq(w)
+    spatial = ((y[:, None].square() + x.square()) / 2).sqrt() > space
+    return spatial.expand(f, -1, -1), (t > time)[:, None, None].expand(-1, h, w // 2 + 1)
+
+
+def high_energy(x: Tensor, space: float = 0.25, time: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Mean square of x (..., f, h, w) in its high spatial and its high temporal frequencies, float32.
+
+    By Parseval, with masks that keep everything each would be the mean square of x itself.
+    """
+    f, h, w = x.shape[-3:]
+    power = torch.fft.rfftn(x.float(), dim=(-3, -2, -1), norm="ortho").abs().square()
+    twice = torch.full((w // 2 + 1,), 2.0, device=x.device)  # `rfftn` leaves out the mirrored half
+    twice[0] = 1
+    if w % 2 == 0:
+        twice[-1] = 1
+    masks = high_pass((f, h, w), space, time)
+    return tuple((power * twice * m.to(x.device)).sum((-3, -2, -1)).mean() / (f * h * w) for m in masks)

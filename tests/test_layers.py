@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
-    {"spectrum", "tokens", "plans", "budget"},
+    {"spectrum", "tokens", "plans", "budget", "flow"},
     {"trace", "metrics", "video", "ledger"},
     {"flops", "families", "heads", "host"},
     {"methods"},

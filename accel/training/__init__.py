@@ -21,13 +21,15 @@ RECIPES = {
     "small": {
         "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 4000, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 1},
+        "gpd": {"steps": 120, "lr": 3e-4, "warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 30_000, "lr": 1e-3, "matrix_lr": 4e-3, "betas": (0.9, 0.98)},
+        "gpd": {"steps": 300, "lr": 2e-4, "warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0},
     },
 }
-PARTS = ("vae", "base")
+PARTS = ("vae", "base", "gpd")
 
 
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path) -> dict:
@@ -94,4 +96,12 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     return summary
 
 
-TRAINERS = {"vae": _train_vae, "base": _train_base}
+def _train_gpd(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
+    from .distil import train_gpd
+
+    if not (ROOT / TINY / "transformer" / "config.json").is_file():
+        raise ValueError("the base model comes first: python -m accel train base")
+    return train_gpd(recipe, TINY, device, minutes, resume, out)
+
+
+TRAINERS = {"vae": _train_vae, "base": _train_base, "gpd": _train_gpd}

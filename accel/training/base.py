@@ -32,7 +32,7 @@ from ..families import wan
 from ..world.render import render
 from ..world.scene import caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
-from .vae import Autoencoder, clear_weights, to_unit
+from .vae import Autoencoder, clear_weights, normalise, to_unit
 
 TEXT = 32  # tokens a prompt is padded or cut to
 SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
@@ -175,14 +175,6 @@ def _encode(auto: Autoencoder, frames: list[Tensor]) -> Tensor:
     x = torch.stack([to_unit(f) for f in frames])
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         return auto.encode(x)[0].float()
-
-
-def normalise(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    """Latents with mean 0 and deviation 1 per channel, as the pipeline expects them."""
-    mean, std = (
-        torch.tensor(v, device=z.device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return (z - mean) / std
 
 
 class BaseTask:

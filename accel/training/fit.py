@@ -1,6 +1,7 @@
 """One training loop for all trainers: accelerate, EMA, atomic checkpoints, a JSON line of losses, a sample sheet.
 
-Batches depend on (seed, step, process) alone, so a resumed run follows the loss curve of an unbroken one.
+Batches depend on (seed, step, process) alone, so a resumed run follows the loss curve of an unbroken one. A task that
+carries more than that from step to step has `state_dict` and `load_state_dict`, one row per sample.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -55,8 +57,14 @@ def rate(step: int, recipe: Recipe) -> float:
     return min(1.0, (step + 1) / recipe.warmup) * decay
 
 
-def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 400) -> dict:
-    """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always."""
+def fit(
+    task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 400,
+    enough: Callable[[int], bool] = lambda step: False,
+) -> dict:  # fmt: skip
+    """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always.
+
+    `enough(steps done)` may end it before, in all processes alike.
+    """
     recipe, folder = task.recipe, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -64,7 +72,7 @@ def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_e
     task.module.to(accelerator.device)  # before `Matrices` takes its views
     optimizers = _optimizers(task)
     ema = EMAModel(task.module.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.8)
-    step, spent = _load(folder, task.module, optimizers, ema) if resume else (0, 0.0)
+    step, spent = _load(folder, task, optimizers, ema) if resume else (0, 0.0)
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
@@ -79,25 +87,34 @@ def fit(task: Task, folder: Path, *, minutes: float | None, resume: bool, save_e
                 bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
                 log.write(json.dumps({"step": step, "seconds": round(spent + now - began, 1), **logs}) + "\n")
                 log.flush()
+            done = step == recipe.steps or enough(step)
             over = _any(accelerator, stopped() or (minutes is not None and now - began > 60 * minutes))
-            if accelerator.is_main_process and (over or now - saved > save_every or step == recipe.steps):
-                _save(folder, accelerator.unwrap_model(model), optimizers, ema, step, spent + now - began)
-                with averaged(task.module, ema):
-                    task.sheet(folder / "sheet.png")
+            if _any(accelerator, over or done or now - saved > save_every):
+                carried = _carried(task, accelerator)
+                if accelerator.is_main_process:
+                    _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, step, spent + now - began)
+                    with averaged(task.module, ema):
+                        task.sheet(folder / "sheet.png")
                 saved = time.monotonic()
-            if over:
+            if over or done:
                 break
     bar.close()
     ema.copy_to(task.module.parameters())
     return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1)}
 
 
+def _carried(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:
+    """What a task carries, of all processes in their order."""
+    state = task.state_dict() if hasattr(task, "state_dict") else {}
+    return {name: accelerator.gather(value.to(accelerator.device)).cpu() for name, value in state.items()}
+
+
 def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
-    """Muon for the task's matrices, AdamW for the rest."""
+    """Muon for the task's matrices if it has any, AdamW for the rest."""
     recipe, hidden = task.recipe, task.matrices()
-    rest = [p for p in task.module.parameters() if all(p is not m for m in hidden)]
+    rest = [p for p in task.module.parameters() if p.requires_grad and all(p is not m for m in hidden)]
     adam = torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    return [adam, Matrices(hidden, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay)]
+    return [adam, *([Matrices(hidden, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay)] if hidden else [])]
 
 
 class Matrices(torch.optim.Muon):
@@ -145,18 +162,20 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     return {"loss": loss.item(), **logs}
 
 
-def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, step: int, seconds: float) -> None:
-    state = {"module": module.state_dict(), "ema": ema.state_dict()}
+def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, step: int, seconds: float) -> None:
+    state = {"module": module.state_dict(), "ema": ema.state_dict(), "carried": carried}
     state["optimizers"] = [o.state_dict() for o in optimizers]
     torch.save({**state, "step": step, "seconds": seconds}, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
 
 
-def _load(folder: Path, module: nn.Module, optimizers, ema: EMAModel) -> tuple[int, float]:
+def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, float]:
     if not (folder / "state.pt").exists():
         return 0, 0.0
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    module.load_state_dict(state["module"])
+    task.module.load_state_dict(state["module"])
+    if state.get("carried"):
+        task.load_state_dict(state["carried"])
     for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(kept)
     ema.load_state_dict(state["ema"])

@@ -1,0 +1,217 @@
+"""Guided progressive distillation on fields whose way is known: grids, targets, what learns, what is carried."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from accel.flow import euler, mean_velocity
+from accel.models import Home
+from accel.spectrum import high_energy, high_pass
+from accel.training.distil import HeldOut, Watch, distil, store
+from accel.training.fit import Recipe, fit
+from accel.training.gpd import Curriculum, GpdTask, Ground, ground_of
+from accel.training.students import Copies, guided
+
+SHAPE = (4, 3, 4, 4)
+RECIPE = Recipe(steps=10, lr=1e-3)
+
+
+def levels(n=48, shift=3.0):
+    u = 1 - torch.arange(n + 1, dtype=torch.float64) / n
+    return shift * u / (1 + (shift - 1) * u)
+
+
+class Field:
+    """Networks whose velocities are known: the teacher's is -x times its guidance, the previous one's is given."""
+
+    module = torch.nn.Identity()
+
+    def __init__(self, jump=None):
+        self.jump, self.calls = jump, []
+
+    def teacher(self, x, t, words, empty, guidance):
+        self.calls.append("teacher")
+        return -guidance * x
+
+    def previous(self, x, t, words):
+        self.calls.append("previous")
+        return self.jump(x, t)
+
+
+def task(nets, **curriculum):
+    ground = Ground(
+        encode=lambda texts: torch.tensor([[[float(len(text))]] for text in texts]),
+        prompts=lambda rng: "a" * rng.randrange(1, 9), levels=levels(), times=1000 * levels()[:-1], shape=SHAPE,
+    )  # fmt: skip
+    return GpdTask(RECIPE, Curriculum(**{"slots": 4, **curriculum}), nets, ground)
+
+
+def steps_of(teacher, x, index, k, grid):
+    """x after k Euler steps of the teacher from base step `index` (s,)."""
+    for i in range(k):
+        now = index + i
+        x = euler(x, teacher(x), grid[now], grid[(now + 1).clamp(max=48)])
+    return x
+
+
+def test_the_mean_velocity_leads_where_its_pieces_lead():
+    x, (a, b) = torch.randn(2, 3), torch.randn(2, 2, 3)
+    now, middle, end = torch.tensor([0.9, 0.9]), torch.tensor([0.6, 0.9]), torch.tensor([0.2, 0.8])
+    there = euler(euler(x, a, now, middle), b, middle, end)
+    torch.testing.assert_close(euler(x, mean_velocity([a, b], [now, middle, end]), now, end), there)
+
+
+@pytest.mark.parametrize("way", ["online", "direct"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_target_is_k_guided_steps_if_the_previous_student_is_perfect(way, k):
+    grid, index = levels(), torch.tensor([0, 7, 20, 40])
+
+    def perfect(x, t):  # of horizon k - 1
+        return (steps_of(lambda y: -3 * y, x, index, k - 1, grid) - x) / (grid[index + k - 1] - grid[index]).to(x).view(
+            -1, 1, 1, 1, 1
+        )
+
+    nets = Field(perfect)
+    gpd = task(nets, way=way, horizons=(k,))
+    x = torch.randn(4, *SHAPE)
+    v, stops, calls = gpd.way(x, index, gpd.slots.words, 3.0)
+    expected = steps_of(lambda y: -3 * y, x, index, k, grid)
+    torch.testing.assert_close(euler(x, v, grid[index], grid[stops[-1]]), expected, rtol=1e-4, atol=1e-5)
+    assert stops[-1].tolist() == [k, 7 + k, 20 + k, 40 + k]
+    assert calls == (2 * k if way == "direct" else 2 + (k > 1))  # online: the same in every stage
+
+
+def test_a_short_tail_ends_at_the_end_and_the_teacher_does_the_last_step():
+    gpd = task(Field(lambda x, t: torch.zeros_like(x)), horizons=(5,))
+    _, stops, _ = gpd.way(torch.ones(3, *SHAPE), torch.tensor([42, 46, 47]), gpd.slots.words[:3], 2.0)
+    assert [s.tolist() for s in stops] == [[42, 46, 47], [46, 47, 47], [47, 48, 48]]
+
+
+def test_guidance_anneals_over_stages_or_iterations_or_not():
+    common = dict(horizons=(1, 2, 3), guidance_start=6.0, guidance_end=2.0)
+    assert [Curriculum(**common).guidance(s, 0.5) for s in range(3)] == [6, 6, 6]
+    assert [Curriculum(**common, guidance_anneal="stage").guidance(s, 0.5) for s in range(3)] == [6, 4, 2]
+    assert Curriculum(**common, guidance_anneal="iteration").guidance(1, 0.5) == pytest.approx(4)
+
+
+def test_slots_are_staggered_and_move_on_and_begin_anew_at_the_end():
+    gpd = task(Field(), horizons=(1,), slots=16)
+    gpd.stagger()
+    before = gpd.slots.index.clone()
+    assert len(before.unique()) > 5
+    loss, logs = gpd.loss(lambda x, t, words, return_dict: (torch.zeros_like(x),), 0, 0)
+    assert gpd.slots.index.tolist() == [(i + 1) % 48 for i in before.tolist()] and logs["calls"] == 2
+
+
+def test_slots_are_the_same_however_many_processes_carry_them():
+    whole = task(Field(), horizons=(1,), slots=4)
+    ground = whole.ground
+    halves = [GpdTask(RECIPE, whole.curriculum, Field(), ground, (i, 2)) for i in range(2)]
+    assert torch.equal(torch.cat([h.slots.x for h in halves]), whole.slots.x)
+    halves[1].load_state_dict(whole.state_dict())
+    assert torch.equal(halves[1].slots.x, whole.slots.x[2:])
+
+
+def real(pipe, n=48, **curriculum) -> GpdTask:
+    """A task on three copies of a real transformer, on a grid of n steps, with two slots."""
+    ground = Ground(
+        encode=lambda texts: torch.randn(len(texts), 6, 16, generator=torch.Generator().manual_seed(len(texts[0]))),
+        prompts=lambda rng: "a", levels=levels(n), times=(1000 * levels(n)[:-1]).long(), shape=(4, 3, 8, 8),
+    )  # fmt: skip
+    return GpdTask(RECIPE, Curriculum(slots=2, base_steps=n, **curriculum), Copies(pipe.transformer), ground)
+
+
+def test_only_the_student_learns(pipe):
+    gpd = real(pipe, horizons=(2,), space=0.3, time=0.3)
+    nets, words = gpd.nets, gpd.ground.encode(["a"])
+    x, t = torch.randn(1, 4, 3, 8, 8), torch.tensor([500])
+    expected = guided(pipe.transformer, x, t, words, gpd.empty, 3.0)
+    torch.testing.assert_close(nets.teacher(x, t, words, gpd.empty, 3.0), expected)
+    loss, logs = gpd.loss(nets.module, 0, 0)
+    loss.backward()
+    assert {"space", "time"} <= set(logs) and all(p.grad is not None for p in nets.module.parameters())
+    assert all(p.grad is None for net in (nets._teacher, nets._previous) for p in net.parameters())
+    with torch.no_grad():
+        next(nets.module.parameters()).add_(1)
+    assert not torch.equal(nets.previous(x, t, words), nets.module(x, t, words, return_dict=False)[0])
+    nets.next_stage()
+    assert torch.equal(nets.previous(x, t, words), nets.module(x, t, words, return_dict=False)[0])
+
+
+def test_the_grid_of_six_steps_lies_in_that_of_48(pipe):
+    pipe.encode_prompt = lambda texts, **_: (torch.zeros(len(texts), 6, 16), None)
+    home = Home(height=64, width=64, frames=5)
+    fine, coarse = (ground_of(pipe, home, n, lambda rng: "a") for n in (48, 6))
+    torch.testing.assert_close(fine.levels[::8], coarse.levels, rtol=0, atol=1e-6)
+    assert torch.equal(fine.times[::8], coarse.times) and fine.levels[-1] == 0 and fine.shape == (4, 3, 8, 8)
+    assert (fine.levels.diff() < 0).all()
+
+
+def test_high_bands_see_detail_in_space_and_in_time_apart():
+    still = torch.zeros(1, 1, 4, 8, 8)
+    checkers = still + (torch.arange(8)[:, None] + torch.arange(8)) % 2
+    flicker = still + (torch.arange(4) % 2).view(4, 1, 1)
+    assert high_energy(still + 3) == (0, 0)
+    (space, time), (no_space, flickers) = high_energy(checkers), high_energy(flicker)
+    assert space == pytest.approx(0.25, rel=1e-5) and time == pytest.approx(0, abs=1e-9)
+    assert no_space == pytest.approx(0, abs=1e-9) and flickers == pytest.approx(0.25, rel=1e-5)
+    x = torch.randn(2, 3, 5, 6, 7)
+    everything, _ = high_energy(x, space=-1.0)
+    assert everything == pytest.approx(x.square().mean().item(), rel=1e-5)  # Parseval
+    spatial, temporal = high_pass((4, 8, 8))
+    assert not spatial[:, 0, 0].any() and temporal[2].all() and not temporal[0].any()
+
+
+def test_a_slot_has_prompts_of_its_own():
+    words = task(Field(), slots=16).slots.words.flatten()
+    assert len(words.unique()) > 3
+
+
+def test_a_resumed_stage_ends_with_the_weights_and_slots_of_an_unbroken_one(pipe, tmp_path):
+    recipe = Recipe(steps=3, lr=1e-3, warmup=1, ema=0.0)
+    whole, first, second = (real(pipe, horizons=(1,)) for _ in range(3))
+    for gpd in (whole, first, second):
+        gpd.recipe = recipe
+    fit(whole, tmp_path / "whole", minutes=None, resume=False)
+    assert fit(first, tmp_path / "parts", minutes=0, resume=False)["step"] == 1
+    fit(second, tmp_path / "parts", minutes=None, resume=True)
+    assert torch.equal(second.slots.x, whole.slots.x) and torch.equal(second.slots.index, whole.slots.index)
+    for one, two in zip(whole.module.parameters(), second.module.parameters()):
+        assert torch.equal(one, two)
+
+
+def test_stages_follow_each_other_and_a_finished_one_is_not_trained_again(pipe, tmp_path):
+    kept, recipes = [], lambda k: Recipe(steps=2, lr=1e-3, warmup=1, ema=0.0)
+    run = lambda gpd: distil(
+        gpd, HeldOut(gpd, ["b"], 3.0), recipes, tmp_path, lambda k, facts: kept.append(k), resume=True
+    )
+    first = real(pipe, 4, horizons=(1, 2))
+    done = run(first)
+    assert done["finished"] and kept == [1, 2] and set(done["stages"][2]) >= {"jump", "end", "step"}
+    again = real(pipe, 4, horizons=(1, 2))
+    assert run(again)["finished"] and kept == [1, 2]
+    for one, two in zip(first.module.parameters(), again.module.parameters()):
+        assert torch.equal(one, two)
+
+
+def test_a_student_that_follows_the_teacher_has_no_held_out_error(pipe):
+    gpd = real(pipe, 4, horizons=(1,))
+    held = HeldOut(gpd, ["b"], 1.0)  # guidance 1: the untrained student is the teacher
+    assert held.jump(gpd.module, 1) < 1e-9 and held.end(gpd.module, 1) < 1e-9
+    assert held.end(gpd.module, 4) > 1e-4
+
+
+def test_a_stage_ends_when_the_held_out_error_stops_falling():
+    errors = iter([5.0, 3.0, 4.0, 4.0, 3.5, 1.0])
+    watch = Watch(SimpleNamespace(jump=lambda model, k: next(errors)), None, 1)
+    assert [step for step in range(1, 200) if not watch.fired and watch(step)] == [100]
+
+
+def test_a_student_is_stored_with_what_it_needs(pipe, tmp_path):
+    store(pipe.transformer, tmp_path / "gpd-N6", {"steps": 6})
+    kept = load_file(tmp_path / "gpd-N6" / "model.safetensors")
+    assert all(torch.equal(kept[name], w.half()) for name, w in pipe.transformer.state_dict().items())
+    assert json.loads((tmp_path / "gpd-N6" / "gpd.json").read_text()) == {"steps": 6}
