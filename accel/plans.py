@@ -25,6 +25,7 @@ class PlanCache:
     partitions: dict[tuple, Partition] = field(default_factory=dict)
     plans: dict[tuple, tuple[int, Plan]] = field(default_factory=dict)  # with the window they are of
     cuts: dict[tuple, tuple[Plan, float, Reduction]] = field(default_factory=dict)
+    held: int = 0  # bytes of all plans and reductions; counted when one changes, not at every attention
 
     def partition(self, feature: str, grid: tuple[int, int, int], device: torch.device) -> Partition:
         """The cells of queries ("query") or of keys and values ("kv")."""
@@ -43,6 +44,7 @@ class PlanCache:
         if cut_of is not plan or cut_at != rate:
             cut = plan.cut(rate)
             self.cuts[key] = (plan, rate, cut)
+            self.held = self._bytes()
         return cut, flops
 
     def likeness(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> float:
@@ -53,9 +55,9 @@ class PlanCache:
         """Forget all plans: another transformer takes over."""
         self.plans.clear()
         self.cuts.clear()
+        self.held = 0
 
-    def held(self) -> int:
-        """Bytes of all plans and reductions."""
+    def _bytes(self) -> int:
         plans = [t for _, plan in self.plans.values() for t in (plan.order, plan.owner)]
         cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place, cut.sizes)]
         return sum(t.nbytes for t in plans + cuts)

@@ -137,9 +137,9 @@ def match(
         if everywhere:
             owner = _nearest(sources, rows, part.destinations.split(columns), ready, metric)
         own = ready(_take(rows, part.destinations[owner]))
-        alike = (own * sources).sum(-1)
+        unlike = None if metric == "euclidean" else (own * sources).sum(-1).neg_()
         apart = own.sub_(sources).square_().sum(-1)
-        return apart if metric == "euclidean" else -alike, owner, sources.square_().sum((1, 2)), apart.sum(1)
+        return apart if unlike is None else unlike, owner, sources.square_().sum((1, 2)), apart.sum(1)
 
     columns = max(1, memory // (32 * g * width))  # destinations at a time: a quarter of the memory
     lines = max(1, 3 * memory // (16 * g * (5 * width + 2 * columns * everywhere)))

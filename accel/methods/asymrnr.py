@@ -273,7 +273,7 @@ class AsymRnR(Method):
         part = memory.plans.partition(feature, host.grid, x.device)
         window = (host.step.index - memory.first) // memory.interval
         cut, flops = memory.plans.cut((site, host.step.branch, feature), window, x, part, rate)
-        host.trace.hold("asymrnr", memory.plans.held())
+        host.trace.hold("asymrnr", memory.plans.held)
         if host.step.branch == "cond":
             self._show(feature, cut, site, host)
         return cut, flops

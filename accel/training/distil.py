@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..flow import euler
 from ..models import home_of, load_pipeline, resolve, weights
 from ..world.scene import caption, held_out_prompts, sample_scene
 from .fit import Recipe, fit
-from .gpd import Curriculum, GpdTask, ground_of
+from .gpd import Curriculum, GpdTask, ground_of, walk
 from .students import Copies, velocity
 
 POINTS = 6  # places on the way at which a jump is compared with the teacher's
@@ -52,20 +52,14 @@ class HeldOut:
     def _jump(self, model: nn.Module, i: int, k: int) -> float:
         x, j, levels = self.ways[:, i], min(i + k, len(self.ground.times)), self.ground.levels
         whole = (self.ways[:, j] - x) / float(levels[j] - levels[i])
-        return (self._at(model, x, i) - whole).square().mean().item()
+        t = self.ground.times[i].expand(len(x)).to(x.device)
+        return (velocity(model, x, t, self.words) - whole).square().mean().item()
 
     @torch.no_grad()
     def end(self, model: nn.Module, k: int) -> float:
         """Squared error of the student's video latents, in parts of the teacher's mean square."""
-        x, n = self.ways[:, 0], len(self.ground.times)
-        for i in range(0, n, k):
-            now, then = (self.ground.levels[j].expand(len(x)) for j in (i, min(i + k, n)))
-            x = euler(x, self._at(model, x, i), now, then)
-        goal = self.ways[:, -1]
+        x, goal = walk(model, self.ground, self.ways[:, 0], self.words, k), self.ways[:, -1]
         return ((x - goal).square().mean() / goal.square().mean()).item()
-
-    def _at(self, model: nn.Module, x: Tensor, i: int) -> Tensor:
-        return velocity(model, x, self.ground.times[i].expand(len(x)).to(x.device), self.words)
 
 
 class Watch:

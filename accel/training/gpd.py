@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..flow import euler, mean_velocity
 from ..models import Home
+from ..run import build_run, latents
 from ..spectrum import high_energy
 from .fit import Recipe
 from .students import Networks, velocity
@@ -78,12 +79,19 @@ def ground_of(pipe, home: Home, base_steps: int, prompts: Callable[[random.Rando
         given = dict(do_classifier_free_guidance=False, max_sequence_length=home.text_length, device=device)
         return pipe.encode_prompt(texts, **given)[0].float()
 
-    frames = (home.frames - 1) // pipe.vae_scale_factor_temporal + 1
-    space = pipe.vae_scale_factor_spatial
-    shape = (pipe.transformer.config.in_channels, frames, home.height // space, home.width // space)
+    shape = tuple(latents(build_run(home, model="", prompt="-"), pipe).shape[1:])
     levels, times = pipe.scheduler.sigmas.double().cpu(), pipe.scheduler.timesteps.cpu()
     decode = lambda z: pipe.vae.decode(raw(pipe.vae, z).to(pipe.vae.dtype)).sample.float()
     return Ground(encode, prompts, levels, times, shape, decode)
+
+
+def walk(model: nn.Module, ground: Ground, x: Tensor, words: Tensor, k: int) -> Tensor:
+    """Noise x (b, c, f, h, w) carried to the end by a student in its own jumps of k base steps."""
+    n = len(ground.times)
+    for i in range(0, n, k):
+        now, then = (ground.levels[j].expand(len(x)) for j in (i, min(i + k, n)))
+        x = euler(x, velocity(model, x, ground.times[i].expand(len(x)).to(x.device), words), now, then)
+    return x
 
 
 @dataclass
@@ -206,14 +214,10 @@ class GpdTask:
         """Nine frames of each of four prompts, from noise to the end in the student's own steps."""
         if self.ground.decode is None:
             return
-        rng, n = random.Random("sheet"), self.curriculum.base_steps
+        rng = random.Random("sheet")
         words = self.ground.encode([self.ground.prompts(rng) for _ in range(4)])
         x = torch.randn(4, *self.ground.shape, generator=torch.Generator().manual_seed(0)).to(words.device)
-        for i in range(0, n, self.horizon):
-            now, then = (self.ground.levels[j].expand(4) for j in (i, min(i + self.horizon, n)))
-            t = self.ground.times[i].expand(4).to(x.device)
-            x = euler(x, velocity(self.module, x, t, words), now, then)
-        frames = self.ground.decode(x)
+        frames = self.ground.decode(walk(self.module, self.ground, x, words, self.horizon))
         frames = frames[:, :, :: max(1, frames.shape[2] // 8)]
         iio.imwrite(path, from_unit(rearrange(frames, "b c f h w -> c 1 (b h) (f w)"))[0].cpu().numpy())
 
