@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .ledger import Ledger, digest
-from .metrics import distance, interval
+from .metrics import distance, interval, spell
 from .models import home_of, load_pipeline, weights
 from .presets import Preset, build_methods, load_preset
 from .run import Video, build_run, generate, machine, warm_up
@@ -157,14 +157,13 @@ def table(summary: dict) -> str:
         "| setting | denoise s | speed-up | work | efficiency | SSIM | worst | PSNR dB | adherence | - baseline |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )
-    span = lambda v, digits=3: f"{v[0]:.{digits}f} [{v[1]:.{digits}f}, {v[2]:.{digits}f}]"
     lines = []
     for name, r in summary["rows"].items():
         low, high = r["speedup_range"]
         cells = [name, f"{r['seconds']:.2f}", f"{r['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{r['work']:.2f}"]
-        cells += [f"{r['efficiency']:.2f}", span(r["ssim"], 4), f"{r['ssim_worst']:.3f}"]
-        cells += ["equal" if r["psnr"] is None else span(r["psnr"], 1)]
-        cells += [span(r[k]) if k in r else "-" for k in ("adherence", "difference")]
+        cells += [f"{r['efficiency']:.2f}", spell(r["ssim"], 4), f"{r['ssim_worst']:.3f}"]
+        cells += ["equal" if r["psnr"] is None else spell(r["psnr"], 1)]
+        cells += [spell(r[k]) if k in r else "-" for k in ("adherence", "difference")]
         lines.append("| " + " | ".join(cells) + " |\n")
     return head + "".join(lines)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -26,3 +28,8 @@ def interval(values: list[float], seed: int = 0, draws: int = 2000) -> tuple[flo
     data = np.asarray(values, dtype=float)
     means = np.random.default_rng(seed).choice(data, (draws, len(data))).mean(1)
     return float(data.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+
+
+def spell(found: Sequence[float], digits: int = 3) -> str:
+    """An `interval` as text: mean [low, high]."""
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*found, d=digits)

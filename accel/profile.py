@@ -16,7 +16,7 @@ from .budget import PROFILE, Profile, Table
 from .families import family_of
 from .ledger import Ledger, digest
 from .methods import AsymRnR
-from .metrics import distance, interval
+from .metrics import distance, interval, spell
 from .models import ROOT, Home, home_of, load_pipeline, resolve, weights
 from .run import Run, build_run, generate, grid, machine, warm_up
 from .world.judge import score
@@ -126,9 +126,8 @@ def _report(lines: list[dict], costs: Table, about: dict) -> str:
         own = [line for line in lines if line["name"] == name]
         work = np.mean([line["work"] for line in own])
         lost = [line["marks"][1] - line["marks"][0] for line in own if line["marks"][0] is not None]
-        cells = [f"{{:.{digits}f}} [{{:.{digits}f}}, {{:.{digits}f}}]" for digits in (4, 3)]
-        ssim = cells[0].format(*interval([line["ssim"] for line in own]))
-        text += f"| {name} | {work:.2f} | {ssim} | {cells[1].format(*interval(lost)) if lost else '-'} |\n"
+        ssim = spell(interval([line["ssim"] for line in own]), 4)
+        text += f"| {name} | {work:.2f} | {ssim} | {spell(interval(lost)) if lost else '-'} |\n"
     names = [f"{feature}, span {s + 1}" for s in range(SPANS) for feature in FEATURES]
     text += f"\nCost of each block alone at rate {RATE}, in parts of the largest, by third of the reduced steps\n\n"
     text += f"| block | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
