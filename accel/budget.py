@@ -1,13 +1,15 @@
 """One budget into rates: where removing tokens costs least, most are removed. Costs can be kept as JSON.
 
 A *cost* says how much removing tokens harms at a site (a block's self-attention), for queries and for keys/values, per
-span of the steps; the harm of a rate r is cost * r^2. Only the proportions of the costs matter.
+span of the run (equal shares of its steps). The harm of a rate r is cost * r^2 / (1 - r): the first tokens have
+close relatives, the last have none. Only the proportions of the costs matter.
 """
 
 from __future__ import annotations
 
 import heapq
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -19,38 +21,57 @@ LADDER = 0.05  # rates are multiples of this
 PROFILE = "asymrnr.json"  # file of measured costs in a model's folder
 
 
-def allocate(costs: Table, budget: float, ceilings: Pair) -> Table:
-    """Rates whose mean attention work, (1 - query rate)(1 - kv rate), is `budget` at the least harm found.
+def allocate(costs: Table, budget: float, ceilings: Pair, count: int = 1, first: int = 0) -> Table:
+    """Rates that leave the share `budget` of the attention work of steps `first` to `count`, at the least harm found.
 
     Greedy: again and again the rate is raised that saves most work for its harm, up to the ceilings; if even these do
-    not reach the budget, the ceilings are what comes back.
+    not reach the budget, the ceilings are what comes back. Spans without such a step stay at 0.
     """
-    rates = {(site, span): [0.0, 0.0] for site, spans in costs.items() for span in range(len(spans))}
+    steps = {site: _lengths(len(spans), count, first) for site, spans in costs.items()}
+    rates = {(site, span): [0.0, 0.0] for site, held in steps.items() for span, n in enumerate(held) if n}
 
     def price(cell: tuple[str, int], which: int) -> float:
         """Harm for each unit of work saved by raising a rate by one rung; infinite beyond its ceiling."""
         now, other, cost = rates[cell][which], rates[cell][1 - which], costs[cell[0]][cell[1]][which]
-        harm = max(cost, 1e-6) * ((now + LADDER) ** 2 - now**2)
-        return harm / (LADDER * (1 - other)) if now + LADDER < ceilings[which] + 1e-9 else float("inf")
+        if now + LADDER > ceilings[which] + 1e-9:
+            return float("inf")
+        return max(cost, 1e-6) * (harm(now + LADDER) - harm(now)) / (LADDER * (1 - other))
 
     queue = [(price(cell, which), cell, which) for cell in rates for which in (0, 1)]
     heapq.heapify(queue)
-    surplus = len(rates) * (1 - budget)
+    surplus = len(costs) * (count - first) * (1 - budget)
     while surplus > 1e-9 and queue[0][0] < float("inf"):
         _, cell, which = queue[0]
         current = price(cell, which)
         if current <= queue[0][0] * (1 + 1e-9):  # else the cell's other rate has risen since, and this one saves less
-            surplus -= LADDER * (1 - rates[cell][1 - which])
+            surplus -= LADDER * (1 - rates[cell][1 - which]) * steps[cell[0]][cell[1]]
             rates[cell][which] = round(rates[cell][which] + LADDER, 6)
             current = price(cell, which)
         heapq.heapreplace(queue, (current, cell, which))
-    return {site: [tuple(rates[site, s]) for s in range(len(spans))] for site, spans in costs.items()}
+    return {site: [tuple(rates.get((site, s), (0.0, 0.0))) for s in range(len(held))] for site, held in steps.items()}
 
 
-def work(rates: Table) -> float:
-    """Mean share of the attention work that is left, over sites and spans."""
-    site = lambda spans: sum((1 - q) * (1 - kv) for q, kv in spans) / len(spans)
-    return sum(map(site, rates.values())) / len(rates)
+def harm(rate: float) -> float:
+    """What removing a share of the tokens does, in parts of its cost."""
+    return rate**2 / (1 - rate)
+
+
+def span_of(step: int, spans: int, count: int) -> int:
+    """Which of so many spans a step of a run of `count` falls into."""
+    return step * spans // count
+
+
+def _lengths(spans: int, count: int, first: int) -> list[int]:
+    """How many of the steps from `first` on fall into each span."""
+    falls = Counter(span_of(step, spans, count) for step in range(first, count))
+    return [falls[span] for span in range(spans)]
+
+
+def work(rates: Table, count: int = 1, first: int = 0) -> float:
+    """Mean share of the attention work that is left, over sites and steps `first` to `count`."""
+    left = [[(1 - q) * (1 - kv) for q, kv in spans] for spans in rates.values()]
+    each = [site[span_of(step, len(site), count)] for site in left for step in range(first, count)]
+    return sum(each) / len(each)
 
 
 class Profile(BaseModel, frozen=True, extra="forbid"):

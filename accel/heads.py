@@ -1,7 +1,8 @@
 """The core of a self-attention, opened: a processor whose softmax a function stands around.
 
-Compiled blocks see one opaque operator with the layer's number in a tensor, so that all blocks share a graph and
-nothing is compiled anew when the function takes another decision.
+The function gets the attention's `Heads`. A family may compute these only when they are asked for, and only for the
+tokens that stay. Compiled blocks see one opaque operator with the layer's number in a tensor, so that all blocks share
+a graph and nothing is compiled anew when the function takes another decision.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from .tokens import Reduction
+from .trace import Stopwatch
+
 _OPEN: dict[int, Callable] = {}  # layer number -> its core, for the operator
 _NUMBERS = count()
 
 
 @torch.library.custom_op("accel::core", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _core(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
-    return _OPEN[int(number)](q, k, v).contiguous()
+    return _OPEN[int(number)](Heads(q, k, v)).contiguous()
 
 
 @_core.register_fake
@@ -30,8 +34,49 @@ def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+class Heads:
+    """Queries, keys and values (b, n, h, d) of a self-attention, after norm and rotary embedding.
+
+    `bias` (b, 1 or h, 1, keys) is added to the logits. `query`, `key` and `value` give all tokens, or a reduction of
+    them: the kept ones, or (`mean`) means. `spared`: FLOPs of the model's own that the reductions saved besides the
+    core's. `watch` runs while rows are moved.
+    """
+
+    def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, bias: Tensor | None = None):
+        self.q, self.k, self.v, self.bias = q, k, v, bias
+        self.spared, self.watch = 0, Stopwatch()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(b, n, h, d) of all tokens."""
+        return tuple(self.q.shape)
+
+    def query(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        return self.shorten(self.q, cut, mean)
+
+    def key(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        return self.shorten(self.k, cut, mean)
+
+    def value(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        return self.shorten(self.v, cut, mean)
+
+    def shorten(self, x: Tensor, cut: Reduction | None, mean: bool = False) -> Tensor:
+        """x (b, n, h, d) as (b, m, h, d)."""
+        if cut is None:
+            return x
+        with self.watch:
+            return cut.reduce(x, mean)
+
+    def restore(self, y: Tensor, cut: Reduction | None) -> Tensor:
+        """The attention's output (b, m, h, d) at full length; a family may put that off until after its projection."""
+        if cut is None:
+            return y
+        with self.watch:
+            return cut.restore(y)
+
+
 class Opened:
-    """Attention processor: the family's projections, and `around(inner, q, k, v)` in place of the softmax."""
+    """Attention processor: the family's projections, and `around(inner, heads)` in place of the softmax."""
 
     _attention_backend = None  # `set_attention_backend` finds and sets these two on any processor
     _parallel_config = None
@@ -41,15 +86,18 @@ class Opened:
         self.number = torch.tensor(next(_NUMBERS))
 
     def __call__(self, attn: nn.Module, *args, **kwargs) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.family.attend(attn, lambda q, k, v: torch.ops.accel.core(q, k, v, self.number), *args, **kwargs)
-        return self.family.attend(attn, self.run, *args, **kwargs)
+        core = self._compiled if torch.compiler.is_compiling() else self.run
+        return self.family.attend(attn, core, *args, **kwargs)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.around(self.inner, q, k, v)
+    def _compiled(self, heads: Heads) -> Tensor:
+        return torch.ops.accel.core(heads.query(), heads.key(), heads.value(), self.number)
 
-    def inner(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Softmax attention of heads (b, n, h, d) on the backend that was chosen; `bias` (b, 1 or h, 1, keys)."""
+    def run(self, heads: Heads) -> Tensor:
+        return self.around(self.inner, heads)
+
+    def inner(self, heads: Heads) -> Tensor:
+        """Softmax attention (b, n, h, d) on the backend that was chosen."""
+        q, k, v, bias = heads.query(), heads.key(), heads.value(), heads.bias
         backend, d = self._attention_backend, q.shape[-1]
         if bias is not None and "sage" in str(backend):
             raise ValueError(f"attention backend {backend} takes no bias: switch the size bias off or choose another")

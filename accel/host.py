@@ -3,7 +3,7 @@
 `wrap_denoiser`  a whole transformer call            fn(inner, x, **inputs) -> velocity (b, c, f, h, w)
 `wrap_blocks`    the stack of blocks inside it        fn(inner, hidden, *inputs) -> hidden (b, n, d)
 `wrap_attention` each video self-attention's output   fn(inner, site) -> hidden (b, n, d)
-`wrap_heads`     what lies inside it                   fn(inner, q, k, v, site, bias) -> heads (b, n, h, d)
+`wrap_heads`     what lies inside it                   fn(inner, heads, site) -> hidden (b, n, h, d)
 
 Wrappers nest, the last added outermost; none replaces another. Handles are taken once, at construction, and the
 model is on exit as it was found. Built on diffusers' hooks and attention processors, so offload, LoRA and attention
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .families import family_of
 from .flops import count_flops
-from .heads import opened
+from .heads import Heads, opened
 from .trace import DENOISER, Step, Trace
 
 T = TypeVar("T")
@@ -115,10 +115,9 @@ class Host:
         return _listed(self._attention, fn, self._open_attentions)
 
     def wrap_heads(self, fn: Callable) -> AbstractContextManager:
-        """Let `fn(inner, q, k, v, site, bias=None)` stand around each video self-attention's core.
+        """Let `fn(inner, heads, site)` stand around each video self-attention's core; returns (b, n, h, d).
 
-        q, k, v and the result (b, n, h, d) are after norm and rotary embedding. `inner(q, k, v, bias=None)` takes any
-        lengths; `bias` (b, 1 or h, 1, keys) is added to the logits.
+        `heads` are a `Heads`, after norm and rotary embedding; `inner(heads)` takes any lengths.
         """
         return _listed(self._heads, fn, self._open_heads)
 
@@ -218,10 +217,10 @@ class Host:
             call = partial(fn, call, site)
         return call()
 
-    def _core(self, site: str, inner: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _core(self, site: str, inner: Callable, heads: Heads) -> Tensor:
         for fn in self._heads:
             inner = partial(fn, inner, site=site)
-        return inner(q, k, v)
+        return inner(heads)
 
 
 class _Loose:

@@ -33,19 +33,25 @@ class PlanCache:
             self.partitions[feature, grid] = partition(grid, self.cell, SEEDS[feature], device)
         return self.partitions[feature, grid]
 
-    def cut(self, key: tuple, window: int, x: Tensor, part: Partition, rate: float) -> tuple[Reduction, int]:
-        """The reduction of features x (b, n, h, d) at a rate, and the FLOPs of matching if it had to be done."""
+    def due(self, key: tuple, window: int, shape: tuple[int, ...]) -> bool:
+        """Whether features of `shape` (b, n, h, d) have to be matched: these have no plan of this window of steps."""
         known, plan = self.plans.get(key, (-1, None))
-        flops = 0
-        if known != window or len(plan.order) != (len(x) if self.shared else len(x) * x.shape[2]):
-            plan, flops = self._match(x, part), self._flops(x, part)
-            self.plans[key] = (window, plan)
+        return known != window or len(plan.order) != self._groups(shape)
+
+    def match(self, key: tuple, window: int, x: Tensor, part: Partition) -> int:
+        """Find the plan of a window from features x (b, n, h, d); the FLOPs of it."""
+        self.plans[key] = (window, self._match(x, part))
+        return self._flops(x, part)
+
+    def cut(self, key: tuple, rate: float) -> Reduction:
+        """The reduction at a rate, by the plan that was found."""
+        plan = self.plans[key][1]
         cut_of, cut_at, cut = self.cuts.get(key, (None, 0.0, None))
         if cut_of is not plan or cut_at != rate:
             cut = plan.cut(rate)
             self.cuts[key] = (plan, rate, cut)
             self.held = self._bytes()
-        return cut, flops
+        return cut
 
     def likeness(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> float:
         """How alike features are to the tokens they would merge into (0: as random ones, 1: the same)."""
@@ -59,12 +65,15 @@ class PlanCache:
 
     def _bytes(self) -> int:
         plans = [t for _, plan in self.plans.values() for t in (plan.order, plan.owner)]
-        cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place, cut.sizes)]
+        cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place, cut.sizes, cut.members)]
         return sum(t.nbytes for t in plans + cuts)
+
+    def _groups(self, shape: tuple[int, ...]) -> int:
+        return shape[0] if self.shared else shape[0] * shape[2]
 
     def _match(self, x: Tensor, part: Partition) -> Plan:
         if self.matching == "grid":
-            return pooled(part, len(x) if self.shared else len(x) * x.shape[2])
+            return pooled(part, self._groups(x.shape))
         return match(x, part, self.metric, self.matching == "global", self.shared)
 
     def _flops(self, x: Tensor, part: Partition) -> int:

@@ -1,8 +1,8 @@
-"""What removing tokens costs, measured: by block, by span of the steps, and for queries and keys/values apart.
+"""What removing tokens costs, measured: by block, by span of the run, and for queries and keys/values apart.
 
-Each setting removes `RATE` of one feature's tokens in one block during one span and nothing elsewhere; its cost is
-the squared error of the frames against the plain run of the same noise, for each squared rate. AsymRnR spreads its
-budget by these costs. Beside them: every block at once, at several rates, for the whole curve.
+Each setting removes `RATE` of one feature's tokens in one block during one span (a fifth of the steps) and nothing
+elsewhere; its cost is the squared error of the frames against the plain run of the same noise. AsymRnR spreads its
+budget by these costs. Beside them: every block at once, at several rates, for the whole curve, and the ways to merge.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from .run import Run, build_run, generate, grid, machine, warm_up
 from .world.judge import score
 from .world.scene import held_out_prompts
 
-RATE, SPANS = 0.5, 3
+RATE, SPANS = 0.5, 5
+LATE = 0.2  # share of the steps before the first reduced one, where all blocks are reduced at once
+MERGES = [(merge, bias) for merge in ("mean", "values", "replace") for bias in (True, False)]
 RATES = (0.2, 0.4, 0.6, 0.8)
 FEATURES = ("query", "kv")
 PROMPT_SEED = 7  # other prompts than those figures are reported on
@@ -34,7 +36,7 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     home = home_of(pipe, model)
     out.mkdir(parents=True, exist_ok=True)
     sites = list(family_of(pipe).attentions(pipe.transformer))
-    settings = _everywhere() | _single(sites)
+    settings = _everywhere() | _merges() | _single(sites)
     texts = held_out_prompts(prompts, PROMPT_SEED) if home.captions else _examples(prompts)
     runs = [build_run(home, model=model, prompt=text, seed=i, steps=steps) for i, text in enumerate(texts)]
     others = [pair for pair in weights(model) if pair[0] != PROFILE]
@@ -61,10 +63,17 @@ def _everywhere() -> dict[str, dict]:
     """Settings that remove one feature's tokens in all blocks, by name."""
     names = {"query": {"kv_rate": 0.0}, "kv": {"query_rate": 0.0}, "both": {}}
     return {
-        f"{name} {rate}": {"schedule": "fixed", "query_rate": rate, "kv_rate": rate, **other}
+        f"{name} {rate}": {"schedule": "fixed", "start": LATE, "query_rate": rate, "kv_rate": rate, **other}
         for name, other in names.items()
         for rate in RATES
     }
+
+
+def _merges() -> dict[str, dict]:
+    """Settings that remove `RATE` of both in all blocks, by what becomes of the removed tokens."""
+    both = {"schedule": "fixed", "start": LATE, "query_rate": RATE, "kv_rate": RATE}
+    spell = {True: "weighed by size", False: "not weighed"}
+    return {f"both {RATE}, {merge}, {spell[bias]}": {**both, "merge": merge, "bias": bias} for merge, bias in MERGES}
 
 
 def _single(sites: list[str]) -> dict[str, dict]:
@@ -72,7 +81,7 @@ def _single(sites: list[str]) -> dict[str, dict]:
     pair = {"query": (RATE, 0.0), "kv": (0.0, RATE)}
     spans = lambda span, feature: [pair[feature] if s == span else (0.0, 0.0) for s in range(SPANS)]
     return {
-        f"{site} {span} {feature}": {"schedule": "fixed", "rates": {site: spans(span, feature)}}
+        f"{site} {span} {feature}": {"schedule": "fixed", "start": 0.0, "rates": {site: spans(span, feature)}}
         for site in sites
         for span in range(SPANS)
         for feature in FEATURES
@@ -105,10 +114,10 @@ def _measure(run: Run, settings: dict[str, dict], done: set, ledger: Ledger, pip
 
 
 def _costs(lines: list[dict], sites: list[str]) -> Table:
-    """Mean squared error per squared rate, in parts of the largest."""
+    """Mean squared errors, in parts of the largest."""
     by_name: dict[str, list[float]] = {}
     for line in lines:
-        by_name.setdefault(line["name"], []).append(line["mse"] / RATE**2)
+        by_name.setdefault(line["name"], []).append(line["mse"])
     mean = lambda *key: float(np.mean(by_name[" ".join(map(str, key))]))
     costs = {site: [tuple(mean(site, s, f) for f in FEATURES) for s in range(SPANS)] for site in sites}
     most = max(cost for spans in costs.values() for pair in spans for cost in pair)
@@ -120,19 +129,19 @@ def _report(lines: list[dict], costs: Table, about: dict) -> str:
     text = (
         f"{about['model']}, {about['prompts']} held-out prompts, {about['steps']} steps, {about['device']}, "
         f"{about['dtype']}; means with 95 % bootstrap intervals\n\n"
-        "| all blocks | work | SSIM | adherence - baseline |\n|---|---|---|---|\n"
+        f"| all blocks, from {LATE:.0%} of the steps on | work | SSIM | adherence - baseline |\n|---|---|---|---|\n"
     )
-    for name in _everywhere():
+    for name in _everywhere() | _merges():
         own = [line for line in lines if line["name"] == name]
         work = np.mean([line["work"] for line in own])
         lost = [line["marks"][1] - line["marks"][0] for line in own if line["marks"][0] is not None]
         ssim = spell(interval([line["ssim"] for line in own]), 4)
         text += f"| {name} | {work:.2f} | {ssim} | {spell(interval(lost)) if lost else '-'} |\n"
     names = [f"{feature}, span {s + 1}" for s in range(SPANS) for feature in FEATURES]
-    text += f"\nCost of each block alone at rate {RATE}, in parts of the largest, by third of the reduced steps\n\n"
+    text += f"\nCost of each block alone at rate {RATE}, in parts of the largest, by fifth of the steps\n\n"
     text += f"| block | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
     for site, spans in costs.items():
-        text += f"| {site} | {' | '.join(f'{cost:.3f}' for pair in spans for cost in pair)} |\n"
+        text += f"| {site} | {' | '.join(f'{cost:.4f}' for pair in spans for cost in pair)} |\n"
     return text
 
 

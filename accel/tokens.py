@@ -83,7 +83,8 @@ class Plan:
         rank = torch.zeros_like(every).scatter(1, keep, every[:, : keep.shape[1]])
         place = rank.gather(1, every.scatter(1, order[:, :removed], heir))
         sizes = torch.zeros_like(keep).scatter_add(1, place, torch.ones_like(place))
-        return Reduction(keep.int(), place.int(), sizes.int())
+        members = place.argsort(dim=1, stable=True)
+        return Reduction(*(index.int() for index in (keep, place, sizes, members)))
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Reduction:
     keep: Tensor  # (g, m) token index, ascending
     place: Tensor  # (g, n) position in `keep` of the token that stands for each token
     sizes: Tensor  # (g, m) how many tokens each kept one stands for
+    members: Tensor  # (g, n) token index: those that the first kept token stands for, those of the second, ...
 
     def bias(self, batch: int, heads: int) -> Tensor:
         """`size_bias` in the shape of logits: (b, 1, 1, m), or (b, h, 1, m) with a plan for each head."""
@@ -103,13 +105,15 @@ class Reduction:
         rows = _rows(x, len(self.keep))
         if not mean:
             return _tokens(_take(rows, self.keep), x.shape)
-        return _tokens(torch.cat([self._mean(part) for part in rows.split(512, -1)], -1), x.shape)
+        return _tokens(self._mean(rows), x.shape)
 
     def _mean(self, rows: Tensor) -> Tensor:
-        """Means (g, m, k) of rows (g, n, k), summed in float32: hundreds may meet in one."""
-        total = torch.zeros(*self.keep.shape, rows.shape[-1], device=rows.device)
-        total.scatter_add_(1, self.place.long()[..., None].expand(-1, -1, rows.shape[-1]), rows.float())
-        return total.div_(self.sizes[..., None]).to(rows.dtype)
+        """Means (g, m, k) of rows (g, n, k), summed in float32 and always in the same order."""
+        g, n, _ = rows.shape
+        first = n * torch.arange(g, dtype=torch.int32, device=rows.device)[:, None]
+        starts = self.sizes.cumsum(1, dtype=torch.int32) - self.sizes + first
+        bags = F.embedding_bag((self.members + first).flatten(), rows.flatten(0, 1), starts.flatten(), mode="mean")
+        return bags.unflatten(0, (g, -1))
 
     def restore(self, x: Tensor) -> Tensor:
         """x (b, m, h, d) at full length (b, n, h, d): each token gets the row of the one that stands for it."""

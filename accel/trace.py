@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,6 +31,21 @@ class Event:
     site: str
     action: Action
     kept: float
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the seconds spent inside it; on a GPU these are the launches alone."""
+
+    seconds: float = 0.0
+    began: float = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.seconds += time.perf_counter() - self.began
 
 
 @dataclass

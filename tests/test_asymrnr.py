@@ -6,6 +6,7 @@ import torch
 import accel
 from accel.budget import Profile
 from accel.families import family_of
+from accel.families.wan import Projected
 from accel.host import Host
 from accel.methods import METHODS
 from accel.presets import build_methods
@@ -24,9 +25,9 @@ def lengths(pipe, sample, method, **run):
     seen = {}
     host = Host(pipe, Trace())
 
-    def spy(inner, q, k, v, site, bias=None):
-        seen[host.step.index, host.step.branch, site] = (q.shape[1], k.shape[1])
-        return inner(q, k, v, bias=bias)
+    def spy(inner, heads, site):
+        seen[host.step.index, host.step.branch, site] = (heads.query().shape[1], heads.key().shape[1])
+        return inner(heads)
 
     with host.attached(), host.wrap_heads(spy), method.apply(host, host.trace):
         sample(pipe, **run)
@@ -38,9 +39,26 @@ def test_fixed_rates_shorten_queries_and_keys_on_their_own(pipe, sample):
     seen, trace = lengths(pipe, sample, AsymRnR(**FIXED))
     assert {v for (step, *_), v in seen.items() if step < 2} == {(48, 48)}
     assert {v for (step, *_), v in seen.items() if step >= 2} == {(34, 24)}
-    (kept,) = {e.kept for e in trace.events.values() if e.action == "reduce"}
-    core, whole = 4 * 48 * 48 * 24, trace.flops["blocks.0.attn1"]
-    assert kept == pytest.approx(1 - (1 - 34 * 24 / 48**2) * core / whole)
+
+
+def test_projections_of_removed_tokens_are_spared_once_the_window_has_its_plan(pipe, sample):
+    """14 queries and 24 keys go. With matching, q and v are needed whole; without, k, v, q and the output are short."""
+    _, trace = lengths(pipe, sample, AsymRnR(**FIXED, merge="values"))
+    core, token, whole = 4 * 48 * 48 * 24, 2 * 24**2, trace.flops["blocks.0.attn1"]
+    for step, removed in ((2, 24 + 14), (3, 14 + 24 + 24 + 14)):
+        saved = (1 - 34 * 24 / 48**2) * core + removed * token
+        assert trace.events[step, "cond", "blocks.0.attn1"].kept == pytest.approx(1 - saved / whole)
+
+
+@pytest.mark.parametrize("merge", ["mean", "values", "replace"])
+def test_spared_projections_change_nothing_in_the_video(merge, pipe, sample, monkeypatch):
+    method = AsymRnR(**FIXED, merge=merge)
+    with accel.apply(pipe, [method]):
+        lazy = sample(pipe)
+    monkeypatch.setattr(Projected, "_may", lambda self, cut: False)
+    with accel.apply(pipe, [method]) as trace:
+        torch.testing.assert_close(sample(pipe), lazy, rtol=1e-4, atol=1e-4)
+    assert trace.events[3, "cond", "blocks.0.attn1"].action == "reduce"
 
 
 def test_queries_alone_and_keys_alone(pipe, sample):
@@ -94,10 +112,10 @@ def test_the_profile_in_the_models_folder_is_used_and_its_absence_is_said(pipe, 
 
 
 def test_rates_can_be_given_per_block_and_span(pipe, sample):
-    """20 steps, two protected: 9 steps at the first pair of rates, then 9 at the second."""
+    """20 steps: 10 at the first pair of rates, but for the two that are protected, then 10 at the second."""
     table = {"blocks.1.attn1": [(0.5, 0.0), (0.0, 0.25)]}
     seen, _ = lengths(pipe, sample, AsymRnR(**{**FIXED, "rates": table}))
-    assert seen[10, "cond", "blocks.1.attn1"] == (24, 48) and seen[11, "cond", "blocks.1.attn1"] == (48, 36)
+    assert [seen[i, "cond", "blocks.1.attn1"] for i in (1, 9, 10)] == [(48, 48), (24, 48), (48, 36)]
     assert seen[10, "cond", "blocks.0.attn1"] == (48, 48)
     with pytest.raises(ValueError, match="there is no attention 'blocks.7' to give a rate; there are blocks.0.attn1,"):
         lengths(pipe, sample, AsymRnR(**{**FIXED, "rates": {"blocks.7": [(0.5, 0.5)]}}))
@@ -114,9 +132,8 @@ def test_blocks_that_another_method_skips_are_judged_in_the_next_step(pipe, samp
 
 def attention_left(trace) -> float:
     """Mean share of the attention cores' work that was computed."""
-    core, site = 4 * 48 * 48 * 24, trace.flops["blocks.0.attn1"]
-    left = [1 - (1 - e.kept) * site / core for e in trace.events.values() if e.site != "denoiser"]
-    return sum(left) / len(left)
+    rates = [pair for steps in trace.extras["asymrnr"]["rates"].values() for pair in steps]
+    return sum((1 - query) * (1 - kv) for query, kv in rates) / len(rates)
 
 
 @pytest.mark.parametrize("schedule", ["judged", "measured"])

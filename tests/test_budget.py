@@ -30,6 +30,14 @@ def test_ceilings_hold_even_if_the_budget_is_then_missed():
     assert rates["a"] == [(0.3, 0.5)] and work(rates) == pytest.approx(0.35)
 
 
+def test_only_the_steps_that_may_be_reduced_count():
+    """10 steps in 2 spans, 4 protected: the first span has 1 step that may be cut, the second 5."""
+    rates = allocate({"a": [(1.0, 1.0), (1.0, 1.0)], "b": [(1.0, 1.0), (1.0, 1.0)]}, 0.7, FREE, count=10, first=4)
+    assert work(rates, 10, 4) == pytest.approx(0.7, abs=0.02)
+    (early, _), *_ = allocate({"a": [(1.0, 1.0), (1.0, 1.0)]}, 0.5, FREE, count=10, first=5).values()
+    assert early == (0.0, 0.0)
+
+
 def test_profiles_round_trip_and_strange_files_are_named(tmp_path):
     file = tmp_path / "profile.json"
     profile = Profile(grid=(3, 4, 4), steps=20, rate=0.5, costs={"a": [(1.0, 2.0)], "b": [(3.0, 0.5)]})

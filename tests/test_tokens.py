@@ -178,7 +178,7 @@ def test_extra_memory_at_480p_stays_under_300_mb(everywhere):
     latents = torch.empty(1, 16, 21, 60, 104, device="meta")
     model = SimpleNamespace(config=SimpleNamespace(patch_size=(1, 2, 2)), blocks=[SimpleNamespace(attn1=None)] * 30)
     held = AsymRnR().forecast(model, wan, latents, 50, True)
-    assert 50e6 < held < 100e6
+    assert 50e6 < held < 110e6
     assert 100e6 < memory.peak - q.nbytes + held < 300e6
 
 

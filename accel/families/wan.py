@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..heads import Heads
+from ..tokens import Reduction
+
 
 def denoisers(pipe) -> list[nn.Module]:
     """The transformers in the order of use; Wan 2.2 has a second one for low noise."""
@@ -38,15 +41,82 @@ def width(model: nn.Module) -> int:
 
 
 def attend(attn: nn.Module, core, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """A self-attention (b, n, d) with `core(q, k, v)` (b, n, h, d) in place of its softmax; else as the stock one."""
-    q, k, v = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-    q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (attn.norm_q(q), attn.norm_k(k), v))
-    y = core(_turned(q, *rope), _turned(k, *rope), v)
-    return attn.to_out[1](attn.to_out[0](y.flatten(2, 3).type_as(q)))
+    """A self-attention (b, n, d) with `core(heads)` (b, n, h, d) in place of its softmax; else as the stock one."""
+    heads = Projected(attn, x, rope)
+    y = core(heads)
+    return heads.finish(attn.to_out[1](attn.to_out[0](y.flatten(2, 3).type_as(x))))
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (b, n, h, d): each pair of channels turned by its angle."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+class Projected(Heads):
+    """Heads over hidden x (b, n, d), projected when they are asked for, and then only for the tokens that stay.
+
+    Norm and rotary embedding work on each token alone, values and outputs are linear: the result is the same, and the
+    projections of removed tokens are spared, where heads share a plan and are not wanted whole (for matching).
+    """
+
+    def __init__(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]):
+        super().__init__(None, None, None)
+        self.attn, self.x, self.rope, self.late = attn, x, rope, None
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(x).chunk(3, -1)
+            self.q, self.k, self.v = self._turned(attn.norm_q(q)), self._turned(attn.norm_k(k)), self._split(v)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.x.shape[:2], self.attn.heads, self.attn.inner_dim // self.attn.heads)
+
+    def query(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        if self.q is None and self._may(cut) and not mean:
+            return self._turned(self.attn.norm_q(self._narrow(self.attn.to_q, cut)), cut)
+        if self.q is None:
+            self.q = self._turned(self.attn.norm_q(self.attn.to_q(self.x)))
+        return self.shorten(self.q, cut, mean)
+
+    def key(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        if self.k is None and self._may(cut) and not mean:
+            return self._turned(self.attn.norm_k(self._narrow(self.attn.to_k, cut)), cut)
+        if self.k is None:
+            self.k = self._turned(self.attn.norm_k(self.attn.to_k(self.x)))
+        return self.shorten(self.k, cut, mean)
+
+    def value(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        if self.v is None and self._may(cut):
+            return self._split(self._narrow(self.attn.to_v, cut, mean))
+        if self.v is None:
+            self.v = self._split(self.attn.to_v(self.x))
+        return self.shorten(self.v, cut, mean)
+
+    def restore(self, y: Tensor, cut: Reduction | None) -> Tensor:
+        if not self._may(cut):
+            return super().restore(y, cut)
+        self.late = cut
+        self._spare(cut)
+        return y
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The projected output (b, m, d) at full length."""
+        return y if self.late is None else super().restore(y[:, :, None], self.late).squeeze(2)
+
+    def _may(self, cut: Reduction | None) -> bool:
+        return cut is not None and len(cut.keep) == len(self.x)
+
+    def _narrow(self, layer: nn.Module, cut: Reduction, mean: bool = False) -> Tensor:
+        """A projection (b, m, d) of the tokens that stay."""
+        self._spare(cut)
+        return layer(self.shorten(self.x[:, :, None], cut, mean).squeeze(2))
+
+    def _spare(self, cut: Reduction) -> None:
+        b, n, d = self.x.shape
+        self.spared += 2 * b * (n - cut.keep.shape[1]) * d**2
+
+    def _split(self, y: Tensor) -> Tensor:
+        return y.unflatten(2, self.shape[2:])
+
+    def _turned(self, y: Tensor, cut: Reduction | None = None) -> Tensor:
+        """Rotary embedding of y (b, m, h d) as (b, m, h, d): each pair of channels turned by its token's angle."""
+        a, b = self._split(y).unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = (table[..., i::2] for i, table in enumerate(self.rope))
+        if cut is not None:
+            with self.watch:
+                cos, sin = (table[0][cut.keep] for table in (cos, sin))
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(y)

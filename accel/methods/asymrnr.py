@@ -12,7 +12,6 @@ by likeness in an early step of the run.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..budget import PROFILE, Pair, Table, allocate, load_profile, work
+from ..budget import PROFILE, Pair, Table, allocate, load_profile, span_of, work
+from ..heads import Heads
 from ..host import Host
 from ..plans import Matching, PlanCache
 from ..tokens import Metric, Reduction
-from ..trace import DENOISER, Trace
+from ..trace import DENOISER, Stopwatch, Trace
 from .base import Method
 
 LEAST_SHARE = 0.15  # of the attention cores in the work, below which too little can be won
@@ -48,7 +48,7 @@ class Memory:
     rates: dict[int, Table] = field(default_factory=dict)  # by transformer
     likeness: dict[int, dict[str, Pair]] = field(default_factory=dict)  # of queries and values, by transformer and site
     judged: dict[int, int] = field(default_factory=dict)  # step in which the last of these was found, by transformer
-    seconds: float = 0.0  # spent on matching, cutting, shortening and restoring
+    watch: Stopwatch = field(default_factory=Stopwatch)  # on matching, cutting, shortening and restoring
 
 
 class AsymRnR(Method):
@@ -87,8 +87,8 @@ class AsymRnR(Method):
     plans: Literal["asymmetric", "one"] = Field(
         "asymmetric", description="Queries and keys matched on their own, or the queries' plan for all."
     )
-    merge: Literal["mean", "replace"] = Field(
-        "mean", description="Removed tokens are averaged into the one that stays, or dropped."
+    merge: Literal["mean", "values", "replace"] = Field(
+        "mean", description="Removed tokens are averaged into the one that stays, only their values are, or dropped."
     )
     bias: bool = Field(True, description="Weigh a merged key by its size; without it, merged regions fade.")
     interval: int = Field(0, ge=0, le=10, description="Steps that share a matching; 0: by the number of steps.")
@@ -96,7 +96,9 @@ class AsymRnR(Method):
         "", description="File of measured costs; empty: the model's own.", json_schema_extra={"page": False}
     )
     rates: dict[str, Annotated[list[tuple[Rate, Rate]], Field(min_length=1)]] = Field(
-        {}, description="Fixed rates (query, kv) per span of steps, by block.", json_schema_extra={"page": False}
+        {},
+        description="Fixed rates (query, kv) by block, each for a share of steps.",
+        json_schema_extra={"page": False},
     )
 
     @model_validator(mode="after")
@@ -117,7 +119,7 @@ class AsymRnR(Method):
         """Bytes of the plans and reductions, if every attention had one for queries and one for keys at a low rate."""
         n = math.prod(family.grid(model, latents))
         groups = len(latents) * (1 if self.heads == "shared" else model.config.num_attention_heads)
-        indices = 5 * n * groups  # at most: order, owner, keep, place, sizes
+        indices = 6 * n * groups  # at most: order, owner, keep, place, sizes, members
         return 4 * indices * 2 * len(family.attentions(model)) * (1 + guided)
 
     @contextmanager
@@ -125,10 +127,8 @@ class AsymRnR(Method):
         """Wrap the attentions' cores for the time of the context."""
         memory = host.per_run(lambda: self._begin(host, trace))
 
-        def core(inner: Callable, q: Tensor, k: Tensor, v: Tensor, site: str, bias: Tensor | None = None) -> Tensor:
-            if bias is not None:  # of another method: it says which keys these are
-                return inner(q, k, v, bias=bias)
-            return self._core(inner, q, k, v, site, host, trace, memory())
+        def core(inner: Callable, heads: Heads, site: str) -> Tensor:
+            return self._core(inner, heads, site, host, trace, memory())
 
         with host.wrap_heads(core):
             yield
@@ -170,39 +170,37 @@ class AsymRnR(Method):
             trace.note(f"AsymRnR: the costs were measured on a grid of {profile.grid} tokens, this one is {host.grid}")
         return profile.costs
 
-    def _core(self, inner, q, k, v, site: str, host: Host, trace: Trace, memory: Memory) -> Tensor:
+    def _core(self, inner: Callable, heads: Heads, site: str, host: Host, trace: Trace, memory: Memory) -> Tensor:
         step = host.step
-        if memory.first == NEVER:
-            return inner(q, k, v)
-        if q.shape[1] != math.prod(host.grid):
-            trace.note(f"AsymRnR is off: {q.shape[1]} tokens are not the grid of {host.grid}")
-            return inner(q, k, v)
-        if self._judges(q, v, site, host, memory) or step.index < memory.first:
-            return inner(q, k, v)
+        if memory.first == NEVER or heads.bias is not None:  # of another method: it says which keys these are
+            return inner(heads)
+        if heads.shape[1] != math.prod(host.grid):
+            trace.note(f"AsymRnR is off: {heads.shape[1]} tokens are not the grid of {host.grid}")
+            return inner(heads)
+        if self._judges(heads, site, host, memory) or step.index < memory.first:
+            return inner(heads)
         query_rate, kv_rate = self._rates(site, host, trace, memory)
         if not query_rate and not kv_rate:
-            return inner(q, k, v)
+            return inner(heads)
         trace.extras["asymrnr"]["rates"][site][step.index] = [query_rate, kv_rate]
-        began = time.perf_counter()
-        flops = [0, 0]
-        queries, flops[0] = self._cut("query", q, query_rate, site, host, memory)
-        keys, flops[1] = (queries, 0) if self.plans == "one" else self._cut("kv", v, kv_rate, site, host, memory)
-        mean, n = self.merge == "mean", q.shape[1]
-        q = queries.reduce(q, mean) if queries else q
-        k, v = (keys.reduce(x, mean) if keys else x for x in (k, v))
-        bias = keys.bias(len(v), v.shape[2]) if keys and self.bias else None
-        memory.seconds += time.perf_counter() - began
-        out = inner(q, k, v, bias=bias)
-        began = time.perf_counter()
-        out = queries.restore(out) if queries else out
-        memory.seconds += time.perf_counter() - began
-        saved = (1 - (q.shape[1] / n) * (k.shape[1] / n)) * core_flops(host) - sum(flops)
+        heads.watch, flops = memory.watch, [0, 0]
+        queries, flops[0] = self._cut("query", heads, query_rate, site, host, memory)
+        keys, flops[1] = (queries, 0) if self.plans == "one" else self._cut("kv", heads, kv_rate, site, host, memory)
+        y = heads.restore(inner(self._shortened(heads, queries, keys)), queries)
+        n, m = heads.shape[1], [len(cut.keep[0]) if cut else heads.shape[1] for cut in (queries, keys)]
+        saved = (1 - m[0] * m[1] / n**2) * core_flops(host) + heads.spared - sum(flops)
         trace.record(step, site, "reduce", 1 - saved / trace.flops[site])
-        if not q.is_cuda:  # where this clock would only see the launches
-            trace.extras["asymrnr"]["overhead_ms"] = round(1000 * memory.seconds, 2)
-        return out
+        if host.latents.device.type != "cuda":  # where this clock would only see the launches
+            trace.extras["asymrnr"]["overhead_ms"] = round(1000 * memory.watch.seconds, 2)
+        return y
 
-    def _judges(self, q: Tensor, v: Tensor, site: str, host: Host, memory: Memory) -> bool:
+    def _shortened(self, heads: Heads, queries: Reduction | None, keys: Reduction | None) -> Heads:
+        rows = self.merge == "mean"
+        q, k = heads.query(queries, rows), heads.key(keys, rows)
+        bias = keys.bias(heads.shape[0], heads.shape[2]) if keys and self.bias else None
+        return Heads(q, k, heads.value(keys, self.merge != "replace"), bias)
+
+    def _judges(self, heads: Heads, site: str, host: Host, memory: Memory) -> bool:
         """Looks at likeness where it is asked for and not known yet; true while a block's is missing.
 
         That is in the last protected step, or later for a block that another method skipped there.
@@ -214,10 +212,9 @@ class AsymRnR(Method):
         if len(seen) == len(sites):  # both branches are reduced from the same step on
             return host.step.index == memory.judged[host.model]
         if site not in seen and host.step.branch == "cond":
-            began = time.perf_counter()
-            pair = (("query", q), ("kv", v))
-            seen[site] = tuple(memory.plans.likeness(feature, x, host.grid) for feature, x in pair)
-            memory.seconds += time.perf_counter() - began
+            features = (("query", heads.query()), ("kv", heads.value()))
+            with memory.watch:
+                seen[site] = tuple(memory.plans.likeness(feature, x, host.grid) for feature, x in features)
             memory.judged[host.model] = host.step.index
         return True
 
@@ -227,8 +224,7 @@ class AsymRnR(Method):
             rates = memory.rates[host.model] = self._settle(host, memory)
             self._tell(rates, host, trace, memory)
         spans = memory.rates[host.model][site]
-        done = (host.step.index - memory.first) / max(1, host.step.count - memory.first)
-        return spans[int(done * len(spans))]
+        return spans[span_of(host.step.index, len(spans), host.step.count)]
 
     def _settle(self, host: Host, memory: Memory) -> Table:
         sites, seen = host.attentions[host.model], memory.likeness[host.model]
@@ -241,7 +237,8 @@ class AsymRnR(Method):
             rates = {s: [pick(pair, seen.get(s, (1.0, 1.0))) for pair in self.rates.get(s, none)] for s in sites}
         else:
             costs = memory.costs or {site: [tuple(1 - a for a in seen[site])] for site in sites}
-            rates = allocate(costs, self._target(host, memory), (min(self.query_rate, most), min(self.kv_rate, most)))
+            ceilings = min(self.query_rate, most), min(self.kv_rate, most)
+            rates = allocate(costs, self._target(host, memory), ceilings, host.step.count, host.step.index)
         one = lambda pair: (1 - math.sqrt((1 - pair[0]) * (1 - pair[1])),) * 2  # one plan: the same work by one rate
         return {s: [one(pair) for pair in spans] for s, spans in rates.items()} if self.plans == "one" else rates
 
@@ -253,16 +250,17 @@ class AsymRnR(Method):
         """What is left of the attention work, if these rates hold to the end, as forecast; what is amiss, as notes."""
         told, now, count = trace.extras["asymrnr"], host.step.index, host.step.count
         before = [[(1 - q) * (1 - kv) for q, kv in steps[:now]] for steps in told["rates"].values()]
-        left = (sum(map(sum, before)) / len(before) + work(rates) * (count - now)) / count
+        to_come = work(rates, count, now)
+        left = (sum(map(sum, before)) / len(before) + to_come * (count - now)) / count
         told["forecast"] = round(1 / (1 - told["core_share"] * (1 - left)), 3)
-        if work(rates) == 1 and memory.likeness[host.model]:
+        if to_come == 1 and memory.likeness[host.model]:
             alike = max(max(pair) for pair in memory.likeness[host.model].values())
             trace.note(f"AsymRnR does nothing: the threshold is {self.threshold}, the most alike block has {alike:.2f}")
-        elif self.schedule != "fixed" and work(rates) > self._target(host, memory) + 0.02:
+        elif self.schedule != "fixed" and to_come > self._target(host, memory) + 0.02:
             trace.note(f"AsymRnR: the budget of {self.budget} is out of reach, {left:.2f} of the work is left")
 
     def _cut(
-        self, feature: str, x: Tensor, rate: float, site: str, host: Host, memory: Memory
+        self, feature: str, heads: Heads, rate: float, site: str, host: Host, memory: Memory
     ) -> tuple[Reduction | None, int]:
         """The reduction of a feature at its rate, none at rate 0, and the FLOPs of matching."""
         if not rate:
@@ -270,9 +268,15 @@ class AsymRnR(Method):
         if memory.model != host.model:  # Wan 2.2 has changed to its second transformer
             memory.plans.clear()
             memory.model = host.model
-        part = memory.plans.partition(feature, host.grid, x.device)
+        part = memory.plans.partition(feature, host.grid, host.latents.device)
         window = (host.step.index - memory.first) // memory.interval
-        cut, flops = memory.plans.cut((site, host.step.branch, feature), window, x, part, rate)
+        key, flops = (site, host.step.branch, feature), 0
+        if memory.plans.due(key, window, heads.shape):
+            x = heads.query() if feature == "query" else heads.value()
+            with memory.watch:
+                flops = memory.plans.match(key, window, x, part)
+        with memory.watch:
+            cut = memory.plans.cut(key, rate)
         host.trace.hold("asymrnr", memory.plans.held)
         if host.step.branch == "cond":
             self._show(feature, cut, site, host)

@@ -23,7 +23,7 @@ FAR = 0.13  # a pixel further than this from the background's colours belongs to
 FIT = 0.55  # overlap with the best outline below which there is no thing
 SYMMETRY = {"circle": 0, "ring": 0, "square": 4, "cross": 4, "triangle": 3, "star": 5}
 BETWEEN_SIZES = 0.203  # mean radius in widths
-BETWEEN_SPEEDS = {"travel": 0.32, "turns": 0.85, "hops": 2.0, "ratio": 1.95}
+BETWEEN_SPEEDS = {"travel": 0.32, "turns": 0.85, "spin": 0.48, "hops": 2.0, "ratio": 1.95}
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _motion(track: Track) -> tuple[str | None, str | None]:
         if ratio > 1.22:
             return ("grows" if r1 > r0 else "shrinks"), pace(ratio, "ratio")
         turns = abs(track.angle[-1] - track.angle[0])
-        return ("spins", pace(turns, "turns")) if turns > 0.15 else (None, None)
+        return ("spins", pace(turns, "spin")) if turns > 0.15 else (None, None)
     if min(dx, dy) > 0.12 and min(dx, dy) > 0.4 * max(dx, dy):
         return "orbits", pace(_path(track) / (2 * math.pi * 0.21), "turns")
     if dx > dy:

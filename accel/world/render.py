@@ -30,9 +30,12 @@ BACKGROUNDS = {
 RADIUS = {"small": 0.17, "large": 0.24}  # mean over the clip, in widths of the frame
 CONTRAST = 0.07  # of the pattern, added to every channel
 CYCLES = {"striped": 8, "checked": 4, "dotted": 6}  # periods of the pattern across the frame
-# in each speed's range [low, high]: distance in widths, turns, hops, ratio of last to first radius
+# in each speed's range [low, high]: distance in widths, turns of an orbit and of a spin, hops, ratio of last to first
+# radius. A fast spin of 17 frames turns a star by less than a quarter of its symmetry a frame, less than half of it a
+# latent frame: beyond that it would be seen to turn the other way.
 TRAVEL = {"slowly": (0.16, 0.21), "quickly": (0.44, 0.52)}
 TURNS = {"slowly": (0.40, 0.55), "quickly": (1.20, 1.45)}
+SPIN = {"slowly": (0.27, 0.36), "quickly": (0.64, 0.75)}
 HOPS = {"slowly": (1.0, 1.2), "quickly": (2.8, 3.2)}
 RATIO = {"slowly": (1.45, 1.60), "quickly": (2.4, 2.8)}
 
@@ -55,7 +58,7 @@ def trajectory(thing: Thing, time: Tensor) -> Tensor:
     elif thing.motion == "bounces":
         y = 0.70 - 0.38 * (math.pi * mix(HOPS) * time).sin().abs()
     elif thing.motion == "spins":
-        angle = 2 * math.pi * (thing.phase + thing.turn * mix(TURNS) * time)
+        angle = angle + 2 * math.pi * thing.turn * mix(SPIN) * time  # from where all things stand
     else:
         ratio = mix(RATIO)
         x, y = 0.5 + 0.16 * (thing.x - 0.5) + zero, 0.5 + 0.16 * (thing.y - 0.5) + zero
