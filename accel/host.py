@@ -3,7 +3,7 @@
 `wrap_denoiser`  a whole transformer call            fn(inner, x, **inputs) -> velocity (b, c, f, h, w)
 `wrap_blocks`    the stack of blocks inside it        fn(inner, hidden, *inputs) -> hidden (b, n, d)
 `wrap_attention` each video self-attention's output   fn(inner, site) -> hidden (b, n, d)
-`wrap_heads`     what lies inside it                   fn(inner, heads, site) -> hidden (b, n, h, d)
+`wrap_heads`     what lies inside it                   fn(inner, heads, site) -> heads (b, m, h, d)
 
 Wrappers nest, the last added outermost; none replaces another. Handles are taken once, at construction, and the
 model is on exit as it was found. Built on diffusers' hooks and attention processors, so offload, LoRA and attention
@@ -117,7 +117,8 @@ class Host:
     def wrap_heads(self, fn: Callable) -> AbstractContextManager:
         """Let `fn(inner, heads, site)` stand around each video self-attention's core; returns (b, n, h, d).
 
-        `heads` are a `Heads`, after norm and rotary embedding; `inner(heads)` takes any lengths.
+        `heads` are a `Heads`, after norm and rotary embedding; `inner(heads)` takes any lengths. What `heads.restore`
+        gave may be returned though it is shorter (b, m, h, d): the attention restores it after its projection.
         """
         return _listed(self._heads, fn, self._open_heads)
 

@@ -34,6 +34,8 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     """Costs of a model, after writing asymrnr.json, profile.md and profile.png; a local model gets its asymrnr.json."""
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
+    if (steps or home.steps) <= SPANS:
+        raise ValueError(f"{steps} steps are too few: each of the {SPANS} spans needs one beside the first step")
     out.mkdir(parents=True, exist_ok=True)
     sites = list(family_of(pipe).attentions(pipe.transformer))
     settings = _everywhere() | _merges() | _single(sites)

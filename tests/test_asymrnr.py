@@ -139,7 +139,8 @@ def attention_left(trace) -> float:
 @pytest.mark.parametrize("schedule", ["judged", "measured"])
 def test_the_budget_is_met_by_two_transformers_together(schedule, two_models, sample, tmp_path):
     """Likeness costs the second one a step of its own, which stays whole."""
-    MEASURED.save(tmp_path / "asymrnr.json")
+    dear_early = {site: [(9.0, 9.0), (1.0, 1.0), (1.0, 1.0)] for site in COSTS}
+    MEASURED.model_copy(update={"costs": dear_early}).save(tmp_path / "asymrnr.json")
     two_models.register_to_config(_name_or_path=str(tmp_path))
     method = AsymRnR(schedule=schedule, budget=0.6, query_rate=0.8, kv_rate=0.8)
     _, trace = lengths(two_models, sample, method)

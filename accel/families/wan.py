@@ -41,7 +41,7 @@ def width(model: nn.Module) -> int:
 
 
 def attend(attn: nn.Module, core, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """A self-attention (b, n, d) with `core(heads)` (b, n, h, d) in place of its softmax; else as the stock one."""
+    """A self-attention (b, n, d) with `core(heads)` (b, n or m, h, d) for its softmax; else as the stock one."""
     heads = Projected(attn, x, rope)
     y = core(heads)
     return heads.finish(attn.to_out[1](attn.to_out[0](y.flatten(2, 3).type_as(x))))

@@ -1,8 +1,9 @@
 """AsymRnR (Sun et al., arXiv 2412.11706): fewer tokens inside self-attention, restored after it.
 
-Queries, and keys with values, are shortened on their own: by their own likeness, at their own rate. Both happen after
-normalisation and rotary embedding, so each kept token carries its own position; the output is brought back to full
-length by giving every removed query the output of the token that stands for it. Text is never touched.
+Queries, and keys with values, are shortened on their own: by their own likeness, at their own rate. Both happen as if
+after normalisation and rotary embedding, so each kept token carries its own position; the output is brought back to
+full length by giving every removed query the output of the token that stands for it. Text is never touched. While a
+plan lasts, removed tokens are not even projected: the authors' code projects all of them in every step.
 
 The authors ship schedules for three models. Here one budget is turned into rates per block and span of steps, by
 what removing tokens costs there: measured beforehand (`python -m accel profile` puts it beside the model), or judged
@@ -238,7 +239,7 @@ class AsymRnR(Method):
         else:
             costs = memory.costs or {site: [tuple(1 - a for a in seen[site])] for site in sites}
             ceilings = min(self.query_rate, most), min(self.kv_rate, most)
-            rates = allocate(costs, self._target(host, memory), ceilings, host.step.count, host.step.index)
+            rates = allocate(costs, self._target(host, memory), ceilings, host.step.count, memory.first)
         one = lambda pair: (1 - math.sqrt((1 - pair[0]) * (1 - pair[1])),) * 2  # one plan: the same work by one rate
         return {s: [one(pair) for pair in spans] for s, spans in rates.items()} if self.plans == "one" else rates
 
@@ -256,7 +257,7 @@ class AsymRnR(Method):
         if to_come == 1 and memory.likeness[host.model]:
             alike = max(max(pair) for pair in memory.likeness[host.model].values())
             trace.note(f"AsymRnR does nothing: the threshold is {self.threshold}, the most alike block has {alike:.2f}")
-        elif self.schedule != "fixed" and to_come > self._target(host, memory) + 0.02:
+        elif self.schedule != "fixed" and work(rates, count, memory.first) > self._target(host, memory) + 0.02:
             trace.note(f"AsymRnR: the budget of {self.budget} is out of reach, {left:.2f} of the work is left")
 
     def _cut(

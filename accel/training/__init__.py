@@ -20,7 +20,7 @@ SETTINGS = {
 RECIPES = {
     "small": {
         "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
-        "base": {"steps": 900, "lr": 1.2e-3, "matrix_lr": 4e-3, "decay_from": 0.3, "betas": (0.9, 0.98), "seed": 3},
+        "base": {"steps": 4600, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 3},
         "gpd": {"steps": 120, "lr": 3e-4, "warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0},
     },
     "large": {

@@ -38,7 +38,7 @@ from .vae import Autoencoder, clear_weights, normalise, to_unit
 TEXT = 32  # tokens a prompt is padded or cut to
 SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
 # until this share of the steps: latent frames (0: all), clips a batch
-CURRICULUM = ((0.2, 3, 48), (1.0, 0, 24))
+CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
 # this share of the clips spins, three times its part of the grammar: nothing else shows a shape at every angle
 SPINS = 1 / 3
 
@@ -159,7 +159,8 @@ class Pool:
         rng = random.Random(f"pool {seed}")
         vae = vae.to(device).eval()
         self.scenes = [training_scene(rng) for _ in range(n)]
-        made = {"of": repr((n, frames, size, seed, SPINS, sum(p.double().sum().item() for p in vae.parameters())))}
+        look = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
+        made = {"of": repr((n, frames, seed, SPINS, look, sum(p.double().sum().item() for p in vae.parameters())))}
         if not file.is_file() or safe_open(file, "pt").metadata() != made:
             auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
