@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 Pair = tuple[float, float]  # of queries, of keys and values
 Table = dict[str, list[Pair]]  # site -> per span
 LADDER = 0.05  # rates are multiples of this
+LEAST = 0.25  # but not below this: shortening by less costs about the time that it saves
 PROFILE = "asymrnr.json"  # file of measured costs in a model's folder
 
 
@@ -33,9 +34,9 @@ def allocate(costs: Table, budget: float, ceilings: Pair, count: int = 1, first:
     def price(cell: tuple[str, int], which: int) -> float:
         """Harm for each unit of work saved by raising a rate by one rung; infinite beyond its ceiling."""
         now, other, cost = rates[cell][which], rates[cell][1 - which], costs[cell[0]][cell[1]][which]
-        if now + LADDER > ceilings[which] + 1e-9:
+        if (then := _next(now)) > ceilings[which] + 1e-9:
             return float("inf")
-        return max(cost, 1e-6) * (harm(now + LADDER) - harm(now)) / (LADDER * (1 - other))
+        return max(cost, 1e-6) * (harm(then) - harm(now)) / ((then - now) * (1 - other))
 
     queue = [(price(cell, which), cell, which) for cell in rates for which in (0, 1)]
     heapq.heapify(queue)
@@ -44,11 +45,17 @@ def allocate(costs: Table, budget: float, ceilings: Pair, count: int = 1, first:
         _, cell, which = queue[0]
         current = price(cell, which)
         if current <= queue[0][0] * (1 + 1e-9):  # else the cell's other rate has risen since, and this one saves less
-            surplus -= LADDER * (1 - rates[cell][1 - which]) * steps[cell[0]][cell[1]]
-            rates[cell][which] = round(rates[cell][which] + LADDER, 6)
+            now, then = rates[cell][which], _next(rates[cell][which])
+            surplus -= (then - now) * (1 - rates[cell][1 - which]) * steps[cell[0]][cell[1]]
+            rates[cell][which] = then
             current = price(cell, which)
         heapq.heapreplace(queue, (current, cell, which))
     return {site: [tuple(rates.get((site, s), (0.0, 0.0))) for s in range(len(held))] for site, held in steps.items()}
+
+
+def _next(rate: float) -> float:
+    """The next rung of the ladder of rates."""
+    return round(max(LEAST, rate + LADDER), 6)
 
 
 def harm(rate: float) -> float:

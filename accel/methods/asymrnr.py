@@ -254,7 +254,7 @@ class AsymRnR(Method):
         to_come = work(rates, count, now)
         left = (sum(map(sum, before)) / len(before) + to_come * (count - now)) / count
         told["forecast"] = round(1 / (1 - told["core_share"] * (1 - left)), 3)
-        if to_come == 1 and memory.likeness[host.model]:
+        if self.schedule == "fixed" and to_come == 1 and memory.likeness[host.model]:
             alike = max(max(pair) for pair in memory.likeness[host.model].values())
             trace.note(f"AsymRnR does nothing: the threshold is {self.threshold}, the most alike block has {alike:.2f}")
         elif self.schedule != "fixed" and work(rates, count, memory.first) > self._target(host, memory) + 0.02:
