@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from .bench import table
@@ -86,7 +87,9 @@ def _reconstruction(r: dict) -> str:
     return f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips; read back from these: {read}"
 
 
-PARTS = {"knobs": knobs, "fastercache": lambda: suite("fastercache"), "attributes": attributes, "training": training}
+PARTS = {"knobs": knobs, "attributes": attributes, "training": training} | {
+    name: partial(suite, name) for name in ("fastercache", "asymrnr", "asymrnr-curve")
+}
 
 
 def fill(text: str) -> str:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
     {"spectrum", "tokens", "plans", "budget", "flow"},
-    {"trace", "metrics", "video", "ledger"},
+    {"trace", "metrics", "video", "ledger", "weights"},
     {"flops", "families", "heads", "host"},
     {"methods"},
     {"presets", "models", "apply", "world"},

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..flow import euler
-from ..models import home_of, load_pipeline, resolve, weights
+from ..models import home_of, load_pipeline, resolve
+from ..weights import marks
 from ..world.scene import caption, held_out_prompts, sample_scene
 from .fit import Recipe, fit
 from .gpd import Curriculum, GpdTask, ground_of, walk
@@ -137,7 +138,7 @@ def train_gpd(recipe: Recipe, model: str, device: str, minutes: float | None, re
     if not (resume and (out / "k1" / "state.pt").is_file()):
         task.stagger()
     held = HeldOut(task, held_out_prompts(8, PROMPT_SEED), home.guidance)
-    base = [pair for pair in weights(model) if pair[0].startswith("transformer/")]
+    base = marks(pipe.transformer)
 
     def keep(k: int, facts: dict) -> None:
         if curriculum.base_steps % k == 0 and state.is_main_process:
