@@ -95,7 +95,7 @@ def test_a_profile_decides_where_tokens_go(pipe, sample, tmp_path):
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.8, profile=str(tmp_path / "costs.json")))
     rates = trace.extras["asymrnr"]["rates"]
     assert rates["blocks.0.attn1"][1] == [0, 0]  # protected
-    assert max(rates["blocks.0.attn1"][5]) < min(rates["blocks.1.attn1"][5])
+    assert max(rates["blocks.0.attn1"][10]) < min(rates["blocks.1.attn1"][10])
 
 
 def test_the_profile_in_the_models_folder_is_used_and_its_absence_is_said(pipe, sample, tmp_path):
@@ -105,7 +105,7 @@ def test_the_profile_in_the_models_folder_is_used_and_its_absence_is_said(pipe, 
     pipe.register_to_config(_name_or_path=str(tmp_path))
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.8))
     rates = trace.extras["asymrnr"]["rates"]
-    assert not trace.notes and max(rates["blocks.0.attn1"][5]) < min(rates["blocks.1.attn1"][5])
+    assert not trace.notes and max(rates["blocks.0.attn1"][10]) < min(rates["blocks.1.attn1"][10])
     MEASURED.model_copy(update={"grid": (9, 8, 8)}).save(tmp_path / "asymrnr.json")
     _, trace = lengths(pipe, sample, AsymRnR(budget=0.8))
     assert "AsymRnR: the costs were measured on a grid of (9, 8, 8) tokens, this one is (3, 4, 4)" in trace.notes

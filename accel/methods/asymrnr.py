@@ -63,19 +63,19 @@ class AsymRnR(Method):
         "measured", description="Spread the budget by measured cost per block, or by likeness; or fixed rates."
     )
     budget: float = Field(
-        0.6, ge=0.2, le=1, multiple_of=0.01, description="Share of the attention cores' work; lower blurs detail first."
+        0.75, ge=0.2, le=1, multiple_of=0.01, description="Share of the attention cores' work; lower blurs first."
     )
     query_rate: float = Field(
-        0.6, ge=0, le=0.95, multiple_of=0.05, description="Most queries removed in a block; higher loses fine motion."
+        0.8, ge=0, le=0.95, multiple_of=0.05, description="Most queries removed in a block; higher loses fine motion."
     )
     kv_rate: float = Field(
-        0.6, ge=0, le=0.95, multiple_of=0.05, description="Most keys and values removed in a block; robust, but blurs."
+        0.8, ge=0, le=0.95, multiple_of=0.05, description="Most keys and values removed in a block; robust, but blurs."
     )
     threshold: float = Field(
         0.0, ge=0, le=1, multiple_of=0.01, description="Fixed rates act in blocks at least this alike; 0: in all."
     )
     start: float = Field(
-        0.1, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first reduced one, at least one."
+        0.3, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first reduced one, at least one."
     )
     cell: Literal["1x2x2", "2x2x2", "3x2x2", "6x2x2"] = Field(
         "2x2x2", description="Frames x rows x columns that share one token that always stays."
@@ -89,7 +89,7 @@ class AsymRnR(Method):
         "asymmetric", description="Queries and keys matched on their own, or the queries' plan for all."
     )
     merge: Literal["mean", "values", "replace"] = Field(
-        "mean", description="Removed tokens are averaged into the one that stays, only their values are, or dropped."
+        "values", description="Removed tokens are averaged into the one that stays, only their values are, or dropped."
     )
     bias: bool = Field(True, description="Weigh a merged key by its size; without it, merged regions fade.")
     interval: int = Field(0, ge=0, le=10, description="Steps that share a matching; 0: by the number of steps.")
