@@ -82,7 +82,7 @@ def test_a_live_pair_shows_both_videos_figures_and_timeline(page):
     page.fill("#prompt textarea", "a large green cross orbits slowly over a dotted brown background")
     run_pair(page, 14)
     text = page.inner_text("#numbers")
-    assert "faster denoising" in text and "of the work computed" in text and "PSNR" in text
+    assert "speed of denoising" in text and "of the work computed" in text and "PSNR" in text
     assert page.locator("#timeline rect[fill='#f59e0b']").count() > 0
     shot(page, "live-pair")
     run_pair(page, 14)

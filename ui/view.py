@@ -31,8 +31,8 @@ def numbers(report: dict) -> str:
     when = r.get("baseline_from")
     against = f", baseline measured earlier ({when})" if when else ""
     cards = [
-        (f"{r['speedup_denoise']:.2f}×", "faster denoising" + against),
-        (f"{r['speedup_total']:.2f}×", "faster end to end" + against),
+        (f"{r['speedup_denoise']:.2f}×", "speed of denoising" + against),
+        (f"{r['speedup_total']:.2f}×", "speed end to end" + against),
         (f"{r['work_ratio']:.0%}", "of the work computed (FLOPs)"),
         ("bit-equal" if r["bit_equal"] else f"{r['psnr']:.1f} dB", "PSNR to the baseline"),
         (f"{r['ssim']:.4f}", f"SSIM, worst frame {r['ssim_worst']:.4f}"),
