@@ -34,8 +34,8 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     """Costs of a model, after writing asymrnr.json, profile.md and profile.png; a local model gets its asymrnr.json."""
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
-    if (steps or home.steps) <= SPANS:
-        raise ValueError(f"{steps} steps are too few: each of the {SPANS} spans needs one beside the first step")
+    if (count := steps or home.steps) <= SPANS:
+        raise ValueError(f"{count} steps are too few: each of the {SPANS} spans needs one beside the first step")
     out.mkdir(parents=True, exist_ok=True)
     sites = list(family_of(pipe).attentions(pipe.transformer))
     settings = _everywhere() | _merges() | _single(sites)
@@ -74,8 +74,8 @@ def _everywhere() -> dict[str, dict]:
 def _merges() -> dict[str, dict]:
     """Settings that remove `RATE` of both in all blocks, by what becomes of the removed tokens."""
     both = {"schedule": "fixed", "start": LATE, "query_rate": RATE, "kv_rate": RATE}
-    spell = {True: "weighed by size", False: "not weighed"}
-    return {f"both {RATE}, {merge}, {spell[bias]}": {**both, "merge": merge, "bias": bias} for merge, bias in MERGES}
+    weighed = {True: "weighed by size", False: "not weighed"}
+    return {f"both {RATE}, {merge}, {weighed[bias]}": {**both, "merge": merge, "bias": bias} for merge, bias in MERGES}
 
 
 def _single(sites: list[str]) -> dict[str, dict]:

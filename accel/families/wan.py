@@ -66,18 +66,10 @@ class Projected(Heads):
         return (*self.x.shape[:2], self.attn.heads, self.attn.inner_dim // self.attn.heads)
 
     def query(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
-        if self.q is None and self._may(cut) and not mean:
-            return self._turned(self.attn.norm_q(self._narrow(self.attn.to_q, cut)), cut)
-        if self.q is None:
-            self.q = self._turned(self.attn.norm_q(self.attn.to_q(self.x)))
-        return self.shorten(self.q, cut, mean)
+        return self._placed("q", cut, mean)
 
     def key(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
-        if self.k is None and self._may(cut) and not mean:
-            return self._turned(self.attn.norm_k(self._narrow(self.attn.to_k, cut)), cut)
-        if self.k is None:
-            self.k = self._turned(self.attn.norm_k(self.attn.to_k(self.x)))
-        return self.shorten(self.k, cut, mean)
+        return self._placed("k", cut, mean)
 
     def value(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
         if self.v is None and self._may(cut):
@@ -99,6 +91,16 @@ class Projected(Heads):
 
     def _may(self, cut: Reduction | None) -> bool:
         return cut is not None and len(cut.keep) == len(self.x)
+
+    def _placed(self, name: str, cut: Reduction | None, mean: bool) -> Tensor:
+        """Queries ("q") or keys ("k"), which alone carry norm and position; means are taken of whole ones."""
+        whole, layer, norm = getattr(self, name), getattr(self.attn, f"to_{name}"), getattr(self.attn, f"norm_{name}")
+        if whole is None and self._may(cut) and not mean:
+            return self._turned(norm(self._narrow(layer, cut)), cut)
+        if whole is None:
+            whole = self._turned(norm(layer(self.x)))
+            setattr(self, name, whole)
+        return self.shorten(whole, cut, mean)
 
     def _narrow(self, layer: nn.Module, cut: Reduction, mean: bool = False) -> Tensor:
         """A projection (b, m, d) of the tokens that stay."""
