@@ -16,7 +16,7 @@ os.environ.setdefault("GRADIO_SSR_MODE", "false")
 import gradio as gr
 
 from accel.methods import METHODS
-from accel.models import ROOT, TINY
+from accel.models import ROOT, TINY, resolve
 from accel.presets import load_preset, preset_names
 from ui import controls
 from ui.maps import maps
@@ -58,6 +58,7 @@ class Page:
             with gr.Row():
                 live = [gr.HTML(EMPTY_PANE, elem_id=f"live-{p}") for p in "ab"]
             player = ABPlayer(first.value if first else None, elem_id="player")
+            rival = ABPlayer(visible=False, elem_id="rival")
             figures = gr.HTML(numbers(first.report) if first else "", elem_id="numbers")
             steps_shown = gr.HTML(timeline(first.report["trace"]) if first else "", elem_id="timeline")
             rates_shown = gr.HTML(maps(first.report["trace"]) if first else "", elem_id="maps")
@@ -65,7 +66,13 @@ class Page:
                 with gr.Column(scale=1, min_width=260):
                     gr.Markdown("### Run")
                     steps = gr.Slider(
-                        1, 100, 50, step=1, label="steps", info="Both panes; more is slower.", elem_id="steps"
+                        1,
+                        100,
+                        50,
+                        step=1,
+                        label="steps",
+                        info="Of all but a student; more is slower.",
+                        elem_id="steps",
                     )
                     guidance = gr.Slider(
                         0, 12, 4, step=0.5, label="guidance", info="Strength of the prompt; 1 and less runs one branch."
@@ -73,19 +80,27 @@ class Page:
                     preset = gr.Dropdown(
                         preset_names(), value="fastercache", label="preset", info="Sets the knobs.", elem_id="preset"
                     )
+                    also = gr.Checkbox(
+                        False, label="third pane: fewer plain steps", elem_id="also",
+                        info="What the plain model makes in as few steps as the accelerated side takes.",
+                    )  # fmt: skip
                 knobs: dict[str, dict] = {}
                 switches = {}
                 with gr.Column(scale=3):
                     for name, method in METHODS.items():
                         gr.Markdown(f"### {method.title} · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
-                        on = load_preset("fastercache").methods
-                        switches[name] = gr.Checkbox(name in on, label=f"use {method.title}", elem_id=f"use-{name}")
+                        on, offered = load_preset("fastercache").methods, method.offered(resolve(self.model))
+                        none = any(not values for values in offered.values())
+                        switches[name] = gr.Checkbox(
+                            name in on, label=f"use {method.title}", elem_id=f"use-{name}", interactive=not none,
+                            info="Nothing was trained for this model yet: see the README." if none else None,
+                        )  # fmt: skip
                         with gr.Row():
-                            knobs[name] = controls.widgets(method)
+                            knobs[name] = controls.widgets(method, offered)
             gr.Markdown(about())
             widgets = [switches[m] for m in METHODS] + [w for m in METHODS for w in knobs[m].values()]
-            outputs = [message, *live, player, figures, steps_shown, rates_shown]
-            event = dict(fn=self.run_pair, inputs=[prompt, seed, steps, guidance, *widgets], outputs=outputs)
+            outputs = [message, *live, player, rival, figures, steps_shown, rates_shown]
+            event = dict(fn=self.run_pair, inputs=[prompt, seed, steps, guidance, also, *widgets], outputs=outputs)
             gr.on(
                 [run.click, prompt.submit], **event, concurrency_limit=None, show_progress="hidden", api_name="run_pair"
             )
@@ -100,8 +115,12 @@ class Page:
         """Widget values of a preset: steps, guidance, switches, knobs."""
         preset = load_preset(name)
         chosen = {type(m): m for m in preset}
-        switched = [method in chosen for method in METHODS.values()]
-        values = [getattr(chosen.get(m) or m(), knob) for m in METHODS.values() for knob in m.knobs()]
+        can = {m for m in METHODS.values() if all(m.offered(resolve(self.model)).values())}
+        switched = [method in chosen and method in can for method in METHODS.values()]
+        values = []
+        for m in METHODS.values():
+            offered = m.offered(resolve(self.model))
+            values += [controls.possible(getattr(chosen.get(m) or m(), knob), offered.get(knob)) for knob in m.knobs()]
         own = [gr.skip() if v is None else v for v in (preset.steps, preset.guidance)]
         return [*own, *switched, *values]
 
@@ -113,7 +132,7 @@ class Page:
         job.stop.set()
         return '<div class="note">Stopping at the next step…</div>'
 
-    def run_pair(self, request: gr.Request, prompt, seed, steps, guidance, *values):
+    def run_pair(self, request: gr.Request, prompt, seed, steps, guidance, also, *values):
         """Generate a pair and report on it while it grows."""
         switches, rest = dict(zip(METHODS, values)), list(values[len(METHODS) :])
         methods = {}
@@ -122,7 +141,7 @@ class Page:
             if switches[name]:
                 methods[name] = controls.settings(method, own)
         asked = dict(prompt=prompt, seed=seed, steps=steps, guidance=guidance, methods=methods)
-        work = PairJob(self.model, asked, self.shelf)
+        work = PairJob(self.model, asked, self.shelf, also)
         job = self.worker.submit(work)
         self.running[request.session_hash] = job
         try:
@@ -135,9 +154,9 @@ class Page:
                 del self.running[request.session_hash]
 
     def _show(self, kind: str, data: dict) -> list:
-        """What the outputs show now: message, two panes, player, figures, timeline, maps."""
+        """What the outputs show now: message, two panes, player, the rival's player, figures, timeline, maps."""
         keep = gr.skip()
-        rest = [keep] * 4
+        rest = [keep] * 5
         if kind == "waiting":
             ahead = data["ahead"]
             what = "Loading the model…" if data["loading"] else f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you."
@@ -147,13 +166,12 @@ class Page:
             return [data["note"], baseline, pane_waiting("accelerated", "after the baseline"), *rest]
         if kind == "step":
             shown = [pane(**data["pane"]) if p == data["which"] else keep for p in "ab"]
-            return [keep, *shown, keep, keep, timeline(data["trace"]) if data["trace"] else keep, keep]
+            return [keep, *shown, keep, keep, keep, timeline(data["trace"]) if data["trace"] else keep, keep]
         if kind == "pair":
             trace = data["report"]["trace"]
-            return [
-                data["note"], EMPTY_PANE, EMPTY_PANE, data["player"], numbers(data["report"]), timeline(trace),
-                maps(trace),
-            ]  # fmt: skip
+            rival = gr.update(value=data["rival"], visible=data["rival"] is not None)
+            shown = [data["player"], rival, numbers(data["report"]), timeline(trace), maps(trace)]
+            return [data["note"], EMPTY_PANE, EMPTY_PANE, *shown]
         if kind == "stopped":
             note = '<div class="note">Stopped. Nothing was lost: the last pair is still here.</div>'
             return [note, EMPTY_PANE, EMPTY_PANE, *rest]

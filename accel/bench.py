@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .ledger import Ledger, digest
-from .metrics import distance, interval, spell
-from .models import home_of, load_pipeline, weights
+from .methods.gpd import first_order
+from .metrics import RATIOS, distance, interval, ratios, spell
+from .models import hash_of, home_of, load_pipeline, resolve, weights
 from .presets import Preset, build_methods, load_preset
 from .run import Video, build_run, generate, machine, warm_up
 from .world.judge import score
@@ -25,10 +27,15 @@ from .world.scene import ATTRIBUTES, held_out_prompts
 
 @dataclass(frozen=True)
 class Row:
-    """One setting of a suite: a preset (None: plain), the model's own steps or others, knobs to change."""
+    """One setting of a suite: a preset (None: plain), the model's own steps and guidance or others, other knobs.
+
+    `euler`: with the first-order solver in place of the model's own, on the same noise levels.
+    """
 
     preset: str | None = None
     steps: int | None = None
+    guidance: float | None = None
+    euler: bool = False
     change: dict[str, dict] = field(default_factory=dict)
 
     def settings(self) -> dict:
@@ -36,13 +43,19 @@ class Row:
         preset = load_preset(self.preset) if self.preset else Preset()
         methods = {name: {**preset.methods.get(name, {}), **self.change.get(name, {})} for name in
                    dict.fromkeys((*preset.methods, *self.change))}  # fmt: skip
-        return {"methods": methods, "steps": self.steps or preset.steps, "guidance": preset.guidance}
+        return {"methods": methods, "steps": self.steps or preset.steps, "guidance": self.guidance or preset.guidance}
 
 
 def _budgets(*shares: float) -> dict[str, Row]:
     return {f"asymrnr, budget {s}": Row("asymrnr", change={"asymrnr": {"budget": s}}) for s in shares}
 
 
+def _arms(*names: str) -> dict[str, Row]:
+    """GPD's rivals, as `python -m accel train gpd --arm NAME` leaves them."""
+    return {name: Row("gpd", change={"gpd": {"student": f"checkpoints/{name}/gpd-N6"}}) for name in names}
+
+
+ARMS = ("no-constraint", "annealed", "halving", "direct", "guidance-only")  # of training/teach.py
 PLAIN = {"baseline": Row()}
 # suite -> row -> setting; the others are held against the first row
 SUITES: dict[str, dict[str, Row]] = {
@@ -60,6 +73,15 @@ SUITES: dict[str, dict[str, Row]] = {
     "asymrnr-curve": PLAIN
     | _budgets(0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     | {f"fewer steps: {n}": Row(steps=n) for n in (47, 43, 39, 35)},
+    "gpd": {"baseline, 48 steps": Row(steps=48)}
+    | {f"gpd, {n} steps": Row("gpd", change={"gpd": {"steps": n}}) for n in (6, 8, 12, 16, 24)}
+    | {f"fewer steps: {n}": Row(steps=n) for n in (24, 12, 6)}
+    | {
+        "6 steps by Euler": Row(steps=6, euler=True),
+        "equal calls: 3 steps": Row(steps=3),
+        "6 steps, no guidance": Row(steps=6, guidance=1.0),
+    },
+    "gpd-arms": {"baseline, 48 steps": Row(steps=48), "gpd": Row("gpd")} | _arms(*ARMS),
 }
 PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; nothing is tuned to them
 
@@ -92,8 +114,11 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
 def _key(rows: dict[str, Row], model: str, pipe, home) -> str:
     """Changes with the runs of the rows, every knob of their methods, the weights and the machine."""
     runs = [build_run(home, model=model, prompt="-", **row.settings()) for row in rows.values()]
-    methods = [[m.model_dump() for m in build_methods(run.methods)] for run in runs]
-    return digest(list(rows), [run.model_dump() for run in runs], methods, weights(model), machine(pipe))
+    methods = [build_methods(run.methods) for run in runs]
+    knobs = [[method.model_dump() for method in own] for own in methods]
+    students = [hash_of(file) for own in methods for method in own for file in method.files(resolve(model))]
+    what = (list(rows), [run.model_dump() for run in runs], knobs, weights(model), machine(pipe))
+    return digest(*what, *([students] if students else []))
 
 
 def _measure(rows: dict[str, Row], prompt: str, seed: int, model: str, pipe, home) -> dict[str, dict]:
@@ -102,7 +127,8 @@ def _measure(rows: dict[str, Row], prompt: str, seed: int, model: str, pipe, hom
     plain: Video | None = None
     for name, row in rows.items():
         run = build_run(home, model=model, prompt=prompt, seed=seed, **row.settings())
-        video = generate(run, pipe, home)
+        with first_order(pipe, run.steps) if row.euler else nullcontext():
+            video = generate(run, pipe, home)
         plain = plain or video
         likeness = distance(plain.frames, video.frames)
         results[name] = {
@@ -111,6 +137,7 @@ def _measure(rows: dict[str, Row], prompt: str, seed: int, model: str, pipe, hom
             "decode": video.seconds["decode"],
             "flops": video.trace.work()[0],
             **{k: likeness[k] for k in ("psnr", "ssim", "ssim_worst")},
+            **ratios((plain.latents, plain.frames), (video.latents, video.frames)),
             "adherence": score(video.frames, prompt) if home.captions else {},
         }
     return results
@@ -141,6 +168,8 @@ def _row(own: list[dict], base: list[dict]) -> dict:
         "ssim_worst": min(r["ssim_worst"] for r in own),
         "psnr": interval(psnr) if psnr else None,
     }
+    for name in [key for key in RATIOS if all(key in r for r in own)]:
+        row[name] = interval([r[name] for r in own])
     if own[0]["adherence"]:
         row["adherence"] = interval([r["adherence"]["mean"] for r in own])
         row["difference"] = interval([r["adherence"]["mean"] - b["adherence"]["mean"] for r, b in zip(own, base)])

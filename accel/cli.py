@@ -69,20 +69,24 @@ def _settings(preset: str, sets: list[str]) -> dict:
     return {"methods": methods, "steps": loaded and loaded.steps, "guidance": loaded and loaded.guidance}
 
 
-def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, frames):
-    """Pipeline, its home, and the runs a (plain) and b (with the preset)."""
+def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, frames, *, apart: bool):
+    """Pipeline, its home, and the runs a (plain) and b (with the preset).
+
+    `apart`: steps and guidance are a's alone where the methods of b demand their own.
+    """
     from .models import home_of, load_pipeline
+    from .presets import demanded
     from .run import build_run, check_size
 
     own = _settings(preset, sets)
+    needed = demanded(own["methods"]) if apart else {}
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
     common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
     a = build_run(home, **common, steps=steps, guidance=guidance)
-    b = build_run(
-        home, **common, methods=own["methods"],
-        steps=own["steps"] if steps is None else steps, guidance=own["guidance"] if guidance is None else guidance,
-    )  # fmt: skip
+    given = {"steps": steps, "guidance": guidance}
+    asked = {key: own[key] if value is None else value for key, value in given.items() if key not in needed}
+    b = build_run(home, **common, methods=own["methods"], **asked)
     check_size(pipe, b)
     return pipe, home, a, b
 
@@ -111,7 +115,7 @@ def run(
     elif prompt is None:
         raise ValueError("give a --prompt, or a video to repeat with --from")
     else:
-        pipe, home, _, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames)
+        pipe, home, _, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=False)
     out.mkdir(parents=True, exist_ok=True)
     print(f"the methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB")
     warm_up(b, pipe, home)
@@ -140,7 +144,7 @@ def compare(
     from .run import forecast
     from .video import write_mp4
 
-    pipe, home, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames)
+    pipe, home, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=True)
     out.mkdir(parents=True, exist_ok=True)
     runs = {"a": a, "b": b}
 
@@ -169,7 +173,7 @@ def compare(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="base, fastercache, asymrnr or asymrnr-curve.")] = "base",
+    suite: Annotated[str, typer.Option(help="base, fastercache, asymrnr, asymrnr-curve or gpd.")] = "base",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds a prompt.")] = 1,
     model: Model = TINY,
@@ -200,11 +204,21 @@ def train(
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; a later --resume goes on.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
+    model: Annotated[str, typer.Option(help="gpd alone: another model to distil, by LoRA.")] = None,
+    prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="With --model: rank of the LoRA; 64 if not given.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="With --model: trajectories under way, over all processes.")] = None,
+    arm: Annotated[
+        str, typer.Option(help="gpd alone, a rival: no-constraint, annealed, halving, direct or guidance-only.")
+    ] = None,
 ) -> None:
-    """Train the shipped model: the autoencoder, the transformer with its text encoder, then its few-step students."""
+    """Train the shipped model: the autoencoder, the transformer with its text encoder, then its few-step students.
+
+    With --model, distil another Wan pipeline; its students go beside it, or into --out for a hub id.
+    """
     from .training import train_parts
 
-    _finish(train_parts(what, minutes, resume, out))
+    _finish(train_parts(what, minutes, resume, out, model=model, prompts=prompts, rank=rank, slots=slots, arm=arm))
 
 
 @world.command()

@@ -41,12 +41,13 @@ def resolve(model: str) -> str:
 def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dtype | None = None):
     """The diffusers pipeline of a folder or hub id, on the best device. ValueError for missing or damaged weights."""
     path, device = resolve(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tiny = Path(path).is_dir() and (Path(path) / "accel.json").is_file()
+    home = own_home(model)
     if Path(path).is_dir():
         check_files(Path(path))
     elif model.startswith((".", "/", "models/")) or model.count("/") != 1:
         raise ValueError(f"no model folder {model!r}; the shipped model is {TINY!r}, or give a Hugging Face id")
-    dtype = dtype or (torch.bfloat16 if device == "cuda" and not tiny else torch.float32)
+    large = torch.device(device).type == "cuda" and not (home and home.captions)
+    dtype = dtype or (torch.bfloat16 if large else torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -92,15 +93,18 @@ def _json(file: Path) -> dict:
 
 
 def weights(model: str) -> list[tuple[str, str]]:
-    """Name and SHA-256 of each file of a local model that decides what it generates; nothing for a hub id."""
+    """Name and SHA-256 of each file of a local model that decides what it generates; nothing for a hub id.
+
+    Not its record of training, which is about the past, nor its students, which are other models.
+    """
     folder = Path(resolve(model))
     files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])
-    return [
-        (str(f.relative_to(folder)), _hash(f)) for f in files if f.name != "training.json"
-    ]  # which is about the past
+    own = [f for f in files if f.name != "training.json" and not f.relative_to(folder).parts[0].startswith("gpd-")]
+    return [(str(f.relative_to(folder)), hash_of(f)) for f in own]
 
 
-def _hash(file: Path) -> str:
+def hash_of(file: Path) -> str:
+    """SHA-256 of a file."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -109,11 +113,16 @@ def _remedy(folder: Path) -> str:
     return f"restore it with `git checkout -- {folder.name}` there, or train it with `python -m accel train all`"
 
 
-def home_of(pipe, model: str) -> Home:
-    """The settings a model is made for: its `accel.json`, else the defaults of its pipeline's call."""
+def own_home(model: str) -> Home | None:
+    """The settings in a local model's `accel.json`, if it has one."""
     file = Path(resolve(model)) / "accel.json"
-    if file.is_file():
-        return Home(**json.loads(file.read_text()))
+    return Home(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def home_of(pipe, model: str) -> Home:
+    """The settings a model is made for: its own, else the defaults of its pipeline's call."""
+    if own := own_home(model):
+        return own
     names = {"height": "height", "width": "width", "num_frames": "frames"}
     names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
     defaults = {ours: inspect.signature(pipe.__call__).parameters[name].default for name, ours in names.items()}

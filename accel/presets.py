@@ -38,6 +38,17 @@ def build_methods(settings: dict[str, dict]) -> list[Method]:
     return built
 
 
+def demanded(settings: dict[str, dict]) -> dict[str, float]:
+    """What the methods demand of a run's `steps` and `guidance`. Raises ValueError naming two that disagree."""
+    asked: dict[str, tuple[str, float]] = {}
+    for name, method in zip(settings, build_methods(settings)):
+        for key, value in method.demands().items():
+            other, known = asked.setdefault(key, (name, value))
+            if known != value:
+                raise ValueError(f"{other} and {name} do not go together: {key} = {known} and {key} = {value}")
+    return {key: value for key, (_, value) in asked.items()}
+
+
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One sentence about the first problem: which knob, what was given, what is allowed."""
     first = error.errors()[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .bench import table
 from .methods import METHODS
+from .metrics import RATIOS, spell
 from .models import ROOT
 
 RESULTS = ROOT / "docs" / "results"
@@ -32,7 +33,7 @@ def _values(schema: dict) -> str:
     if "maximum" in schema:
         return f"{schema['minimum']} to {schema['maximum']}"
     if "enum" in schema:
-        return ", ".join(schema["enum"])
+        return ", ".join(map(str, schema["enum"]))
     return {"boolean": "true, false", "string": "a file", "object": "a table"}[schema["type"]]
 
 
@@ -40,6 +41,35 @@ def suite(name: str) -> str:
     """The table of a suite that was measured, or a word that it was not."""
     file = RESULTS / name / "results.json"
     return table(json.loads(file.read_text())) if file.is_file() else "Not measured yet.\n"
+
+
+def details(name: str) -> str:
+    """The ratios of each setting of a suite to its first one, and the attributes that are read back."""
+    file = RESULTS / name / "results.json"
+    if not file.is_file():
+        return "Not measured yet.\n"
+    rows = json.loads(file.read_text())["rows"]
+    names = [*RATIOS, *next(iter(rows.values()))["attributes"]]
+    lines = [f"| setting | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for setting, row in rows.items():
+        cells = [spell(row[n]) if n in RATIOS else f"{row['attributes'][n][0]:.2f}" for n in names]
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n" + "; ".join(f"{n}: {what}" for n, what in RATIOS.items()) + "\n"
+
+
+def students() -> str:
+    """How each student was trained and what it came to on the prompts of the stop rule."""
+    lines = [
+        "| student | horizon | iterations | minutes | error of a jump | error of the video |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in sorted(CARD.parent.glob("gpd-N*/gpd.json"), key=lambda f: -json.loads(f.read_text())["steps"]):
+        facts = json.loads(file.read_text())
+        held = facts["held_out"]
+        cells = (facts["steps"], facts["horizon"], f"{held['step']} of {held['steps']}", f"{held['seconds'] / 60:.0f}",
+                 f"{held['jump']:.3f}", f"{held['end']:.3f}")  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def attributes() -> str:
@@ -87,9 +117,9 @@ def _reconstruction(r: dict) -> str:
     return f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips; read back from these: {read}"
 
 
-PARTS = {"knobs": knobs, "attributes": attributes, "training": training} | {
-    name: partial(suite, name) for name in ("fastercache", "asymrnr", "asymrnr-curve")
-}
+PARTS = {"knobs": knobs, "attributes": attributes, "training": training, "students": students}
+PARTS |= {name: partial(suite, name) for name in ("fastercache", "asymrnr", "asymrnr-curve", "gpd")}
+PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd",)}
 
 
 def fill(text: str) -> str:

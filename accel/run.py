@@ -15,7 +15,7 @@ from .families import family_of
 from .host import clock
 from .metrics import distance
 from .models import Home
-from .presets import build_methods, explain
+from .presets import build_methods, demanded, explain
 from .trace import Trace
 from .world.judge import score
 
@@ -46,9 +46,17 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
 
 def build_run(home: Home, **settings) -> Run:
-    """A checked run; what is not given (or None) is the model's own. Raises ValueError in one sentence."""
+    """A checked run; what is not given (or None) is what its methods demand, or the model's own.
+
+    Raises ValueError in one sentence.
+    """
     given = {k: v for k, v in settings.items() if v is not None}
-    own = {k: getattr(home, k) for k in ("height", "width", "frames", "steps", "guidance")}
+    needed = demanded(given.get("methods", {}))
+    for key, value in needed.items():
+        if given.get(key, value) != value:
+            names = " + ".join(given["methods"])
+            raise ValueError(f"{key} = {given[key]} is not possible with {names}: it makes {key} = {value:g}")
+    own = {k: getattr(home, k) for k in ("height", "width", "frames", "steps", "guidance")} | needed
     try:
         run = Run(**{**own, **given})
     except ValidationError as error:
@@ -56,7 +64,6 @@ def build_run(home: Home, **settings) -> Run:
         if first["type"] == "value_error":
             raise ValueError(str(first["ctx"]["error"])) from None
         raise ValueError(explain(error, Run)) from None
-    build_methods(run.methods)
     return run
 
 
@@ -99,9 +106,10 @@ def machine(pipe) -> dict:
 
 @dataclass
 class Video:
-    """What a run gave: frames uint8 (f, h, w, c), seconds per stage, and the trace."""
+    """What a run gave: frames uint8 (f, h, w, c), the latents (1, c, f, h, w), seconds per stage, and the trace."""
 
     frames: np.ndarray
+    latents: torch.Tensor
     seconds: dict[str, float]
     trace: Trace
 
@@ -114,13 +122,13 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
     """The video of a run. `on_step(steps done, trace, latents)` is called after each step, outside the timing."""
     check_size(pipe, run)
     device = next(pipe.transformer.parameters()).device
-    paused, denoised = 0.0, 0.0
+    paused, denoised, final = 0.0, 0.0, torch.empty(0)
 
     def step_end(_, index: int, t, tensors: dict[str, Any]) -> dict:
-        nonlocal paused, denoised
+        nonlocal paused, denoised, final
         now = clock(device)
         if index + 1 == pipe.num_timesteps:
-            denoised = now - paused
+            denoised, final = now - paused, tensors["latents"]
         if on_step:
             on_step(index + 1, trace, tensors["latents"])
         paused += clock(device) - now
@@ -136,7 +144,7 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
         ended = clock(device) - paused
     frames = (np.asarray(out.frames[0]) * 255).round().astype(np.uint8)
     stages = {"text": trace.started - began, "denoise": denoised - trace.started, "decode": ended - denoised}
-    return Video(frames, stages, trace)
+    return Video(frames, final, stages, trace)
 
 
 def warm_up(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None) -> None:

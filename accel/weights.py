@@ -1,4 +1,4 @@
-"""Weights that take a module's place for a while, and telling whether they were made for it."""
+"""Weights that take a module's place for a while, kept as differences, and telling whether they belong to it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+NAME = "accel-student"  # of the adapter while it is on
+SCALE = ".scale"  # ends the name of what a parameter's whole numbers are multiplied by, row by row
 
 
 def marks(module: nn.Module) -> list[float]:
-    """One weight of each parameter, in their order: tells models of one architecture apart, in any dtype."""
-    return [float(f"{p.detach().flatten()[p.numel() // 2].item():.4g}") for p in module.parameters()]
+    """One weight of each parameter, in their order: tells models of one architecture apart, in any dtype.
+
+    Adapters on the module do not count.
+    """
+    own = [p.detach().flatten() for name, p in module.named_parameters() if ".lora_" not in name]
+    return [float(f"{p[len(p) // 2].item():.4g}") for p in own]
 
 
 def bears(module: nn.Module, known: list[float]) -> bool:
@@ -22,20 +30,72 @@ def bears(module: nn.Module, known: list[float]) -> bool:
     return len(own) == len(known) and torch.allclose(torch.tensor(own), torch.tensor(known), rtol=0.01, atol=1e-4)
 
 
-@contextmanager
-def replaced(module: nn.Module, file: Path) -> Iterator[None]:
-    """Inside, the parameters hold the tensors of a safetensors file; afterwards, bitwise, what they held before.
+def save_differences(module: nn.Module, base: nn.Module, file: Path) -> None:
+    """What a module's parameters add to its base's, a byte each: whole numbers up to 127 and a scale for each row."""
+    kept: dict[str, Tensor] = {}
+    for (name, own), other in zip(module.named_parameters(), base.parameters(), strict=True):
+        added = (own.detach() - other.detach()).float().flatten(min(1, own.ndim - 1)).cpu()
+        scale = (added.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
+        kept[name], kept[name + SCALE] = (added / scale).round().to(torch.int8), scale.squeeze(-1)
+    save_file(kept, file)
+
+
+def load_differences(base: nn.Module, file: Path) -> dict[str, Tensor]:
+    """The parameters of a module whose differences from its base a file holds, on the base's device, in its dtype.
 
     Raises ValueError if the file has other names or shapes.
     """
-    own, other = dict(module.named_parameters()), load_file(file)
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in other.items()}:
+    kept, own = load_file(file), dict(base.named_parameters())
+    shapes = {name: (p.numel(), p.shape[0] if p.ndim > 1 else 1) for name, p in own.items()}
+    if {name: (w.numel(), kept[name + SCALE].numel()) for name, w in kept.items() if name + SCALE in kept} != shapes:
         raise ValueError(f"{file.name} in {file.parent.name} holds weights of another architecture")
-    before = {name: p.data for name, p in own.items()}
-    for name, p in own.items():
-        p.data = other[name].to(p.device, p.dtype)
+
+    def whole(name: str, p: Tensor) -> Tensor:
+        added = kept[name].float() * kept[name + SCALE].unsqueeze(-1)
+        return (p.detach().float() + added.view(p.shape).to(p.device)).to(p.dtype)
+
+    return {name: whole(name, p) for name, p in own.items()}
+
+
+@contextmanager
+def replaced(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold other tensors; afterwards, bitwise, what they held before."""
+    before = {name: p.data for name, p in module.named_parameters()}
+    for name, p in module.named_parameters():
+        p.data = others[name]
     try:
         yield
     finally:
-        for name, p in own.items():
+        for name, p in module.named_parameters():
             p.data = before[name]
+
+
+@contextmanager
+def adapted(module: nn.Module, folder: Path) -> Iterator[None]:
+    """Inside, a diffusers model runs with the LoRA of a folder, beside those that it has; afterwards as before."""
+    had = bool(getattr(module, "peft_config", None))
+    others = module.active_adapters() if had else []
+    off = {name for name, layer in module.named_modules() if getattr(layer, "disable_adapters", False) is True}
+    module.load_lora_adapter(folder, prefix=None, weight_name=ADAPTER, adapter_name=NAME)
+    module.set_adapter([NAME] if off else [*others, NAME])
+    module.enable_adapters()
+    try:
+        yield
+    finally:
+        if had:
+            module.delete_adapters(NAME)
+            _unwrap_empty(module)
+            module.set_adapter(others)
+            if off:
+                module.disable_adapters()
+        else:
+            module.unload_lora()
+            del module._hf_peft_config_loaded
+
+
+def _unwrap_empty(module: nn.Module) -> None:
+    """Put back the plain layers where no adapter is left."""
+    for name, layer in list(module.named_modules()):
+        if hasattr(layer, "base_layer") and not layer.lora_A:
+            parent, _, own = name.rpartition(".")
+            setattr(module.get_submodule(parent), own, layer.base_layer)

@@ -7,7 +7,10 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
 from accel.training.base import build_tokenizer
+from accel.training.distil import store
+from accel.training.students import Copies
 from accel.training.vae import build_vae
+from accel.weights import marks
 
 torch.set_num_threads(2)
 
@@ -44,14 +47,27 @@ def build_pipe(**more) -> WanPipeline:
 
 
 @pytest.fixture
+def students(pipe, tmp_path):
+    """Random students of all step counts beside the pipeline's model, on a grid that falls evenly."""
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    nets = Copies(pipe.transformer)
+    nets.module.proj_out.weight.data.mul_(0.5)
+    for n in (6, 8, 12, 16, 24, 48):
+        levels = [1 - i / n for i in range(n + 1)]
+        facts = {"levels": levels, "times": [1000 * s for s in levels[:-1]], "base": marks(pipe.transformer)}
+        store(nets, tmp_path / f"gpd-N{n}", {"steps": n, **facts})
+
+
+@pytest.fixture
 def sample():
     """sample(pipe, steps=, guidance=, height=, on_step=): the final latents of one run."""
 
     def run(pipe, steps=20, guidance=4.0, height=64, on_step=None, seed=0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         words = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(99))
+        negative = words[1] if guidance > 1 else None
         return pipe(
-            prompt_embeds=words[0], negative_prompt_embeds=words[1], height=height, width=64, num_frames=5,
+            prompt_embeds=words[0], negative_prompt_embeds=negative, height=height, width=64, num_frames=5,
             num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent",
             callback_on_step_end=on_step,
         ).frames  # fmt: skip

@@ -1,10 +1,12 @@
 """Suites as data: every row is a setting that can be run."""
 
 import pytest
+import torch
 
 from accel import bench
 from accel.bench import SUITES, Row
 from accel.ledger import Ledger
+from accel.methods.gpd import first_order
 from accel.models import Home
 from accel.presets import build_methods
 
@@ -12,7 +14,7 @@ from accel.presets import build_methods
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_row_of_a_suite_can_be_built_and_the_first_is_plain(suite):
     rows = [row.settings() for row in SUITES[suite].values()]
-    assert rows[0] == {"methods": {}, "steps": None, "guidance": None}
+    assert rows[0] == {"methods": {}, "steps": 48 if suite == "gpd" else None, "guidance": None}
     for row in rows:
         build_methods(row["methods"])
 
@@ -46,3 +48,21 @@ def test_results_of_another_model_or_machine_are_not_counted_in(pipe, monkeypatc
     assert first == key("some/model") and first != key("some/other")
     monkeypatch.setattr(bench, "machine", lambda _: {"device": "another"})
     assert key("some/model") != first
+
+
+def test_a_students_files_are_part_of_its_results_key_and_of_no_others(pipe, students, tmp_path):
+    key = lambda rows: bench._key(rows, str(tmp_path), pipe, Home())
+    plain, gpd = {"plain": Row()}, {"gpd": Row("gpd")}
+    before = key(plain), key(gpd)
+    (tmp_path / "gpd-N6" / "gpd.json").write_text("{}")
+    assert key(plain) == before[0] and key(gpd) != before[1]
+
+
+def test_the_first_order_solver_takes_the_own_levels_of_the_pipeline_and_leaves(pipe, sample):
+    plain, own = sample(pipe), pipe.scheduler
+    with first_order(pipe, 20):
+        levels = pipe.scheduler.sigmas.clone()
+        euler = sample(pipe)
+    own.set_timesteps(20)
+    assert torch.equal(levels, own.sigmas) and pipe.scheduler is own
+    assert not torch.equal(euler, plain) and torch.equal(sample(pipe), plain)

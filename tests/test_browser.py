@@ -148,3 +148,20 @@ def test_token_reduction_shows_its_rates_and_the_tokens_that_stay(page):
     assert page.locator("#maps rect").count() > 2 * 8 * 12
     assert "of this model's work" in page.inner_text("#maps")
     shot(page, "maps")
+
+
+def test_a_student_runs_in_its_own_steps_beside_the_plain_model_in_as_many(page):
+    choose_preset(page, "gpd")
+    page.wait_for_function("document.querySelector('#use-gpd input').checked")
+    page.check("#also input")
+    assert not page.is_visible("#rival video >> nth=0")
+    run_pair(page, 12)
+    assert "gpd, 6 steps" in page.inner_text("#player .b figcaption")
+    page.wait_for_selector("#rival video >> nth=1", timeout=60_000)
+    assert "plain, 6 steps" in page.inner_text("#rival .a figcaption")
+    assert "gpd, 6 steps" in page.inner_text("#rival .b figcaption")
+    shot(page, "student")
+    page.uncheck("#also input")
+    page.fill("#seed input", "2")
+    run_pair(page, 12)
+    page.wait_for_selector("#rival video >> nth=0", state="hidden", timeout=60_000)

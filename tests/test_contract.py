@@ -13,6 +13,7 @@ from accel.presets import build_methods
 from accel.run import Cancelled
 
 ALL = list(METHODS.values())
+pytestmark = pytest.mark.usefixtures("students")
 
 
 def fingerprint(pipe) -> dict:
@@ -29,56 +30,56 @@ def test_neutral_is_bitwise_the_baseline(method, pipe, sample):
 
 @pytest.mark.parametrize("method", ALL)
 def test_default_changes_the_output_and_computes_less(method, pipe, sample):
-    plain = sample(pipe)
+    with accel.apply(pipe, []) as trace:
+        plain = sample(pipe)
+    whole = trace.summary()["flops"]
     with accel.apply(pipe, [method()]) as trace:
-        assert not torch.equal(sample(pipe), plain)
-    assert trace.summary()["work"] < 0.95
+        assert not torch.equal(sample(pipe, **method().demands()), plain)
+    assert trace.summary()["flops"] < 0.95 * whole
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_model_is_as_it_was_found_after_success(method, pipe, sample):
     plain, before = sample(pipe), fingerprint(pipe)
     with accel.apply(pipe, [method()]):
-        sample(pipe)
+        sample(pipe, **method().demands())
     assert fingerprint(pipe) == before and torch.equal(sample(pipe), plain)
+
+
+def cancel(pipe, index, t, tensors):
+    """Ends a run while every method is at work."""
+    if index == (3 if pipe.num_timesteps == 6 else 11):
+        raise Cancelled
+    return {}
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_model_is_as_it_was_found_after_cancel(method, pipe, sample):
     plain, before = sample(pipe), fingerprint(pipe)
-
-    def cancel(_, index, t, tensors):
-        if index == 11:
-            raise Cancelled
-        return {}
-
     with pytest.raises(Cancelled), accel.apply(pipe, [method()]):
-        sample(pipe, on_step=cancel)
+        sample(pipe, on_step=cancel, **method().demands())
     assert fingerprint(pipe) == before and torch.equal(sample(pipe), plain)
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_second_run_sees_nothing_of_the_first(method, pipe, sample):
-    def cancel(_, index, t, tensors):
-        if index == 11:
-            raise Cancelled
-        return {}
-
+    demands = method().demands()
     with accel.apply(pipe, [method()]):
-        alone = sample(pipe)
+        alone = sample(pipe, **demands)
     with accel.apply(pipe, [method()]):
-        sample(pipe, height=32)
+        sample(pipe, height=32, **demands)
         with pytest.raises(Cancelled):
-            sample(pipe, seed=3, on_step=cancel)
-        assert torch.equal(sample(pipe), alone)
+            sample(pipe, seed=3, on_step=cancel, **demands)
+        assert torch.equal(sample(pipe, **demands), alone)
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_computed_and_skipped_make_the_whole(method, pipe, sample):
+    asked = {"steps": 20, "guidance": 4.0, **method().demands()}
     with accel.apply(pipe, [method()]) as trace:
-        sample(pipe)
+        sample(pipe, **asked)
     denoiser = {(e.step, e.branch): e for e in trace.events.values() if e.site == "denoiser"}
-    assert len(denoiser) == 20 * 2
+    assert len(denoiser) == asked["steps"] * (2 if asked["guidance"] > 1 else 1)
     for key, event in denoiser.items():
         sites = [e for e in trace.events.values() if (e.step, e.branch) == key and e.site != "denoiser"]
         assert len(sites) == (2 if event.action == "compute" else 0)
@@ -94,8 +95,9 @@ def bounds():
 
 @pytest.mark.parametrize("name, knob, value", list(bounds()))
 def test_both_ends_of_every_knob_run(name, knob, value, pipe, sample):
-    with accel.apply(pipe, build_methods({name: {knob: value}})):
-        assert sample(pipe).isfinite().all()
+    (method,) = build_methods({name: {knob: value}})
+    with accel.apply(pipe, [method]):
+        assert sample(pipe, **method.demands()).isfinite().all()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -126,11 +128,12 @@ class Louder(Method):
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("first", [True, False], ids=["inside", "outside"])
 def test_two_methods_both_act_in_both_orders(method, first, pipe, sample):
+    demands = method().demands()
     with accel.apply(pipe, [Louder()]):
-        loud = sample(pipe)
+        loud = sample(pipe, **demands)
     with accel.apply(pipe, [method()]) as trace:
-        alone, work = sample(pipe), trace.summary()["work"]
+        alone, work = sample(pipe, **demands), trace.summary()["work"]
     with accel.apply(pipe, [Louder(), method()] if first else [method(), Louder()]) as trace:
-        both = sample(pipe)
+        both = sample(pipe, **demands)
     assert trace.summary()["work"] == work
     assert not torch.equal(both, loud) and not torch.equal(both, alone)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from accel.flow import euler, mean_velocity
 from accel.models import Home
@@ -13,7 +12,8 @@ from accel.spectrum import high_energy, high_pass
 from accel.training.distil import HeldOut, Watch, distil, store
 from accel.training.fit import Recipe, fit
 from accel.training.gpd import Curriculum, GpdTask, Ground, ground_of
-from accel.training.students import Copies, guided
+from accel.training.students import Copies, guided, velocity
+from accel.weights import load_differences
 
 SHAPE = (4, 3, 4, 4)
 RECIPE = Recipe(steps=10, lr=1e-3)
@@ -98,7 +98,7 @@ def test_guidance_anneals_over_stages_or_iterations_or_not():
 
 
 def test_slots_are_staggered_and_move_on_and_begin_anew_at_the_end():
-    gpd = task(Field(), horizons=(1,), slots=16)
+    gpd = task(Field(), horizons=(1, 2), slots=16, hop=1)
     gpd.stagger()
     before = gpd.slots.index.clone()
     assert len(before.unique()) > 5
@@ -136,9 +136,9 @@ def test_only_the_student_learns(pipe):
     assert all(p.grad is None for net in (nets._teacher, nets._previous) for p in net.parameters())
     with torch.no_grad():
         next(nets.module.parameters()).add_(1)
-    assert not torch.equal(nets.previous(x, t, words), nets.module(x, t, words, return_dict=False)[0])
+    assert not torch.equal(nets.previous(x, t, words), velocity(nets.module, x, t, words))
     nets.next_stage()
-    assert torch.equal(nets.previous(x, t, words), nets.module(x, t, words, return_dict=False)[0])
+    assert torch.equal(nets.previous(x, t, words), velocity(nets.module, x, t, words))
 
 
 def test_the_grid_of_six_steps_lies_in_that_of_48(pipe):
@@ -184,7 +184,7 @@ def test_a_resumed_stage_ends_with_the_weights_and_slots_of_an_unbroken_one(pipe
 
 
 def test_stages_follow_each_other_and_a_finished_one_is_not_trained_again(pipe, tmp_path):
-    kept, recipes = [], lambda k: Recipe(steps=2, lr=1e-3, warmup=1, ema=0.0)
+    kept, recipes = [], [Recipe(steps=2, lr=1e-3, warmup=1, ema=0.0)] * 2
     run = lambda gpd: distil(
         gpd, HeldOut(gpd, ["b"], 3.0), recipes, tmp_path, lambda k, facts: kept.append(k), resume=True
     )
@@ -204,14 +204,40 @@ def test_a_student_that_follows_the_teacher_has_no_held_out_error(pipe):
     assert held.end(gpd.module, 4) > 1e-4
 
 
-def test_a_stage_ends_when_the_held_out_error_stops_falling():
-    errors = iter([5.0, 3.0, 4.0, 4.0, 3.5, 1.0])
-    watch = Watch(SimpleNamespace(jump=lambda model, k: next(errors)), None, 1)
-    assert [step for step in range(1, 200) if not watch.fired and watch(step)] == [100]
+def test_a_stage_that_diverges_ends_and_its_best_student_goes_on(tmp_path):
+    module, errors = torch.nn.Linear(1, 1), iter([5.0, 3.0, 4.0, 10.5])
+    watch = Watch(SimpleNamespace(jump=lambda model, k: next(errors)), module, 1, tmp_path / "watch.pt", False)
+    for step in (25, 50, 75):
+        torch.nn.init.constant_(module.weight, step)
+        assert watch(step) == (step == 75)
+    again = Watch(None, module, 1, tmp_path / "watch.pt", True)
+    assert again.errors == {0: 5.0, 25: 3.0, 50: 4.0, 75: 10.5} and again.diverged
+    again.restore()
+    assert module.weight.item() == 25
+
+
+def test_a_distillation_that_is_broken_off_ends_as_an_unbroken_one(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("accel.training.distil.EVERY", 1)
+    recipes = [Recipe(steps=3, lr=1e-2, warmup=1, ema=0.0)] * 2
+
+    def run(folder, minutes, resume):
+        gpd = real(pipe, 4, horizons=(1, 2))
+        held = HeldOut(gpd, ["b"], 3.0)
+        return gpd, distil(gpd, held, recipes, folder, lambda k, facts: None, minutes, resume)
+
+    whole, done = run(tmp_path / "whole", None, False)
+    for _ in range(20):  # each time the clock stops it after a step, or before one
+        parts, part = run(tmp_path / "parts", 1e-9 if _ == 0 else 1e-3, _ > 0)
+        if part["finished"]:
+            break
+    parts, part = run(tmp_path / "parts", None, True)
+    assert part["finished"] and part["stages"][2]["jump"] == done["stages"][2]["jump"]
+    for one, two in zip(whole.module.parameters(), parts.module.parameters()):
+        assert torch.equal(one, two)
 
 
 def test_a_student_is_stored_with_what_it_needs(pipe, tmp_path):
-    store(pipe.transformer, tmp_path / "gpd-N6", {"steps": 6})
-    kept = load_file(tmp_path / "gpd-N6" / "model.safetensors")
-    assert all(torch.equal(kept[name], w.half()) for name, w in pipe.transformer.state_dict().items())
+    store(Copies(pipe.transformer), tmp_path / "gpd-N6", {"steps": 6})
+    kept = load_differences(pipe.transformer, tmp_path / "gpd-N6" / "model.safetensors")
+    assert all(torch.equal(kept[name], w) for name, w in pipe.transformer.named_parameters())
     assert json.loads((tmp_path / "gpd-N6" / "gpd.json").read_text()) == {"steps": 6}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 
 from accel.methods import METHODS
 from accel.models import Home
@@ -141,7 +142,7 @@ def generated(monkeypatch):
         trace = Trace(started=0.0, sigmas={0: 1.0}, flops={"denoiser": 1})
         trace.record(Step(0, 1, 1.0, 0.0, "cond"), "denoiser", "compute")
         stages = {"text": 0.1, "denoise": 1.0, "decode": 0.1}
-        return Video(np.full((5, 16, 16, 3), 128, np.uint8), stages, trace)
+        return Video(np.full((5, 16, 16, 3), 128, np.uint8), torch.zeros(1, 4, 3, 2, 2), stages, trace)
 
     monkeypatch.setattr("ui.pair.generate", generate)
     monkeypatch.setattr("ui.pair.warm_up", lambda *args: None)
@@ -159,6 +160,23 @@ def test_a_kept_baseline_is_not_generated_again_and_is_labelled_so(generated, wo
     assert [bool(run.methods) for run in generated] == [False, True, True]
     assert "kept" not in pairs[0]["player"]["label_a"] and "kept, measured" in pairs[1]["player"]["label_a"]
     assert "measured earlier" in numbers(pairs[1]["report"]) and "measured earlier" not in numbers(pairs[0]["report"])
+
+
+def test_a_students_demands_are_not_the_baselines_and_the_third_pane_is_plain_in_as_few_steps(generated, worker, pipe):
+    home = Home(height=16, width=16, frames=5, steps=10)
+    asked = {"prompt": "a red star", "seed": 1.0, "steps": 50.0, "guidance": 4.0, "methods": {"gpd": {"steps": 6}}}
+    job = worker.submit(lambda job, *_: PairJob("m", asked, Shelf(), rival=True)(job, pipe, home))
+    (pair,) = [data for kind, data in worker.follow(job) if kind == "pair"]
+    assert [(bool(r.methods), r.steps, r.guidance) for r in generated] == [(0, 50, 4), (1, 6, 1), (0, 6, 4)]
+    assert pair["rival"]["b"] == pair["player"]["b"] and pair["rival"]["label_a"].startswith("plain, 6 steps")
+
+
+def test_the_page_offers_the_students_that_exist(pipe, students, tmp_path):
+    (tmp_path / "gpd-N8" / "gpd.json").unlink()
+    with gr.Blocks():
+        made = controls.widgets(METHODS["gpd"], METHODS["gpd"].offered(tmp_path))
+    assert [value for _, value in made["steps"].choices] == [0, 6, 12, 16, 24, 48]
+    assert METHODS["gpd"].offered(tmp_path / "none") == {"steps": []}
 
 
 def test_old_videos_leave_the_disk(generated, tmp_path, monkeypatch):

@@ -52,11 +52,19 @@ def test_preset_is_an_iterable_of_methods():
         ({"steps": 10_000}, "steps = 10000 is not allowed: a whole number from 1 to 1000"),
         ({"guidance": -2.0}, "guidance = -2.0 is not allowed: a number from 0 to 30"),
         ({"methods": {"fastercache": {"attention_interval": 99}}}, "attention_interval = 99 .* from 2 to 6"),
+        ({"methods": {"gpd": {}}, "steps": 20}, "steps = 20 is not possible with gpd: it makes steps = 6"),
+        ({"methods": {"gpd": {}}, "guidance": 4.0}, "guidance = 4.0 is not possible with gpd: it makes guidance = 1"),
+        ({"methods": {"gpd": {"steps": 7}}}, "gpd.steps = 7 is not allowed: one of 0, 6, 8, 12, 16, 24, 48"),
     ],
 )
 def test_bad_input_gets_one_sentence(asked, sentence):
     with pytest.raises(ValueError, match=sentence):
         build_run(HOME, **{"model": "m", "prompt": "a red star", **asked})
+
+
+def test_what_a_method_demands_goes_before_the_models_own():
+    run = build_run(HOME, model="m", prompt="a", methods={"fastercache": {}, "gpd": {"steps": 12}})
+    assert (run.steps, run.guidance) == (12, 1.0)
 
 
 def test_what_is_not_given_is_the_models_own():

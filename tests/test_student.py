@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import accel
 from accel.methods.base import Method
 from accel.methods.gpd import GPD
 from accel.training.distil import store
-from accel.weights import marks
+from accel.training.students import Copies
+from accel.weights import load_differences, marks, save_differences
 
 LEVELS = [1.0, 0.75, 0.6, 0.4, 0.3, 0.1, 0.0]
 TIMES = [999, 750, 600, 400, 300, 100]
@@ -21,10 +23,9 @@ def student(pipe, tmp_path) -> GPD:
     """A student of 6 steps beside the pipeline's model: the base with its last projection halved."""
     pipe.register_to_config(_name_or_path=str(tmp_path))
     facts = {"steps": 6, "levels": LEVELS, "times": TIMES, "base": marks(pipe.transformer)}
-    before = pipe.transformer.proj_out.weight.data.clone()
-    pipe.transformer.proj_out.weight.data.mul_(0.5)
-    store(pipe.transformer, tmp_path / "gpd-N6", facts)
-    pipe.transformer.proj_out.weight.data.copy_(before)
+    nets = Copies(pipe.transformer)
+    nets.module.proj_out.weight.data.mul_(0.5)
+    store(nets, tmp_path / "gpd-N6", facts)
     return GPD(steps=6)
 
 
@@ -71,12 +72,31 @@ def test_runs_that_a_student_cannot_make_are_refused_with_the_reason(student, pi
     assert torch.equal(sample(pipe), plain)
 
 
+def test_a_negative_prompt_is_refused_as_the_pipeline_would_drop_it(student, pipe, monkeypatch):
+    words = torch.randn(1, 6, 16)
+
+    def encode(
+        self, prompt, negative_prompt=None, do_classifier_free_guidance=True, negative_prompt_embeds=None, **_
+    ):  # fmt: skip
+        return words, words
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", encode)
+    given = dict(height=64, width=64, num_frames=5, num_inference_steps=6, guidance_scale=1.0, output_type="latent")
+    with accel.apply(pipe, [student]):
+        pipe("a star", **given)
+        pipe("a star", negative_prompt=[""], **given)
+        for negative in (dict(negative_prompt="blurry"), dict(negative_prompt_embeds=words)):
+            with pytest.raises(ValueError, match="no unconditional branch for a negative prompt"):
+                pipe("a star", **negative, **given)
+    assert "encode_prompt" not in vars(pipe)
+
+
 def test_students_that_are_missing_strange_or_of_another_base_are_refused(student, pipe, tmp_path):
     def refuses(method, reason):
         with pytest.raises(ValueError, match=reason), accel.apply(pipe, [method]):
             pass
 
-    refuses(GPD(steps=12), "there is no student 'gpd-N12' beside this model; there are gpd-N6")
+    refuses(GPD(steps=12), "there is no student 'gpd-N12' in that place .*; there are gpd-N6")
     file = tmp_path / "gpd-N6" / "gpd.json"
     facts = json.loads(file.read_text())
     file.write_text(json.dumps({**facts, "base": [m + 1 for m in facts["base"]]}))
@@ -89,3 +109,23 @@ def test_a_base_is_known_again_in_half_precision(student, pipe):
     pipe.transformer.to(torch.bfloat16)
     with accel.apply(pipe, [student]):
         assert pipe.transformer.proj_out.weight.dtype == torch.bfloat16
+
+
+def test_differences_are_kept_to_a_hundredth_of_the_largest_of_their_row(pipe, tmp_path):
+    base, other = pipe.transformer, deepcopy(pipe.transformer)
+    for p in other.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.01)
+    save_differences(other, base, tmp_path / "w.safetensors")
+    for (name, found), p, q in zip(
+        load_differences(base, tmp_path / "w.safetensors").items(), other.parameters(), base.parameters(), strict=True
+    ):
+        rows = (p - q).flatten(min(1, p.ndim - 1)).abs().amax(-1, keepdim=True)
+        assert ((found - p).flatten(min(1, p.ndim - 1)).abs() <= 0.005 * rows + 1e-6).all(), name
+    assert (tmp_path / "w.safetensors").stat().st_size < 2.5 * sum(p.numel() for p in base.parameters())
+
+
+def test_differences_from_a_model_of_another_shape_are_refused(pipe, tmp_path):
+    base, other = pipe.transformer.proj_out, torch.nn.Linear(3, 2)
+    save_differences(other, other, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="holds weights of another architecture"):
+        load_differences(base, tmp_path / "w.safetensors")

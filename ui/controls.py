@@ -9,9 +9,12 @@ import gradio as gr
 from accel.methods import Method
 
 
-def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
-    """One widget per field: what it is called, what it costs, and its range, all from the field itself."""
-    made = {}
+def widgets(method: type[Method], offered: dict[str, list] | None = None) -> dict[str, gr.components.Component]:
+    """One widget per field: what it is called, what it costs, and its range, all from the field itself.
+
+    `offered`: the values that some knobs have for the model at hand (`Method.offered`).
+    """
+    made, offered = {}, offered or {}
     for name, schema in method.knobs().items():
         label = name.replace("_", " ")
         common = {"label": label, "info": schema.get("description", ""), "value": schema["default"], "min_width": 220}
@@ -19,11 +22,17 @@ def widgets(method: type[Method]) -> dict[str, gr.components.Component]:
         if schema["type"] == "boolean":
             made[name] = gr.Checkbox(**common)
         elif "enum" in schema:
-            made[name] = gr.Radio(schema["enum"], **common)
+            common["value"] = possible(schema["default"], offered.get(name))
+            made[name] = gr.Radio(offered.get(name) or schema["enum"], **common)
         else:
             step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
             made[name] = gr.Slider(schema["minimum"], schema["maximum"], step=step, **common)
     return made
+
+
+def possible(value: Any, offered: list | None) -> Any:
+    """A knob's value, or the nearest thing to it that the model at hand offers."""
+    return value if not offered or value in offered else offered[-1]
 
 
 def settings(method: type[Method], values: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from accel.presets import demanded
 from accel.run import Run, Video, build_run, forecast, generate, report, warm_up
 from accel.video import write_mp4
+from accel.world.judge import score
 
 from .worker import Job
 
@@ -51,25 +53,23 @@ class Shelf:
 class PairJob:
     """Generates the pair that was asked for; a baseline that was made before is taken from the shelf."""
 
-    def __init__(self, model: str, asked: dict, shelf: Shelf):
-        self.model, self.asked, self.shelf = model, asked, shelf
+    def __init__(self, model: str, asked: dict, shelf: Shelf, rival: bool = False):
+        """`rival`: generate as well what the plain model makes of as few steps as the accelerated side takes."""
+        self.model, self.asked, self.shelf, self.rival = model, asked, shelf, rival
 
     def __call__(self, job: Job, pipe, home) -> None:
         whole = {name: _whole(self.asked[name], name) for name in ("seed", "steps")}
-        b = build_run(home, model=self.model, **{**self.asked, **whole})
-        a = b.model_copy(update={"methods": {}})
+        asked = {"model": self.model, **self.asked, **whole}
+        a = build_run(home, **{**asked, "methods": {}})
+        b = build_run(home, **{**asked, **demanded(asked["methods"])})
         key = a.model_dump_json()
         kept = key in self.shelf.baselines
         words = _unknown(pipe, b.prompt)
         held = f"The methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB."
         job.tell("started", note=f'<div class="note">{words}{held}</div>', kept=kept)
         warm_up(b, pipe, home, lambda *_: job.tell("warm"))
-        if not kept:
-            video = self._generate(job, a, "a", pipe, home)
-            self.shelf.keep(key, video, self.shelf.write(video, a, home.fps))
-        video_a, path_a, when = self.shelf.baselines[key]
-        self.shelf.baselines.move_to_end(key)
-        video_b = self._generate(job, b, "b", pipe, home)
+        video_a, path_a, when = self._plain(job, a, pipe, home)
+        video_b = self._generate(job, b, "b", pipe, home, "accelerated")
         path_b = self.shelf.write(video_b, b, home.fps)
         facts = report(a, b, video_a, video_b, {"a": [video_a.seconds], "b": [video_b.seconds]}, pipe, home)
         facts["baseline_from"] = when if kept else None
@@ -78,12 +78,29 @@ class PairJob:
             "a": path_a, "b": path_b, "fps": home.fps, "frames": len(video_b.frames), "label_a": label,
             "label_b": f"{', '.join(b.methods) or 'no method'}, {b.steps} steps",
         }  # fmt: skip
+        fewer = a.model_copy(update={"steps": b.steps})
+        rival = self._against(job, fewer, player, pipe, home) if self.rival and fewer != a else None
         notes = " ".join(escape(note) + "." for note in video_b.trace.notes)
-        job.tell("pair", report=facts, player=player, note=f'<div class="note">{words}{notes}</div>')
+        job.tell("pair", report=facts, player=player, rival=rival, note=f'<div class="note">{words}{notes}</div>')
 
-    def _generate(self, job: Job, run: Run, which: str, pipe, home) -> Video:
-        title = "baseline" if which == "a" else "accelerated"
+    def _plain(self, job: Job, run: Run, pipe, home, title: str = "baseline") -> tuple[Video, str, str]:
+        """A plain run's video, its path and when it was made, from the shelf if it is there."""
+        key = run.model_dump_json()
+        if key not in self.shelf.baselines:
+            video = self._generate(job, run, "a", pipe, home, title)
+            self.shelf.keep(key, video, self.shelf.write(video, run, home.fps))
+        self.shelf.baselines.move_to_end(key)
+        return self.shelf.baselines[key]
 
+    def _against(self, job: Job, run: Run, player: dict, pipe, home) -> dict:
+        """The player's value for a plain run, in the accelerated side's number of steps, beside that side."""
+        video, path, when = self._plain(job, run, pipe, home, "fewer plain steps")
+        read = score(video.frames, run.prompt).get("mean") if home.captions else None
+        label = f"plain, {run.steps} steps, {video.seconds['denoise']:.2f} s at {when}"
+        label += "" if read is None else f", {read:.0%} of the prompt read back"
+        return {**player, "a": path, "label_a": label}
+
+    def _generate(self, job: Job, run: Run, which: str, pipe, home, title: str) -> Video:
         def on_step(done: int, trace, latents) -> None:
             look = done % 5 == 0 or done == run.steps
             ms, work = sum(trace.milliseconds.values()) / done, trace.summary()["work"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -30,6 +31,19 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     def knobs(cls) -> dict[str, dict]:
         """The JSON schema of each knob that the page shows."""
         return {k: v for k, v in cls.model_json_schema()["properties"].items() if v.get("page", True)}
+
+    @classmethod
+    def offered(cls, model: str | Path) -> dict[str, list]:
+        """The values that some knobs have for a model's folder, where fewer than all; an empty list: it has none."""
+        return {}
+
+    def files(self, model: str | Path) -> list[Path]:
+        """What it reads for a model beside the model's own files."""
+        return []
+
+    def demands(self) -> dict[str, float]:
+        """The settings that a run must have for this method: `steps`, `guidance`; nothing for most."""
+        return {}
 
     def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
         """Bytes that a run of `count` steps on latents (b, c, f, h, w) will hold at most, known before it starts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,25 +16,36 @@ SETTINGS = {
     "small": {"size": 64, "frames": 17, "fps": 8, "clips": 12_000},
     "large": {"size": 96, "frames": 33, "fps": 12, "clips": 40_000},
 }
+_STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # no average: a stage is short
 RECIPES = {
     "small": {
         "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 4600, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 3},
-        "gpd": {"steps": 120, "lr": 3e-4, "warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0},
+        "gpd": {"steps": 75, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 30_000, "lr": 1e-3, "matrix_lr": 4e-3, "betas": (0.9, 0.98)},
-        "gpd": {"steps": 300, "lr": 2e-4, "warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0},
+        "gpd": {"steps": 300, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
     },
+    "adapters": {"gpd": {"steps": 150, "lr": 5e-5} | _STUDENT},
 }
 PARTS = ("vae", "base", "gpd")
 
 
-def train_parts(what: str, minutes: float | None, resume: bool, out: Path) -> dict:
-    """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how."""
+def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
+    """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how.
+
+    `order`, for gpd alone: the fields of `teach.Order`. Anything but the shipped model's students is not recorded.
+    """
     if what not in (*PARTS, "all"):
         raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
+    order = {key: value for key, value in order.items() if value is not None}
+    if order and what != "gpd":
+        raise ValueError(f"--{next(iter(order))} is for gpd alone, not for {what}")
+    if order:
+        folder = out / order.get("arm", what) / Path(order.get("model", "")).name
+        return {what: train_students(minutes, resume, folder, **order)}
     state = PartialState()
     device = str(state.device)
     setting = "large" if state.device.type == "cuda" else "small"
@@ -44,8 +54,11 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path) -> di
     name = f"cpu, {torch.get_num_threads()} threads" if setting == "small" else torch.cuda.get_device_name()
     for part in PARTS if what == "all" else (what,):
         recipe = Recipe(**RECIPES[setting][part])
-        after = earlier(record.get(part), out / part) if resume else None
-        done = TRAINERS[part](recipe, SETTINGS[setting], device, minutes, resume, out / part)
+        after = earlier(record.get(part), out / part) if resume and part in TRAINERS else None
+        if part in TRAINERS:
+            done = TRAINERS[part](recipe, SETTINGS[setting], device, minutes, resume, out / part)
+        else:
+            done = train_students(minutes, resume, out / part)
         record[part] = {"setting": setting, "device": name, **done, "recipe": recipe.model_dump()}
         if after:
             record[part]["after"] = after
@@ -76,14 +89,16 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     from diffusers import AutoencoderKLWan
 
     from . import base
+    from .speed import can_compile
 
     target = ROOT / TINY
     if not (target / "vae" / "config.json").is_file():
         raise ValueError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
-    compiled = device != "cpu" or shutil.which("g++") is not None
     with PartialState().main_process_first():  # which encodes the pool that the others load
-        task = base.BaseTask(recipe, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, compiled)
+        task = base.BaseTask(
+            recipe, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, can_compile(device)
+        )
     if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
         task.start_from(target)
     summary = fit(task, out, minutes=minutes, resume=resume)
@@ -96,12 +111,15 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     return summary
 
 
-def _train_gpd(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
-    from .distil import train_gpd
+TRAINERS = {"vae": _train_vae, "base": _train_base}  # these begin with the weights that they replace
 
-    if not (ROOT / TINY / "transformer" / "config.json").is_file():
+
+def train_students(minutes: float | None, resume: bool, out: Path, **order) -> dict:
+    """Distil a model; raises ValueError if the shipped one is asked for and is not there."""
+    from .teach import Order, train_gpd
+
+    asked, device = Order(**order), str(PartialState().device)
+    if asked.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise ValueError("the base model comes first: python -m accel train base")
-    return train_gpd(recipe, TINY, device, minutes, resume, out)
-
-
-TRAINERS = {"vae": _train_vae, "base": _train_base, "gpd": _train_gpd}
+    kind = "adapters" if asked.adapters() else "large" if device.startswith("cuda") else "small"
+    return train_gpd(Recipe(**RECIPES[kind]["gpd"]), asked, device, minutes, resume, out)

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ..families import wan
-from ..heads import Heads
 from ..world.render import render
 from ..world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
+from .speed import DenseAttention
 from .vae import Autoencoder, clear_weights, normalise, to_unit
 
 TEXT = 32  # tokens a prompt is padded or cut to
@@ -102,23 +101,6 @@ class PaddedText:
         return attn.to_out[0](y.transpose(1, 2).flatten(2))
 
 
-class DenseAttention:
-    """Attention processor for self-attention in training on a CPU: two plain matrix products.
-
-    The fused CPU kernel's backward pass reaches a fifth of the speed of bf16 matrix products; at a few hundred tokens
-    the scores fit in memory, and a training step takes 0.7 of the time.
-    """
-
-    def __call__(self, attn, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return wan.attend(attn, self._core, x, rope=rope)
-
-    def _core(self, heads: Heads) -> Tensor:
-        v = heads.value()
-        q, k, v = (y.transpose(1, 2).type_as(v) for y in (heads.query(), heads.key(), v))
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float().softmax(-1)
-        return (weights.type_as(v) @ v).transpose(1, 2)
-
-
 class PickedFrames(nn.Module):
     """Rotary embedding for some latent frames of a clip, each at its true time."""
 
@@ -141,7 +123,7 @@ class Denoiser(nn.Module):
         self.padded, transformer.rope = PaddedText(), PickedFrames(transformer.rope)
         for block in transformer.blocks:
             block.attn2.set_processor(self.padded)
-            if device == "cpu":
+            if torch.device(device).type == "cpu":
                 block.attn1.set_processor(DenseAttention())
 
     def forward(self, x: Tensor, frames: list[int], sigma: Tensor, ids: Tensor, mask: Tensor, total: int) -> Tensor:

@@ -1,31 +1,25 @@
-"""A distillation from its first stage to its last: train, look at held-out prompts, keep the student, go on."""
+"""The stages of a distillation one after the other: train, look at held-out prompts, keep the student, go on."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..flow import euler
-from ..models import home_of, load_pipeline, resolve
-from ..weights import marks
-from ..world.scene import caption, held_out_prompts, sample_scene
-from .fit import Recipe, fit
-from .gpd import Curriculum, GpdTask, ground_of, walk
-from .students import Copies, velocity
+from .fit import Recipe, fit, trained
+from .gpd import GpdTask, walk
+from .students import Networks, velocity
 
 POINTS = 6  # places on the way at which a jump is compared with the teacher's
-PATIENCE = 3  # looks in a row without a better student that end a stage
+DIVERGED = 2.0  # times the error that a stage began with, at which it is ended
 EVERY = 25  # iterations between looks
-FIRST = 4  # times the iterations of a stage that the first one has: taking in guidance is the largest error
-PROMPT_SEED = 11  # of the prompts that the stop rule looks at; figures are reported on others
 
 
 class HeldOut:
@@ -64,91 +58,104 @@ class HeldOut:
 
 
 class Watch:
-    """Ends a stage when the held-out error has not fallen for some looks; errors by iteration are kept."""
+    """Looks at the held-out error of a stage, keeps the best student seen, and ends a stage that diverges.
 
-    def __init__(self, held: HeldOut, model: nn.Module, horizon: int):
-        self.held, self.model, self.horizon = held, model, horizon
-        self.errors: dict[int, float] = {0: held.jump(model, horizon)}
-        self.fired = False
+    What it has seen is in a file, so that a resumed stage goes on looking where it stood.
+    """
+
+    def __init__(self, held: HeldOut, model: nn.Module, horizon: int, file: Path, resume: bool):
+        self.held, self.model, self.horizon, self.file = held, model, horizon, file
+        self.errors: dict[int, float] = {}
+        self.best: list[Tensor] = []
+        if resume and file.is_file():
+            seen = torch.load(file, weights_only=True)
+            self.errors, self.best = seen["errors"], seen["best"]
+        else:
+            self.look(0)
 
     def __call__(self, step: int) -> bool:
-        if step % EVERY:
-            return False
-        self.errors[step] = self.held.jump(self.model, self.horizon)
-        best = min(self.errors, key=self.errors.get)
-        self.fired = step - best >= PATIENCE * EVERY
-        return self.fired
+        """Whether the stage should end."""
+        if step % EVERY == 0:
+            self.look(step)
+        return self.diverged
+
+    def look(self, step: int) -> None:
+        """Measure the student as it stands."""
+        error = self.held.jump(self.model, self.horizon)
+        print(f"held-out error of {self.horizon} steps in one: {error:.4f} after {step} iterations", file=sys.stderr)
+        if not self.errors or error < min(self.errors.values()):
+            self.best = [p.detach().cpu().clone() for p in trained(self.model)]
+        self.errors[step] = error
+        torch.save({"errors": self.errors, "best": self.best}, self.file)
+
+    @property
+    def diverged(self) -> bool:
+        return self.errors[max(self.errors)] > DIVERGED * self.errors[0]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the student the best weights seen."""
+        for weight, best in zip(trained(self.model), self.best, strict=True):
+            weight.copy_(best)
 
 
-def store(module: nn.Module, folder: Path, facts: dict) -> None:
-    """A student as `model.safetensors` (float16) and `gpd.json`."""
+def store(nets: Networks, folder: Path, facts: dict) -> None:
+    """A student as a file of weights, by its difference from the base, and `gpd.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: w.half().contiguous() for name, w in module.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    nets.save(folder)
     (folder / "gpd.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def distil(
-    task: GpdTask, held: HeldOut, recipes: Callable[[int], Recipe], out: Path, keep: Callable[[int, dict], None],
+    task: GpdTask, held: HeldOut, recipes: Sequence[Recipe], out: Path, keep: Callable[[int, dict], None],
     minutes: float | None = None, resume: bool = False,
 ) -> dict:  # fmt: skip
     """Train all stages, or as far as the time goes; what each came to. `keep(horizon, facts)` stores a student.
 
-    A stage that is finished leaves `done.json` and is not trained again.
+    A stage that is finished leaves `done.json` and `student.pt`, and is not trained again.
     """
     began, stages = time.monotonic(), {}
     for stage, k in enumerate(task.curriculum.horizons):
-        task.stage, task.recipe, folder = stage, recipes(stage), out / f"k{k}"
+        task.stage, task.recipe, folder = stage, recipes[stage], out / f"k{k}"
         done = folder / "done.json"
         if resume and done.is_file():
-            _restore(task, folder / "state.pt")
+            _restore(task, folder)
             stages[k] = json.loads(done.read_text())
         else:
             left = None if minutes is None else minutes - (time.monotonic() - began) / 60
             if left is not None and left <= 0:
                 break
-            watch = Watch(held, task.module, k)
-            summary = fit(task, folder, minutes=left, resume=resume, enough=watch)
-            if summary["step"] < summary["steps"] and not watch.fired:
-                break  # out of time
-            stages[k] = {**summary, "jump": held.jump(task.module, k), "end": held.end(task.module, k)}
+            stages[k] = _train(task, held, folder, left, resume)
+            if stages[k] is None:
+                del stages[k]
+                break
             keep(k, stages[k])
-            done.write_text(json.dumps({**stages[k], "watched": watch.errors}) + "\n")
+            done.write_text(json.dumps(stages[k]) + "\n")
         task.nets.next_stage()
     return {"stages": stages, "finished": len(stages) == len(task.curriculum.horizons)}
 
 
-@torch.no_grad()
-def _restore(task: GpdTask, file: Path) -> None:
-    """The averaged weights and the slots that a finished stage ended with."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    for weight, averaged in zip(task.module.parameters(), state["ema"]["shadow_params"], strict=True):
-        weight.copy_(averaged)
-    task.load_state_dict(state["carried"])
-
-
-def train_gpd(recipe: Recipe, model: str, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
-    """Distil a local model of the toy world into students that lie beside it, `gpd-N48` to `gpd-N6`."""
-    pipe = load_pipeline(model, device)
-    home, state = home_of(pipe, model), PartialState()
-    curriculum = Curriculum(guidance_start=home.guidance, guidance_end=home.guidance)
-    ground = ground_of(pipe, home, curriculum.base_steps, lambda rng: caption(sample_scene(rng), rng))
-    share = (state.process_index, state.num_processes)
-    task = GpdTask(recipe, curriculum, Copies(pipe.transformer), ground, share)
-    if not (resume and (out / "k1" / "state.pt").is_file()):
+def _train(task: GpdTask, held: HeldOut, folder: Path, minutes: float | None, resume: bool) -> dict | None:
+    """Train one stage, and leave its student in the task and in `student.pt`; None if the time was over before."""
+    begun = resume and (folder / "state.pt").is_file()
+    if task.stage == 0 and not begun:
         task.stagger()
-    held = HeldOut(task, held_out_prompts(8, PROMPT_SEED), home.guidance)
-    base = marks(pipe.transformer)
+    folder.mkdir(parents=True, exist_ok=True)
+    watch = Watch(held, task.module, task.horizon, folder / "watch.pt", begun)
+    summary = fit(task, folder, minutes=minutes, resume=resume, enough=watch)
+    if summary["step"] < summary["steps"] and not watch.diverged:
+        return None
+    watch.look(summary["step"])
+    if task.curriculum.guidance_anneal == "none":  # else the ways that are looked at are not the ones that are taught
+        watch.restore()
+    torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")
+    errors = {"jump": held.jump(task.module, task.horizon), "end": held.end(task.module, task.horizon)}
+    return {**summary, **errors, "watched": watch.errors}
 
-    def keep(k: int, facts: dict) -> None:
-        if curriculum.base_steps % k == 0 and state.is_main_process:
-            steps = curriculum.base_steps // k
-            grid = {"levels": ground.levels[::k].tolist(), "times": ground.times[::k].tolist()}
-            told = {"steps": steps, "horizon": k, "guidance": 1.0, **grid, "base": base, "held_out": facts}
-            made = {"curriculum": curriculum.model_dump(), "recipe": task.recipe.model_dump()}
-            store(task.module, Path(resolve(model)) / f"gpd-N{steps}", told | made)
 
-    recipes = lambda k: recipe.model_copy(update={"steps": recipe.steps * (FIRST if k == 1 else 1)})
-    done = distil(task, held, recipes, out, keep, minutes, resume)
-    spent = {key: sum(stage[key] for stage in done["stages"].values()) for key in ("step", "seconds")}
-    return {**spent, "steps": spent["step"] if done["finished"] else spent["step"] + 1, "stages": done["stages"]}
+@torch.no_grad()
+def _restore(task: GpdTask, folder: Path) -> None:
+    """The student that a finished stage left, and its slots."""
+    for weight, kept in zip(trained(task.module), torch.load(folder / "student.pt", weights_only=True), strict=True):
+        weight.copy_(kept)
+    task.load_state_dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["carried"])

@@ -50,6 +50,11 @@ class Task(Protocol):
     def sheet(self, path: Path) -> None: ...
 
 
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn; of a model with adapters these are few."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def rate(step: int, recipe: Recipe) -> float:
     """Share of the peak learning rate at a step: linear warm-up, constant, linear decay."""
     start = recipe.decay_from * recipe.steps
@@ -71,13 +76,13 @@ def fit(
     accelerator = Accelerator(mixed_precision="bf16")
     task.module.to(accelerator.device)  # before `Matrices` takes its views
     optimizers = _optimizers(task)
-    ema = EMAModel(task.module.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.8)
+    ema = EMAModel(trained(task.module), decay=recipe.ema, use_ema_warmup=True, power=0.8)
     step, spent = _load(folder, task, optimizers, ema) if resume else (0, 0.0)
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
     bar = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
-    with open(folder / "log.jsonl", "a") as log, _stop_on_signal() as stopped:
+    with open(folder / "log.jsonl", "a" if step else "w") as log, _stop_on_signal() as stopped:
         while step < recipe.steps:
             logs = _step(task, accelerator, model, optimizers, ema, step)
             step += 1
@@ -87,7 +92,7 @@ def fit(
                 bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
                 log.write(json.dumps({"step": step, "seconds": round(spent + now - began, 1), **logs}) + "\n")
                 log.flush()
-            done = step == recipe.steps or enough(step)
+            done = _any(accelerator, step == recipe.steps or enough(step))
             over = _any(accelerator, stopped() or (minutes is not None and now - began > 60 * minutes))
             if _any(accelerator, over or done or now - saved > save_every):
                 carried = _carried(task, accelerator)
@@ -99,7 +104,7 @@ def fit(
             if over or done:
                 break
     bar.close()
-    ema.copy_to(task.module.parameters())
+    ema.copy_to(trained(task.module))
     return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1)}
 
 
@@ -112,7 +117,7 @@ def _carried(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:
 def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
     """Muon for the task's matrices if it has any, AdamW for the rest."""
     recipe, hidden = task.recipe, task.matrices()
-    rest = [p for p in task.module.parameters() if p.requires_grad and all(p is not m for m in hidden)]
+    rest = [p for p in trained(task.module) if all(p is not m for m in hidden)]
     adam = torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
     return [adam, *([Matrices(hidden, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay)] if hidden else [])]
 
@@ -158,12 +163,15 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    ema.step(task.module.parameters())
+    ema.step(trained(task.module))
+    if accelerator.num_processes > 1:
+        loss = accelerator.reduce(loss.detach(), "mean")
     return {"loss": loss.item(), **logs}
 
 
 def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, step: int, seconds: float) -> None:
-    state = {"module": module.state_dict(), "ema": ema.state_dict(), "carried": carried}
+    learnt = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    state = {"module": learnt, "ema": ema.state_dict(), "carried": carried}
     state["optimizers"] = [o.state_dict() for o in optimizers]
     torch.save({**state, "step": step, "seconds": seconds}, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
@@ -173,7 +181,10 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, flo
     if not (folder / "state.pt").exists():
         return 0, 0.0
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    task.module.load_state_dict(state["module"])
+    own = dict(task.module.named_parameters())
+    with torch.no_grad():
+        for name in own.keys() & state["module"].keys():
+            own[name].copy_(state["module"][name])
     if state.get("carried"):
         task.load_state_dict(state["carried"])
     for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
@@ -185,12 +196,12 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, flo
 @contextmanager
 def averaged(module: nn.Module, ema: EMAModel):
     """Inside, the module holds the averaged weights."""
-    ema.store(module.parameters())
-    ema.copy_to(module.parameters())
+    ema.store(trained(module))
+    ema.copy_to(trained(module))
     try:
         yield
     finally:
-        ema.restore(module.parameters())
+        ema.restore(trained(module))
 
 
 @contextmanager

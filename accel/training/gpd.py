@@ -47,6 +47,7 @@ class Curriculum(BaseModel, frozen=True, extra="forbid"):
     slots: int = Field(16, ge=1)  # trajectories that are carried, over all processes
     advance: Literal["target", "student"] = "target"
     off_grid: float = Field(0.25, ge=0, le=1)  # share of the jumps that stop where the last piece begins
+    hop: int = Field(16, ge=1)  # most base steps a slot moves on in one iteration: short stages see more prompts so
     space: float = Field(0.0, ge=0)  # weight of high spatial frequencies in the last stage
     time: float = Field(0.0, ge=0)  # of high temporal ones
 
@@ -112,11 +113,12 @@ class GpdTask:
     ):
         """`share`: which process this is, of how many."""
         self.recipe, self.curriculum, self.nets, self.ground = recipe, curriculum, nets, ground
+        if curriculum.slots % share[1]:
+            raise ValueError(f"{curriculum.slots} slots cannot be shared by {share[1]} processes: give --slots")
         count = curriculum.slots // share[1]
         self.first, self.stage = share[0] * count, 0
         self.empty = ground.encode([""])
-        words = self.empty.expand(count, -1, -1).clone()
-        zero = torch.zeros(count, dtype=torch.long)
+        words, zero = self.empty.expand(count, -1, -1).clone(), torch.zeros(count, dtype=torch.long)
         self.slots = Slots(torch.empty(count, *ground.shape, device=words.device), zero.clone(), zero - 1, words)
         self._restart(torch.ones(count, dtype=torch.bool))
 
@@ -128,9 +130,12 @@ class GpdTask:
     def horizon(self) -> int:
         return self.curriculum.horizons[self.stage]
 
+    @property
+    def last(self) -> bool:
+        return self.stage == len(self.curriculum.horizons) - 1
+
     def matrices(self) -> list[nn.Parameter]:
-        """None: small steps from a trained network, all by AdamW."""
-        return []
+        return self.nets.matrices()
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The student's error at the slots, which then move on."""
@@ -140,7 +145,7 @@ class GpdTask:
         v = velocity(model, slots.x, self.ground.times[slots.index].to(device), slots.words)
         error, logs = v - target, {"calls": calls, "guidance": guidance}
         loss = error.square().mean()
-        if self.stage == len(self.curriculum.horizons) - 1 and (self.curriculum.space or self.curriculum.time):
+        if self.last and (self.curriculum.space or self.curriculum.time):
             logs["space"], logs["time"] = high_energy(error)
             loss = loss + self.curriculum.space * logs["space"] + self.curriculum.time * logs["time"]
         self._move(target if self.curriculum.advance == "target" else v.detach(), stops, step)
@@ -170,14 +175,20 @@ class GpdTask:
         return mean_velocity(velocities, [self.ground.levels[s] for s in stops]), stops, calls
 
     def _move(self, v: Tensor, stops: list[Tensor], step: int) -> None:
-        """Carry the slots to the end of their jump; some stop a piece earlier, so that all phases are visited."""
-        slots, last = self.slots, self.stage == len(self.curriculum.horizons) - 1
-        luck = [random.Random(f"{self.recipe.seed} {self.stage} {step} {i}").random() for i in self._own()]
-        early = (torch.tensor(luck) < self.curriculum.off_grid) & (stops[-2] > slots.index) & torch.tensor(not last)
-        end = torch.where(early, stops[-2], stops[-1])
+        """Carry the slots to the end of their jump or beyond; some stop a piece earlier: all phases are visited.
+
+        In the last stage none does either, unless its horizon is 1: it stays on the grid of the finished student.
+        """
+        slots, n = self.slots, self.curriculum.base_steps
+        end = stops[-1].clone()
+        for i, number in enumerate(() if self.last and self.horizon > 1 else self._own()):
+            rng = random.Random(f"{self.recipe.seed} {self.stage} {step} {number}")
+            early = rng.random() < self.curriculum.off_grid
+            far = rng.randint(0, max(0, self.curriculum.hop - self.horizon))
+            end[i] = stops[-2][i] if early and stops[-2][i] > slots.index[i] else min(n, int(end[i]) + far)
         slots.x = euler(slots.x, v, self.ground.levels[slots.index], self.ground.levels[end])
         slots.index = end
-        self._restart(end >= self.curriculum.base_steps)
+        self._restart(end >= n)
 
     def _restart(self, over: Tensor) -> None:
         """New noise and a new prompt in the slots that are over; both depend on the slot and its visit alone."""
@@ -197,17 +208,17 @@ class GpdTask:
 
     @torch.no_grad()
     def stagger(self) -> None:
-        """Let the guided teacher carry each slot to a base step of its own, so that a batch sees all levels."""
+        """Let the guided teacher carry each slot, in hops, to a base step of its own: a batch sees all levels."""
         slots, n = self.slots, self.curriculum.base_steps
         goal = torch.tensor(
             [random.Random(f"{self.recipe.seed} {self.first + i}").randrange(n) for i in range(len(slots.index))]
         )
         guidance = self.curriculum.guidance(0, 0)
-        while (move := (slots.index < goal).nonzero().flatten()).numel():
-            now, x = slots.index[move], slots.x[move]
-            v = self.nets.teacher(x, self.ground.times[now].to(x.device), slots.words[move], self.empty, guidance)
-            slots.x[move] = euler(x, v, self.ground.levels[now], self.ground.levels[now + 1])
-            slots.index[move] += 1
+        while (slots.index < goal).any():  # always the whole batch: a compiled network knows its shape
+            now, then = slots.index, torch.minimum(goal, slots.index + self.curriculum.hop).maximum(slots.index)
+            at = self.ground.times[now.clamp(max=n - 1)].to(slots.x.device)
+            v = self.nets.teacher(slots.x, at, slots.words, self.empty, guidance)
+            slots.x, slots.index = euler(slots.x, v, self.ground.levels[now], self.ground.levels[then]), then
 
     @torch.no_grad()
     def sheet(self, path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from ..weights import save_differences
+from .speed import quicken
 
 
 class Networks(Protocol):
@@ -14,17 +18,24 @@ class Networks(Protocol):
 
     module: nn.Module  # that learns
 
+    def matrices(self) -> list[nn.Parameter]: ...  # of it, for Muon
     def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor: ...
     def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float) -> Tensor: ...
     def next_stage(self) -> None: ...  # the student becomes the previous one
+    def save(self, folder: Path) -> None: ...  # the student's weights, by their difference from the teacher's
 
 
 class Copies:
-    """Three copies of a small transformer."""
+    """Three copies of a small transformer, quickened if a device is given."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module, device: str | None = None):
         self.module = deepcopy(transformer).train()
         self._teacher, self._previous = (deepcopy(transformer).eval().requires_grad_(False) for _ in range(2))
+        for net in (self.module, self._teacher, self._previous) if device else ():
+            quicken(net, device)
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [p for p in self.module.blocks.parameters() if p.ndim == 2]
 
     @torch.no_grad()
     def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
@@ -37,10 +48,14 @@ class Copies:
     def next_stage(self) -> None:
         self._previous.load_state_dict(self.module.state_dict())
 
+    def save(self, folder: Path) -> None:
+        save_differences(self.module, self._teacher, folder / "model.safetensors")
+
 
 def velocity(model: nn.Module, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-    """One call of a transformer, its result in float32."""
-    return model(x, t, words, return_dict=False)[0].float()
+    """One call of a transformer in bfloat16 where that is safe; states and what comes back stay float32."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return model(x, t, words, return_dict=False)[0].float()
 
 
 def guided(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float) -> Tensor:

@@ -1,0 +1,37 @@
+"""A few iterations of a distillation, as `accelerate launch` starts it: python gpd_worker.py FOLDER."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from conftest import build_pipe
+
+from accel.training.fit import Recipe, fit
+from accel.training.gpd import Curriculum, GpdTask, Ground
+from accel.training.students import Copies
+
+torch.set_num_threads(1)
+
+
+def main(folder: Path) -> None:
+    """Leaves the losses (in `log.jsonl`) and the weights (in `state.pt`) in the folder."""
+    from accelerate import PartialState
+
+    state, n = PartialState(), 4
+    levels = 1 - torch.arange(n + 1, dtype=torch.float64) / n
+    ground = Ground(
+        encode=lambda texts: torch.randn(len(texts), 6, 16, generator=torch.Generator().manual_seed(len(texts[0]))),
+        prompts=lambda rng: "a" * rng.randrange(1, 9), levels=levels, times=1000 * levels[:-1], shape=(4, 3, 8, 8),
+    )  # fmt: skip
+    recipe = Recipe(steps=20, lr=1e-3, warmup=1, ema=0.0)
+    curriculum = Curriculum(slots=4, base_steps=n, horizons=(1,))
+    task = GpdTask(
+        recipe, curriculum, Copies(build_pipe().transformer), ground, (state.process_index, state.num_processes)
+    )
+    fit(task, folder, minutes=None, resume=False)
+    print(json.dumps(task.slots.index.tolist()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,146 @@
+"""Which distillation: rivals of equal compute, large models by adapters, several processes, and orders refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_pipe
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from transformers import UMT5Config, UMT5EncoderModel
+
+import accel
+from accel.methods.gpd import GPD
+from accel.training import RECIPES, train_parts
+from accel.training.adapters import Adapters
+from accel.training.fit import Recipe
+from accel.training.gpd import Curriculum, GpdTask, Ground
+from accel.training.students import guided, velocity
+from accel.training.teach import ARMS, cost, stage_recipes
+from accel.weights import NAME
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_rival_costs_as_many_forward_passes_as_gpd(arm):
+    def spent(curriculum):
+        recipes = stage_recipes(Recipe(steps=110, lr=1e-3), curriculum)
+        return sum(r.steps * cost(curriculum, k) for r, k in zip(recipes, curriculum.horizons, strict=True))
+
+    assert spent(Curriculum(**ARMS[arm](4.0))) == pytest.approx(spent(Curriculum()), rel=0.01)
+
+
+def test_the_cost_of_an_iteration_does_not_grow_with_the_horizon_but_directly_it_does():
+    assert [cost(Curriculum(), k) for k in (1, 2, 8)] == [5, 6, 6]
+    assert [cost(Curriculum(way="direct"), k) for k in (1, 8)] == [5, 19]
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """A pipeline folder that is not of the toy world, with a file of prompts beside it."""
+    torch.manual_seed(0)
+    text = UMT5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    pipe = build_pipe()
+    pipe.register_modules(text_encoder=UMT5EncoderModel(text))
+    folder = tmp_path / "large"
+    pipe.save_pretrained(folder)
+    home = {"height": 64, "width": 64, "frames": 5, "steps": 20, "guidance": 3.0, "text_length": 8}
+    (folder / "accel.json").write_text(json.dumps(home))
+    (tmp_path / "prompts.txt").write_text("a red star\na blue disc\na green ring\na cyan cross\n")
+    return folder
+
+
+def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_path, monkeypatch, sample):
+    monkeypatch.setitem(RECIPES["adapters"], "gpd", {**RECIPES["adapters"]["gpd"], "steps": 1, "lr": 1e-2})
+    done = train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
+    assert list(done["gpd"]["stages"]) == list(range(1, 9))
+    pipe = accel.load_pipeline(str(large))
+    plain, before = sample(pipe), {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()}
+    with accel.apply(pipe, [GPD(steps=6)]) as trace:
+        student = sample(pipe, steps=6, guidance=1.0)
+    assert trace.summary()["calls"] == {"compute": 6} and student.isfinite().all()
+    with accel.apply(pipe, [GPD(steps=6)]):
+        pipe.transformer.disable_adapters()
+        assert not torch.equal(sample(pipe, steps=6, guidance=1.0), student)
+    assert {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()} == before
+    assert torch.equal(sample(pipe), plain)
+
+
+def test_a_student_leaves_the_users_own_adapter_on(large, tmp_path, monkeypatch, sample):
+    monkeypatch.setitem(RECIPES["adapters"], "gpd", {**RECIPES["adapters"]["gpd"], "steps": 1, "lr": 1e-2})
+    train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
+    pipe = accel.load_pipeline(str(large))
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    names = list(pipe.transformer.state_dict())
+    styled = sample(pipe)
+    with accel.apply(pipe, [GPD(steps=6)]):
+        assert pipe.transformer.active_adapters() == ["style", NAME]
+    assert pipe.transformer.active_adapters() == ["style"] and torch.equal(sample(pipe), styled)
+    pipe.transformer.disable_adapters()
+    plain = sample(pipe)
+    with accel.apply(pipe, [GPD(steps=6)]):
+        assert pipe.transformer.active_adapters() == [NAME]
+    assert torch.equal(sample(pipe), plain) and not torch.equal(plain, styled)
+    assert list(pipe.transformer.state_dict()) == names
+
+
+def test_adapters_of_the_wan_1_3b_layout_learn_alone_in_float32():
+    torch.manual_seed(0)
+    wan = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+    wan.to(torch.bfloat16)
+    x, t, words = torch.randn(1, 16, 2, 4, 4), torch.tensor([700]), torch.randn(1, 6, 4096)
+    base = guided(wan, x, t, words, 0 * words, 3.0)
+    nets = Adapters(wan, rank=4)
+    levels = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    encode = lambda texts: words.expand(len(texts), -1, -1)
+    ground = Ground(encode, lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4))
+    task = GpdTask(Recipe(steps=2, lr=1e-3), Curriculum(base_steps=2, slots=1, horizons=(2,)), nets, ground)
+    loss, _ = task.loss(nets.module, 0, 0)
+    loss.backward()
+    learnt = {name: p for name, p in wan.named_parameters() if p.grad is not None}
+    assert learnt and all(".current." in name and p.dtype == torch.float32 for name, p in learnt.items())
+    assert all(p.requires_grad == (".current." in name) for name, p in wan.named_parameters())
+    with torch.no_grad():
+        for p in learnt.values():
+            p.add_(0.01)
+    v = velocity(wan, x, t, words)
+    assert torch.equal(nets.teacher(x, t, words, 0 * words, 3.0), base)
+    assert (nets.previous(x, t, words) - v).abs().max() > 0.1
+    nets.next_stage()
+    assert torch.equal(nets.previous(x, t, words), v) and torch.equal(velocity(wan, x, t, words), v)
+
+
+def test_orders_that_cannot_be_are_refused_with_the_reason(large, tmp_path):
+    for asked, reason in (
+        (dict(arm="quartering"), "unknown arm 'quartering'; there are gpd, no-constraint"),
+        (dict(model=str(large)), "this model needs prompts to train on: give --prompts FILE"),
+        (dict(model=str(large), prompts=tmp_path / "none.txt"), "give --prompts FILE"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            train_parts("gpd", None, False, tmp_path / "out", **asked)
+    with pytest.raises(ValueError, match="--rank is for gpd alone, not for base"):
+        train_parts("base", None, False, tmp_path / "out", rank=4)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="has 2 prompts: 3 are needed, 2 of them to look at"):
+        train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt")
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    def run(n: int) -> tuple[float, dict]:
+        folder = tmp_path / str(n)
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1",
+                  "--num_processes", str(n), "--main_process_port", "0", "--dynamo_backend", "no"]  # fmt: skip
+        script = [str(Path(__file__).parent / "gpd_worker.py"), str(folder)]
+        path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+        subprocess.run([*launch, *script], check=True, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+        line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        return line["loss"], torch.load(folder / "state.pt", weights_only=True)
+
+    (one, whole), (two, parts) = run(1), run(2)
+    assert one == pytest.approx(two, rel=1e-3)
+    assert torch.equal(whole["carried"]["index"], parts["carried"]["index"])
+    for name, weight in whole["module"].items():
+        torch.testing.assert_close(parts["module"][name], weight, rtol=0.02, atol=2e-3)
