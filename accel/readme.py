@@ -49,10 +49,11 @@ def details(name: str) -> str:
     if not file.is_file():
         return "Not measured yet.\n"
     rows = json.loads(file.read_text())["rows"]
-    names = [*RATIOS, *next(iter(rows.values()))["attributes"]]
-    lines = [f"| setting | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    read = list(next(iter(rows.values()))["attributes"])
+    heads = [*(f"{n} ratio" for n in RATIOS), *read]
+    lines = [f"| setting | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for setting, row in rows.items():
-        cells = [spell(row[n]) if n in RATIOS else f"{row['attributes'][n][0]:.2f}" for n in names]
+        cells = [*(spell(row[n]) for n in RATIOS), *(f"{row['attributes'][n][0]:.2f}" for n in read)]
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n" + "; ".join(f"{n}: {what}" for n, what in RATIOS.items()) + "\n"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import accel
+from accel.methods import AsymRnR, FasterCache
 from accel.methods.base import Method
 from accel.methods.gpd import GPD
 from accel.training.distil import store
@@ -129,3 +130,21 @@ def test_differences_from_a_model_of_another_shape_are_refused(pipe, tmp_path):
     save_differences(other, other, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="holds weights of another architecture"):
         load_differences(base, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_attention_is_reused_under_a_student_of_24_steps_and_off_under_one_of_6(order, students, pipe, sample):
+    for steps, acts in ((24, True), (6, False)):
+        with accel.apply(pipe, [GPD(steps=steps), FasterCache()][::order]) as trace:
+            sample(pipe, steps=steps, guidance=1.0)
+        told = trace.summary()
+        assert told["calls"] == {"compute": steps} and (told["work"] < 0.95) == acts
+        assert any("6 steps are too few" in note for note in told["notes"]) != acts
+
+
+def test_tokens_are_reduced_under_a_student_with_a_new_matching_in_every_step(students, pipe, sample):
+    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.3)
+    with accel.apply(pipe, [GPD(steps=6), reduction]) as trace:
+        sample(pipe, steps=6, guidance=1.0)
+    assert trace.summary()["attention"]["reduce"] == 2 * 4  # blocks, steps from the third on
+    assert trace.summary()["calls"] == {"compute": 6}

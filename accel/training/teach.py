@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -85,13 +86,14 @@ def train_gpd(recipe: Recipe, order: Order, device: str, minutes: float | None, 
                          "recipes": [r.model_dump(mode="json") for r in recipes]})  # fmt: skip
     beside = Path(resolve(order.model))
     target = beside if order.arm == "gpd" and beside.is_dir() else out
+    print(f"students go into {target}", file=sys.stderr)
     keep = partial(_keep, task, base, target)
     looks = lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
     held = HeldOut(task, looks, home_of(pipe, order.model).guidance)
     left = None if minutes is None else minutes - (time.monotonic() - began) / 60
     done = distil(task, held, recipes, out, keep, left, resume)
     spent = {key: sum(stage[key] for stage in done["stages"].values()) for key in ("step", "seconds")}
-    return {**spent, "steps": sum(r.steps for r in recipes), **done, "students": str(target)}
+    return {**spent, "steps": sum(r.steps for r in recipes), **done}
 
 
 def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> GpdTask:
@@ -105,10 +107,8 @@ def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> 
         from .adapters import Adapters
 
         torch.manual_seed(recipe.seed)
-        nets, ground = (
-            Adapters(pipe.transformer, order.rank),
-            replace(ground, decode=None),
-        )  # a sheet would take minutes
+        nets = Adapters(pipe.transformer, order.rank)
+        ground = replace(ground, decode=None)  # a sheet would take minutes
     else:
         nets = Copies(pipe.transformer, device)
     return GpdTask(recipe, curriculum, nets, ground, (state.process_index, state.num_processes))
