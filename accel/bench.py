@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,11 @@ class Row:
         methods = {name: {**preset.methods.get(name, {}), **self.change.get(name, {})} for name in
                    dict.fromkeys((*preset.methods, *self.change))}  # fmt: skip
         return {"methods": methods, "steps": self.steps or preset.steps, "guidance": self.guidance or preset.guidance}
+
+    def trained(self) -> bool:
+        """Whether the student that it names, if it does, is there."""
+        student = self.change.get("gpd", {}).get("student")
+        return student is None or (Path(student) / "gpd.json").is_file()
 
 
 def _budgets(*shares: float) -> dict[str, Row]:
@@ -90,17 +96,20 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     """The summary of a suite, after writing results.json, report.md and pareto.png. Raises ValueError if unknown."""
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+    rows = {name: row for name, row in SUITES[suite].items() if row.trained()}
+    if left_out := SUITES[suite].keys() - rows.keys():
+        print(f"left out, as nobody has trained them: {', '.join(sorted(left_out))}", file=sys.stderr)
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
     out.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(out / "results.jsonl", _key(SUITES[suite], model, pipe, home))
+    ledger = Ledger(out / "results.jsonl", _key(rows, model, pipe, home))
     done = {(r["prompt"], r["seed"]) for r in ledger.lines}
     pairs = [(p, s) for s in range(seeds) for p in held_out_prompts(prompts, PROMPT_SEED)]
     todo = [pair for pair in pairs if pair not in done]
     if todo:
         warm_up(build_run(home, model=model, prompt=todo[0][0]), pipe, home)
     for prompt, seed in tqdm(todo, desc=suite):
-        ledger.add(prompt=prompt, seed=seed, rows=_measure(SUITES[suite], prompt, seed, model, pipe, home))
+        ledger.add(prompt=prompt, seed=seed, rows=_measure(rows, prompt, seed, model, pipe, home))
     wanted = set(pairs)
     summary = summarise([r for r in ledger.lines if (r["prompt"], r["seed"]) in wanted], pipe)
     partial = out / "results.json.part"

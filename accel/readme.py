@@ -119,8 +119,8 @@ def _reconstruction(r: dict) -> str:
 
 
 PARTS = {"knobs": knobs, "attributes": attributes, "training": training, "students": students}
-PARTS |= {name: partial(suite, name) for name in ("fastercache", "asymrnr", "asymrnr-curve", "gpd")}
-PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd",)}
+PARTS |= {name: partial(suite, name) for name in ("fastercache", "asymrnr", "asymrnr-curve", "gpd", "gpd-arms")}
+PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", "gpd-arms")}
 
 
 def fill(text: str) -> str:

@@ -66,3 +66,8 @@ def test_the_first_order_solver_takes_the_own_levels_of_the_pipeline_and_leaves(
     own.set_timesteps(20)
     assert torch.equal(levels, own.sigmas) and pipe.scheduler is own
     assert not torch.equal(euler, plain) and torch.equal(sample(pipe), plain)
+
+
+def test_a_row_whose_student_is_not_there_is_known(pipe, students, tmp_path):
+    row = lambda folder: Row("gpd", change={"gpd": {"student": str(folder)}})
+    assert row(tmp_path / "gpd-N6").trained() and Row("gpd").trained() and not row(tmp_path / "none").trained()
