@@ -124,13 +124,13 @@ class Page:
         own = [gr.skip() if v is None else v for v in (preset.steps, preset.guidance)]
         return [*own, *switched, *values]
 
-    def stop(self, request: gr.Request) -> str:
-        """End the visitor's run at its next step."""
+    def stop(self, request: gr.Request):
+        """End the visitor's run at its next step; the run says so itself, lest two answers cross."""
         job = self.running.get(request.session_hash)
         if job is None:
             return '<div class="note">Nothing is running.</div>'
         job.stop.set()
-        return '<div class="note">Stopping at the next step…</div>'
+        return gr.skip()
 
     def run_pair(self, request: gr.Request, prompt, seed, steps, guidance, also, *values):
         """Generate a pair and report on it while it grows."""
@@ -172,6 +172,8 @@ class Page:
             rival = gr.update(value=data["rival"], visible=data["rival"] is not None)
             shown = [data["player"], rival, numbers(data["report"]), timeline(trace), maps(trace)]
             return [data["note"], EMPTY_PANE, EMPTY_PANE, *shown]
+        if kind == "stopping":
+            return ['<div class="note">Stopping at the next step…</div>', keep, keep, *rest]
         if kind == "stopped":
             note = '<div class="note">Stopped. Nothing was lost: the last pair is still here.</div>'
             return [note, EMPTY_PANE, EMPTY_PANE, *rest]

@@ -34,7 +34,7 @@ def _values(schema: dict) -> str:
         return f"{schema['minimum']} to {schema['maximum']}"
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
-    return {"boolean": "true, false", "string": "a file", "object": "a table"}[schema["type"]]
+    return {"boolean": "true, false", "string": "a path", "object": "a table"}[schema["type"]]
 
 
 def suite(name: str) -> str:

@@ -74,6 +74,17 @@ def test_stop_ends_a_job_at_its_next_event_and_the_next_one_runs(worker):
     assert kinds(worker, worker.submit(lambda *a: None)) == ["done"]
 
 
+def test_a_slow_step_is_told_to_be_stopping_before_it_has_stopped(worker):
+    began, gate = threading.Event(), threading.Event()
+    job = worker.submit(lambda job, *_: (began.set(), gate.wait(5), job.tell("step")))
+    assert began.wait(5)
+    job.stop.set()
+    stream = worker.follow(job)
+    assert next(stream)[0] == "stopping"
+    gate.set()
+    assert [kind for kind, _ in stream][-1] == "stopped"
+
+
 def test_a_visitor_who_leaves_stops_the_job(worker):
     job = worker.submit(endless)
     stream = worker.follow(job)

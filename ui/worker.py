@@ -64,6 +64,9 @@ class Worker:
                     if job.stop.is_set() and job.number - self._done > 1:  # it has not begun, and will not
                         yield "stopped", {}
                         return
+                    if job.stop.is_set():
+                        yield "stopping", {}
+                        continue
                     ahead = max(0, job.number - self._done - 1)
                     if ahead or not (self.ready or self.problem):
                         yield "waiting", {"ahead": ahead, "loading": not self.ready}
