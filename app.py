@@ -37,12 +37,11 @@ class Page:
     def __init__(self, model: str):
         self.worker, self.model = Worker(model), model
         self.shelf = Shelf()
+        self.offered = {name: method.offered(resolve(model)) for name, method in METHODS.items()}
         self.running: dict[str, object] = {}  # a visitor's job
 
     def build(self) -> gr.Blocks:
         """The Blocks; nothing is computed until somebody presses Run."""
-        stored = stored_pairs()
-        first = stored[0] if stored else None
         with gr.Blocks(title="accel: video diffusion, side by side", delete_cache=(3600, 7200)) as demo:
             gr.HTML('<h1 class="title">Same noise, twice: plain and accelerated</h1>')
             with gr.Row(equal_height=True):
@@ -54,73 +53,81 @@ class Page:
                 stop = gr.Button("■ Stop", variant="stop", scale=1, min_width=90, elem_id="stop")
             with gr.Row():
                 pick = [gr.Button(p, size="sm", elem_classes="example") for p in PROMPTS[1:4]]
-            message = gr.HTML(first.ribbon if first else "", elem_id="message")
-            with gr.Row():
-                live = [gr.HTML(EMPTY_PANE, elem_id=f"live-{p}") for p in "ab"]
-            player = ABPlayer(first.value if first else None, elem_id="player")
-            rival = ABPlayer(visible=False, elem_id="rival")
-            figures = gr.HTML(numbers(first.report) if first else "", elem_id="numbers")
-            steps_shown = gr.HTML(timeline(first.report["trace"]) if first else "", elem_id="timeline")
-            rates_shown = gr.HTML(maps(first.report["trace"]) if first else "", elem_id="maps")
+            outputs = self._results()
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
-                    gr.Markdown("### Run")
-                    steps = gr.Slider(
-                        1,
-                        100,
-                        50,
-                        step=1,
-                        label="steps",
-                        info="Of all but a student; more is slower.",
-                        elem_id="steps",
-                    )
-                    guidance = gr.Slider(
-                        0, 12, 4, step=0.5, label="guidance", info="Strength of the prompt; 1 and less runs one branch."
-                    )
-                    preset = gr.Dropdown(
-                        preset_names(), value="fastercache", label="preset", info="Sets the knobs.", elem_id="preset"
-                    )
-                    also = gr.Checkbox(
-                        False, label="third pane: fewer plain steps", elem_id="also",
-                        info="What the plain model makes in as few steps as the accelerated side takes.",
-                    )  # fmt: skip
-                knobs: dict[str, dict] = {}
-                switches = {}
+                    steps, guidance, preset, also = self._run_settings()
                 with gr.Column(scale=3):
-                    for name, method in METHODS.items():
-                        gr.Markdown(f"### {method.title} · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
-                        on, offered = load_preset("fastercache").methods, method.offered(resolve(self.model))
-                        none = any(not values for values in offered.values())
-                        switches[name] = gr.Checkbox(
-                            name in on, label=f"use {method.title}", elem_id=f"use-{name}", interactive=not none,
-                            info="Nothing was trained for this model yet: see the README." if none else None,
-                        )  # fmt: skip
-                        with gr.Row():
-                            knobs[name] = controls.widgets(method, offered)
+                    widgets = self._method_settings()
             gr.Markdown(about())
-            widgets = [switches[m] for m in METHODS] + [w for m in METHODS for w in knobs[m].values()]
-            outputs = [message, *live, player, rival, figures, steps_shown, rates_shown]
             event = dict(fn=self.run_pair, inputs=[prompt, seed, steps, guidance, also, *widgets], outputs=outputs)
             gr.on(
                 [run.click, prompt.submit], **event, concurrency_limit=None, show_progress="hidden", api_name="run_pair"
             )
-            stop.click(self.stop, None, message, queue=False, show_progress="hidden", api_name="stop")
+            stop.click(self.stop, None, outputs[0], queue=False, show_progress="hidden", api_name="stop")
             demo.load(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
             preset.change(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
             for button in pick:
                 button.click(lambda text: text, button, prompt, queue=False, api_visibility="private")
         return demo
 
+    def _results(self) -> list[gr.components.Component]:
+        """Message, two live panes, player, the rival's player, figures, timeline, maps; a recorded pair is in them."""
+        stored = stored_pairs()
+        first = stored[0] if stored else None
+        message = gr.HTML(first.ribbon if first else "", elem_id="message")
+        with gr.Row():
+            live = [gr.HTML(EMPTY_PANE, elem_id=f"live-{p}") for p in "ab"]
+        player = ABPlayer(first.value if first else None, elem_id="player")
+        rival = ABPlayer(visible=False, elem_id="rival")
+        figures = gr.HTML(numbers(first.report) if first else "", elem_id="numbers")
+        steps_shown = gr.HTML(timeline(first.report["trace"]) if first else "", elem_id="timeline")
+        rates_shown = gr.HTML(maps(first.report["trace"]) if first else "", elem_id="maps")
+        return [message, *live, player, rival, figures, steps_shown, rates_shown]
+
+    def _run_settings(self) -> tuple[gr.components.Component, ...]:
+        """Steps, guidance, preset, and whether to show the third pane."""
+        gr.Markdown("### Run")
+        steps = gr.Slider(
+            1, 100, 50, step=1, label="steps", info="Of all but a student; more is slower.", elem_id="steps"
+        )
+        guidance = gr.Slider(
+            0, 12, 4, step=0.5, label="guidance", info="Strength of the prompt; 1 and less runs one branch."
+        )
+        preset = gr.Dropdown(
+            preset_names(), value="fastercache", label="preset", info="Sets the knobs.", elem_id="preset"
+        )
+        also = gr.Checkbox(
+            False, label="third pane: fewer plain steps", elem_id="also",
+            info="What the plain model makes in as few steps as the accelerated side takes.",
+        )  # fmt: skip
+        return steps, guidance, preset, also
+
+    def _method_settings(self) -> list[gr.components.Component]:
+        """A switch for each method, then the knobs of each; one for which nothing was trained is switched off."""
+        switches, knobs, on = [], [], load_preset("fastercache").methods
+        for name, method in METHODS.items():
+            gr.Markdown(f"### {method.title} · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
+            can = all(self.offered[name].values())
+            switch = gr.Checkbox(
+                name in on, label=f"use {method.title}", elem_id=f"use-{name}", interactive=can,
+                info=None if can else "Nothing was trained for this model yet: see the README.",
+            )  # fmt: skip
+            switches.append(switch)
+            with gr.Row():
+                knobs += controls.widgets(method, self.offered[name]).values()
+        return [*switches, *knobs]
+
     def load(self, name: str) -> list:
         """Widget values of a preset: steps, guidance, switches, knobs."""
         preset = load_preset(name)
         chosen = {type(m): m for m in preset}
-        can = {m for m in METHODS.values() if all(m.offered(resolve(self.model)).values())}
-        switched = [method in chosen and method in can for method in METHODS.values()]
-        values = []
-        for m in METHODS.values():
-            offered = m.offered(resolve(self.model))
-            values += [controls.possible(getattr(chosen.get(m) or m(), knob), offered.get(knob)) for knob in m.knobs()]
+        switched = [m in chosen and all(self.offered[name].values()) for name, m in METHODS.items()]
+        values = [
+            controls.possible(getattr(chosen.get(m) or m(), knob), self.offered[name].get(knob))
+            for name, m in METHODS.items()
+            for knob in m.knobs()
+        ]
         own = [gr.skip() if v is None else v for v in (preset.steps, preset.guidance)]
         return [*own, *switched, *values]
 

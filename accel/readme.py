@@ -64,8 +64,8 @@ def students() -> str:
         "| student | horizon | iterations | minutes | error of a jump | error of the video |",
         "|---|---|---|---|---|---|",
     ]
-    for file in sorted(CARD.parent.glob("gpd-N*/gpd.json"), key=lambda f: -json.loads(f.read_text())["steps"]):
-        facts = json.loads(file.read_text())
+    made = [json.loads(file.read_text()) for file in CARD.parent.glob("gpd-N*/gpd.json")]
+    for facts in sorted(made, key=lambda f: -f["steps"]):
         held = facts["held_out"]
         cells = (facts["steps"], facts["horizon"], f"{held['step']} of {held['steps']}", f"{held['seconds'] / 60:.0f}",
                  f"{held['jump']:.3f}", f"{held['end']:.3f}")  # fmt: skip

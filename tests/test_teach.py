@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import UMT5Config, UMT5EncoderModel
 
 import accel
+from accel import bench
 from accel.methods.gpd import GPD
 from accel.training import RECIPES, train_parts
 from accel.training.adapters import Adapters
@@ -31,6 +32,10 @@ def test_every_rival_costs_as_many_forward_passes_as_gpd(arm):
         return sum(r.steps * cost(curriculum, k) for r, k in zip(recipes, curriculum.horizons, strict=True))
 
     assert spent(Curriculum(**ARMS[arm](4.0))) == pytest.approx(spent(Curriculum()), rel=0.01)
+
+
+def test_the_bench_knows_the_rivals_that_can_be_trained():
+    assert {"gpd", *bench.ARMS} == set(ARMS)
 
 
 def test_the_cost_of_an_iteration_does_not_grow_with_the_horizon_but_directly_it_does():

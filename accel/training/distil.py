@@ -125,10 +125,9 @@ def distil(
             left = None if minutes is None else minutes - (time.monotonic() - began) / 60
             if left is not None and left <= 0:
                 break
-            stages[k] = _train(task, held, folder, left, resume)
-            if stages[k] is None:
-                del stages[k]
+            if (stage_done := _train(task, held, folder, left, resume)) is None:
                 break
+            stages[k] = stage_done
             keep(k, stages[k])
             done.write_text(json.dumps(stages[k]) + "\n")
         task.nets.next_stage()

@@ -215,8 +215,8 @@ class GpdTask:
         )
         guidance = self.curriculum.guidance(0, 0)
         while (slots.index < goal).any():  # always the whole batch: a compiled network knows its shape
-            now, then = slots.index, torch.minimum(goal, slots.index + self.curriculum.hop).maximum(slots.index)
-            at = self.ground.times[now.clamp(max=n - 1)].to(slots.x.device)
+            now, then = slots.index, torch.minimum(goal, slots.index + self.curriculum.hop)
+            at = self.ground.times[now].to(slots.x.device)
             v = self.nets.teacher(slots.x, at, slots.words, self.empty, guidance)
             slots.x, slots.index = euler(slots.x, v, self.ground.levels[now], self.ground.levels[then]), then
 
