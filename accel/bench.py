@@ -17,11 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .ledger import Ledger, digest
-from .methods.gpd import first_order
 from .metrics import RATIOS, distance, interval, ratios, spell
 from .models import hash_of, home_of, load_pipeline, resolve, weights
 from .presets import Preset, build_methods, load_preset
 from .run import Video, build_run, generate, machine, warm_up
+from .student import first_order
 from .world.judge import score
 from .world.scene import ATTRIBUTES, held_out_prompts
 

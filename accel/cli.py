@@ -200,16 +200,20 @@ def profile(
 
 @app.command()
 def train(
-    what: Annotated[str, typer.Argument(help="vae, base, gpd or all.")],
+    what: Annotated[str, typer.Argument(help="vae, base, gpd, meanflow, predictor or all.")],
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; a later --resume goes on.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
-    model: Annotated[str, typer.Option(help="gpd alone: another model to distil, by LoRA.")] = None,
+    model: Annotated[str, typer.Option(help="Of a student: another model to distil, by LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="With --model: rank of the LoRA; 64 if not given.")] = None,
     slots: Annotated[int, typer.Option(min=1, help="With --model: trajectories under way, over all processes.")] = None,
     arm: Annotated[
-        str, typer.Option(help="gpd alone, a rival: no-constraint, annealed, halving, direct or guidance-only.")
+        str,
+        typer.Option(
+            help="A rival. gpd: no-constraint, annealed, halving, direct, guidance-only; meanflow: even, "
+            "unrestricted; predictor: plain."
+        ),
     ] = None,
 ) -> None:
     """Train the shipped model: the autoencoder, the transformer with its text encoder, then its few-step students.

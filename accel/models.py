@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "models/tiny-wan"
+STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of other models, that lie beside one
 
 
 class Home(BaseModel, frozen=True):
@@ -99,7 +101,7 @@ def weights(model: str) -> list[tuple[str, str]]:
     """
     folder = Path(resolve(model))
     files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])
-    own = [f for f in files if f.name != "training.json" and not f.relative_to(folder).parts[0].startswith("gpd-")]
+    own = [f for f in files if f.name != "training.json" and not STUDENTS.match(f.relative_to(folder).parts[0])]
     return [(str(f.relative_to(folder)), hash_of(f)) for f in own]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,6 +85,16 @@ class Trace:
         """Bytes that a method holds now; what counts is the most that all held at once."""
         self.holding[method] = held
         self.bytes_held = max(self.bytes_held, sum(self.holding.values()))
+
+    def expect(self, method: str, held: int) -> None:
+        """Bytes that a method holds for the whole run, known before it starts."""
+        self.bytes_forecast += held
+        self.hold(method, held)
+
+    def drop(self, step: Step, sites: Iterable[str]) -> None:
+        """Forget what was noted of sites that this step did not reach."""
+        for site in sites:
+            self.events.pop((step.index, step.branch, site), None)
 
     def work(self) -> tuple[int, int]:
         """FLOPs computed, and FLOPs of the same calls without any method."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
+
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
 
+from accel.conditioning import IntervalEmbedder
+from accel.families import wan
+from accel.predictor import Predictor
 from accel.training.base import build_tokenizer
 from accel.training.distil import store
 from accel.training.students import Copies
@@ -48,14 +55,39 @@ def build_pipe(**more) -> WanPipeline:
 
 @pytest.fixture
 def students(pipe, tmp_path):
-    """Random students of all step counts beside the pipeline's model, on a grid that falls evenly."""
+    """Random students of all kinds beside the pipeline's model, and predictors of the model itself."""
     pipe.register_to_config(_name_or_path=str(tmp_path))
     nets = Copies(pipe.transformer)
     nets.module.proj_out.weight.data.mul_(0.5)
     for n in (6, 8, 12, 16, 24, 48):
         levels = [1 - i / n for i in range(n + 1)]
         facts = {"levels": levels, "times": [1000 * s for s in levels[:-1]], "base": marks(pipe.transformer)}
-        store(nets, tmp_path / f"gpd-N{n}", {"steps": n, **facts})
+        store(nets, tmp_path / f"gpd-N{n}", "gpd.json", {"steps": n, **facts})
+    make_meanflow(pipe, tmp_path / "meanflow")
+    for form in ("residual", "plain"):
+        make_predictor(pipe, tmp_path / "predictor" / form, form)
+
+
+def make_meanflow(pipe, folder, guidance=(1.0, 20.0)) -> None:
+    """A random MeanFlow student of a pipeline's transformer."""
+    whole = deepcopy(pipe.transformer)
+    whole.condition_embedder = IntervalEmbedder(whole.condition_embedder)
+    nets = Copies(whole)
+    nets.module.proj_out.weight.data.mul_(0.5)
+    for told in nets.module.condition_embedder.told.values():
+        torch.nn.init.normal_(told.mlp.linear_2.weight)
+    store(nets, folder, "meanflow.json", {"guidance": guidance, "longest": 0.3, "base": marks(pipe.transformer)})
+
+
+def make_predictor(pipe, folder, form) -> None:
+    """A random predictor for the model that the pipeline has now."""
+    predictor = Predictor(wan, pipe.transformer, form, 1)
+    if predictor.out is not None:
+        torch.nn.init.normal_(predictor.out.weight)
+    folder.mkdir(parents=True)
+    save_file(predictor.state_dict(), folder / "model.safetensors")
+    facts = {"form": form, "depth": 1, "student": marks(pipe.transformer)}
+    (folder / "predictor.json").write_text(json.dumps(facts))
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import torch
 from conftest import build_pipe
 
 from accel.training.fit import Recipe, fit
-from accel.training.gpd import Curriculum, GpdTask, Ground
+from accel.training.gpd import Curriculum, GpdTask
+from accel.training.slots import Ground
 from accel.training.students import Copies
 
 torch.set_num_threads(1)

@@ -6,9 +6,9 @@ import torch
 from accel import bench
 from accel.bench import SUITES, Row
 from accel.ledger import Ledger
-from accel.methods.gpd import first_order
 from accel.models import Home
 from accel.presets import build_methods
+from accel.student import first_order
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -11,7 +11,8 @@ from accel.models import Home
 from accel.spectrum import high_energy, high_pass
 from accel.training.distil import HeldOut, Watch, distil, store
 from accel.training.fit import Recipe, fit
-from accel.training.gpd import Curriculum, GpdTask, Ground, ground_of
+from accel.training.gpd import Curriculum, GpdTask
+from accel.training.slots import Ground, ground_of
 from accel.training.students import Copies, guided, velocity
 from accel.weights import load_differences
 
@@ -186,11 +187,11 @@ def test_a_resumed_stage_ends_with_the_weights_and_slots_of_an_unbroken_one(pipe
 def test_stages_follow_each_other_and_a_finished_one_is_not_trained_again(pipe, tmp_path):
     kept, recipes = [], [Recipe(steps=2, lr=1e-3, warmup=1, ema=0.0)] * 2
     run = lambda gpd: distil(
-        gpd, HeldOut(gpd, ["b"], 3.0), recipes, tmp_path, lambda k, facts: kept.append(k), resume=True
+        gpd, HeldOut(gpd, ["b"], 3.0), recipes, tmp_path, lambda facts: kept.append(gpd.horizon), resume=True
     )
     first = real(pipe, 4, horizons=(1, 2))
     done = run(first)
-    assert done["finished"] and kept == [1, 2] and set(done["stages"][2]) >= {"jump", "end", "step"}
+    assert done["finished"] and kept == [1, 2] and set(done["stages"]["k2"]) >= {"jump", "end", "step"}
     again = real(pipe, 4, horizons=(1, 2))
     assert run(again)["finished"] and kept == [1, 2]
     for one, two in zip(first.module.parameters(), again.module.parameters()):
@@ -223,7 +224,7 @@ def test_a_distillation_that_is_broken_off_ends_as_an_unbroken_one(pipe, tmp_pat
     def run(folder, minutes, resume):
         gpd = real(pipe, 4, horizons=(1, 2))
         held = HeldOut(gpd, ["b"], 3.0)
-        return gpd, distil(gpd, held, recipes, folder, lambda k, facts: None, minutes, resume)
+        return gpd, distil(gpd, held, recipes, folder, lambda facts: None, minutes, resume)
 
     whole, done = run(tmp_path / "whole", None, False)
     for _ in range(20):  # each time the clock stops it after a step, or before one
@@ -231,13 +232,13 @@ def test_a_distillation_that_is_broken_off_ends_as_an_unbroken_one(pipe, tmp_pat
         if part["finished"]:
             break
     parts, part = run(tmp_path / "parts", None, True)
-    assert part["finished"] and part["stages"][2]["jump"] == done["stages"][2]["jump"]
+    assert part["finished"] and part["stages"]["k2"]["jump"] == done["stages"]["k2"]["jump"]
     for one, two in zip(whole.module.parameters(), parts.module.parameters()):
         assert torch.equal(one, two)
 
 
 def test_a_student_is_stored_with_what_it_needs(pipe, tmp_path):
-    store(Copies(pipe.transformer), tmp_path / "gpd-N6", {"steps": 6})
+    store(Copies(pipe.transformer), tmp_path / "gpd-N6", "gpd.json", {"steps": 6})
     kept = load_differences(pipe.transformer, tmp_path / "gpd-N6" / "model.safetensors")
     assert all(torch.equal(kept[name], w) for name, w in pipe.transformer.named_parameters())
     assert json.loads((tmp_path / "gpd-N6" / "gpd.json").read_text()) == {"steps": 6}

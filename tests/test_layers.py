@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
     {"spectrum", "tokens", "plans", "budget", "flow"},
-    {"trace", "metrics", "video", "ledger", "weights"},
-    {"flops", "families", "heads", "host"},
+    {"trace", "metrics", "video", "ledger", "weights", "conditioning", "predictor"},
+    {"flops", "families", "heads", "host", "student"},
     {"methods"},
     {"presets", "models", "apply", "world"},
     {"run", "bench", "profile"},

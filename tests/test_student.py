@@ -26,7 +26,7 @@ def student(pipe, tmp_path) -> GPD:
     facts = {"steps": 6, "levels": LEVELS, "times": TIMES, "base": marks(pipe.transformer)}
     nets = Copies(pipe.transformer)
     nets.module.proj_out.weight.data.mul_(0.5)
-    store(nets, tmp_path / "gpd-N6", facts)
+    store(nets, tmp_path / "gpd-N6", "gpd.json", facts)
     return GPD(steps=6)
 
 

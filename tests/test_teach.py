@@ -19,7 +19,8 @@ from accel.methods.gpd import GPD
 from accel.training import RECIPES, train_parts
 from accel.training.adapters import Adapters
 from accel.training.fit import Recipe
-from accel.training.gpd import Curriculum, GpdTask, Ground
+from accel.training.gpd import Curriculum, GpdTask
+from accel.training.slots import Ground
 from accel.training.students import guided, velocity
 from accel.training.teach import ARMS, cost, stage_recipes
 from accel.weights import NAME
@@ -61,7 +62,7 @@ def large(tmp_path) -> Path:
 def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_path, monkeypatch, sample):
     monkeypatch.setitem(RECIPES["adapters"], "gpd", {**RECIPES["adapters"]["gpd"], "steps": 1, "lr": 1e-2})
     done = train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
-    assert list(done["gpd"]["stages"]) == list(range(1, 9))
+    assert list(done["gpd"]["stages"]) == [f"k{k}" for k in range(1, 9)]
     pipe = accel.load_pipeline(str(large))
     plain, before = sample(pipe), {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()}
     with accel.apply(pipe, [GPD(steps=6)]) as trace:
@@ -126,7 +127,7 @@ def test_orders_that_cannot_be_are_refused_with_the_reason(large, tmp_path):
     ):
         with pytest.raises(ValueError, match=reason):
             train_parts("gpd", None, False, tmp_path / "out", **asked)
-    with pytest.raises(ValueError, match="--rank is for gpd alone, not for base"):
+    with pytest.raises(ValueError, match="--rank is for gpd, meanflow alone, not for base"):
         train_parts("base", None, False, tmp_path / "out", rank=4)
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="has 2 prompts: 3 are needed, 2 of them to look at"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from ..heads import Heads
@@ -23,6 +24,12 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The stack of blocks; each maps (hidden, text, time, rope) to hidden (b, n, d)."""
     return model.blocks
+
+
+def new_block(model: nn.Module) -> WanTransformerBlock:
+    """A block of the model's kind with weights of its own."""
+    c = model.config
+    return WanTransformerBlock(width(model), c.ffn_dim, c.num_attention_heads, c.qk_norm, c.cross_attn_norm, c.eps)
 
 
 def grid(model: nn.Module, x: Tensor) -> tuple[int, int, int]:

@@ -2,7 +2,15 @@
 
 from .asymrnr import AsymRnR
 from .base import Method
+from .disca import DisCa
 from .fastercache import FasterCache
 from .gpd import GPD
+from .meanflow import MeanFlow
 
-METHODS: dict[str, type[Method]] = {"fastercache": FasterCache, "asymrnr": AsymRnR, "gpd": GPD}
+METHODS: dict[str, type[Method]] = {
+    "fastercache": FasterCache,
+    "asymrnr": AsymRnR,
+    "gpd": GPD,
+    "meanflow": MeanFlow,
+    "disca": DisCa,
+}

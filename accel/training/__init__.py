@@ -22,30 +22,39 @@ RECIPES = {
         "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 4600, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 3},
         "gpd": {"steps": 75, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
+        "meanflow": {"steps": 450, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 30_000, "lr": 1e-3, "matrix_lr": 4e-3, "betas": (0.9, 0.98)},
         "gpd": {"steps": 300, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
+        "meanflow": {"steps": 2000, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 2000, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
-    "adapters": {"gpd": {"steps": 150, "lr": 5e-5} | _STUDENT},
+    "adapters": {
+        "gpd": {"steps": 150, "lr": 5e-5} | _STUDENT,
+        "meanflow": {"steps": 1000, "lr": 5e-5} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 1000, "lr": 1e-4} | _STUDENT | {"ema": 0.98},
+    },
 }
-PARTS = ("vae", "base", "gpd")
+STUDENTS = ("gpd", "meanflow", "predictor")  # what is made of a model that is there
+PARTS = ("vae", "base", *STUDENTS)
 
 
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
     """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how.
 
-    `order`, for gpd alone: the fields of `teach.Order`. Anything but the shipped model's students is not recorded.
+    `order`, for students alone: the fields of `orders.Order`. Only what belongs to the shipped model is recorded.
     """
     if what not in (*PARTS, "all"):
         raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
     order = {key: value for key, value in order.items() if value is not None}
-    if order and what != "gpd":
-        raise ValueError(f"--{next(iter(order))} is for gpd alone, not for {what}")
+    if order and what not in STUDENTS:
+        raise ValueError(f"--{next(iter(order))} is for {', '.join(STUDENTS)} alone, not for {what}")
     if order:
         folder = out / order.get("arm", what) / Path(order.get("model", "")).name
-        return {what: train_students(minutes, resume, folder, **order)}
+        return {what: train_students(what, minutes, resume, folder, **order)}
     state = PartialState()
     device = str(state.device)
     setting = "large" if state.device.type == "cuda" else "small"
@@ -58,7 +67,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
         if part in TRAINERS:
             done = TRAINERS[part](recipe, SETTINGS[setting], device, minutes, resume, out / part)
         else:
-            done = train_students(minutes, resume, out / part)
+            done = train_students(part, minutes, resume, out / part)
         record[part] = {"setting": setting, "device": name, **done, "recipe": recipe.model_dump()}
         if after:
             record[part]["after"] = after
@@ -114,12 +123,16 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
 TRAINERS = {"vae": _train_vae, "base": _train_base}  # these begin with the weights that they replace
 
 
-def train_students(minutes: float | None, resume: bool, out: Path, **order) -> dict:
+def train_students(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
     """Distil a model; raises ValueError if the shipped one is asked for and is not there."""
-    from .teach import Order, train_gpd
+    from .orders import Order
+    from .teach import train_gpd
+    from .teach_meanflow import train_meanflow
+    from .teach_predictor import train_predictor
 
     asked, device = Order(**order), str(PartialState().device)
     if asked.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise ValueError("the base model comes first: python -m accel train base")
     kind = "adapters" if asked.adapters() else "large" if device.startswith("cuda") else "small"
-    return train_gpd(Recipe(**RECIPES[kind]["gpd"]), asked, device, minutes, resume, out)
+    trainer = {"gpd": train_gpd, "meanflow": train_meanflow, "predictor": train_predictor}[what]
+    return trainer(Recipe(**RECIPES[kind][what]), asked, device, minutes, resume, out)

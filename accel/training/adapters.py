@@ -5,6 +5,7 @@ For models of which three copies would not fit. Which adapter is on is set befor
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..conditioning import IntervalEmbedder, save_told, unwrapped
 from ..weights import ADAPTER
 from .students import guided, velocity
 
@@ -33,6 +35,9 @@ class Adapters:
             if ".lora_" in name:
                 weight.data = weight.data.float()
         transformer.enable_gradient_checkpointing()
+        if isinstance(transformer.condition_embedder, IntervalEmbedder):
+            transformer.condition_embedder.told.requires_grad_(True)
+        self._told = deepcopy(getattr(transformer.condition_embedder, "told", None))  # the previous student's
         self._turn_on(CURRENT)
 
     def matrices(self) -> list[nn.Parameter]:
@@ -42,12 +47,14 @@ class Adapters:
     @torch.no_grad()
     def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
         self._turn_on(PREVIOUS)
+        self._swap_told()
         v = velocity(self.module, x, t, words)
+        self._swap_told()
         self._turn_on(CURRENT)
         return v
 
     @torch.no_grad()
-    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float) -> Tensor:
+    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
         self.module.disable_adapters()
         v = guided(self.module, x, t, words, empty, guidance)
         self.module.enable_adapters()
@@ -60,9 +67,20 @@ class Adapters:
                 for factors in (layer.lora_A, layer.lora_B):
                     factors[PREVIOUS].weight.copy_(factors[CURRENT].weight)
 
+        if self._told is not None:
+            self._told.load_state_dict(self.module.condition_embedder.told.state_dict())
+
     def save(self, folder: Path) -> None:
         """The current adapter as a LoRA file that diffusers loads too."""
-        self.module.save_lora_adapter(folder, adapter_name=CURRENT, weight_name=ADAPTER)
+        with unwrapped(self.module):
+            self.module.save_lora_adapter(folder, adapter_name=CURRENT, weight_name=ADAPTER)
+        save_told(self.module, folder)
+
+    def _swap_told(self) -> None:
+        """The other of the two sets of additions to the time embedding, if the model has any."""
+        embedder = self.module.condition_embedder
+        if self._told is not None:
+            embedder.told, self._told = self._told, embedder.told
 
     def _turn_on(self, name: str) -> None:
         """Run with one adapter; the current one alone ever learns, and the host of a distributed run may watch it."""

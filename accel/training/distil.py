@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..flow import euler
-from .fit import Recipe, fit, trained
-from .gpd import GpdTask, walk
+from .fit import Recipe, Task, fit, trained
+from .slots import Ground, walk
 from .students import Networks, velocity
 
 POINTS = 6  # places on the way at which a jump is compared with the teacher's
@@ -22,10 +23,27 @@ DIVERGED = 2.0  # times the error that a stage began with, at which it is ended
 EVERY = 25  # iterations between looks
 
 
+class Distillation(Task, Protocol):
+    """A task of several stages, each of which teaches the student that the one before left."""
+
+    stage: int
+    nets: Networks
+    ground: Ground
+    empty: Tensor  # the embedding (1, n, d) of no words
+
+    @property
+    def stages(self) -> dict[str, int]: ...  # name -> base steps of the jump that its student is looked at with
+    @property
+    def best(self) -> bool: ...  # whether the best student seen is the one to keep
+    @property
+    def diverged(self) -> bool: ...  # whether the stage should end for a reason of the task's own
+    def stagger(self) -> None: ...  # before the first iteration of all
+
+
 class HeldOut:
     """The guided teacher's ways (p, N + 1, c, f, h, w) from prompts and noises unknown to training, walked once."""
 
-    def __init__(self, task: GpdTask, prompts: list[str], guidance: float, seed: int = 1):
+    def __init__(self, task: Distillation, prompts: list[str], guidance: float, seed: int = 1):
         ground, nets = task.ground, task.nets
         self.ground, self.words = ground, ground.encode(prompts)
         noise = torch.Generator().manual_seed(seed)
@@ -47,8 +65,8 @@ class HeldOut:
     def _jump(self, model: nn.Module, i: int, k: int) -> float:
         x, j, levels = self.ways[:, i], min(i + k, len(self.ground.times)), self.ground.levels
         whole = (self.ways[:, j] - x) / float(levels[j] - levels[i])
-        t = self.ground.times[i].expand(len(x)).to(x.device)
-        return (velocity(model, x, t, self.words) - whole).square().mean().item()
+        time = self.ground.tell(*(torch.full((len(x),), place) for place in (i, j))).to(x.device)
+        return (velocity(model, x, time, self.words) - whole).square().mean().item()
 
     @torch.no_grad()
     def end(self, model: nn.Module, k: int) -> float:
@@ -99,62 +117,69 @@ class Watch:
             weight.copy_(best)
 
 
-def store(nets: Networks, folder: Path, facts: dict) -> None:
-    """A student as a file of weights, by its difference from the base, and `gpd.json`."""
+def store(nets: Networks, folder: Path, name: str, facts: dict) -> None:
+    """A student as a file of weights, by its difference from the base, and what is known of it as `name`."""
     folder.mkdir(parents=True, exist_ok=True)
     nets.save(folder)
-    (folder / "gpd.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / name).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def distil(
-    task: GpdTask, held: HeldOut, recipes: Sequence[Recipe], out: Path, keep: Callable[[int, dict], None],
+    task: Distillation, held: HeldOut, recipes: Sequence[Recipe], out: Path, keep: Callable[[dict], None],
     minutes: float | None = None, resume: bool = False,
 ) -> dict:  # fmt: skip
-    """Train all stages, or as far as the time goes; what each came to. `keep(horizon, facts)` stores a student.
+    """Train all stages, or as far as the time goes; what each came to. `keep(facts)` stores a stage's student.
 
     A stage that is finished leaves `done.json` and `student.pt`, and is not trained again.
     """
     began, stages = time.monotonic(), {}
-    for stage, k in enumerate(task.curriculum.horizons):
-        task.stage, task.recipe, folder = stage, recipes[stage], out / f"k{k}"
+    for stage, (name, horizon) in enumerate(task.stages.items()):
+        task.stage, task.recipe, folder = stage, recipes[stage], out / name
         done = folder / "done.json"
         if resume and done.is_file():
             _restore(task, folder)
-            stages[k] = json.loads(done.read_text())
+            stages[name] = json.loads(done.read_text())
         else:
             left = None if minutes is None else minutes - (time.monotonic() - began) / 60
             if left is not None and left <= 0:
                 break
-            if (stage_done := _train(task, held, folder, left, resume)) is None:
+            if (stage_done := _train(task, horizon, held, folder, left, resume)) is None:
                 break
-            stages[k] = stage_done
-            keep(k, stages[k])
-            done.write_text(json.dumps(stages[k]) + "\n")
+            stages[name] = stage_done
+            keep(stages[name])
+            done.write_text(json.dumps(stages[name]) + "\n")
         task.nets.next_stage()
-    return {"stages": stages, "finished": len(stages) == len(task.curriculum.horizons)}
+    return {"stages": stages, "finished": len(stages) == len(task.stages)}
 
 
-def _train(task: GpdTask, held: HeldOut, folder: Path, minutes: float | None, resume: bool) -> dict | None:
+def _train(task, horizon: int, held: HeldOut, folder: Path, minutes: float | None, resume: bool) -> dict | None:
     """Train one stage, and leave its student in the task and in `student.pt`; None if the time was over before."""
     begun = resume and (folder / "state.pt").is_file()
     if task.stage == 0 and not begun:
         task.stagger()
     folder.mkdir(parents=True, exist_ok=True)
-    watch = Watch(held, task.module, task.horizon, folder / "watch.pt", begun)
-    summary = fit(task, folder, minutes=minutes, resume=resume, enough=watch)
-    if summary["step"] < summary["steps"] and not watch.diverged:
+    watch = Watch(held, task.module, horizon, folder / "watch.pt", begun)
+    over = lambda step: watch(step) or task.diverged
+    summary = fit(task, folder, minutes=minutes, resume=resume, enough=over)
+    if summary["step"] < summary["steps"] and not (watch.diverged or task.diverged):
         return None
     watch.look(summary["step"])
-    if task.curriculum.guidance_anneal == "none":  # else the ways that are looked at are not the ones that are taught
+    if task.best:
         watch.restore()
     torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")
-    errors = {"jump": held.jump(task.module, task.horizon), "end": held.end(task.module, task.horizon)}
+    errors = {"jump": held.jump(task.module, horizon), "end": held.end(task.module, horizon)}
     return {**summary, **errors, "watched": watch.errors}
 
 
 @torch.no_grad()
-def _restore(task: GpdTask, folder: Path) -> None:
+def _restore(task: Distillation, folder: Path) -> None:
     """The student that a finished stage left, and its slots."""
     for weight, kept in zip(trained(task.module), torch.load(folder / "student.pt", weights_only=True), strict=True):
         weight.copy_(kept)
     task.load_state_dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["carried"])
+
+
+def totals(recipes: Sequence[Recipe], done: dict) -> dict:
+    """What `distil` did, and the sums over its stages: iterations made and planned, seconds."""
+    spent = {key: sum(stage[key] for stage in done["stages"].values()) for key in ("step", "seconds")}
+    return {**spent, "steps": sum(r.steps for r in recipes), **done}

@@ -9,24 +9,18 @@ and noise. The rivals (halving, direct) are other ways to the same end of a jump
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import imageio.v3 as iio
 import torch
-from einops import rearrange
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from ..flow import euler, mean_velocity
-from ..models import Home
-from ..run import build_run, latents
 from ..spectrum import high_energy
 from .fit import Recipe
+from .slots import Ground, Slots, sheet
 from .students import Networks, velocity
-from .vae import from_unit, raw
 
 PIECES = {  # who goes how far on the way of k base steps
     "online": lambda k: [("previous", k - 1)] * (k > 1) + [("teacher", 1)],
@@ -58,53 +52,6 @@ class Curriculum(BaseModel, frozen=True, extra="forbid"):
         return self.guidance_start + (self.guidance_end - self.guidance_start) * done[self.guidance_anneal]
 
 
-@dataclass(frozen=True)
-class Ground:
-    """Where trajectories run: text, captions to draw, the base grid as the scheduler emits it, the latents' shape."""
-
-    encode: Callable[[list[str]], Tensor]  # embeddings (b, n, d)
-    prompts: Callable[[random.Random], str]
-    levels: Tensor  # (N + 1,) float64, from 1 to 0
-    times: Tensor  # (N,) timesteps
-    shape: tuple[int, ...]  # (c, f, h, w)
-    decode: Callable[[Tensor], Tensor] | None = None  # latents (b, c, f, h, w) to frames (b, 3, f, h, w) in [-1, 1]
-
-
-def ground_of(pipe, home: Home, base_steps: int, prompts: Callable[[random.Random], str]) -> Ground:
-    """The ground of a pipeline at its home size; its scheduler gives the levels and timesteps."""
-    device = pipe.transformer.device
-    pipe.scheduler.set_timesteps(base_steps)
-
-    @torch.no_grad()
-    def encode(texts: list[str]) -> Tensor:
-        given = dict(do_classifier_free_guidance=False, max_sequence_length=home.text_length, device=device)
-        return pipe.encode_prompt(texts, **given)[0].float()
-
-    shape = tuple(latents(build_run(home, model="", prompt="-"), pipe).shape[1:])
-    levels, times = pipe.scheduler.sigmas.double().cpu(), pipe.scheduler.timesteps.cpu()
-    decode = lambda z: pipe.vae.decode(raw(pipe.vae, z).to(pipe.vae.dtype)).sample.float()
-    return Ground(encode, prompts, levels, times, shape, decode)
-
-
-def walk(model: nn.Module, ground: Ground, x: Tensor, words: Tensor, k: int) -> Tensor:
-    """Noise x (b, c, f, h, w) carried to the end by a student in its own jumps of k base steps."""
-    n = len(ground.times)
-    for i in range(0, n, k):
-        now, then = (ground.levels[j].expand(len(x)) for j in (i, min(i + k, n)))
-        x = euler(x, velocity(model, x, ground.times[i].expand(len(x)).to(x.device), words), now, then)
-    return x
-
-
-@dataclass
-class Slots:
-    """Trajectories under way: latents x (s, c, f, h, w), place on the base grid, and which trajectory of its slot."""
-
-    x: Tensor
-    index: Tensor  # (s,)
-    visit: Tensor  # (s,)
-    words: Tensor  # (s, n, d)
-
-
 class GpdTask:
     """A stage at a time; a process carries the slots first .. first + count of all."""
 
@@ -115,12 +62,9 @@ class GpdTask:
         self.recipe, self.curriculum, self.nets, self.ground = recipe, curriculum, nets, ground
         if curriculum.slots % share[1]:
             raise ValueError(f"{curriculum.slots} slots cannot be shared by {share[1]} processes: give --slots")
-        count = curriculum.slots // share[1]
-        self.first, self.stage = share[0] * count, 0
+        count, self.stage = curriculum.slots // share[1], 0
         self.empty = ground.encode([""])
-        words, zero = self.empty.expand(count, -1, -1).clone(), torch.zeros(count, dtype=torch.long)
-        self.slots = Slots(torch.empty(count, *ground.shape, device=words.device), zero.clone(), zero - 1, words)
-        self._restart(torch.ones(count, dtype=torch.bool))
+        self.slots = Slots(ground, count, share[0] * count, recipe.seed)
 
     @property
     def module(self) -> nn.Module:
@@ -129,6 +73,18 @@ class GpdTask:
     @property
     def horizon(self) -> int:
         return self.curriculum.horizons[self.stage]
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Names of the stages, and the horizons that their students are looked at with."""
+        return {f"k{k}": k for k in self.curriculum.horizons}
+
+    @property
+    def best(self) -> bool:
+        """Whether the best student seen is the one to keep: not if what is looked at is not what is taught."""
+        return self.curriculum.guidance_anneal == "none"
+
+    diverged = False  # by itself; what is looked at tells
 
     @property
     def last(self) -> bool:
@@ -142,7 +98,7 @@ class GpdTask:
         slots, device = self.slots, self.slots.x.device
         guidance = self.curriculum.guidance(self.stage, step / self.recipe.steps)
         target, stops, calls = self.way(slots.x, slots.index, slots.words, guidance)
-        v = velocity(model, slots.x, self.ground.times[slots.index].to(device), slots.words)
+        v = velocity(model, slots.x, self.ground.tell(slots.index, stops[-1]).to(device), slots.words)
         error, logs = v - target, {"calls": calls, "guidance": guidance}
         loss = error.square().mean()
         if self.last and (self.curriculum.space or self.curriculum.time):
@@ -186,58 +142,29 @@ class GpdTask:
             early = rng.random() < self.curriculum.off_grid
             far = rng.randint(0, max(0, self.curriculum.hop - self.horizon))
             end[i] = stops[-2][i] if early and stops[-2][i] > slots.index[i] else min(n, int(end[i]) + far)
-        slots.x = euler(slots.x, v, self.ground.levels[slots.index], self.ground.levels[end])
-        slots.index = end
-        self._restart(end >= n)
-
-    def _restart(self, over: Tensor) -> None:
-        """New noise and a new prompt in the slots that are over; both depend on the slot and its visit alone."""
-        slots = self.slots
-        for i in over.nonzero().flatten().tolist():
-            slots.visit[i] += 1
-            name = f"{self.recipe.seed} {self.first + i} {int(slots.visit[i])}"
-            rng = random.Random(name)
-            noise = torch.Generator().manual_seed(rng.getrandbits(62))
-            slots.x[i] = torch.randn(self.ground.shape, generator=noise).to(slots.x)
-            slots.words[i] = self.ground.encode([self.ground.prompts(rng)])[0]
-            slots.index[i] = 0
+        slots.move(v, end)
 
     def _own(self) -> range:
         """The numbers of this process's slots among all."""
-        return range(self.first, self.first + len(self.slots.index))
+        return range(self.slots.first, self.slots.first + len(self.slots))
 
-    @torch.no_grad()
     def stagger(self) -> None:
-        """Let the guided teacher carry each slot, in hops, to a base step of its own: a batch sees all levels."""
-        slots, n = self.slots, self.curriculum.base_steps
-        goal = torch.tensor(
-            [random.Random(f"{self.recipe.seed} {self.first + i}").randrange(n) for i in range(len(slots.index))]
-        )
-        guidance = self.curriculum.guidance(0, 0)
-        while (slots.index < goal).any():  # always the whole batch: a compiled network knows its shape
-            now, then = slots.index, torch.minimum(goal, slots.index + self.curriculum.hop)
-            at = self.ground.times[now].to(slots.x.device)
-            v = self.nets.teacher(slots.x, at, slots.words, self.empty, guidance)
-            slots.x, slots.index = euler(slots.x, v, self.ground.levels[now], self.ground.levels[then]), then
+        """Let the guided teacher carry each slot to a base step of its own."""
 
-    @torch.no_grad()
+        def guided(now: Tensor) -> Tensor:
+            at, guidance = self.ground.times[now].to(self.slots.x.device), self.curriculum.guidance(0, 0)
+            return self.nets.teacher(self.slots.x, at, self.slots.words, self.empty, guidance)
+
+        self.slots.stagger(guided, self.curriculum.hop)
+
     def sheet(self, path: Path) -> None:
-        """Nine frames of each of four prompts, from noise to the end in the student's own steps."""
-        if self.ground.decode is None:
-            return
-        rng = random.Random("sheet")
-        words = self.ground.encode([self.ground.prompts(rng) for _ in range(4)])
-        x = torch.randn(4, *self.ground.shape, generator=torch.Generator().manual_seed(0)).to(words.device)
-        frames = self.ground.decode(walk(self.module, self.ground, x, words, self.horizon))
-        frames = frames[:, :, :: max(1, frames.shape[2] // 8)]
-        iio.imwrite(path, from_unit(rearrange(frames, "b c f h w -> c 1 (b h) (f w)"))[0].cpu().numpy())
+        """Four prompts, from noise to the end in the student's own steps."""
+        sheet(self.module, self.ground, self.horizon, path)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the weights; (s, ...) each, so that processes can be put together."""
-        return vars(self.slots).copy()
+        """What a resumed run needs beside the weights: the slots."""
+        return self.slots.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse, from the slots of all processes."""
-        own = slice(self.first, self.first + len(self.slots.index))
-        device = self.slots.x.device
-        self.slots = Slots(**{k: v[own].to(device if k in ("x", "words") else "cpu") for k, v in state.items()})
+        self.slots.load_state_dict(state)

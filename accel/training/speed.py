@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 
 import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..families import wan
 from ..heads import Heads
@@ -35,11 +34,12 @@ def can_compile(device: str) -> bool:
     return kind == "cuda" or (kind == "cpu" and shutil.which("g++") is not None)
 
 
-def quicken(transformer: WanTransformer3DModel, device: str) -> None:
-    """Make a transformer of which nothing but calls is asked quicker, in place: 1.8 times on two CPU cores."""
+def quicken(blocks: nn.ModuleList, device: str) -> None:
+    """Make Wan's blocks, of which nothing but calls is asked, quicker in place: 1.8 times on two CPU cores."""
     if torch.device(device).type == "cpu":
-        for block in transformer.blocks:
+        for block in blocks:
             block.attn1.set_processor(DenseAttention())
     if can_compile(device):
         torch._dynamo.config.recompile_limit = 64  # networks of one class share it; each batch size is another graph
-        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)

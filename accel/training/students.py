@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..conditioning import save_told, unwrapped
 from ..weights import save_differences
 from .speed import quicken
 
@@ -20,7 +22,7 @@ class Networks(Protocol):
 
     def matrices(self) -> list[nn.Parameter]: ...  # of it, for Muon
     def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor: ...
-    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float) -> Tensor: ...
+    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor: ...
     def next_stage(self) -> None: ...  # the student becomes the previous one
     def save(self, folder: Path) -> None: ...  # the student's weights, by their difference from the teacher's
 
@@ -32,7 +34,7 @@ class Copies:
         self.module = deepcopy(transformer).train()
         self._teacher, self._previous = (deepcopy(transformer).eval().requires_grad_(False) for _ in range(2))
         for net in (self.module, self._teacher, self._previous) if device else ():
-            quicken(net, device)
+            quicken(net.blocks, device)
 
     def matrices(self) -> list[nn.Parameter]:
         return [p for p in self.module.blocks.parameters() if p.ndim == 2]
@@ -42,26 +44,37 @@ class Copies:
         return velocity(self._previous, x, t, words)
 
     @torch.no_grad()
-    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float) -> Tensor:
+    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
         return guided(self._teacher, x, t, words, empty, guidance)
 
     def next_stage(self) -> None:
         self._previous.load_state_dict(self.module.state_dict())
 
     def save(self, folder: Path) -> None:
-        save_differences(self.module, self._teacher, folder / "model.safetensors")
+        with ExitStack() as stack:
+            for net in (self.module, self._teacher):
+                stack.enter_context(unwrapped(net))
+            save_differences(self.module, self._teacher, folder / "model.safetensors")
+        save_told(self.module, folder)
 
 
-def velocity(model: nn.Module, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-    """One call of a transformer in bfloat16 where that is safe; states and what comes back stay float32."""
-    with torch.autocast(x.device.type, torch.bfloat16):
+def velocity(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, fine: bool = False) -> Tensor:
+    """One call of a transformer in bfloat16 where that is safe; states and what comes back stay float32.
+
+    `fine`: in the dtype of its own weights, for differences of calls that bfloat16 would drown.
+    """
+    with torch.autocast(
+        x.device.type, torch.bfloat16, enabled=not fine or model.patch_embedding.weight.dtype != x.dtype
+    ):
         return model(x, t, words, return_dict=False)[0].float()
 
 
-def guided(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float) -> Tensor:
-    """Guided velocity as `WanPipeline` forms it: uncond + guidance (cond - uncond)."""
+def guided(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
+    """Guided velocity as `WanPipeline` forms it: uncond + guidance (cond - uncond); a number, or one a sample (b,)."""
     cond = velocity(model, x, t, words)
-    if guidance == 1:
+    if isinstance(guidance, Tensor):
+        guidance = guidance.to(x).view(-1, 1, 1, 1, 1)
+    elif guidance == 1:
         return cond
     uncond = velocity(model, x, t, empty.expand(len(x), -1, -1))
     return uncond + guidance * (cond - uncond)

@@ -1,0 +1,195 @@
+"""DisCa's feature cache (arXiv 2602.05449): whole passes only at anchor steps, a prediction of their result between.
+
+At an anchor the stack of blocks runs, and its output is kept: one tensor. At other steps the tokens are embedded and
+the model's head runs as ever, but what lies between is predicted: by a small network that was trained for the student
+it serves (`python -m accel train predictor`), or, as the rivals that need no training, by the kept output itself
+(reuse) or a Taylor series of the last few (TaylorSeer, arXiv 2503.06923). Predictions are never kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, Field, field_validator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..host import Host
+from ..predictor import Form, Predictor, flops
+from ..student import read
+from ..trace import DENOISER, Trace
+from ..weights import bears
+from .base import Method
+
+ORDERS = {"residual": 0, "plain": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
+LEARNT = ("residual", "plain")
+
+
+class Learnt(BaseModel, frozen=True):
+    """What `predictor.json` says of a predictor, as far as running it goes."""
+
+    form: Form
+    depth: int = Field(ge=1)
+    student: list[float]  # marks of the transformer whose features it learnt
+
+
+@dataclass
+class Cache:
+    """Of one branch: the last anchor's step, and its output with backward differences in steps, up to an order."""
+
+    step: int = 0
+    terms: list[Tensor] = field(default_factory=list)
+
+    def refresh(self, step: int, feature: Tensor, order: int) -> None:
+        """Keep an anchor's output (b, n, d) and how it differs from the one before."""
+        terms, before = [feature], self.terms if self.terms and self.terms[0].shape == feature.shape else []
+        for older in before[:order]:
+            terms.append((terms[-1] - older) / (step - self.step))
+        self.step, self.terms = step, terms
+
+    def extrapolate(self, step: int) -> Tensor:
+        """The Taylor series at a later step."""
+        ahead = step - self.step
+        return sum(term * (ahead**i / math.factorial(i)) for i, term in enumerate(self.terms))
+
+
+class DisCa(Method):
+    """Predicts the output of the stack of blocks between anchor steps."""
+
+    title: ClassVar[str] = "DisCa"
+    paper: ClassVar[str] = "arXiv 2602.05449"
+    neutral: ClassVar[dict] = {"full": 100, "form": "reuse"}
+
+    full: int = Field(
+        8, ge=1, le=100, description="Full passes; the others are predicted. Fewer lose motion and shape."
+    )
+    form: Literal["residual", "plain", "reuse", "taylor-1", "taylor-2"] = Field(
+        "residual", description="Who predicts: a network (residual or as in the paper), the last pass, a Taylor series."
+    )
+    anchors: str = Field(
+        "", description="Steps of the full passes, as in '0 1 2 5 9'; empty: spread.", json_schema_extra={"page": False}
+    )
+    predictor: str = Field(
+        "", description="Folder of a predictor; empty: beside the model.", json_schema_extra={"page": False}
+    )
+
+    @field_validator("anchors")
+    @classmethod
+    def _rising(cls, anchors: str) -> str:
+        try:
+            steps = [int(word) for word in anchors.replace(",", " ").split()]
+        except ValueError:
+            raise ValueError(f"anchors = {anchors!r} are not whole numbers") from None
+        if steps and (steps[0] != 0 or sorted(set(steps)) != steps):
+            raise ValueError(f"anchors = {anchors!r} must rise from 0, the first step: nothing is kept before it")
+        return " ".join(map(str, steps))
+
+    @classmethod
+    def offered(cls, model: str | Path) -> dict[str, list]:
+        """The learnt forms that are beside a model, and those that need no training."""
+        there = [form for form in LEARNT if (_beside(model, form) / "predictor.json").is_file()]
+        return {"form": [*there, *(form for form in ORDERS if form not in LEARNT)]}
+
+    def files(self, model: str | Path) -> list[Path]:
+        """The predictor's files."""
+        return sorted(p for p in self._folder(model).glob("*") if p.is_file()) if self.form in LEARNT else []
+
+    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+        """One output of the stack of blocks for each branch; a Taylor series has one more for each order."""
+        if len(self.steps(count)) == count:
+            return 0
+        tokens = math.prod(family.grid(model, latents)) * len(latents)
+        kept = min(len(self.steps(count)), 1 + ORDERS[self.form])
+        return kept * (1 + guided) * tokens * family.width(model) * latents.element_size()
+
+    def steps(self, count: int) -> list[int]:
+        """The anchors of `count` steps. Raises ValueError if a given one is not among them."""
+        given = [int(word) for word in self.anchors.split()]
+        if given and given[-1] >= count:
+            raise ValueError(f"disca.anchors has step {given[-1]}, but a run of {count} steps ends with {count - 1}")
+        return given or spread(self.full, count)
+
+    def _folder(self, model: str | Path) -> Path:
+        return Path(self.predictor) if self.predictor else _beside(model, self.form)
+
+    @contextmanager
+    def apply(self, host: Host, trace: Trace) -> Iterator[None]:
+        """Wrap the stack of blocks for the time of the context."""
+        predictor = self._load(host) if self.form in LEARNT else None
+        caches, anchors = host.per_run(dict), host.per_run(lambda: self._begin(host, trace))
+
+        def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
+            step, order = host.step, ORDERS[self.form]
+            cache = caches().setdefault((host.model, step.branch), Cache())
+            fits = bool(cache.terms) and cache.terms[0].shape == hidden.shape
+            if step.index in anchors() or not fits:
+                out = inner(hidden, *inputs, **named)
+                if len(anchors()) < step.count:
+                    cache.refresh(step.index, out, order)
+                    trace.hold("disca", sum(t.nbytes for c in caches().values() for t in c.terms))
+                return out
+            self._note(host, trace, predictor, hidden)
+            if predictor is not None:
+                return predictor(hidden, cache.terms[0], *inputs, **named)
+            return cache.extrapolate(step.index).to(hidden.dtype)
+
+        with host.wrap_blocks(blocks):
+            yield
+
+    def _begin(self, host: Host, trace: Trace) -> list[int]:
+        """The run's anchors; what will be held, and why nothing happens, goes to the trace."""
+        count = host.step.count
+        anchors = self.steps(count)
+        if self.form in LEARNT and count == 1:
+            raise ValueError("disca and a student of 1 step do not go together: there is nothing to predict")
+        if len(anchors) == count:
+            trace.note(f"DisCa does nothing: all {count} steps are full passes at this setting")
+        guided = host.family.is_guided(host.pipe)
+        trace.bytes_forecast += self.forecast(host.models[host.model], host.family, host.latents, count, guided)
+        trace.extras["disca"] = {"anchors": anchors, "form": self.form}
+        return anchors
+
+    def _note(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
+        """Record a predicted pass, and the share of its work that is left: embedding, head and predictor."""
+        whole, stack = trace.flops[DENOISER], len(host.stacks[host.model])
+        block = trace.flops["blocks.0"]
+        left = whole - stack * block
+        if predictor is not None:
+            left += flops(predictor, hidden.shape[0] * hidden.shape[1], block)
+        trace.record(host.step, DENOISER, "predict", left / whole)
+        trace.drop(host.step, host.attentions[host.model])
+
+    def _load(self, host: Host) -> Predictor:
+        """The trained predictor. Raises ValueError if there is none, or it belongs to another student than runs."""
+        folder, model = self._folder(host.pipe.name_or_path or "nowhere"), host.models[0]
+        learnt = read(folder, "predictor.json", Learnt, "train predictor makes it")
+        if not bears(model, learnt.student):
+            raise ValueError(
+                f"disca: predictor {folder.name!r} belongs to another model than the one that runs: put the meanflow "
+                "that it was trained for before it, or choose the form reuse or taylor-1"
+            )
+        predictor = Predictor(host.family, model, learnt.form, learnt.depth)
+        predictor.load_state_dict(load_file(folder / "model.safetensors"))
+        weight = model.patch_embedding.weight
+        return predictor.to(weight.device, weight.dtype).eval().requires_grad_(False)
+
+
+def _beside(model: str | Path, form: str) -> Path:
+    """The folder of a model's predictor."""
+    return Path(model) / "predictor" / form
+
+
+def spread(full: int, count: int) -> list[int]:
+    """`full` of `count` steps: the first three, the last, and the others evenly between."""
+    if full >= count:
+        return list(range(count))
+    if full < 4:
+        return [0, 1, 2][: max(1, full - 1)] + [count - 1] * (full > 1)
+    parts = full - 3
+    return [0, 1, *(2 + round((count - 3) * i / parts) for i in range(parts + 1))]

@@ -1,0 +1,198 @@
+"""Restricted MeanFlow (DisCa, arXiv 2602.05449): guidance distilled first, then mean velocities over short intervals.
+
+First stage: one call, told a guidance, gives what the base gives in two. Second stage: one call, told where its step
+ends, gives the mean velocity u up to there. Its target follows from the MeanFlow identity, u = v - (t - r) du/dt, with
+v from the first stage's frozen student; intervals t - r are drawn from [0, R], as the term that feeds the network's
+own errors back is multiplied by their length. R = 1 is plain MeanFlow. Data-free: captions and noise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..conditioning import packed
+from ..flow import mean_flow_target, slope_central, slope_exact
+from .fit import Recipe
+from .slots import Slots, TimedGround, sheet
+from .students import Networks, velocity
+
+SEEN, GROWN = (
+    25,
+    20.0,
+)  # iterations that the size of the correction is averaged over; how often its first size is too much
+
+
+class Course(BaseModel, frozen=True, extra="forbid"):
+    """What both stages do, apart from their optimizers."""
+
+    base_steps: int = Field(60, ge=1)  # of the grid that trajectories run on
+    steps: tuple[int, ...] = (20, 10)  # numbers of steps that the student is made for
+    guidance: tuple[float, float] = (2.0, 5.0)
+    longest: float = Field(gt=0, le=1)  # R
+    follow: bool = True  # at most as far as the schedule of the fewest steps goes from that level
+    equal: float = Field(0.5, ge=0, lt=1)  # share of the slots with r = t
+    slope: Literal["central", "exact"] = "central"
+    reach: float = Field(5e-3, gt=0, lt=0.5)  # of the central difference
+    warm: int = Field(100, ge=1)  # iterations in which the correction comes in
+    slots: int = Field(16, ge=1)  # trajectories that are carried, over all processes
+    hop: int = Field(12, ge=1)  # most base steps a slot moves on in one iteration
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Names, and the longest jump that each one's student is looked at with."""
+        return {"guidance": 1, "average": self.base_steps // min(self.steps)}
+
+
+def longest_step(scheduler, steps: tuple[int, ...]) -> float:
+    """The widest interval between noise levels that a pipeline's scheduler makes in these numbers of steps: R."""
+    widths = []
+    for n in steps:
+        scheduler.set_timesteps(n)
+        widths.append(float(-scheduler.sigmas.double().diff().min()))
+    return max(widths)
+
+
+class MeanFlowTask:
+    """Both stages; a process carries its share of the slots."""
+
+    def __init__(
+        self, recipe: Recipe, course: Course, nets: Networks, ground: TimedGround, share: tuple[int, int] = (0, 1)
+    ):
+        """`share`: which process this is, of how many."""
+        self.recipe, self.course, self.nets, self.ground = recipe, course, nets, ground
+        if course.slots % share[1]:
+            raise ValueError(f"{course.slots} slots cannot be shared by {share[1]} processes: give --slots")
+        count, self.stage = course.slots // share[1], 0
+        self.empty = ground.encode([""])
+        self.slots = Slots(ground, count, share[0] * count, recipe.seed)
+        self._first: list[float] = []  # sizes of the correction when it was in for the first time
+        self._sizes: deque[float] = deque(maxlen=SEEN)
+        _keep_zeros(nets.module.condition_embedder.base.time_embedder)
+
+    best = True
+
+    @property
+    def module(self) -> nn.Module:
+        return self.nets.module
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Names of the stages, and the jumps that their students are looked at with."""
+        return self.course.stages
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the network feeds on its own errors: its correction has grown many times."""
+        if len(self._first) < SEEN or sum(self._sizes) <= GROWN * sum(self._first):
+            return False
+        print(f"the correction (t - r) du/dt has grown {GROWN:g}-fold: the stage ends; a lower rate or R is needed",
+              file=sys.stderr)  # fmt: skip
+        return True
+
+    def matrices(self) -> list[nn.Parameter]:
+        return self.nets.matrices()
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """The student's error at the slots, which then move on."""
+        slots, (low, high) = self.slots, self.course.guidance
+        now = self.ground.levels[slots.index].float()
+        w = torch.tensor([low + (high - low) * rng.random() for rng in slots.chance("guidance")])
+        if self.stage == 0:
+            v = self.nets.teacher(slots.x, 1000 * now.to(slots.x.device), slots.words, self.empty, w)
+            then, target, logs = now, v, {}
+        else:
+            v = self.nets.previous(slots.x, self._told(now, now, w), slots.words)
+            then = self.ends(now, step)
+            target, logs = self._corrected(v, now, then, w, step)
+        u = velocity(model, slots.x, self._told(now, then, w), slots.words)
+        self._move(v, step)
+        return (u - target).square().mean(), logs
+
+    def ends(self, now: Tensor, step: int) -> Tensor:
+        """Where the intervals from levels `now` (s,) end: their lengths are uniform in [0, R], or 0 for a share.
+
+        A shifted schedule makes short steps where there is much noise, where guided velocities change most: there R is
+        the step that it makes, or the correction would be many times the velocity.
+        """
+        farthest = (now - self.course.longest).clamp(min=0)
+        if self.course.follow:
+            beyond = (self.slots.index + self.stages["average"]).clamp(max=self.course.base_steps)
+            farthest = torch.maximum(farthest, self.ground.levels[beyond].float())
+        shares = torch.tensor([rng.random() for rng in self.slots.chance("length", step)])
+        moving = len(now) * (1 - self.course.equal)
+        first, *_ = self.slots.chance("count", step)
+        count = int(moving) + (first.random() < moving % 1)  # always the same where it is whole
+        order = torch.tensor([rng.random() for rng in self.slots.chance("end", step)]).argsort()
+        shares[order[count:]] = 0
+        return now - shares * (now - farthest)
+
+    def _corrected(self, v: Tensor, now: Tensor, then: Tensor, w: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The target of the mean velocity: v where an interval is empty."""
+        moving = (then < now).nonzero().flatten()
+        if not len(moving):
+            return v, {}
+        slope = self.slope(v[moving], now[moving], then[moving], w[moving], moving)
+        warm = min(1.0, (step + 1) / self.course.warm)
+        target = v.clone()
+        target[moving] = mean_flow_target(v[moving], warm * slope, now[moving], then[moving])
+        size = (target - v)[moving].square().mean().item() / warm**2
+        if step >= self.course.warm:
+            (self._first if len(self._first) < SEEN else self._sizes).append(size)
+        return target, {"correction": size, "velocity": v.square().mean().item()}
+
+    @torch.no_grad()
+    def slope(self, v: Tensor, now: Tensor, then: Tensor, w: Tensor, which: Tensor) -> Tensor:
+        """du/dt (m, ...) of the student as it stands, along the path, at some of the slots."""
+        x, words = self.slots.x[which], self.slots.words[which]
+        now, then, w = (a.to(x.device) for a in (now, then, w))
+        u = lambda x, level: velocity(self.module, x, packed(level, then, w), words, fine=True)
+        if self.course.slope == "central":
+            return slope_central(u, x, now, v, then, self.course.reach)
+        with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+            return slope_exact(u, x, now, v)
+
+    def _told(self, now: Tensor, then: Tensor, w: Tensor) -> Tensor:
+        return packed(now, then, w).to(self.slots.x.device)
+
+    def _move(self, v: Tensor, step: int) -> None:
+        """Carry each slot some base steps on, along the teacher's velocity."""
+        far = [rng.randint(1, self.course.hop) for rng in self.slots.chance("move", step)]
+        self.slots.move(v, (self.slots.index + torch.tensor(far)).clamp(max=self.course.base_steps))
+
+    def stagger(self) -> None:
+        """Let the guided teacher carry each slot to a place of its own."""
+        slots, middle = self.slots, sum(self.course.guidance) / 2
+
+        def guided(now: Tensor) -> Tensor:
+            time = 1000 * self.ground.levels[now].float().to(slots.x.device)
+            return self.nets.teacher(slots.x, time, slots.words, self.empty, middle)
+
+        slots.stagger(guided, self.course.hop)
+
+    def sheet(self, path: Path) -> None:
+        """Four prompts, from noise to the end in the fewest steps that the student is made for."""
+        sheet(self.module, self.ground, self.stages["average"], path)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the weights: the slots."""
+        return self.slots.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse, from the slots of all processes."""
+        self.slots.load_state_dict(state)
+
+
+def _keep_zeros(layer: nn.Module) -> None:
+    """Weights that are zero stay so: time frequencies that the base does not see (`smooth_time`) stay unseen."""
+    for weight in layer.parameters():
+        if weight.requires_grad:
+            seen = weight.detach() != 0
+            weight.register_hook(lambda grad, seen=seen: grad * seen)

@@ -1,0 +1,106 @@
+"""What a distillation is asked for, and what follows whatever the method: the model, its networks, its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..models import TINY, Home, home_of, load_pipeline, own_home, resolve
+from ..world.scene import caption, held_out_prompts, sample_scene
+from .distil import Distillation, HeldOut
+from .slots import Ground, ground_of
+from .students import Copies, Networks
+
+LOOKS, HELD = 8, 2  # held-out prompts that are looked at: of the toy world, the last of a file
+PROMPT_SEED = 11  # of the former; figures are reported on others
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for. The toy world's own model needs neither prompts (a file of one a line) nor adapters."""
+
+    model: str = TINY
+    arm: str | None = None  # a rival or variant of the method; None: the method itself
+    prompts: Path | None = None
+    rank: int = 64
+    slots: int | None = None  # trajectories under way; 16, or with adapters one for each process
+
+    def adapters(self) -> bool:
+        """Whether the students are adapters: they are for every model but the toy world's."""
+        home = own_home(self.model)
+        return home is None or not home.captions
+
+    def lines(self, arms: Collection[str]) -> list[str]:
+        """The prompts of the file. Raises ValueError for an order that cannot be carried out."""
+        if self.arm is not None and self.arm not in arms:
+            raise ValueError(f"unknown arm {self.arm!r}; there are {', '.join(arms)}")
+        if not self.adapters():
+            if self.prompts:
+                raise ValueError("this model is trained on captions of its own world: leave --prompts out")
+            return []
+        if self.prompts is None or not self.prompts.is_file():
+            raise ValueError("this model needs prompts to train on: give --prompts FILE, a text file of one a line")
+        lines = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
+        if len(lines) <= HELD:
+            raise ValueError(
+                f"{self.prompts} has {len(lines)} prompts: {HELD + 1} are needed, {HELD} of them to look at"
+            )
+        return lines
+
+    def pipeline(self, device: str):
+        """The pipeline to distil. Raises ValueError for one that cannot be."""
+        pipe = load_pipeline(self.model, device)
+        if getattr(pipe, "transformer_2", None) is not None or getattr(pipe, "image_encoder", None) is not None:
+            raise ValueError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
+        return pipe
+
+    def trajectories(self) -> int:
+        """How many are under way, over all processes."""
+        return self.slots or (PartialState().num_processes if self.adapters() else 16)
+
+    def ground(self, pipe, home: Home, base_steps: int, lines: list[str]) -> Ground:
+        """Where trajectories run: over the file's prompts, or captions of the toy world."""
+        draw = (lambda rng: rng.choice(lines[:-HELD])) if lines else (lambda rng: caption(sample_scene(rng), rng))
+        ground = ground_of(pipe, home, base_steps, draw)
+        return replace(ground, decode=None) if self.adapters() else ground  # a sheet of a large model takes minutes
+
+    def networks(self, transformer, seed: int, device: str) -> Networks:
+        """Teacher and students of a transformer."""
+        if not self.adapters():
+            return Copies(transformer, device)
+        from .adapters import Adapters
+
+        torch.manual_seed(seed)
+        return Adapters(transformer, self.rank)
+
+    def beside(self) -> Path | None:
+        """The folder of a local model, where its students go."""
+        folder = Path(resolve(self.model))
+        return folder if folder.is_dir() else None
+
+    def held_out(self, task: Distillation, pipe, lines: list[str]) -> HeldOut:
+        """The prompts that a training is looked at with."""
+        looks = lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
+        return HeldOut(task, looks, home_of(pipe, self.model).guidance)
+
+
+def begin(out: Path, resume: bool, order: dict) -> None:
+    """Leave in a folder what is trained there. Without `resume` it is emptied of an earlier training's stages.
+
+    Raises ValueError if what is to be resumed is something else.
+    """
+    file = out / "order.json"
+    if resume and file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(order)):
+        raise ValueError(f"{out} holds another training (see its order.json): start without --resume, or give --out")
+    if PartialState().is_main_process:
+        for state in [] if resume else out.glob("*/state.pt"):
+            shutil.rmtree(state.parent)
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(order) + "\n")
+    PartialState().wait_for_everyone()

@@ -1,0 +1,255 @@
+"""Training DisCa's predictor (arXiv 2602.05449) on the ways of the student that it will serve, at its own steps.
+
+Each slot goes the student's way step by step. At its anchors the output of the student's blocks is cached; at the steps
+behind, the predictor has that and the current tokens, and learns the velocity that the whole pass gives. First by
+squared error, then with a discriminator on the frozen student's features one step on (hinge, on both sides).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from ..conditioning import packed
+from ..flow import euler
+from ..predictor import Predictor
+from .discriminator import Discriminator, hinge, right
+from .fit import Recipe
+from .slots import Slots, TimedGround
+from .students import velocity
+
+
+class Lessons(BaseModel, frozen=True, extra="forbid"):
+    """What both stages do, apart from their optimizers."""
+
+    steps: int = Field(20, ge=2)  # of the student, when it is served
+    farthest: int = Field(5, ge=1)  # most steps from an anchor to the next
+    guidance: tuple[float, float]
+    own_way: float = Field(0.5, ge=0, le=1)  # share of the steps that go on from what was predicted
+    feature: float = Field(0.1, ge=0)  # weight of the feature's error, in parts of its variance
+    sharpen: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
+    slots: int = Field(16, ge=1)
+
+
+class Stack(nn.Module):
+    """A transformer's blocks as one: it keeps what they give, or gives what a function does instead of them."""
+
+    def __init__(self, blocks: nn.ModuleList):
+        super().__init__()
+        self.blocks, self.instead, self.outputs = blocks, None, []
+
+    def forward(self, hidden: Tensor, *inputs) -> Tensor:
+        if self.instead is not None:
+            return self.instead(hidden, *inputs)
+        self.outputs = []
+        for block in self.blocks:
+            hidden = block(hidden, *inputs)
+            self.outputs.append(hidden)
+        return hidden
+
+
+class Watched:
+    """A frozen student whose features can be read, and its passes predicted."""
+
+    def __init__(self, transformer: nn.Module):
+        self.stack = Stack(transformer.blocks)
+        self.transformer = transformer.eval().requires_grad_(False)
+        transformer.blocks = nn.ModuleList([self.stack])
+        count = len(self.stack.blocks)
+        self.layers = sorted({max(0, count * part // 4 - 1) for part in (1, 2, 3, 4)})
+
+    def whole(self, x: Tensor, time: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity (b, c, f, h, w) and last feature (b, n, d) of a whole pass."""
+        v = velocity(self.transformer, x, time, words)
+        return v, self.stack.outputs[-1].float()
+
+    def features(self, x: Tensor, time: Tensor, words: Tensor) -> list[Tensor]:
+        """Outputs (b, n, d) of the blocks a quarter, a half, three quarters and all the way through."""
+        velocity(self.transformer, x, time, words)
+        return [self.stack.outputs[i] for i in self.layers]
+
+    def predicted(
+        self, predictor: nn.Module, cached: Tensor, x: Tensor, time: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and feature of a predicted pass."""
+        feature: list[Tensor] = []
+
+        def instead(hidden: Tensor, *inputs) -> Tensor:
+            feature.append(predictor(hidden, cached, *inputs))
+            return feature[0]
+
+        with self._by(instead):
+            v = velocity(self.transformer, x, time, words)
+        return v, feature[0].float()
+
+    @contextmanager
+    def _by(self, instead: Callable):
+        self.stack.instead = instead
+        try:
+            yield
+        finally:
+            self.stack.instead = None
+
+
+class PredictorTask:
+    """Both stages; a process carries its share of the slots."""
+
+    best, diverged = True, False
+    stages = {"match": 1, "sharpen": 1}
+
+    def __init__(
+        self, recipe: Recipe, lessons: Lessons, student: Watched, predictor: Predictor, ground: TimedGround,
+        tokens: tuple[int, int, int], share: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
+        """`tokens`: the student's grid of them; `share`: which process this is, of how many."""
+        self.recipe, self.lessons, self.student, self.ground = recipe, lessons, student, ground
+        self.tokens, self.stage, self.nets = tokens, 0, self
+        if lessons.slots % share[1]:
+            raise ValueError(f"{lessons.slots} slots cannot be shared by {share[1]} processes: give --slots")
+        count, width = lessons.slots // share[1], predictor.fuse[-1].out_features
+        self.slots = Slots(ground, count, share[0] * count, recipe.seed)
+        device = self.slots.x.device
+        self.cached = torch.zeros(count, tokens[0] * tokens[1] * tokens[2], width, device=device)
+        self.due = torch.zeros(count, dtype=torch.long)  # steps until the next anchor
+        judge = Discriminator(width, len(student.layers))
+        self.module = nn.ModuleDict({"predictor": predictor, "judge": judge}).to(device)
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [p for p in self.module["predictor"].parameters() if p.ndim == 2]
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """The predictor's error at the slots that have a cache, which then all move on."""
+        slots, lessons = self.slots, self.lessons
+        own, first = (model.module if hasattr(model, "module") else model), slots.index == 0
+        words, x = slots.words, slots.x
+        now, then, time, after = self._time()
+        with torch.no_grad():
+            v, feature = self.student.whole(x, time, words)
+        u, guess = self.student.predicted(own["predictor"], self.cached, x, time, words)
+        known = (~first).to(u).view(-1, 1, 1, 1, 1)
+        share = known.mean().clamp(min=1 / len(slots))
+        error = ((u - v).square() * known).mean() / share
+        likeness = ((guess - feature).square() * known.flatten(1, 3)).mean() / share / feature.var()
+        logs = {"velocity": error.item(), "feature": likeness.item()}
+        loss = error / v.square().mean() + lessons.feature * likeness
+        if self.stage == 1:
+            loss = loss + self._judged(own["judge"], x, u, v, now, then, after, words, logs)
+        self._move(u.detach(), v, feature, step)
+        return loss, logs
+
+    def _time(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Levels of the slots' steps, now and then, and what the student is told of these, and of the place behind."""
+        now, then = (self.ground.levels[i].float() for i in (self.slots.index, self.slots.index + 1))
+        low, high = self.lessons.guidance
+        w = torch.tensor([low + (high - low) * rng.random() for rng in self.slots.chance("guidance")])
+        return now, then, *(packed(start, then, w).to(self.slots.x.device) for start in (now, then))
+
+    def _judged(self, judge, x, u, v, now, then, after, words, logs: dict) -> Tensor:
+        """The discriminator's loss, and the predictor's for being told apart, from features one step on."""
+        with torch.no_grad():
+            real = self.student.features(euler(x, v, now, then), after, words)
+        told = self.student.features(euler(x, u, now, then), after, words)
+        judge.requires_grad_(False)
+        fooled = hinge(judge(told, self.tokens), real=True)
+        judge.requires_grad_(True)
+        kinds = ((real, True), ([f.detach() for f in told], False))
+        logits = [(judge(features, self.tokens), kind) for features, kind in kinds]
+        logs["fooled"], logs["judge right"] = fooled.item(), sum(right(*pair) for pair in logits) / 2
+        return self.lessons.sharpen * fooled + sum(hinge(*pair) for pair in logits)
+
+    def _move(self, u: Tensor, v: Tensor, feature: Tensor, step: int) -> None:
+        """Refresh the caches of slots at an anchor; all go on, by the whole pass there, else often as predicted."""
+        slots, lessons = self.slots, self.lessons
+        anchor = (self.due <= 0) | (slots.index == 0)
+        gaps = torch.tensor([rng.randint(1, lessons.farthest) for rng in slots.chance("gap", step)])
+        ways = torch.tensor([rng.random() < lessons.own_way for rng in slots.chance("way", step)])
+        where = anchor.to(feature.device)
+        self.cached = torch.where(where.view(-1, 1, 1), feature, self.cached)
+        self.due = torch.where(anchor, gaps, self.due) - 1
+        by_guess = (~anchor & ways).to(u.device).view(-1, 1, 1, 1, 1)
+        slots.move(torch.where(by_guess, u, v), slots.index + 1)
+
+    @torch.no_grad()
+    def stagger(self) -> None:
+        """Let the student carry each slot to a step of its own, with the step before in its cache."""
+        slots, n = self.slots, self.lessons.steps
+        goal = torch.tensor([rng.randrange(n) for rng in slots.chance("goal")])
+        while (on := slots.index < goal).any():
+            v, feature = self.student.whole(slots.x, self._time()[2], slots.words)
+            self.cached = torch.where(on.to(v.device).view(-1, 1, 1), feature, self.cached)
+            slots.move(v, slots.index + on)
+        self.due = torch.tensor([rng.randrange(self.lessons.farthest) for rng in slots.chance("due")])
+
+    def next_stage(self) -> None:
+        """Nothing: the predictor goes on from where it is."""
+
+    def sheet(self, path: Path) -> None:
+        """Nothing to see: a predictor makes no videos alone."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the weights: the slots and their caches."""
+        return {**self.slots.state_dict(), "cached": self.cached, "due": self.due}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse, from the slots of all processes."""
+        own = slice(self.slots.first, self.slots.first + len(self.slots))
+        self.cached, self.due = state["cached"][own].to(self.cached.device), state["due"][own].cpu()
+        self.slots.load_state_dict(state)
+
+
+class HeldOutWays:
+    """The student's ways from prompts and noises unknown to training: states, velocities and features of each step."""
+
+    def __init__(self, task: PredictorTask, prompts: list[str], anchors: list[int], seed: int = 1):
+        self.task, self.anchors, ground = task, anchors, task.ground
+        self.words = ground.encode(prompts)
+        noise = torch.Generator().manual_seed(seed)
+        self.noise = torch.randn(len(prompts), *ground.shape, generator=noise).to(self.words.device)
+        self.states, self.passes = [self.noise], []
+        for i in range(len(ground.times)):
+            self.passes.append(self._whole(self.states[i], i))
+            self.states.append(self._on(self.states[i], self.passes[i][0], i))
+
+    def jump(self, model: nn.Module, _: int) -> float:
+        """Squared error of predicted velocities, 1 to 3 steps behind every third anchor, in parts of their square."""
+        places = [(i, i + k) for i in range(1, len(self.ground_times) - 3, 3) for k in (1, 2, 3)]
+        errors = []
+        for i, j in places:
+            u = self._predicted(model, self.passes[i][1], self.states[j], j)
+            errors.append(((u - self.passes[j][0]).square().mean() / self.passes[j][0].square().mean()).item())
+        return sum(errors) / len(errors)
+
+    def end(self, model: nn.Module, _: int) -> float:
+        """Squared error of the final latents with whole passes at the anchors alone, in parts of their mean square."""
+        x, cached = self.noise, None
+        for i in range(len(self.ground_times)):
+            if i in self.anchors:
+                v, cached = self._whole(x, i)
+            else:
+                v = self._predicted(model, cached, x, i)
+            x = self._on(x, v, i)
+        return ((x - self.states[-1]).square().mean() / self.states[-1].square().mean()).item()
+
+    @property
+    def ground_times(self) -> Tensor:
+        return self.task.ground.times
+
+    def _time(self, i: int) -> Tensor:
+        places = (torch.full((len(self.words),), j) for j in (i, i + 1))
+        return self.task.ground.tell(*places).to(self.words.device)
+
+    @torch.no_grad()
+    def _whole(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        return self.task.student.whole(x, self._time(i), self.words)
+
+    @torch.no_grad()
+    def _predicted(self, model: nn.Module, cached: Tensor, x: Tensor, i: int) -> Tensor:
+        return self.task.student.predicted(model["predictor"], cached, x, self._time(i), self.words)[0]
+
+    def _on(self, x: Tensor, v: Tensor, i: int) -> Tensor:
+        return euler(x, v, *(self.task.ground.levels[j].expand(len(x)) for j in (i, i + 1)))

@@ -1,0 +1,95 @@
+"""DisCa's predictor as it is ordered: of which student, in which form; where it goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+
+from ..conditioning import TOLD, conditioned
+from ..families import family_of
+from ..methods.disca import spread
+from ..models import home_of
+from ..predictor import Predictor
+from ..run import build_run, grid
+from ..student import placed
+from ..weights import marks
+from ..world.scene import held_out_prompts
+from .distil import distil, totals
+from .fit import Recipe
+from .orders import HELD, LOOKS, PROMPT_SEED, Order, begin
+from .predictor import HeldOutWays, Lessons, PredictorTask, Watched
+from .slots import TimedGround
+from .speed import quicken
+
+ARMS = ("residual", "plain")  # forms
+DEPTH = 1  # blocks: one is an eighth of the shipped model, two would be a quarter; the paper's two are under 4 %
+SHARPEN = 3  # how many times fewer iterations the second stage has, at half the rates
+FULL = 8  # whole passes, of the steps, that it is looked at with
+
+
+def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
+    """Train a predictor for the MeanFlow student beside a model; it lies there too, in `predictor/` by its form.
+
+    Raises ValueError for an order that cannot be carried out, or a resume of another order.
+    """
+    began, lines = time.monotonic(), order.lines(ARMS)
+    pipe, form = order.pipeline(device), order.arm or ARMS[0]
+    folder = (order.beside() or out.parent / "meanflow") / "meanflow"
+    if not (folder / "meanflow.json").is_file():
+        raise ValueError("the student comes first: python -m accel train meanflow")
+    with ExitStack() as stack:
+        stack.enter_context(placed(folder, pipe.transformer))
+        stack.enter_context(conditioned(pipe.transformer, load_file(folder / TOLD)))
+        student = marks(pipe.transformer)
+        task = _task(recipe, order, pipe, json.loads((folder / "meanflow.json").read_text()), lines, form, device)
+        recipes = stage_recipes(recipe)
+        begin(out, resume, {"student": student, "lessons": task.lessons.model_dump(mode="json"), "form": form,
+                            "recipes": [r.model_dump(mode="json") for r in recipes]})  # fmt: skip
+        target = (order.beside() or out) / "predictor" / form
+        print(f"the predictor goes into {target}", file=sys.stderr)
+        looks = lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
+        held = HeldOutWays(task, looks, spread(FULL, task.lessons.steps))
+        keep = partial(_keep, task, {"form": form, "depth": DEPTH, "student": student}, target)
+        left = None if minutes is None else minutes - (time.monotonic() - began) / 60
+        return totals(recipes, distil(task, held, recipes, out, keep, left, resume))
+
+
+def _task(recipe: Recipe, order: Order, pipe, facts: dict, lines: list[str], form: str, device: str) -> PredictorTask:
+    home, state = home_of(pipe, order.model), PartialState()
+    lessons = Lessons(guidance=facts["guidance"], slots=order.trajectories())
+    ground = TimedGround(**vars(order.ground(pipe, home, lessons.steps, lines)), guidance=facts["usual"])
+    tokens, family = grid(pipe, build_run(home, model="", prompt="-")), family_of(pipe)
+    torch.manual_seed(recipe.seed)
+    predictor = Predictor(family, pipe.transformer, form, DEPTH)
+    if not order.adapters():
+        for blocks in (pipe.transformer.blocks, predictor.blocks):
+            quicken(blocks, device)
+    student = Watched(pipe.transformer)
+    share = (state.process_index, state.num_processes)
+    return PredictorTask(recipe, lessons, student, predictor, ground, tokens, share)
+
+
+def stage_recipes(recipe: Recipe) -> list[Recipe]:
+    """A recipe for each stage."""
+    fine = {"steps": max(1, recipe.steps // SHARPEN), "lr": recipe.lr / 2, "matrix_lr": recipe.matrix_lr / 2}
+    return [recipe, recipe.model_copy(update=fine)]
+
+
+def _keep(task: PredictorTask, told: dict, target: Path, facts: dict) -> None:
+    """Store the predictor as it is after a stage; the last one stays."""
+    if not PartialState().is_main_process:
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    weights = task.module["predictor"].state_dict()
+    save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, target / "model.safetensors")
+    stage = list(task.stages)[task.stage]
+    about = told | {"stage": stage, "held_out": facts, "lessons": task.lessons.model_dump()}
+    (target / "predictor.json").write_text(json.dumps(about | {"recipe": task.recipe.model_dump()}, indent=1) + "\n")
