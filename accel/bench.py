@@ -47,9 +47,9 @@ class Row:
         return {"methods": methods, "steps": self.steps or preset.steps, "guidance": self.guidance or preset.guidance}
 
     def trained(self) -> bool:
-        """Whether the student that it names, if it does, is there."""
-        student = self.change.get("gpd", {}).get("student")
-        return student is None or (Path(student) / "gpd.json").is_file()
+        """Whether the students and predictors that it names, if it does, are there."""
+        named = [knobs[key] for knobs in self.change.values() for key in ("student", "predictor") if key in knobs]
+        return all(Path(folder).is_dir() for folder in named)
 
 
 def _budgets(*shares: float) -> dict[str, Row]:
@@ -89,6 +89,27 @@ SUITES: dict[str, dict[str, Row]] = {
     },
     "gpd-arms": {"baseline, 48 steps": Row(steps=48), "gpd": Row("gpd")} | _arms(*ARMS),
 }
+SUITES["meanflow"] = PLAIN | {
+    name.format(n=n): Row("meanflow", change={"meanflow": {"steps": n, **of}})
+    for name, of in (
+        ("meanflow, {n} steps", {}),
+        ("guidance distilled, {n} steps", {"student": "checkpoints/meanflow/guidance-only"}),
+        ("unrestricted (R = 1), {n} steps", {"student": "checkpoints/unrestricted/meanflow"}),
+    )
+    for n in (20, 10)
+}
+SUITES["meanflow"] |= {f"fewer steps: {n}": Row(steps=n) for n in (20, 10, 5)}
+SUITES["disca"] = PLAIN | {
+    "disca": Row("disca"),
+    "disca, plain form": Row("disca", change={"disca": {"form": "plain"}}),
+    "disca, squared error alone": Row("disca", change={"disca": {"predictor": "checkpoints/predictor/match-only"}}),
+    **{f"{form} at the same anchors": Row("disca", change={"disca": {"form": form}})
+       for form in ("reuse", "taylor-1", "taylor-2")},
+    **{f"meanflow, {n} steps": Row("meanflow", change={"meanflow": {"steps": n}}) for n in (20, 12, 10, 9, 8)},
+    **{f"fewer steps: {n}": Row(steps=n) for n in (6, 5)},
+    "5 steps by Euler": Row(steps=5, euler=True),
+    "turbo": Row("turbo"),
+}  # fmt: skip
 PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; nothing is tuned to them
 
 

@@ -16,6 +16,7 @@ from .metrics import RATIOS, spell
 from .models import ROOT
 
 RESULTS = ROOT / "docs" / "results"
+MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "gpd", "gpd-arms", "meanflow", "disca")
 CARD = ROOT / "models" / "tiny-wan" / "README.md"
 
 
@@ -119,8 +120,8 @@ def _reconstruction(r: dict) -> str:
 
 
 PARTS = {"knobs": knobs, "attributes": attributes, "training": training, "students": students}
-PARTS |= {name: partial(suite, name) for name in ("fastercache", "asymrnr", "asymrnr-curve", "gpd", "gpd-arms")}
-PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", "gpd-arms")}
+PARTS |= {name: partial(suite, name) for name in MEASURED}
+PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", "gpd-arms", "meanflow", "disca")}
 
 
 def fill(text: str) -> str:

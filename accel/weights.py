@@ -60,14 +60,14 @@ def load_differences(base: nn.Module, file: Path) -> dict[str, Tensor]:
 @contextmanager
 def replaced(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the parameters hold other tensors; afterwards, bitwise, what they held before."""
-    before = {name: p.data for name, p in module.named_parameters()}
+    before = [(p, p.data) for p in module.parameters()]
     for name, p in module.named_parameters():
         p.data = others[name]
     try:
         yield
     finally:
-        for name, p in module.named_parameters():
-            p.data = before[name]
+        for p, own in before:
+            p.data = own
 
 
 @contextmanager

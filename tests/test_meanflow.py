@@ -1,4 +1,4 @@
-"""Restricted MeanFlow: the identity on a field whose mean velocity is known, the intervals, and what a student is told."""
+"""Restricted MeanFlow: the identity where the mean velocity is known, the intervals, and what a student is told."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ import accel
 from accel.conditioning import IntervalEmbedder, conditioned, packed, unwrapped
 from accel.flow import euler, mean_flow_target, slope_central, slope_exact
 from accel.methods import AsymRnR, MeanFlow
+from accel.models import Home
 from accel.training.fit import Recipe, fit
 from accel.training.meanflow import SEEN, Course, MeanFlowTask, longest_step
 from accel.training.slots import TimedGround, ground_of, walk
 from accel.training.students import Copies, velocity
 from accel.training.teach_meanflow import share_first_stage, start_from
-from accel.models import Home
 
 SPREAD = 0.5  # deviation of the data: x0 ~ N(0, SPREAD^2)
 
@@ -37,7 +37,9 @@ def doubles(*values):
     return [torch.tensor([v], dtype=torch.float64) for v in values]
 
 
-@pytest.mark.parametrize("slope", [slope_exact, lambda u, x, t, v: slope_central(u, x, t, v, torch.tensor([0.3]), 1e-4)])
+@pytest.mark.parametrize(
+    "slope", [slope_exact, lambda u, x, t, v: slope_central(u, x, t, v, torch.tensor([0.3]), 1e-4)]
+)
 def test_the_identity_holds_for_the_known_mean_velocity(slope):
     x, t, r = doubles(1.3, 0.8, 0.3)
     v = instant(x, t)
@@ -53,7 +55,9 @@ def test_one_step_of_the_mean_velocity_goes_the_whole_way():
 def test_an_error_of_the_slope_counts_as_the_interval_is_long():
     x, t, near, far = doubles(1.3, 0.8, 0.7, 0.2)
     v = instant(x, t)
-    wrong = lambda r: (mean_flow_target(v, torch.ones(1), t, r) - mean_flow_target(v, torch.zeros(1), t, r)).abs().item()
+    wrong = lambda r: (
+        (mean_flow_target(v, torch.ones(1), t, r) - mean_flow_target(v, torch.zeros(1), t, r)).abs().item()
+    )
     assert wrong(far) == pytest.approx(6 * wrong(near))
 
 
@@ -150,7 +154,12 @@ def test_both_slopes_agree_on_a_transformer(pipe):
     for told in mean.module.condition_embedder.told.values():
         torch.nn.init.normal_(told.mlp.linear_2.weight, std=0.1)
     mean.module.condition_embedder.base.timesteps_proj.scale = 0.01  # as smooth as the shipped model's
-    now, then, w, v = torch.tensor([0.8, 0.5]), torch.tensor([0.7, 0.2]), torch.tensor([4.0, 3.0]), torch.randn(2, 4, 3, 4, 4)
+    now, then, w, v = (
+        torch.tensor([0.8, 0.5]),
+        torch.tensor([0.7, 0.2]),
+        torch.tensor([4.0, 3.0]),
+        torch.randn(2, 4, 3, 4, 4),
+    )
     given = (v, now, then, w, torch.tensor([0, 1]))
     central = mean.slope(*given)
     mean.course = mean.course.model_copy(update={"slope": "exact"})

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import ClassVar, Literal
 
@@ -64,11 +65,9 @@ class DisCa(Method):
 
     title: ClassVar[str] = "DisCa"
     paper: ClassVar[str] = "arXiv 2602.05449"
-    neutral: ClassVar[dict] = {"full": 100, "form": "reuse"}
+    neutral: ClassVar[dict] = {"full": 50, "form": "reuse"}
 
-    full: int = Field(
-        8, ge=1, le=100, description="Full passes; the others are predicted. Fewer lose motion and shape."
-    )
+    full: int = Field(8, ge=1, le=50, description="Full passes; the others are predicted. Fewer lose motion and shape.")
     form: Literal["residual", "plain", "reuse", "taylor-1", "taylor-2"] = Field(
         "residual", description="Who predicts: a network (residual or as in the paper), the last pass, a Taylor series."
     )
@@ -129,6 +128,8 @@ class DisCa(Method):
             cache = caches().setdefault((host.model, step.branch), Cache())
             fits = bool(cache.terms) and cache.terms[0].shape == hidden.shape
             if step.index in anchors() or not fits:
+                if step.index == step.count - 1:
+                    self._sum_up(trace, anchors())
                 out = inner(hidden, *inputs, **named)
                 if len(anchors()) < step.count:
                     cache.refresh(step.index, out, order)
@@ -146,13 +147,13 @@ class DisCa(Method):
         """The run's anchors; what will be held, and why nothing happens, goes to the trace."""
         count = host.step.count
         anchors = self.steps(count)
-        if self.form in LEARNT and count == 1:
-            raise ValueError("disca and a student of 1 step do not go together: there is nothing to predict")
+        if count == 1:
+            raise ValueError("disca and a run of 1 step do not go together: there is nothing to predict")
         if len(anchors) == count:
             trace.note(f"DisCa does nothing: all {count} steps are full passes at this setting")
         guided = host.family.is_guided(host.pipe)
         trace.bytes_forecast += self.forecast(host.models[host.model], host.family, host.latents, count, guided)
-        trace.extras["disca"] = {"anchors": anchors, "form": self.form}
+        trace.extras["disca"] = {"anchors": anchors, "form": self.form, "share": 1.0}
         return anchors
 
     def _note(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
@@ -162,8 +163,24 @@ class DisCa(Method):
         left = whole - stack * block
         if predictor is not None:
             left += flops(predictor, hidden.shape[0] * hidden.shape[1], block)
+        trace.extras["disca"]["share"] = left / whole
         trace.record(host.step, DENOISER, "predict", left / whole)
         trace.drop(host.step, host.attentions[host.model])
+
+    def _sum_up(self, trace: Trace, anchors: list[int]) -> None:
+        """Note at the last step how much faster than without it this is, as counted and as measured until here."""
+        inner = [i for i in trace.milliseconds if 0 < i < len(trace.sigmas) - 1]  # the first step may have warmed up
+        times = [[trace.milliseconds[i] for i in inner if (i in anchors) == whole] for whole in (True, False)]
+        if not all(times):
+            return
+        full, share = len(anchors) / len(trace.sigmas), trace.extras["disca"]["share"]
+        took = median(times[1]) / median(times[0])
+        faster = [1 / (full + (1 - full) * cost) for cost in (share, took)]
+        trace.extras["disca"] |= {"took": took, "forecast": faster[0], "measured": faster[1]}
+        trace.note(
+            f"DisCa: {len(anchors)} of {len(trace.sigmas)} passes are whole; a predicted one took {took:.0%} of a "
+            f"whole one, {share:.0%} by count: {faster[1]:.2f} times as fast as all whole, {faster[0]:.2f} by count"
+        )
 
     def _load(self, host: Host) -> Predictor:
         """The trained predictor. Raises ValueError if there is none, or it belongs to another student than runs."""

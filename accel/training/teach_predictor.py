@@ -49,6 +49,7 @@ def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | 
         stack.enter_context(placed(folder, pipe.transformer))
         stack.enter_context(conditioned(pipe.transformer, load_file(folder / TOLD)))
         student = marks(pipe.transformer)
+        stack.callback(setattr, pipe.transformer, "blocks", pipe.transformer.blocks)
         task = _task(recipe, order, pipe, json.loads((folder / "meanflow.json").read_text()), lines, form, device)
         recipes = stage_recipes(recipe)
         begin(out, resume, {"student": student, "lessons": task.lessons.model_dump(mode="json"), "form": form,
@@ -57,7 +58,7 @@ def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | 
         print(f"the predictor goes into {target}", file=sys.stderr)
         looks = lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
         held = HeldOutWays(task, looks, spread(FULL, task.lessons.steps))
-        keep = partial(_keep, task, {"form": form, "depth": DEPTH, "student": student}, target)
+        keep = partial(_keep, task, {"form": form, "depth": DEPTH, "student": student}, out, target)
         left = None if minutes is None else minutes - (time.monotonic() - began) / 60
         return totals(recipes, distil(task, held, recipes, out, keep, left, resume))
 
@@ -83,10 +84,11 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     return [recipe, recipe.model_copy(update=fine)]
 
 
-def _keep(task: PredictorTask, told: dict, target: Path, facts: dict) -> None:
-    """Store the predictor as it is after a stage; the last one stays."""
+def _keep(task: PredictorTask, told: dict, out: Path, target: Path, facts: dict) -> None:
+    """Store the predictor after a stage: the last one as the result, the first one for comparison."""
     if not PartialState().is_main_process:
         return
+    target = target if task.stage else out / "match-only"
     target.mkdir(parents=True, exist_ok=True)
     weights = task.module["predictor"].state_dict()
     save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, target / "model.safetensors")

@@ -1,0 +1,192 @@
+"""Training DisCa's predictor: what it is held against, where the caches come from, and the discriminator."""
+
+import json
+
+import pytest
+import torch
+from conftest import build_pipe, make_meanflow
+from test_meanflow import timed
+
+from accel.conditioning import IntervalEmbedder, packed
+from accel.families import wan
+from accel.flow import euler
+from accel.methods.disca import spread
+from accel.predictor import Predictor
+from accel.training import teach_predictor
+from accel.training.discriminator import Discriminator, hinge, right
+from accel.training.fit import Recipe, fit
+from accel.training.orders import Order
+from accel.training.predictor import HeldOutWays, Lessons, PredictorTask, Watched
+from accel.training.students import velocity
+from accel.training.teach_predictor import stage_recipes, train_predictor
+
+STEPS = 6
+
+
+def task(pipe, form="residual", **lessons) -> PredictorTask:
+    if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
+        pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
+    torch.manual_seed(0)
+    predictor = Predictor(wan, pipe.transformer, form, 1)
+    stack = pipe.transformer.blocks[0]
+    pipe.transformer.blocks = getattr(stack, "blocks", pipe.transformer.blocks)
+    given = {"steps": STEPS, "guidance": (2.0, 5.0), "slots": 4, "farthest": 3} | lessons
+    recipe = Recipe(steps=3, lr=1e-3, warmup=1, ema=0.0)
+    return PredictorTask(recipe, Lessons(**given), Watched(pipe.transformer), predictor, timed(pipe, STEPS), (3, 2, 2))
+
+
+def test_a_watched_student_gives_what_it_gave_and_its_last_feature(pipe):
+    watched, x, time = pipe.transformer, torch.randn(2, 4, 3, 4, 4), torch.tensor([700.0, 200.0])
+    words = torch.randn(2, 6, 16)
+    with torch.no_grad():
+        plain = velocity(watched, x, time, words)
+        student = Watched(watched)
+        v, feature = student.whole(x, time, words)
+        u, same = student.predicted(lambda hidden, cached, *_: cached, feature, x, time, words)
+    assert torch.equal(v, plain) and torch.allclose(u, v, atol=1e-2) and torch.equal(same, feature)
+    assert student.layers == [0, 1]
+
+
+def test_an_untrained_residual_predictor_errs_by_what_the_feature_has_changed(pipe):
+    learn = task(pipe)
+    learn.slots.index[:] = 2
+    learn.cached.normal_()
+    x, words, cached = learn.slots.x.clone(), learn.slots.words.clone(), learn.cached.clone()
+    now, then, time, _ = learn._time()
+    with torch.no_grad():
+        v, feature = learn.student.whole(x, time, words)
+    loss, logs = learn.loss(learn.module, 0, 0)
+    assert logs["feature"] == pytest.approx(((cached - feature).square().mean() / feature.var()).item(), rel=1e-3)
+    assert loss.item() == pytest.approx(logs["velocity"] / v.square().mean().item() + 0.1 * logs["feature"], rel=1e-3)
+
+
+def test_slots_at_their_first_step_have_no_cache_and_do_not_count(pipe):
+    learn = task(pipe)
+    assert (learn.slots.index == 0).all()
+    loss, logs = learn.loss(learn.module, 0, 0)
+    assert loss.item() == 0 and logs["velocity"] == 0
+    assert (learn.slots.index == 1).all() and learn.cached.abs().sum() > 0
+
+
+def test_caches_are_refreshed_at_anchors_and_stay_between(pipe):
+    learn = task(pipe, own_way=0.0)
+    learn.loss(learn.module, 0, 0)
+    learn.due = torch.tensor([2, 0, 2, 0])
+    before = learn.cached.clone()
+    learn.loss(learn.module, 1, 0)
+    same = [torch.equal(a, b) for a, b in zip(before, learn.cached)]
+    assert same == [True, False, True, False] and learn.due[0] == 1
+
+
+@pytest.mark.parametrize("own_way", [0.0, 1.0])
+def test_between_anchors_slots_go_on_by_the_whole_pass_or_as_predicted(own_way, pipe):
+    learn = task(pipe, own_way=own_way)
+    learn.slots.index[:] = 2
+    learn.due = torch.tensor([2, 2, 0, 0])
+    learn.cached.normal_()
+    x, words, cached = learn.slots.x.clone(), learn.slots.words.clone(), learn.cached.clone()
+    now, then, time, _ = learn._time()
+    with torch.no_grad():
+        v, _ = learn.student.whole(x, time, words)
+        u, _ = learn.student.predicted(learn.module["predictor"], cached, x, time, words)
+    learn.loss(learn.module, 0, 0)
+    way = torch.cat([(u if own_way else v)[:2], v[2:]])
+    torch.testing.assert_close(learn.slots.x, euler(x, way, now.double(), then.double()), rtol=1e-3, atol=1e-3)
+
+
+def test_slots_are_staggered_with_a_cache(pipe):
+    learn = task(pipe, slots=16)
+    learn.stagger()
+    started = learn.slots.index > 0
+    assert len(learn.slots.index.unique()) > 3
+    assert (learn.cached.flatten(1).abs().sum(1) > 0).tolist() == started.tolist()
+
+
+def test_the_second_stage_teaches_both_sides_and_neither_the_others_part(pipe):
+    learn = task(pipe, sharpen=1.0, feature=0.0)
+    learn.slots.index[:] = 2
+    learn.cached.normal_()
+    learn.stage = 1
+    loss, logs = learn.loss(learn.module, 0, 0)
+    loss.backward()
+    assert set(logs) >= {"fooled", "judge right"}
+    grads = {name: p.grad for name, p in learn.module.named_parameters()}
+    assert grads["predictor.out.weight"].abs().sum() > 0
+    assert sum(g.abs().sum() for name, g in grads.items() if name.startswith("judge") and g is not None) > 0
+    assert all(p.grad is None for p in learn.student.transformer.parameters())
+    assert all(p.requires_grad for p in learn.module.parameters())
+
+
+def test_a_discriminator_sees_every_layer_at_every_scale():
+    torch.manual_seed(0)
+    judge = Discriminator(24, 2)
+    features = [torch.randn(3, 2 * 4 * 4, 24), 100 * torch.randn(3, 2 * 4 * 4, 24)]
+    logits = judge(features, (2, 4, 4))
+    assert [tuple(own.shape) for own in logits] == 2 * [(3, 32), (3, 8), (3, 2)]
+
+
+def test_hinge_wants_logits_beyond_one_on_the_right_side():
+    logits = [torch.tensor([2.0, 0.5]), torch.tensor([-1.0])]
+    assert hinge(logits, real=True).item() == pytest.approx((0.25 + 2) / 2)
+    assert hinge(logits, real=False).item() == pytest.approx((2.25 + 0) / 2)
+    assert right(logits, real=True) == pytest.approx(2 / 3)
+
+
+def test_all_anchors_end_where_the_student_ends_and_reuse_does_not(pipe):
+    learn = task(pipe)
+    assert HeldOutWays(learn, ["a"], list(range(STEPS))).end(learn.module, 1) == 0
+    some = HeldOutWays(learn, ["a"], spread(3, STEPS))
+    assert some.end(learn.module, 1) > 0 and some.jump(learn.module, 1) > 0
+
+
+def test_a_resumed_stage_ends_with_the_weights_of_an_unbroken_one(tmp_path):
+    whole, first, second = (task(build_pipe()) for _ in range(3))
+    fit(whole, tmp_path / "whole", minutes=None, resume=False)
+    assert fit(first, tmp_path / "parts", minutes=0, resume=False)["step"] == 1
+    fit(second, tmp_path / "parts", minutes=None, resume=True)
+    assert torch.equal(second.slots.x, whole.slots.x) and torch.equal(second.cached, whole.cached)
+    for one, two in zip(whole.module.parameters(), second.module.parameters()):
+        assert torch.equal(one, two)
+
+
+def test_the_second_stage_is_shorter_and_finer():
+    first, second = stage_recipes(Recipe(steps=90, lr=1e-3, matrix_lr=2e-3))
+    assert (first.steps, second.steps, second.lr, second.matrix_lr) == (90, 30, 5e-4, 1e-3)
+
+
+def test_without_a_student_nothing_is_trained(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Order, "pipeline", lambda self, device: pipe)
+    monkeypatch.setattr(Order, "beside", lambda self: tmp_path)
+    with pytest.raises(ValueError, match="the student comes first: python -m accel train meanflow"):
+        train_predictor(Recipe(steps=1, lr=1e-3), Order(), "cpu", None, False, tmp_path / "out")
+
+
+def test_a_trained_predictor_lies_beside_the_model_in_its_form(pipe, tmp_path, monkeypatch):
+    from accel.models import Home
+
+    make_meanflow(pipe, tmp_path / "meanflow", (2.0, 5.0))
+    file = tmp_path / "meanflow" / "meanflow.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"usual": 3.0}))
+    home = Home(height=32, width=32, frames=5, steps=4, guidance=3.0, text_length=6)
+    timed(pipe)
+    monkeypatch.setattr(Order, "pipeline", lambda self, device: pipe)
+    monkeypatch.setattr(Order, "beside", lambda self: tmp_path)
+    monkeypatch.setattr(teach_predictor, "home_of", lambda *_: home)
+    monkeypatch.setattr(teach_predictor, "LOOKS", 1)
+    monkeypatch.setattr(teach_predictor, "quicken", lambda blocks, device: None)
+    order = Order(arm="plain", slots=2)
+    done = train_predictor(Recipe(steps=3, lr=1e-3, warmup=1), order, "cpu", None, False, tmp_path / "out")
+    assert done["finished"] and list(done["stages"]) == ["match", "sharpen"]
+    facts = json.loads((tmp_path / "predictor" / "plain" / "predictor.json").read_text())
+    assert facts["form"] == "plain" and facts["stage"] == "sharpen"
+    assert (tmp_path / "out" / "match-only" / "predictor.json").is_file()
+    assert not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder)
+
+
+def test_a_step_is_told_as_the_student_is_told_it(pipe):
+    learn = task(pipe)
+    learn.slots.index = torch.tensor([0, 1, 2, 3])
+    now, then, time, after = learn._time()
+    w = time[8:] / 1000
+    assert torch.equal(time, packed(now, then, w)) and torch.equal(after, packed(then, then, w))
+    assert ((w >= 2) & (w <= 5)).all()
