@@ -1,4 +1,4 @@
-"""A few iterations of a distillation, as `accelerate launch` starts it: python gpd_worker.py FOLDER."""
+"""A few iterations of a distillation, in one of several processes: python gpd_worker.py FOLDER PROCESSES."""
 
 import json
 import sys
@@ -15,11 +15,12 @@ from accel.training.students import Copies
 torch.set_num_threads(1)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, processes: int) -> None:
     """Leaves the losses (in `log.jsonl`) and the weights (in `state.pt`) in the folder."""
     from accelerate import PartialState
 
-    state, n = PartialState(), 4
+    state, n = PartialState(cpu=True), 4
+    assert state.num_processes == processes
     levels = 1 - torch.arange(n + 1, dtype=torch.float64) / n
     ground = Ground(
         encode=lambda texts: torch.randn(len(texts), 6, 16, generator=torch.Generator().manual_seed(len(texts[0]))),
@@ -35,4 +36,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

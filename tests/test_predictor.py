@@ -88,7 +88,7 @@ def test_between_anchors_slots_go_on_by_the_whole_pass_or_as_predicted(own_way, 
     now, then, time, _ = learn._time()
     with torch.no_grad():
         v, _ = learn.student.whole(x, time, words)
-        u, _ = learn.student.predicted(learn.module["predictor"], cached, x, time, words)
+        u, _ = learn.student.predicted(learn.module.predictor, cached, x, time, words)
     learn.loss(learn.module, 0, 0)
     way = torch.cat([(u if own_way else v)[:2], v[2:]])
     torch.testing.assert_close(learn.slots.x, euler(x, way, now.double(), then.double()), rtol=1e-3, atol=1e-3)

@@ -96,6 +96,17 @@ class Watched:
             self.stack.instead = None
 
 
+class Trainee(nn.Module):
+    """All that learns. Its forward is a whole lesson, so that with several processes gradients meet."""
+
+    def __init__(self, predictor: Predictor, judge: Discriminator):
+        super().__init__()
+        self.predictor, self.judge = predictor, judge
+
+    def forward(self, lesson: Callable[[Trainee], Tensor]) -> Tensor:
+        return lesson(self)
+
+
 class PredictorTask:
     """Both stages; a process carries its share of the slots."""
 
@@ -108,7 +119,7 @@ class PredictorTask:
     ):  # fmt: skip
         """`tokens`: the student's grid of them; `share`: which process this is, of how many."""
         self.recipe, self.lessons, self.student, self.ground = recipe, lessons, student, ground
-        self.tokens, self.stage, self.nets = tokens, 0, self
+        self.tokens, self.nets = tokens, self
         if lessons.slots % share[1]:
             raise ValueError(f"{lessons.slots} slots cannot be shared by {share[1]} processes: give --slots")
         count, width = lessons.slots // share[1], predictor.fuse[-1].out_features
@@ -117,30 +128,44 @@ class PredictorTask:
         self.cached = torch.zeros(count, tokens[0] * tokens[1] * tokens[2], width, device=device)
         self.due = torch.zeros(count, dtype=torch.long)  # steps until the next anchor
         judge = Discriminator(width, len(student.layers))
-        self.module = nn.ModuleDict({"predictor": predictor, "judge": judge}).to(device)
+        self.module = Trainee(predictor, judge).to(device)
+        self.stage = 0
+
+    @property
+    def stage(self) -> int:
+        """Which stage is on; the discriminator learns in the second one alone."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: int) -> None:
+        self._stage = stage
+        self.module.judge.requires_grad_(stage == 1)
 
     def matrices(self) -> list[nn.Parameter]:
-        return [p for p in self.module["predictor"].parameters() if p.ndim == 2]
+        return [p for p in self.module.predictor.parameters() if p.ndim == 2]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The predictor's error at the slots that have a cache, which then all move on."""
-        slots, lessons = self.slots, self.lessons
-        own, first = (model.module if hasattr(model, "module") else model), slots.index == 0
-        words, x = slots.words, slots.x
-        now, then, time, after = self._time()
+        logs: dict[str, float] = {}
+        return model(lambda own: self._lesson(own, step, logs)), logs
+
+    def _lesson(self, own: Trainee, step: int, logs: dict[str, float]) -> Tensor:
+        slots = self.slots
+        x, words, (now, then, time, after) = slots.x, slots.words, self._time()
         with torch.no_grad():
             v, feature = self.student.whole(x, time, words)
-        u, guess = self.student.predicted(own["predictor"], self.cached, x, time, words)
-        known = (~first).to(u).view(-1, 1, 1, 1, 1)
+        u, guess = self.student.predicted(own.predictor, self.cached, x, time, words)
+        known = (slots.index > 0).to(u).view(-1, 1, 1, 1, 1)  # the others have no cache
         share = known.mean().clamp(min=1 / len(slots))
         error = ((u - v).square() * known).mean() / share
         likeness = ((guess - feature).square() * known.flatten(1, 3)).mean() / share / feature.var()
-        logs = {"velocity": error.item(), "feature": likeness.item()}
-        loss = error / v.square().mean() + lessons.feature * likeness
+        logs |= {"velocity": error.item(), "feature": likeness.item()}
+        loss = error / v.square().mean() + self.lessons.feature * likeness
         if self.stage == 1:
-            loss = loss + self._judged(own["judge"], x, u, v, now, then, after, words, logs)
+            ends = [euler(x, way, now, then) for way in (v, u)]
+            loss = loss + self._judged(own.judge, ends, after, words, logs)
         self._move(u.detach(), v, feature, step)
-        return loss, logs
+        return loss
 
     def _time(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Levels of the slots' steps, now and then, and what the student is told of these, and of the place behind."""
@@ -149,11 +174,11 @@ class PredictorTask:
         w = torch.tensor([low + (high - low) * rng.random() for rng in self.slots.chance("guidance")])
         return now, then, *(packed(start, then, w).to(self.slots.x.device) for start in (now, then))
 
-    def _judged(self, judge, x, u, v, now, then, after, words, logs: dict) -> Tensor:
-        """The discriminator's loss, and the predictor's for being told apart, from features one step on."""
+    def _judged(self, judge: Discriminator, ends: list[Tensor], after: Tensor, words: Tensor, logs: dict) -> Tensor:
+        """The discriminator's loss, and the predictor's for being told apart, from features at the true and its end."""
         with torch.no_grad():
-            real = self.student.features(euler(x, v, now, then), after, words)
-        told = self.student.features(euler(x, u, now, then), after, words)
+            real = self.student.features(ends[0], after, words)
+        told = self.student.features(ends[1], after, words)
         judge.requires_grad_(False)
         fooled = hinge(judge(told, self.tokens), real=True)
         judge.requires_grad_(True)
@@ -217,7 +242,8 @@ class HeldOutWays:
 
     def jump(self, model: nn.Module, _: int) -> float:
         """Squared error of predicted velocities, 1 to 3 steps behind every third anchor, in parts of their square."""
-        places = [(i, i + k) for i in range(1, len(self.ground_times) - 3, 3) for k in (1, 2, 3)]
+        last = len(self.passes) - 1
+        places = [(i, i + k) for i in range(1, last, 3) for k in (1, 2, 3) if i + k <= last]
         errors = []
         for i, j in places:
             u = self._predicted(model, self.passes[i][1], self.states[j], j)
@@ -227,17 +253,13 @@ class HeldOutWays:
     def end(self, model: nn.Module, _: int) -> float:
         """Squared error of the final latents with whole passes at the anchors alone, in parts of their mean square."""
         x, cached = self.noise, None
-        for i in range(len(self.ground_times)):
+        for i in range(len(self.passes)):
             if i in self.anchors:
                 v, cached = self._whole(x, i)
             else:
                 v = self._predicted(model, cached, x, i)
             x = self._on(x, v, i)
         return ((x - self.states[-1]).square().mean() / self.states[-1].square().mean()).item()
-
-    @property
-    def ground_times(self) -> Tensor:
-        return self.task.ground.times
 
     def _time(self, i: int) -> Tensor:
         places = (torch.full((len(self.words),), j) for j in (i, i + 1))
@@ -249,7 +271,7 @@ class HeldOutWays:
 
     @torch.no_grad()
     def _predicted(self, model: nn.Module, cached: Tensor, x: Tensor, i: int) -> Tensor:
-        return self.task.student.predicted(model["predictor"], cached, x, self._time(i), self.words)[0]
+        return self.task.student.predicted(model.predictor, cached, x, self._time(i), self.words)[0]
 
     def _on(self, x: Tensor, v: Tensor, i: int) -> Tensor:
         return euler(x, v, *(self.task.ground.levels[j].expand(len(x)) for j in (i, i + 1)))

@@ -90,7 +90,7 @@ def _keep(task: PredictorTask, told: dict, out: Path, target: Path, facts: dict)
         return
     target = target if task.stage else out / "match-only"
     target.mkdir(parents=True, exist_ok=True)
-    weights = task.module["predictor"].state_dict()
+    weights = task.module.predictor.state_dict()
     save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, target / "model.safetensors")
     stage = list(task.stages)[task.stage]
     about = told | {"stage": stage, "held_out": facts, "lessons": task.lessons.model_dump()}
