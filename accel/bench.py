@@ -46,10 +46,10 @@ class Row:
                    dict.fromkeys((*preset.methods, *self.change))}  # fmt: skip
         return {"methods": methods, "steps": self.steps or preset.steps, "guidance": self.guidance or preset.guidance}
 
-    def trained(self) -> bool:
-        """Whether the students and predictors that it names, if it does, are there."""
-        named = [knobs[key] for knobs in self.change.values() for key in ("student", "predictor") if key in knobs]
-        return all(Path(folder).is_dir() for folder in named)
+    def trained(self, model: str) -> bool:
+        """Whether the students and predictors that its methods need for a model are there."""
+        folders = [method.folder(resolve(model)) for method in build_methods(self.settings()["methods"])]
+        return all(folder is None or folder.is_dir() for folder in folders)
 
 
 def _budgets(*shares: float) -> dict[str, Row]:
@@ -94,6 +94,7 @@ SUITES["meanflow"] = PLAIN | {
     for name, of in (
         ("meanflow, {n} steps", {}),
         ("guidance distilled, {n} steps", {"student": "checkpoints/meanflow/guidance-only"}),
+        ("even intervals, {n} steps", {"student": "checkpoints/even/meanflow"}),
         ("unrestricted (R = 1), {n} steps", {"student": "checkpoints/unrestricted/meanflow"}),
     )
     for n in (20, 10)
@@ -117,7 +118,7 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     """The summary of a suite, after writing results.json, report.md and pareto.png. Raises ValueError if unknown."""
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
-    rows = {name: row for name, row in SUITES[suite].items() if row.trained()}
+    rows = {name: row for name, row in SUITES[suite].items() if row.trained(model)}
     if left_out := SUITES[suite].keys() - rows.keys():
         print(f"left out, as nobody has trained them: {', '.join(sorted(left_out))}", file=sys.stderr)
     pipe = load_pipeline(model)

@@ -173,7 +173,7 @@ def compare(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="base, fastercache, asymrnr, asymrnr-curve or gpd.")] = "base",
+    suite: Annotated[str, typer.Option(help="base, fastercache, asymrnr, gpd, meanflow, disca or a part.")] = "base",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds a prompt.")] = 1,
     model: Model = TINY,
@@ -211,7 +211,7 @@ def train(
     arm: Annotated[
         str,
         typer.Option(
-            help="A rival. gpd: no-constraint, annealed, halving, direct, guidance-only; meanflow: even, "
+            help="A rival. gpd: no-constraint, annealed, halving, direct, guidance-only; meanflow: even, exact, "
             "unrestricted; predictor: plain."
         ),
     ] = None,

@@ -65,7 +65,8 @@ class IntervalEmbedder(nn.Module):
 def conditioned(transformer: nn.Module, told: dict[str, Tensor]) -> Iterator[None]:
     """Inside, a Wan transformer takes packed timesteps, with the weights of an `IntervalEmbedder`'s additions."""
     plain = transformer.condition_embedder
-    transformer.condition_embedder = IntervalEmbedder(plain)
+    with torch.random.fork_rng(devices=()):  # its first weights are not the caller's business
+        transformer.condition_embedder = IntervalEmbedder(plain)
     transformer.condition_embedder.told.load_state_dict(told)
     try:
         yield

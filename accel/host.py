@@ -70,6 +70,20 @@ def _hooked(module: nn.Module, around: Callable) -> Iterator[None]:
             del module.forward
 
 
+class _AsOne(nn.ModuleList):
+    """The same blocks under the same names, of which whoever goes through them sees one function.
+
+    No hook is on the blocks themselves, so compiled ones stay as they were compiled.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, stack: Callable):
+        super().__init__(blocks)
+        self._stack = stack
+
+    def __iter__(self) -> Iterator[Callable]:
+        return iter((self._stack,))
+
+
 class Host:
     """A pipeline under observation. `step` is where its loop stands, `model` which of its transformers runs."""
 
@@ -78,13 +92,12 @@ class Host:
         self.models = self.family.denoisers(pipe)
         self.signatures = [inspect.signature(type(model).forward) for model in self.models]
         self.attentions = [self.family.attentions(model) for model in self.models]
-        self.stacks = [list(self.family.blocks(model)) for model in self.models]
+        self.depths = [len(self.family.blocks(model)) for model in self.models]
         self.step: Step | None = None
         self.model = 0
         self.latents: Tensor | None = None  # the input of the call that runs, (b, c, f, h, w)
         self.run = 0
         self._seen: set[tuple[int, str]] = set()
-        self._inside = False  # the wrapped stack of blocks
         self._loose = _Loose()
         self._denoiser: list[Callable] = []
         self._blocks: list[Callable] = []
@@ -128,8 +141,24 @@ class Host:
         return self.family.grid(self.models[self.model], self.latents)
 
     def _open_blocks(self) -> AbstractContextManager:
-        places = ((i, j, block) for i, blocks in enumerate(self.stacks) for j, block in enumerate(blocks))
-        return _all(_hooked(block, partial(self._pass, i, j)) for i, j, block in places)
+        return _all(self._as_one(i) for i in range(len(self.models)))
+
+    @contextmanager
+    def _as_one(self, index: int) -> Iterator[None]:
+        """Let a model find one block where its blocks are: the wrapped stack of them."""
+        model, blocks = self.models[index], self.family.blocks(self.models[index])
+
+        def stack(hidden: Tensor, *inputs, **named) -> Tensor:
+            for block in blocks:
+                hidden = block(hidden, *inputs, **named)
+            return hidden
+
+        whole = lambda *inputs, **named: _nest(stack, self._blocks)(*inputs, **named)
+        setattr(model, self.family.BLOCKS, _AsOne(blocks, whole))
+        try:
+            yield
+        finally:
+            setattr(model, self.family.BLOCKS, blocks)
 
     def _open_attentions(self) -> AbstractContextManager:
         return _all(_hooked(module, partial(self._attend, site)) for site, module in self._sites())
@@ -193,24 +222,6 @@ class Host:
             self.trace.flops = count_flops(self.models[model], x, inputs)
         self.model, self.latents = model, x
         self.trace.sigmas[index] = self.step.sigma
-
-    def _pass(self, model: int, index: int, hook: _Around, hidden: Tensor, *inputs, **named) -> Tensor:
-        """The first block runs the wrapped stack; the others, already run in it, hand on what they are given."""
-        if self._inside:
-            return hook.original(hidden, *inputs, **named)
-        if index > 0:
-            return hidden
-
-        def stack(hidden: Tensor, *inputs, **named) -> Tensor:
-            self._inside = True
-            try:
-                for block in self.stacks[model]:
-                    hidden = block(hidden, *inputs, **named)
-            finally:
-                self._inside = False
-            return hidden
-
-        return _nest(stack, self._blocks)(hidden, *inputs, **named)
 
     def _attend(self, site: str, hook: _Around, *args, **kwargs) -> Tensor:
         call = partial(hook.original, *args, **kwargs)

@@ -35,7 +35,7 @@ def _values(schema: dict) -> str:
         return f"{schema['minimum']} to {schema['maximum']}"
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
-    return {"boolean": "true, false", "string": "a path", "object": "a table"}[schema["type"]]
+    return {"boolean": "true, false", "string": "a text", "object": "a table"}[schema["type"]]
 
 
 def suite(name: str) -> str:
@@ -71,6 +71,23 @@ def students() -> str:
         cells = (facts["steps"], facts["horizon"], f"{held['step']} of {held['steps']}", f"{held['seconds'] / 60:.0f}",
                  f"{held['jump']:.3f}", f"{held['end']:.3f}")  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def disca() -> str:
+    """How the MeanFlow student and the predictors were trained, stage by stage, and what each stage came to."""
+    record = json.loads((CARD.parent / "training.json").read_text())
+    lines = [
+        "| part | stage | iterations | minutes | error looked at | error of the video |",
+        "|---|---|---|---|---|---|",
+    ]
+    forms = {f"predictor, {f.parent.name}": json.loads(f.read_text()) for f in CARD.parent.glob("predictor/*/*.json")}
+    runs = {"meanflow": record.get("meanflow", {}).get("stages", {})}
+    runs |= {name: facts["stages"] for name, facts in sorted(forms.items(), reverse=True)}
+    for part, stages in runs.items():
+        for name, held in stages.items():
+            spent = f"{held['step']} of {held['steps']} | {held['seconds'] / 60:.0f}"
+            lines.append(f"| {part} | {name} | {spent} | {held['jump']:.3f} | {held['end']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -119,7 +136,7 @@ def _reconstruction(r: dict) -> str:
     return f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips; read back from these: {read}"
 
 
-PARTS = {"knobs": knobs, "attributes": attributes, "training": training, "students": students}
+PARTS = {"knobs": knobs, "attributes": attributes, "training": training, "students": students, "disca-training": disca}
 PARTS |= {name: partial(suite, name) for name in MEASURED}
 PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", "gpd-arms", "meanflow", "disca")}
 

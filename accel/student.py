@@ -126,19 +126,22 @@ def _no_negative(pipe) -> Iterator[None]:
             pipe.encode_prompt = before
 
 
-def read(folder: Path, name: str, kind: type[S], command: str) -> S:
-    """What the file `name` says of the student in a folder. Raises ValueError if there is none; `command` makes it."""
+def read(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
+    """What the file `name` says of what was trained in a folder.
+
+    Raises ValueError if there is none: `knob` names another folder, `command` makes one.
+    """
     file = folder / name
     if not file.is_file():
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{name}")) or [f"none: python -m accel {command}"]
         raise ValueError(
-            f"there is no student {folder.name!r} in that place ({name.removesuffix('.json')}.student names another); "
+            f"there is no {name.removesuffix('.json')} {folder.name!r} in that place ({knob} names another); "
             f"there are {', '.join(others)}"
         )
     try:
         return kind.model_validate_json(file.read_text())
     except ValidationError as error:
-        raise ValueError(f"{file} is no student: {error.errors()[0]['msg']}") from None
+        raise ValueError(f"{file} cannot be read: {error.errors()[0]['msg']}") from None
 
 
 def check_base(folder: Path, base: list[float], pipe) -> None:

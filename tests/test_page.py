@@ -136,6 +136,21 @@ def test_timeline_shows_each_step_of_each_site():
     assert "step 2, σ 0.667, cond, blocks.0.attn1: attention reused" in svg
 
 
+def test_timeline_shows_anchors_and_predicted_passes():
+    trace = Trace()
+    for i in range(4):
+        step = Step(i, 4, 1 - i / 4, 0.5, "cond")
+        trace.sigmas[i] = step.sigma
+        for site in ("denoiser", "blocks.0.attn1"):
+            trace.record(step, site, "compute")
+        if i in (1, 2):
+            trace.record(step, "denoiser", "predict", 0.2)
+            trace.drop(step, ["blocks.0.attn1"])
+    svg = timeline(trace.to_json())
+    assert svg.count(f'fill="{LOOK["predict"][0]}"') == 2 and svg.count(f'fill="{LOOK["compute"][0]}"') == 2
+    assert "step 2, σ 0.750, cond, blocks.0.attn1: predicted" in svg
+
+
 def test_labels_of_the_player_are_escaped(tmp_path):
     for pane in "ab":
         (tmp_path / f"{pane}.mp4").write_bytes(b"")

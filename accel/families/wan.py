@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..heads import Heads
 from ..tokens import Reduction
 
+BLOCKS = "blocks"  # the attribute that holds them
+
 
 def denoisers(pipe) -> list[nn.Module]:
     """The transformers in the order of use; Wan 2.2 has a second one for low noise."""

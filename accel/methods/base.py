@@ -37,9 +37,14 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """The values that some knobs have for a model's folder, where fewer than all; an empty list: it has none."""
         return {}
 
+    def folder(self, model: str | Path) -> Path | None:
+        """Of what was trained for this method and a model, where it needs that."""
+        return None
+
     def files(self, model: str | Path) -> list[Path]:
         """What it reads for a model beside the model's own files."""
-        return []
+        folder = self.folder(model)
+        return sorted(p for p in folder.glob("*") if p.is_file()) if folder else []
 
     def demands(self) -> dict[str, float]:
         """The settings that a run must have for this method: `steps`, `guidance`; nothing for most."""

@@ -17,6 +17,7 @@ from statistics import median
 from types import ModuleType
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, Field, field_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,12 +33,20 @@ ORDERS = {"residual": 0, "plain": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
 LEARNT = ("residual", "plain")
 
 
+class Lessons(BaseModel, frozen=True):
+    """The runs that a predictor was made for: so many steps, so many from an anchor to the next."""
+
+    steps: int
+    farthest: int
+
+
 class Learnt(BaseModel, frozen=True):
     """What `predictor.json` says of a predictor, as far as running it goes."""
 
     form: Form
     depth: int = Field(ge=1)
     student: list[float]  # marks of the transformer whose features it learnt
+    lessons: Lessons
 
 
 @dataclass
@@ -67,7 +76,7 @@ class DisCa(Method):
     paper: ClassVar[str] = "arXiv 2602.05449"
     neutral: ClassVar[dict] = {"full": 50, "form": "reuse"}
 
-    full: int = Field(8, ge=1, le=50, description="Full passes; the others are predicted. Fewer lose motion and shape.")
+    full: int = Field(8, ge=2, le=50, description="Full passes; the others are predicted. Fewer lose motion and shape.")
     form: Literal["residual", "plain", "reuse", "taylor-1", "taylor-2"] = Field(
         "residual", description="Who predicts: a network (residual or as in the paper), the last pass, a Taylor series."
     )
@@ -95,9 +104,9 @@ class DisCa(Method):
         there = [form for form in LEARNT if (_beside(model, form) / "predictor.json").is_file()]
         return {"form": [*there, *(form for form in ORDERS if form not in LEARNT)]}
 
-    def files(self, model: str | Path) -> list[Path]:
-        """The predictor's files."""
-        return sorted(p for p in self._folder(model).glob("*") if p.is_file()) if self.form in LEARNT else []
+    def folder(self, model: str | Path) -> Path | None:
+        """The predictor's."""
+        return (Path(self.predictor) if self.predictor else _beside(model, self.form)) if self.form in LEARNT else None
 
     def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
         """One output of the stack of blocks for each branch; a Taylor series has one more for each order."""
@@ -108,20 +117,19 @@ class DisCa(Method):
         return kept * (1 + guided) * tokens * family.width(model) * latents.element_size()
 
     def steps(self, count: int) -> list[int]:
-        """The anchors of `count` steps. Raises ValueError if a given one is not among them."""
+        """The anchors of `count` steps. Raises ValueError unless given ones end with the last."""
         given = [int(word) for word in self.anchors.split()]
-        if given and given[-1] >= count:
-            raise ValueError(f"disca.anchors has step {given[-1]}, but a run of {count} steps ends with {count - 1}")
+        if given and given[-1] != count - 1:
+            raise ValueError(
+                f"disca.anchors ends with step {given[-1]}, a run of {count} steps with {count - 1}: both full"
+            )
         return given or spread(self.full, count)
-
-    def _folder(self, model: str | Path) -> Path:
-        return Path(self.predictor) if self.predictor else _beside(model, self.form)
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the stack of blocks for the time of the context."""
-        predictor = self._load(host) if self.form in LEARNT else None
-        caches, anchors = host.per_run(dict), host.per_run(lambda: self._begin(host, trace))
+        predictor, lessons = self._load(host) if self.form in LEARNT else (None, None)
+        caches, anchors = host.per_run(dict), host.per_run(lambda: self._begin(host, trace, lessons))
 
         def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
             step, order = host.step, ORDERS[self.form]
@@ -137,13 +145,15 @@ class DisCa(Method):
                 return out
             self._note(host, trace, predictor, hidden)
             if predictor is not None:
+                if next(predictor.parameters()).device != hidden.device:  # of an offloaded model
+                    predictor.to(hidden.device)
                 return predictor(hidden, cache.terms[0], *inputs, **named)
             return cache.extrapolate(step.index).to(hidden.dtype)
 
         with host.wrap_blocks(blocks):
             yield
 
-    def _begin(self, host: Host, trace: Trace) -> list[int]:
+    def _begin(self, host: Host, trace: Trace, lessons: Lessons | None) -> list[int]:
         """The run's anchors; what will be held, and why nothing happens, goes to the trace."""
         count = host.step.count
         anchors = self.steps(count)
@@ -151,6 +161,12 @@ class DisCa(Method):
             raise ValueError("disca and a run of 1 step do not go together: there is nothing to predict")
         if len(anchors) == count:
             trace.note(f"DisCa does nothing: all {count} steps are full passes at this setting")
+        gap = max((b - a for a, b in zip(anchors, anchors[1:])), default=1)
+        if lessons and 1 < gap and (count != lessons.steps or gap > lessons.farthest):
+            trace.note(
+                f"DisCa: this predictor learnt runs of {lessons.steps} steps, anchors up to {lessons.farthest} apart; "
+                f"this run has {count}, up to {gap} apart"
+            )
         guided = host.family.is_guided(host.pipe)
         trace.bytes_forecast += self.forecast(host.models[host.model], host.family, host.latents, count, guided)
         trace.extras["disca"] = {"anchors": anchors, "form": self.form, "share": 1.0}
@@ -158,7 +174,7 @@ class DisCa(Method):
 
     def _note(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
         """Record a predicted pass, and the share of its work that is left: embedding, head and predictor."""
-        whole, stack = trace.flops[DENOISER], len(host.stacks[host.model])
+        whole, stack = trace.flops[DENOISER], host.depths[host.model]
         block = trace.flops["blocks.0"]
         left = whole - stack * block
         if predictor is not None:
@@ -182,19 +198,22 @@ class DisCa(Method):
             f"whole one, {share:.0%} by count: {faster[1]:.2f} times as fast as all whole, {faster[0]:.2f} by count"
         )
 
-    def _load(self, host: Host) -> Predictor:
-        """The trained predictor. Raises ValueError if there is none, or it belongs to another student than runs."""
-        folder, model = self._folder(host.pipe.name_or_path or "nowhere"), host.models[0]
-        learnt = read(folder, "predictor.json", Learnt, "train predictor makes it")
+    def _load(self, host: Host) -> tuple[Predictor, Lessons]:
+        """The trained predictor, and what it learnt. Raises ValueError if there is none, or it is not for what runs."""
+        folder, model = self.folder(host.pipe.name_or_path or "nowhere"), host.models[0]
+        learnt = read(folder, "predictor.json", Learnt, "disca.predictor", "train predictor makes it")
         if not bears(model, learnt.student):
             raise ValueError(
                 f"disca: predictor {folder.name!r} belongs to another model than the one that runs: put the meanflow "
                 "that it was trained for before it, or choose the form reuse or taylor-1"
             )
-        predictor = Predictor(host.family, model, learnt.form, learnt.depth)
+        if learnt.form != self.form:
+            raise ValueError(f"disca.form = {self.form}, but predictor {folder.name!r} has the form {learnt.form}")
+        with torch.random.fork_rng(devices=()):  # its first weights are not the caller's business
+            predictor = Predictor(host.family, model, learnt.form, learnt.depth)
         predictor.load_state_dict(load_file(folder / "model.safetensors"))
         weight = model.patch_embedding.weight
-        return predictor.to(weight.device, weight.dtype).eval().requires_grad_(False)
+        return predictor.to(weight.device, weight.dtype).eval().requires_grad_(False), learnt.lessons
 
 
 def _beside(model: str | Path, form: str) -> Path:
@@ -207,6 +226,6 @@ def spread(full: int, count: int) -> list[int]:
     if full >= count:
         return list(range(count))
     if full < 4:
-        return [0, 1, 2][: max(1, full - 1)] + [count - 1] * (full > 1)
+        return [*range(full - 1), count - 1]
     parts = full - 3
     return [0, 1, *(2 + round((count - 3) * i / parts) for i in range(parts + 1))]

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, ClassVar, Literal, get_args
 
-import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
@@ -55,9 +54,9 @@ class GPD(Method):
         ]
         return {"steps": [0, *found] if found else []}
 
-    def files(self, model: str | Path) -> list[Path]:
-        """The student's files."""
-        return sorted(p for p in self._folder(model).glob("*") if p.is_file()) if self.steps else []
+    def folder(self, model: str | Path) -> Path | None:
+        """The student's."""
+        return (Path(self.student) if self.student else _beside(model, self.steps)) if self.steps else None
 
     def demands(self) -> dict[str, float]:
         """The student's number of steps, and one branch: guidance is built in."""
@@ -69,18 +68,14 @@ class GPD(Method):
         """The weights that wait while the student's are in their place."""
         return bytes_of(Path(self.student) if self.student else None, model) if self.steps else 0
 
-    def _folder(self, model: str | Path) -> Path:
-        return Path(self.student) if self.student else _beside(model, self.steps)
-
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """The student's weights and levels in the pipeline for the time of the context."""
         if not self.steps:
             yield
             return
-        folder, model = self._folder(host.pipe.name_or_path or "nowhere"), host.models[0]
-        held = self.forecast(model, host.family, torch.empty(0), self.steps, False)
-        told = host.per_run(lambda: trace.expect("gpd", held))
+        folder, model = self.folder(host.pipe.name_or_path or "nowhere"), host.models[0]
+        told = host.per_run(lambda: trace.expect("gpd", bytes_of(folder, model)))
 
         def call(inner, x: Tensor, **inputs) -> Tensor:
             told()
@@ -99,4 +94,4 @@ def _beside(model: str | Path, steps: int) -> Path:
 
 
 def _read(folder: Path) -> Student:
-    return read(folder, "gpd.json", Student, "train gpd makes them")
+    return read(folder, "gpd.json", Student, "gpd.student", "train gpd makes them")

@@ -31,6 +31,7 @@ class Student(BaseModel, frozen=True):
     guidance: tuple[float, float]  # the range it learnt
     longest: float = Field(gt=0, le=1)  # the widest interval that it learnt
     base: list[float]  # marks of the transformer it was made from
+    instant: bool = False  # it learnt no intervals, guidance alone: it is told none
 
 
 class MeanFlow(Method):
@@ -56,9 +57,9 @@ class MeanFlow(Method):
         there = (Path(model) / "meanflow" / "meanflow.json").is_file()
         return {"steps": list(get_args(cls.model_fields["steps"].annotation)) if there else []}
 
-    def files(self, model: str | Path) -> list[Path]:
-        """The student's files."""
-        return sorted(p for p in self._folder(model).glob("*") if p.is_file()) if self.steps else []
+    def folder(self, model: str | Path) -> Path | None:
+        """The student's."""
+        return (Path(self.student) if self.student else Path(model) / "meanflow") if self.steps else None
 
     def demands(self) -> dict[str, float]:
         """The number of steps, and one branch: guidance is built in."""
@@ -68,27 +69,25 @@ class MeanFlow(Method):
         """The weights that wait while the student's are in their place."""
         return bytes_of(Path(self.student) if self.student else None, model) if self.steps else 0
 
-    def _folder(self, model: str | Path) -> Path:
-        return Path(self.student) if self.student else Path(model) / "meanflow"
-
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """The student's weights in the pipeline, and its calls told of intervals, for the time of the context."""
         if not self.steps:
             yield
             return
-        folder, model, pipe = self._folder(host.pipe.name_or_path or "nowhere"), host.models[0], host.pipe
-        student = read(folder, "meanflow.json", Student, "train meanflow makes it")
+        folder, model, pipe = self.folder(host.pipe.name_or_path or "nowhere"), host.models[0], host.pipe
+        student = read(folder, "meanflow.json", Student, "meanflow.student", "train meanflow makes it")
         check_base(folder, student.base, pipe)
         low, high = student.guidance
         if not low <= self.guidance <= high:
             raise ValueError(f"meanflow.guidance = {self.guidance:g}: this student learnt {low:g} to {high:g}")
-        held = self.forecast(model, host.family, torch.empty(0), self.steps, False)
+        held = bytes_of(folder, model)
         told = host.per_run(lambda: self._begin(held, student, host, trace))
 
         def call(inner, x: Tensor, **inputs) -> Tensor:
             told()
-            numbers = (host.step.sigma, host.step.sigma_next, self.guidance)
+            then = host.step.sigma if student.instant else host.step.sigma_next
+            numbers = (host.step.sigma, then, self.guidance)
             now, then, guidance = torch.tensor(numbers, device=x.device).unsqueeze(1).expand(-1, len(x))
             return inner(x, **inputs | {"timestep": packed(now, then, guidance)})
 

@@ -37,10 +37,13 @@ class Discriminator(nn.Module):
         return logits
 
 
-def hinge(logits: list[Tensor], real: bool) -> Tensor:
-    """Mean of max(0, 1 - logit) over all that should be taken for real, of max(0, 1 + logit) over the others."""
-    sign = -1.0 if real else 1.0
-    return torch.stack([F.relu(1 + sign * own).mean() for own in logits]).mean()
+def hinge(logits: list[Tensor], real: bool, counts: Tensor) -> Tensor:
+    """Mean of max(0, 1 - logit) where they should be taken for real, else of max(0, 1 + logit).
+
+    Over layers, scales, and the samples (b,) that count 1; 0 leaves one out.
+    """
+    sign, share = -1.0 if real else 1.0, counts / counts.sum().clamp(min=1)
+    return torch.stack([(F.relu(1 + sign * own).mean(1) * share).sum() for own in logits]).mean()
 
 
 def right(logits: list[Tensor], real: bool) -> float:

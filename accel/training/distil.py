@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..flow import euler
@@ -100,11 +101,13 @@ class Watch:
     def look(self, step: int) -> None:
         """Measure the student as it stands."""
         error = self.held.jump(self.model, self.horizon)
-        print(f"held-out error of {self.horizon} steps in one: {error:.4f} after {step} iterations", file=sys.stderr)
+        what = f"{self.horizon} steps in one" if self.horizon > 1 else "a step"
+        print(f"held-out error of {what}: {error:.4f} after {step} iterations", file=sys.stderr)
         if not self.errors or error < min(self.errors.values()):
             self.best = [p.detach().cpu().clone() for p in trained(self.model)]
         self.errors[step] = error
-        torch.save({"errors": self.errors, "best": self.best}, self.file)
+        if PartialState().is_main_process:
+            torch.save({"errors": self.errors, "best": self.best}, self.file)
 
     @property
     def diverged(self) -> bool:
@@ -147,7 +150,8 @@ def distil(
                 break
             stages[name] = stage_done
             keep(stages[name])
-            done.write_text(json.dumps(stages[name]) + "\n")
+            if PartialState().is_main_process:
+                done.write_text(json.dumps(stages[name]) + "\n")
         task.nets.next_stage()
     return {"stages": stages, "finished": len(stages) == len(task.stages)}
 
@@ -161,12 +165,13 @@ def _train(task, horizon: int, held: HeldOut, folder: Path, minutes: float | Non
     watch = Watch(held, task.module, horizon, folder / "watch.pt", begun)
     over = lambda step: watch(step) or task.diverged
     summary = fit(task, folder, minutes=minutes, resume=resume, enough=over)
-    if summary["step"] < summary["steps"] and not (watch.diverged or task.diverged):
+    if summary["step"] < summary["steps"] and "ended" not in summary:
         return None
     watch.look(summary["step"])
     if task.best:
         watch.restore()
-    torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")
+    if PartialState().is_main_process:
+        torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")
     errors = {"jump": held.jump(task.module, horizon), "end": held.end(task.module, horizon)}
     return {**summary, **errors, "watched": watch.errors}
 

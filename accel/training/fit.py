@@ -68,7 +68,7 @@ def fit(
 ) -> dict:  # fmt: skip
     """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always.
 
-    `enough(steps done)` may end it before, in all processes alike.
+    `enough(steps done)` of any process may end it before, in all alike; the summary has "ended" then.
     """
     recipe, folder = task.recipe, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,7 @@ def fit(
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
+    ended = False
     bar = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
     with open(folder / "log.jsonl", "a" if step else "w") as log, _stop_on_signal() as stopped:
         while step < recipe.steps:
@@ -92,9 +93,10 @@ def fit(
                 bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
                 log.write(json.dumps({"step": step, "seconds": round(spent + now - began, 1), **logs}) + "\n")
                 log.flush()
-            done = _any(accelerator, step == recipe.steps or enough(step))
+            ended = _any(accelerator, enough(step))
+            done = ended or step == recipe.steps
             over = _any(accelerator, stopped() or (minutes is not None and now - began > 60 * minutes))
-            if _any(accelerator, over or done or now - saved > save_every):
+            if done or _any(accelerator, over or now - saved > save_every):
                 carried = _carried(task, accelerator)
                 if accelerator.is_main_process:
                     _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, step, spent + now - began)
@@ -105,7 +107,8 @@ def fit(
                 break
     bar.close()
     ema.copy_to(trained(task.module))
-    return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1)}
+    seconds = round(spent + time.monotonic() - began, 1)
+    return {"step": step, "steps": recipe.steps, "seconds": seconds, **({"ended": True} if ended else {})}
 
 
 def _carried(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -170,8 +173,9 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
 
 
 def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, step: int, seconds: float) -> None:
+    buffers = {name: b for name, b in module.named_buffers() if name in module.state_dict()}
     learnt = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    state = {"module": learnt, "ema": ema.state_dict(), "carried": carried}
+    state = {"module": {**buffers, **learnt}, "ema": ema.state_dict(), "carried": carried}
     state["optimizers"] = [o.state_dict() for o in optimizers]
     torch.save({**state, "step": step, "seconds": seconds}, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
@@ -181,7 +185,7 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, flo
     if not (folder / "state.pt").exists():
         return 0, 0.0
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    own = dict(task.module.named_parameters())
+    own = {**dict(task.module.named_parameters()), **dict(task.module.named_buffers())}
     with torch.no_grad():
         for name in own.keys() & state["module"].keys():
             own[name].copy_(state["module"][name])

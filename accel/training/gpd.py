@@ -60,11 +60,9 @@ class GpdTask:
     ):
         """`share`: which process this is, of how many."""
         self.recipe, self.curriculum, self.nets, self.ground = recipe, curriculum, nets, ground
-        if curriculum.slots % share[1]:
-            raise ValueError(f"{curriculum.slots} slots cannot be shared by {share[1]} processes: give --slots")
-        count, self.stage = curriculum.slots // share[1], 0
+        self.stage = 0
         self.empty = ground.encode([""])
-        self.slots = Slots(ground, count, share[0] * count, recipe.seed)
+        self.slots = Slots(ground, curriculum.slots, share, recipe.seed)
 
     @property
     def module(self) -> nn.Module:

@@ -9,7 +9,6 @@ own errors back is multiplied by their length. R = 1 is plain MeanFlow. Data-fre
 from __future__ import annotations
 
 import sys
-from collections import deque
 from pathlib import Path
 from typing import Literal
 
@@ -68,13 +67,10 @@ class MeanFlowTask:
     ):
         """`share`: which process this is, of how many."""
         self.recipe, self.course, self.nets, self.ground = recipe, course, nets, ground
-        if course.slots % share[1]:
-            raise ValueError(f"{course.slots} slots cannot be shared by {share[1]} processes: give --slots")
-        count, self.stage = course.slots // share[1], 0
+        self.stage = 0
         self.empty = ground.encode([""])
-        self.slots = Slots(ground, count, share[0] * count, recipe.seed)
-        self._first: list[float] = []  # sizes of the correction when it was in for the first time
-        self._sizes: deque[float] = deque(maxlen=SEEN)
+        self.slots = Slots(ground, course.slots, share, recipe.seed)
+        self.sizes = torch.zeros(3)  # of the correction: how many were seen, the mean of the first, and of the latest
         _keep_zeros(nets.module.condition_embedder.base.time_embedder)
 
     best = True
@@ -91,11 +87,8 @@ class MeanFlowTask:
     @property
     def diverged(self) -> bool:
         """Whether the network feeds on its own errors: its correction has grown many times."""
-        if len(self._first) < SEEN or sum(self._sizes) <= GROWN * sum(self._first):
-            return False
-        print(f"the correction (t - r) du/dt has grown {GROWN:g}-fold: the stage ends; a lower rate or R is needed",
-              file=sys.stderr)  # fmt: skip
-        return True
+        count, first, latest = self.sizes.tolist()
+        return count >= 2 * SEEN and latest > GROWN * first
 
     def matrices(self) -> list[nn.Parameter]:
         return self.nets.matrices()
@@ -145,8 +138,20 @@ class MeanFlowTask:
         target[moving] = mean_flow_target(v[moving], warm * slope, now[moving], then[moving])
         size = (target - v)[moving].square().mean().item() / warm**2
         if step >= self.course.warm:
-            (self._first if len(self._first) < SEEN else self._sizes).append(size)
+            self._watch(size)
         return target, {"correction": size, "velocity": v.square().mean().item()}
+
+    def _watch(self, size: float) -> None:
+        """Follow the size of the correction, and say so when it has grown too much."""
+        if self.sizes[0] < SEEN:
+            self.sizes[1] += size / SEEN
+            self.sizes[2] = self.sizes[1]
+        else:
+            self.sizes[2] += (size - self.sizes[2]) / SEEN
+        self.sizes[0] += 1
+        if self.diverged:
+            print(f"the correction (t - r) du/dt has grown {GROWN:g}-fold: the stage ends; a lower rate or R is needed",
+                  file=sys.stderr)  # fmt: skip
 
     @torch.no_grad()
     def slope(self, v: Tensor, now: Tensor, then: Tensor, w: Tensor, which: Tensor) -> Tensor:
@@ -182,17 +187,19 @@ class MeanFlowTask:
         sheet(self.module, self.ground, self.stages["average"], path)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the weights: the slots."""
-        return self.slots.state_dict()
+        """What a resumed run needs beside the weights: the slots, and what was seen of the correction."""
+        return {**self.slots.state_dict(), "sizes": self.sizes.expand(len(self.slots), -1)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse, from the slots of all processes."""
         self.slots.load_state_dict(state)
+        if "sizes" in state:
+            self.sizes = state["sizes"][self.slots.first].clone()
 
 
 def _keep_zeros(layer: nn.Module) -> None:
     """Weights that are zero stay so: time frequencies that the base does not see (`smooth_time`) stay unseen."""
-    for weight in layer.parameters():
-        if weight.requires_grad:
+    for name, weight in layer.named_parameters():
+        if weight.requires_grad and ".lora_" not in name:  # those of adapters begin at zero
             seen = weight.detach() != 0
             weight.register_hook(lambda grad, seen=seen: grad * seen)

@@ -84,10 +84,17 @@ class Order:
         folder = Path(resolve(self.model))
         return folder if folder.is_dir() else None
 
-    def held_out(self, task: Distillation, pipe, lines: list[str]) -> HeldOut:
+    def sibling(self, out: Path, what: str) -> Path:
+        """The folder in which the same model was trained for something else, beside `out` of this order."""
+        return out.parent / what if self.model == TINY else out.parent.parent / what / out.name
+
+    def looks(self, lines: list[str]) -> list[str]:
         """The prompts that a training is looked at with."""
-        looks = lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
-        return HeldOut(task, looks, home_of(pipe, self.model).guidance)
+        return lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
+
+    def held_out(self, task: Distillation, pipe, lines: list[str]) -> HeldOut:
+        """The teacher's ways from these."""
+        return HeldOut(task, self.looks(lines), home_of(pipe, self.model).guidance)
 
 
 def begin(out: Path, resume: bool, order: dict) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..conditioning import packed
 from ..flow import euler
@@ -39,16 +40,20 @@ class Lessons(BaseModel, frozen=True, extra="forbid"):
 class Stack(nn.Module):
     """A transformer's blocks as one: it keeps what they give, or gives what a function does instead of them."""
 
-    def __init__(self, blocks: nn.ModuleList):
+    def __init__(self, blocks: nn.ModuleList, spare: bool):
+        """`spare`: compute blocks again on the way back instead of keeping what they had."""
         super().__init__()
-        self.blocks, self.instead, self.outputs = blocks, None, []
+        self.blocks, self.spare, self.instead, self.outputs = blocks, spare, None, []
 
     def forward(self, hidden: Tensor, *inputs) -> Tensor:
         if self.instead is not None:
             return self.instead(hidden, *inputs)
         self.outputs = []
         for block in self.blocks:
-            hidden = block(hidden, *inputs)
+            if self.spare and hidden.requires_grad:
+                hidden = checkpoint(block, hidden, *inputs, use_reentrant=False)
+            else:
+                hidden = block(hidden, *inputs)
             self.outputs.append(hidden)
         return hidden
 
@@ -56,8 +61,9 @@ class Stack(nn.Module):
 class Watched:
     """A frozen student whose features can be read, and its passes predicted."""
 
-    def __init__(self, transformer: nn.Module):
-        self.stack = Stack(transformer.blocks)
+    def __init__(self, transformer: nn.Module, spare: bool = False):
+        """`spare` memory for a large one, at the cost of time."""
+        self.stack = Stack(transformer.blocks, spare)
         self.transformer = transformer.eval().requires_grad_(False)
         transformer.blocks = nn.ModuleList([self.stack])
         count = len(self.stack.blocks)
@@ -110,7 +116,7 @@ class Trainee(nn.Module):
 class PredictorTask:
     """Both stages; a process carries its share of the slots."""
 
-    best, diverged = True, False
+    diverged = False
     stages = {"match": 1, "sharpen": 1}
 
     def __init__(
@@ -120,11 +126,10 @@ class PredictorTask:
         """`tokens`: the student's grid of them; `share`: which process this is, of how many."""
         self.recipe, self.lessons, self.student, self.ground = recipe, lessons, student, ground
         self.tokens, self.nets = tokens, self
-        if lessons.slots % share[1]:
-            raise ValueError(f"{lessons.slots} slots cannot be shared by {share[1]} processes: give --slots")
-        count, width = lessons.slots // share[1], predictor.fuse[-1].out_features
-        self.slots = Slots(ground, count, share[0] * count, recipe.seed)
+        width = predictor.fuse[-1].out_features
+        self.slots = Slots(ground, lessons.slots, share, recipe.seed)
         device = self.slots.x.device
+        count = len(self.slots)
         self.cached = torch.zeros(count, tokens[0] * tokens[1] * tokens[2], width, device=device)
         self.due = torch.zeros(count, dtype=torch.long)  # steps until the next anchor
         judge = Discriminator(width, len(student.layers))
@@ -140,6 +145,11 @@ class PredictorTask:
     def stage(self, stage: int) -> None:
         self._stage = stage
         self.module.judge.requires_grad_(stage == 1)
+
+    @property
+    def best(self) -> bool:
+        """Whether the best one seen is to be kept: what is looked at is squared error, the first stage's aim."""
+        return self.stage == 0
 
     def matrices(self) -> list[nn.Parameter]:
         return [p for p in self.module.predictor.parameters() if p.ndim == 2]
@@ -163,7 +173,7 @@ class PredictorTask:
         loss = error / v.square().mean() + self.lessons.feature * likeness
         if self.stage == 1:
             ends = [euler(x, way, now, then) for way in (v, u)]
-            loss = loss + self._judged(own.judge, ends, after, words, logs)
+            loss = loss + self._judged(own.judge, ends, after, words, known.flatten(), logs)
         self._move(u.detach(), v, feature, step)
         return loss
 
@@ -174,18 +184,21 @@ class PredictorTask:
         w = torch.tensor([low + (high - low) * rng.random() for rng in self.slots.chance("guidance")])
         return now, then, *(packed(start, then, w).to(self.slots.x.device) for start in (now, then))
 
-    def _judged(self, judge: Discriminator, ends: list[Tensor], after: Tensor, words: Tensor, logs: dict) -> Tensor:
-        """The discriminator's loss, and the predictor's for being told apart, from features at the true and its end."""
+    def _judged(self, judge: Discriminator, ends: list[Tensor], after, words, known: Tensor, logs: dict) -> Tensor:
+        """The discriminator's loss, and the predictor's for being told apart, from features at the true and its end.
+
+        Of the slots that are `known` (s,), 1 or 0: the others had nothing to predict from.
+        """
         with torch.no_grad():
             real = self.student.features(ends[0], after, words)
         told = self.student.features(ends[1], after, words)
         judge.requires_grad_(False)
-        fooled = hinge(judge(told, self.tokens), real=True)
+        fooled = hinge(judge(told, self.tokens), True, known)
         judge.requires_grad_(True)
         kinds = ((real, True), ([f.detach() for f in told], False))
         logits = [(judge(features, self.tokens), kind) for features, kind in kinds]
         logs["fooled"], logs["judge right"] = fooled.item(), sum(right(*pair) for pair in logits) / 2
-        return self.lessons.sharpen * fooled + sum(hinge(*pair) for pair in logits)
+        return self.lessons.sharpen * fooled + sum(hinge(*pair, known) for pair in logits)
 
     def _move(self, u: Tensor, v: Tensor, feature: Tensor, step: int) -> None:
         """Refresh the caches of slots at an anchor; all go on, by the whole pass there, else often as predicted."""
@@ -228,38 +241,44 @@ class PredictorTask:
 
 
 class HeldOutWays:
-    """The student's ways from prompts and noises unknown to training: states, velocities and features of each step."""
+    """The student's ways from prompts and noises unknown to training; of some steps state, velocity and feature."""
 
     def __init__(self, task: PredictorTask, prompts: list[str], anchors: list[int], seed: int = 1):
-        self.task, self.anchors, ground = task, anchors, task.ground
-        self.words = ground.encode(prompts)
+        self.task, self.anchors, self.steps = task, anchors, len(task.ground.times)
+        self.words = task.ground.encode(prompts)
         noise = torch.Generator().manual_seed(seed)
-        self.noise = torch.randn(len(prompts), *ground.shape, generator=noise).to(self.words.device)
-        self.states, self.passes = [self.noise], []
-        for i in range(len(ground.times)):
-            self.passes.append(self._whole(self.states[i], i))
-            self.states.append(self._on(self.states[i], self.passes[i][0], i))
+        self.noise = torch.randn(len(prompts), *task.ground.shape, generator=noise).to(self.words.device)
+        looked = range(1, self.steps - 1, 3)
+        self.places = [(i, i + k) for i in looked for k in (1, 2, 3) if i + k < self.steps]
+        self.features: dict[int, Tensor] = {}
+        self.passes: list[tuple[Tensor, Tensor]] = []
+        self.last = self.noise
+        for i in range(self.steps):
+            v, feature = self._whole(self.last, i)
+            self.passes.append((self.last, v))
+            if i in looked:
+                self.features[i] = feature.cpu()
+            self.last = self._on(self.last, v, i)
 
     def jump(self, model: nn.Module, _: int) -> float:
-        """Squared error of predicted velocities, 1 to 3 steps behind every third anchor, in parts of their square."""
-        last = len(self.passes) - 1
-        places = [(i, i + k) for i in range(1, last, 3) for k in (1, 2, 3) if i + k <= last]
+        """Squared error of predicted velocities, 1 to 3 steps behind every third step, in parts of their square."""
         errors = []
-        for i, j in places:
-            u = self._predicted(model, self.passes[i][1], self.states[j], j)
-            errors.append(((u - self.passes[j][0]).square().mean() / self.passes[j][0].square().mean()).item())
+        for i, j in self.places:
+            x, v = self.passes[j]
+            u = self._predicted(model, self.features[i].to(x.device), x, j)
+            errors.append(((u - v).square().mean() / v.square().mean()).item())
         return sum(errors) / len(errors)
 
     def end(self, model: nn.Module, _: int) -> float:
         """Squared error of the final latents with whole passes at the anchors alone, in parts of their mean square."""
         x, cached = self.noise, None
-        for i in range(len(self.passes)):
+        for i in range(self.steps):
             if i in self.anchors:
                 v, cached = self._whole(x, i)
             else:
                 v = self._predicted(model, cached, x, i)
             x = self._on(x, v, i)
-        return ((x - self.states[-1]).square().mean() / self.states[-1].square().mean()).item()
+        return ((x - self.last).square().mean() / self.last.square().mean()).item()
 
     def _time(self, i: int) -> Tensor:
         places = (torch.full((len(self.words),), j) for j in (i, i + 1))

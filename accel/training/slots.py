@@ -87,14 +87,18 @@ def sheet(model: nn.Module, ground: Ground, k: int, path: Path) -> None:
 
 
 class Slots:
-    """Trajectories `first`, `first` + 1 and so on of all; each begins anew, with other noise and words, at its end.
+    """Trajectories under way, a process's share of all; each begins anew, with other noise and words, at its end.
 
     Latents x (s, c, f, h, w), place `index` (s,) on the ground, the how-manieth of its slot (`visit`, from 0), text
     embeddings `words` (s, n, d). Noise and prompt depend on the seed, the slot and the visit alone.
     """
 
-    def __init__(self, ground: Ground, count: int, first: int, seed: int):
-        self.ground, self.first, self.seed = ground, first, seed
+    def __init__(self, ground: Ground, whole: int, share: tuple[int, int], seed: int):
+        """`whole`: how many there are over all processes; `share`: which process this is, of how many."""
+        if whole % share[1]:
+            raise ValueError(f"{whole} slots cannot be shared by {share[1]} processes: give --slots")
+        count = whole // share[1]
+        self.ground, self.first, self.seed = ground, share[0] * count, seed
         empty = ground.encode([""])
         self.words, zero = empty.expand(count, -1, -1).clone(), torch.zeros(count, dtype=torch.long)
         self.x = torch.empty(count, *ground.shape, device=empty.device)

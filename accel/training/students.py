@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -61,12 +62,14 @@ class Copies:
 def velocity(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, fine: bool = False) -> Tensor:
     """One call of a transformer in bfloat16 where that is safe; states and what comes back stay float32.
 
-    `fine`: in the dtype of its own weights, for differences of calls that bfloat16 would drown.
+    `fine`: in the dtype of its own weights, for differences of calls that bfloat16 would drown; by the class's own
+    forward, as accelerate puts its autocast around an instance's.
     """
+    call = partial(type(model).forward, model) if fine else model
     with torch.autocast(
         x.device.type, torch.bfloat16, enabled=not fine or model.patch_embedding.weight.dtype != x.dtype
     ):
-        return model(x, t, words, return_dict=False)[0].float()
+        return call(x, t, words, return_dict=False)[0].float()
 
 
 def guided(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:

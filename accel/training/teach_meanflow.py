@@ -25,6 +25,7 @@ FIRST = 2  # times the second stage's iterations in the first, at twice the rate
 ARMS: dict[str, dict] = {  # the method, and plain MeanFlow; R is the widest interval of the schedules if not given
     "meanflow": {},
     "even": {"follow": False},
+    "exact": {"slope": "exact"},
     "unrestricted": {"longest": 1.0, "follow": False},
 }
 STEPS = (20, 10)  # numbers of steps that the student is made for
@@ -45,7 +46,7 @@ def train_meanflow(recipe: Recipe, order: Order, device: str, minutes: float | N
                         "recipes": [r.model_dump(mode="json") for r in recipes], "start": start})  # fmt: skip
     own = order.arm in (None, "meanflow")
     if not own:
-        resume |= share_first_stage(out.parent / "meanflow" / "guidance", out / "guidance")
+        resume |= share_first_stage(order.sibling(out, "meanflow") / "guidance", out / "guidance")
     target = order.beside() if own and order.beside() else out
     print(
         f"intervals up to R = {task.course.longest:.3f}; the student goes into {target / 'meanflow'}", file=sys.stderr
@@ -84,6 +85,7 @@ def share_first_stage(done: Path, own: Path) -> bool:
     """Let a rival begin with the first stage that another training finished, if it did and the rival has none."""
     if own.is_dir() or not (done / "done.json").is_file():
         return False
+    PartialState().wait_for_everyone()  # until all have looked
     if PartialState().is_main_process:
         shutil.copytree(done, own)
     PartialState().wait_for_everyone()
@@ -103,7 +105,7 @@ def _keep(task: MeanFlowTask, told: dict, out: Path, target: Path, facts: dict) 
     course = task.course
     folder = out / "guidance-only" if task.stage == 0 else target / "meanflow"
     about = {**told, "guidance": course.guidance, "usual": task.ground.guidance, "longest": course.longest,
-             "made_for": course.steps, "held_out": facts}  # fmt: skip
+             "made_for": course.steps, "instant": task.stage == 0, "held_out": facts}  # fmt: skip
     store(
         task.nets, folder, "meanflow.json", about | {"course": course.model_dump(), "recipe": task.recipe.model_dump()}
     )

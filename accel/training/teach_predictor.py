@@ -21,10 +21,9 @@ from ..predictor import Predictor
 from ..run import build_run, grid
 from ..student import placed
 from ..weights import marks
-from ..world.scene import held_out_prompts
 from .distil import distil, totals
 from .fit import Recipe
-from .orders import HELD, LOOKS, PROMPT_SEED, Order, begin
+from .orders import Order, begin
 from .predictor import HeldOutWays, Lessons, PredictorTask, Watched
 from .slots import TimedGround
 from .speed import quicken
@@ -42,7 +41,7 @@ def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | 
     """
     began, lines = time.monotonic(), order.lines(ARMS)
     pipe, form = order.pipeline(device), order.arm or ARMS[0]
-    folder = (order.beside() or out.parent / "meanflow") / "meanflow"
+    folder = (order.beside() or order.sibling(out, "meanflow")) / "meanflow"
     if not (folder / "meanflow.json").is_file():
         raise ValueError("the student comes first: python -m accel train meanflow")
     with ExitStack() as stack:
@@ -56,8 +55,7 @@ def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | 
                             "recipes": [r.model_dump(mode="json") for r in recipes]})  # fmt: skip
         target = (order.beside() or out) / "predictor" / form
         print(f"the predictor goes into {target}", file=sys.stderr)
-        looks = lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
-        held = HeldOutWays(task, looks, spread(FULL, task.lessons.steps))
+        held = HeldOutWays(task, order.looks(lines), spread(FULL, task.lessons.steps))
         keep = partial(_keep, task, {"form": form, "depth": DEPTH, "student": student}, out, target)
         left = None if minutes is None else minutes - (time.monotonic() - began) / 60
         return totals(recipes, distil(task, held, recipes, out, keep, left, resume))
@@ -73,7 +71,7 @@ def _task(recipe: Recipe, order: Order, pipe, facts: dict, lines: list[str], for
     if not order.adapters():
         for blocks in (pipe.transformer.blocks, predictor.blocks):
             quicken(blocks, device)
-    student = Watched(pipe.transformer)
+    student = Watched(pipe.transformer, spare=order.adapters())
     share = (state.process_index, state.num_processes)
     return PredictorTask(recipe, lessons, student, predictor, ground, tokens, share)
 
@@ -92,6 +90,7 @@ def _keep(task: PredictorTask, told: dict, out: Path, target: Path, facts: dict)
     target.mkdir(parents=True, exist_ok=True)
     weights = task.module.predictor.state_dict()
     save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, target / "model.safetensors")
-    stage = list(task.stages)[task.stage]
-    about = told | {"stage": stage, "held_out": facts, "lessons": task.lessons.model_dump()}
+    name, before = list(task.stages)[task.stage], out / "match" / "done.json"
+    stages = {"match": json.loads(before.read_text())} if task.stage else {}
+    about = told | {"stages": {**stages, name: facts}, "lessons": task.lessons.model_dump()}
     (target / "predictor.json").write_text(json.dumps(about | {"recipe": task.recipe.model_dump()}, indent=1) + "\n")
