@@ -206,7 +206,8 @@ def train(
     out: Out = Path("checkpoints"),
     model: Annotated[str, typer.Option(help="Of a student: another model to distil, by LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="With --model: rank of the LoRA; 64 if not given.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA, or 0: full weights. [64]")] = None,
+    videos: Annotated[Path, typer.Option(help="meanflow alone: a folder of videos with captions.json.")] = None,
     slots: Annotated[int, typer.Option(min=1, help="With --model: trajectories under way, over all processes.")] = None,
     arm: Annotated[
         str,
@@ -222,7 +223,8 @@ def train(
     """
     from .training import train_parts
 
-    _finish(train_parts(what, minutes, resume, out, model=model, prompts=prompts, rank=rank, slots=slots, arm=arm))
+    given = dict(model=model, prompts=prompts, rank=rank, videos=videos, slots=slots, arm=arm)
+    _finish(train_parts(what, minutes, resume, out, **given))
 
 
 @world.command()

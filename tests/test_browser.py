@@ -165,3 +165,22 @@ def test_a_student_runs_in_its_own_steps_beside_the_plain_model_in_as_many(page)
     page.fill("#seed input", "2")
     run_pair(page, 12)
     page.wait_for_selector("#rival video >> nth=0", state="hidden", timeout=60_000)
+
+
+def test_predicted_passes_are_on_the_timeline_and_what_they_cost_in_the_note(page):
+    choose_preset(page, "disca")
+    page.wait_for_function("document.querySelector('#use-disca input').checked")
+    assert page.is_checked("#use-meanflow input")
+    run_pair(page, 12)
+    assert "meanflow, disca, 20 steps" in page.inner_text("#player .b figcaption")
+    assert "8 of 20 passes are whole" in page.inner_text("#message")
+    assert page.locator("#timeline rect[fill='#a855f7']").count() == 8 * 12  # blocks, predicted steps
+    shot(page, "disca")
+
+
+def test_a_predictor_without_its_student_is_refused_in_a_sentence(page):
+    choose_preset(page, "disca")
+    page.wait_for_function("document.querySelector('#use-disca input').checked")
+    page.uncheck("#use-meanflow input")
+    page.click("#run")
+    page.wait_for_selector("#message >> text=put the meanflow that it was trained for before it", timeout=60_000)

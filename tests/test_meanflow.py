@@ -1,8 +1,11 @@
 """Restricted MeanFlow: the identity where the mean velocity is known, the intervals, and what a student is told."""
 
 import json
+import random
 from copy import deepcopy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,11 +17,14 @@ from accel.conditioning import TOLD, IntervalEmbedder, conditioned, packed, unwr
 from accel.flow import euler, mean_flow_target, slope_central, slope_exact
 from accel.methods import AsymRnR, MeanFlow
 from accel.models import Home
+from accel.training.clips import Clips
 from accel.training.fit import Recipe, fit
 from accel.training.meanflow import SEEN, Course, MeanFlowTask, longest_step
-from accel.training.slots import TimedGround, ground_of, walk
+from accel.training.slots import Slots, TimedGround, ground_of, walk
 from accel.training.students import Copies, velocity
 from accel.training.teach_meanflow import share_first_stage, start_from
+from accel.training.vae import normalise
+from accel.video import write_mp4
 from accel.weights import load_differences
 
 SPREAD = 0.5  # deviation of the data: x0 ~ N(0, SPREAD^2)
@@ -337,3 +343,33 @@ def test_slopes_are_fine_inside_the_loop_that_trains(pipe):
     accelerator.prepare(mean.module)
     with accelerator.autocast():
         assert torch.equal(mean.slope(v, *given), alone)
+
+
+def test_trajectories_can_begin_between_noise_and_a_video(pipe, tmp_path):
+    """At level s a slot is (1 - s) of the video's latents and s of noise, with the video's caption."""
+    clip = torch.full((4, 3, 4, 4), 5.0)
+    ground = replace(timed(pipe, 10), clips=lambda rng: ("a" * 9, clip))
+    slots = Slots(ground, 64, (0, 1), 0)
+    levels = ground.levels[slots.index].float()
+    assert len(slots.index.unique()) > 5 and (slots.words == 1).all()
+    torch.testing.assert_close(slots.x.mean((1, 2, 3, 4)), 5 * (1 - levels), atol=0.5, rtol=0)
+
+
+def test_clips_are_a_folders_videos_as_latents_of_the_models_size(pipe, tmp_path):
+    home = Home(height=32, width=32, frames=5, steps=4, guidance=3.0)
+    wrongs = ((None, "captions.json is missing"), ({"a.mp4": "x"}, "has no a.mp4"), ({}, "names no videos"))
+    for wrong, reason in wrongs:
+        if wrong is not None:
+            (tmp_path / "captions.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=reason):
+            Clips(tmp_path, pipe, home)
+    (tmp_path / "captions.json").write_text(json.dumps({"a.mp4": "a red star"}))
+    write_mp4(tmp_path / "a.mp4", np.full((6, 64, 64, 3), 200, np.uint8), 8)
+    caption, z = Clips(tmp_path, pipe, home).draw(random.Random(0))
+    with torch.no_grad():
+        x = torch.full((1, 3, 5, 32, 32), 200 / 127.5 - 1)
+        expected = normalise(pipe.vae, pipe.vae.encode(x).latent_dist.mode())[0]
+    assert caption == "a red star"
+    torch.testing.assert_close(z, expected, atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="a.mp4 has 6 frames, 9 are needed"):
+        Clips(tmp_path, pipe, home.model_copy(update={"frames": 9})).draw(random.Random(0))

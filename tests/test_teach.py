@@ -63,7 +63,7 @@ def large(tmp_path) -> Path:
 
 
 def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_path, monkeypatch, sample):
-    monkeypatch.setitem(RECIPES["adapters"], "gpd", {**RECIPES["adapters"]["gpd"], "steps": 1, "lr": 1e-2})
+    monkeypatch.setitem(RECIPES["others"], "gpd", {**RECIPES["others"]["gpd"], "steps": 1, "lr": 1e-2})
     done = train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
     assert list(done["gpd"]["stages"]) == [f"k{k}" for k in range(1, 9)]
     pipe = accel.load_pipeline(str(large))
@@ -81,7 +81,7 @@ def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_
 def test_a_large_model_learns_mean_velocities_and_a_predictor_and_both_run(large, tmp_path, monkeypatch, sample):
     given = dict(model=str(large), prompts=tmp_path / "prompts.txt")
     for what, steps in (("meanflow", 1), ("predictor", 3)):
-        monkeypatch.setitem(RECIPES["adapters"], what, {**RECIPES["adapters"][what], "steps": steps, "lr": 1e-2})
+        monkeypatch.setitem(RECIPES["others"], what, {**RECIPES["others"][what], "steps": steps, "lr": 1e-2})
     train_parts("meanflow", None, False, tmp_path / "out", rank=2, **given)
     train_parts("predictor", None, False, tmp_path / "out", **given)
     assert sorted(p.name for p in (large / "meanflow").iterdir()) == [
@@ -94,6 +94,18 @@ def test_a_large_model_learns_mean_velocities_and_a_predictor_and_both_run(large
     assert trace.summary()["calls"] == {"compute": 3, "predict": 2}
     assert {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()} == before
     assert torch.equal(sample(pipe), plain)
+
+
+def test_full_weights_of_a_large_model_learn_too(large, tmp_path, monkeypatch, sample):
+    monkeypatch.setitem(RECIPES["others"], "meanflow", {**RECIPES["others"]["meanflow"], "steps": 1, "lr": 1e-2})
+    given = dict(model=str(large), prompts=tmp_path / "prompts.txt", rank=0)
+    train_parts("meanflow", None, False, tmp_path / "out", **given)
+    assert (large / "meanflow" / "model.safetensors").is_file()
+    pipe = accel.load_pipeline(str(large))
+    plain = sample(pipe, steps=5)
+    with accel.apply(pipe, [MeanFlow(steps=5, guidance=3)]):
+        assert sample(pipe, steps=5, guidance=1.0).isfinite().all()
+    assert torch.equal(sample(pipe, steps=5), plain)
 
 
 def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
@@ -126,7 +138,7 @@ def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
 
 
 def test_a_student_leaves_the_users_own_adapter_on(large, tmp_path, monkeypatch, sample):
-    monkeypatch.setitem(RECIPES["adapters"], "gpd", {**RECIPES["adapters"]["gpd"], "steps": 1, "lr": 1e-2})
+    monkeypatch.setitem(RECIPES["others"], "gpd", {**RECIPES["others"]["gpd"], "steps": 1, "lr": 1e-2})
     train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
     pipe = accel.load_pipeline(str(large))
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")

@@ -32,7 +32,7 @@ RECIPES = {
         "meanflow": {"steps": 2000, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 2000, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
-    "adapters": {
+    "others": {
         "gpd": {"steps": 150, "lr": 5e-5} | _STUDENT,
         "meanflow": {"steps": 1000, "lr": 5e-5} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 1000, "lr": 1e-4} | _STUDENT | {"ema": 0.98},
@@ -50,6 +50,8 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
     if what not in (*PARTS, "all"):
         raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
     order = {key: value for key, value in order.items() if value is not None}
+    if "videos" in order and what != "meanflow":
+        raise ValueError("--videos is for meanflow alone: the others go whole ways, from noise")
     if order and what not in STUDENTS:
         raise ValueError(f"--{next(iter(order))} is for {', '.join(STUDENTS)} alone, not for {what}")
     if order:
@@ -133,6 +135,6 @@ def train_students(what: str, minutes: float | None, resume: bool, out: Path, **
     asked, device = Order(**order), str(PartialState().device)
     if asked.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise ValueError("the base model comes first: python -m accel train base")
-    kind = "adapters" if asked.adapters() else "large" if device.startswith("cuda") else "small"
+    kind = "others" if not asked.toy() else "large" if device.startswith("cuda") else "small"
     trainer = {"gpd": train_gpd, "meanflow": train_meanflow, "predictor": train_predictor}[what]
     return trainer(Recipe(**RECIPES[kind][what]), asked, device, minutes, resume, out)

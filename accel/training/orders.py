@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from ..models import TINY, Home, home_of, load_pipeline, own_home, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
+from .clips import Clips
 from .distil import Distillation, HeldOut
 from .slots import Ground, ground_of
 from .students import Copies, Networks
@@ -28,19 +29,24 @@ class Order:
     model: str = TINY
     arm: str | None = None  # a rival or variant of the method; None: the method itself
     prompts: Path | None = None
-    rank: int = 64
-    slots: int | None = None  # trajectories under way; 16, or with adapters one for each process
+    rank: int = 64  # of the adapters; 0: full weights
+    videos: Path | None = None  # a folder of them, as `accel world sample` writes it, to begin with; None: noise
+    slots: int | None = None  # trajectories under way; 16, or of a large model one for each process
+
+    def toy(self) -> bool:
+        """Whether the model is of the toy world, whose captions are known."""
+        home = own_home(self.model)
+        return home is not None and home.captions
 
     def adapters(self) -> bool:
-        """Whether the students are adapters: they are for every model but the toy world's."""
-        home = own_home(self.model)
-        return home is None or not home.captions
+        """Whether the students are adapters: for every model but the toy world's, unless full weights are asked for."""
+        return not self.toy() and self.rank > 0
 
     def lines(self, arms: Collection[str]) -> list[str]:
         """The prompts of the file. Raises ValueError for an order that cannot be carried out."""
         if self.arm is not None and self.arm not in arms:
             raise ValueError(f"unknown arm {self.arm!r}; there are {', '.join(arms)}")
-        if not self.adapters():
+        if self.toy():
             if self.prompts:
                 raise ValueError("this model is trained on captions of its own world: leave --prompts out")
             return []
@@ -62,18 +68,20 @@ class Order:
 
     def trajectories(self) -> int:
         """How many are under way, over all processes."""
-        return self.slots or (PartialState().num_processes if self.adapters() else 16)
+        return self.slots or (16 if self.toy() else PartialState().num_processes)
 
     def ground(self, pipe, home: Home, base_steps: int, lines: list[str]) -> Ground:
         """Where trajectories run: over the file's prompts, or captions of the toy world."""
         draw = (lambda rng: rng.choice(lines[:-HELD])) if lines else (lambda rng: caption(sample_scene(rng), rng))
         ground = ground_of(pipe, home, base_steps, draw)
-        return replace(ground, decode=None) if self.adapters() else ground  # a sheet of a large model takes minutes
+        if self.videos:
+            ground = replace(ground, clips=Clips(self.videos, pipe, home).draw)
+        return ground if self.toy() else replace(ground, decode=None)  # a sheet of a large model takes minutes
 
     def networks(self, transformer, seed: int, device: str) -> Networks:
         """Teacher and students of a transformer."""
         if not self.adapters():
-            return Copies(transformer, device)
+            return Copies(transformer, device if self.toy() else None)
         from .adapters import Adapters
 
         torch.manual_seed(seed)

@@ -30,6 +30,7 @@ class Ground:
     times: Tensor  # (N,) timesteps
     shape: tuple[int, ...]  # (c, f, h, w)
     decode: Callable[[Tensor], Tensor] | None = None  # latents (b, c, f, h, w) to frames (b, 3, f, h, w) in [-1, 1]
+    clips: Callable[[random.Random], tuple[str, Tensor]] | None = None  # a prompt and its video's latents, if given
 
     def tell(self, now: Tensor, then: Tensor) -> Tensor:
         """What a student is told, as its timestep, of a jump between places (b,) of the grid: where it begins."""
@@ -89,6 +90,7 @@ def sheet(model: nn.Module, ground: Ground, k: int, path: Path) -> None:
 class Slots:
     """Trajectories under way, a process's share of all; each begins anew, with other noise and words, at its end.
 
+    It begins in noise, or, where there are clips, on the line between noise and one of these, at any place.
     Latents x (s, c, f, h, w), place `index` (s,) on the ground, the how-manieth of its slot (`visit`, from 0), text
     embeddings `words` (s, n, d). Noise and prompt depend on the seed, the slot and the visit alone.
     """
@@ -135,8 +137,12 @@ class Slots:
             rng = random.Random(f"{self.seed} {self.first + i} {int(self.visit[i])}")
             noise = torch.Generator().manual_seed(rng.getrandbits(62))
             self.x[i] = torch.randn(self.ground.shape, generator=noise).to(self.x)
-            self.words[i] = self.ground.encode([self.ground.prompts(rng)])[0]
-            self.index[i] = 0
+            self.index[i], prompt = 0, None
+            if self.ground.clips:
+                self.index[i] = rng.randrange(len(self.ground.times))
+                prompt, clip = self.ground.clips(rng)
+                self.x[i].lerp_(clip.to(self.x), 1 - float(self.ground.levels[self.index[i]]))
+            self.words[i] = self.ground.encode([prompt or self.ground.prompts(rng)])[0]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs; (s, ...) each, so that processes can be put together."""

@@ -32,7 +32,7 @@ class Copies:
     """Three copies of a small transformer, quickened if a device is given."""
 
     def __init__(self, transformer: nn.Module, device: str | None = None):
-        self.module = deepcopy(transformer).train()
+        self.module = deepcopy(transformer).float().train()  # what is learnt would drown in half precision
         self._teacher, self._previous = (deepcopy(transformer).eval().requires_grad_(False) for _ in range(2))
         for net in (self.module, self._teacher, self._previous) if device else ():
             quicken(net.blocks, device)

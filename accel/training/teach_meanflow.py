@@ -66,7 +66,7 @@ def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> 
     transformer, beside, start = pipe.transformer, order.beside(), None
     transformer.condition_embedder = IntervalEmbedder(transformer.condition_embedder)
     nets = order.networks(transformer, recipe.seed, device)
-    if not order.adapters() and beside and (beside / HEAD_START / "gpd.json").is_file():
+    if not order.adapters() and beside and (beside / HEAD_START / "model.safetensors").is_file():
         start = HEAD_START
         start_from(nets.module, transformer, beside / HEAD_START)
     return MeanFlowTask(recipe, course, nets, ground, (state.process_index, state.num_processes)), start

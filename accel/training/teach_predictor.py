@@ -68,10 +68,10 @@ def _task(recipe: Recipe, order: Order, pipe, facts: dict, lines: list[str], for
     tokens, family = grid(pipe, build_run(home, model="", prompt="-")), family_of(pipe)
     torch.manual_seed(recipe.seed)
     predictor = Predictor(family, pipe.transformer, form, DEPTH)
-    if not order.adapters():
+    if order.toy():
         for blocks in (pipe.transformer.blocks, predictor.blocks):
             quicken(blocks, device)
-    student = Watched(pipe.transformer, spare=order.adapters())
+    student = Watched(pipe.transformer, spare=not order.toy())
     share = (state.process_index, state.num_processes)
     return PredictorTask(recipe, lessons, student, predictor, ground, tokens, share)
 
