@@ -106,7 +106,7 @@ SUITES["disca"] = PLAIN | {
     "disca, squared error alone": Row("disca", change={"disca": {"predictor": "checkpoints/predictor/match-only"}}),
     **{f"{form} at the same anchors": Row("disca", change={"disca": {"form": form}})
        for form in ("reuse", "taylor-1", "taylor-2")},
-    **{f"meanflow, {n} steps": Row("meanflow", change={"meanflow": {"steps": n}}) for n in (20, 12, 10, 9, 8)},
+    **{f"meanflow, {n} steps": Row("meanflow", change={"meanflow": {"steps": n}}) for n in (20, 12, 10, 8, 6)},
     **{f"fewer steps: {n}": Row(steps=n) for n in (6, 5)},
     "5 steps by Euler": Row(steps=5, euler=True),
     "turbo": Row("turbo"),
