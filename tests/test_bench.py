@@ -70,4 +70,7 @@ def test_the_first_order_solver_takes_the_own_levels_of_the_pipeline_and_leaves(
 
 def test_a_row_whose_student_is_not_there_is_known(pipe, students, tmp_path):
     row = lambda folder: Row("gpd", change={"gpd": {"student": str(folder)}})
-    assert row(tmp_path / "gpd-N6").trained() and Row("gpd").trained() and not row(tmp_path / "none").trained()
+    here, there = str(tmp_path), str(tmp_path / "none")
+    assert row(tmp_path / "gpd-N6").trained(here) and not row(tmp_path / "none").trained(here)
+    assert Row("gpd").trained(here) and not Row("gpd").trained(there) and Row("fastercache").trained(there)
+    assert Row("disca").trained(here) and not Row("disca").trained(there)
