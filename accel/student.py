@@ -131,17 +131,16 @@ def read(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
 
     Raises ValueError if there is none: `knob` names another folder, `command` makes one.
     """
-    file = folder / name
+    file, what = folder / name, "predictor" if knob == "disca.predictor" else "student"
     if not file.is_file():
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{name}")) or [f"none: python -m accel {command}"]
         raise ValueError(
-            f"there is no {name.removesuffix('.json')} {folder.name!r} in that place ({knob} names another); "
-            f"there are {', '.join(others)}"
+            f"there is no {what} {folder.name!r} in that place ({knob} names another); there are {', '.join(others)}"
         )
     try:
         return kind.model_validate_json(file.read_text())
     except ValidationError as error:
-        raise ValueError(f"{file} cannot be read: {error.errors()[0]['msg']}") from None
+        raise ValueError(f"{file} is no {what}: {error.errors()[0]['msg']}") from None
 
 
 def check_base(folder: Path, base: list[float], pipe) -> None:

@@ -162,7 +162,9 @@ def test_rate_warms_up_holds_and_falls_to_zero():
 
 
 def test_unknown_part_is_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown part 'everything'; there are vae, base, gpd and all"):
+    with pytest.raises(
+        ValueError, match="unknown part 'everything'; there are vae, base, gpd, meanflow, predictor and all"
+    ):
         train_parts("everything", None, False, tmp_path)
 
 
