@@ -131,7 +131,7 @@ def read(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
 
     Raises ValueError if there is none: `knob` names another folder, `command` makes one.
     """
-    file, what = folder / name, "predictor" if knob == "disca.predictor" else "student"
+    file, what = folder / name, knob.partition(".")[2]
     if not file.is_file():
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{name}")) or [f"none: python -m accel {command}"]
         raise ValueError(

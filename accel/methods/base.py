@@ -8,10 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from ..host import Host
+from ..student import bytes_of
 from ..trace import Trace
 
 
@@ -59,3 +60,24 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """Wrap the host's places; everything is back on exit, also on error."""
         raise NotImplementedError
         yield
+
+
+def student_knob():
+    """The knob that names another student than the one beside the model."""
+    return Field("", description="Folder of a student; empty: beside the model.", json_schema_extra={"page": False})
+
+
+class Distilled(Method):
+    """A method that runs a student in the denoiser's place; its knobs have `steps` (0: no student) and `student`."""
+
+    def beside(self, model: str | Path) -> Path:
+        """The folder of its student beside a model."""
+        raise NotImplementedError
+
+    def folder(self, model: str | Path) -> Path | None:
+        """The student's."""
+        return (Path(self.student) if self.student else self.beside(model)) if self.steps else None
+
+    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+        """The weights that wait while the student's are in their place."""
+        return bytes_of(Path(self.student) if self.student else None, model) if self.steps else 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from pydantic import BaseModel, Field, field_validator
@@ -30,7 +30,7 @@ from ..weights import bears
 from .base import Method
 
 ORDERS = {"residual": 0, "plain": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
-LEARNT = ("residual", "plain")
+LEARNT = get_args(Form)
 
 
 class Lessons(BaseModel, frozen=True):

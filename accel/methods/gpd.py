@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..host import Host
 from ..student import bytes_of, check_base, gridded, one_branch, placed, read
 from ..trace import Trace
-from .base import Method
+from .base import Distilled, student_knob
 
 
 class Student(BaseModel, frozen=True):
@@ -32,7 +31,7 @@ class Student(BaseModel, frozen=True):
     base: list[float]  # marks of the transformer it was made from
 
 
-class GPD(Method):
+class GPD(Distilled):
     """Runs the student of a number of steps in place of the denoiser."""
 
     title: ClassVar[str] = "GPD"
@@ -42,9 +41,7 @@ class GPD(Method):
     steps: Literal[0, 6, 8, 12, 16, 24, 48] = Field(
         6, description="Steps of the student (0: no student); fewer lose fine detail first."
     )
-    student: str = Field(
-        "", description="Folder of a student; empty: beside the model.", json_schema_extra={"page": False}
-    )
+    student: str = student_knob()
 
     @classmethod
     def offered(cls, model: str | Path) -> dict[str, list]:
@@ -54,19 +51,15 @@ class GPD(Method):
         ]
         return {"steps": [0, *found] if found else []}
 
-    def folder(self, model: str | Path) -> Path | None:
-        """The student's."""
-        return (Path(self.student) if self.student else _beside(model, self.steps)) if self.steps else None
+    def beside(self, model: str | Path) -> Path:
+        """The student of that many steps."""
+        return _beside(model, self.steps)
 
     def demands(self) -> dict[str, float]:
         """The student's number of steps, and one branch: guidance is built in."""
         if not self.steps:
             return {}
         return {"steps": _read(Path(self.student)).steps if self.student else self.steps, "guidance": 1.0}
-
-    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
-        """The weights that wait while the student's are in their place."""
-        return bytes_of(Path(self.student) if self.student else None, model) if self.steps else 0
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:

@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import ClassVar, Literal, get_args
 
 import torch
 from pydantic import BaseModel, Field
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..conditioning import TOLD, conditioned, packed
 from ..host import Host
 from ..student import bytes_of, check_base, gridded, one_branch, placed, read
 from ..trace import Trace
-from .base import Method
+from .base import Distilled, student_knob
 
 
 class Student(BaseModel, frozen=True):
@@ -34,7 +33,7 @@ class Student(BaseModel, frozen=True):
     instant: bool = False  # it learnt no intervals, guidance alone: it is told none
 
 
-class MeanFlow(Method):
+class MeanFlow(Distilled):
     """Runs the student in place of the denoiser, in a number of steps."""
 
     title: ClassVar[str] = "MeanFlow"
@@ -47,9 +46,7 @@ class MeanFlow(Method):
     guidance: float = Field(
         4.0, ge=1, le=20, multiple_of=0.25, description="Guidance that is built in; far from the usual one is weaker."
     )
-    student: str = Field(
-        "", description="Folder of a student; empty: beside the model.", json_schema_extra={"page": False}
-    )
+    student: str = student_knob()
 
     @classmethod
     def offered(cls, model: str | Path) -> dict[str, list]:
@@ -57,17 +54,13 @@ class MeanFlow(Method):
         there = (Path(model) / "meanflow" / "meanflow.json").is_file()
         return {"steps": list(get_args(cls.model_fields["steps"].annotation)) if there else []}
 
-    def folder(self, model: str | Path) -> Path | None:
-        """The student's."""
-        return (Path(self.student) if self.student else Path(model) / "meanflow") if self.steps else None
+    def beside(self, model: str | Path) -> Path:
+        """The one student of a model."""
+        return Path(model) / "meanflow"
 
     def demands(self) -> dict[str, float]:
         """The number of steps, and one branch: guidance is built in."""
         return {"steps": self.steps, "guidance": 1.0} if self.steps else {}
-
-    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
-        """The weights that wait while the student's are in their place."""
-        return bytes_of(Path(self.student) if self.student else None, model) if self.steps else 0
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:

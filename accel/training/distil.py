@@ -14,9 +14,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..flow import euler
 from .fit import Recipe, Task, fit, trained
-from .slots import Ground, walk
+from .slots import Ground, Slots, walk
 from .students import Networks, velocity
 
 POINTS = 6  # places on the way at which a jump is compared with the teacher's
@@ -41,6 +40,31 @@ class Distillation(Task, Protocol):
     def stagger(self) -> None: ...  # before the first iteration of all
 
 
+class Taught:
+    """What the tasks share whose student is taught by a guided teacher, at slots that a process has its share of."""
+
+    def __init__(self, recipe: Recipe, nets: Networks, ground: Ground, slots: int, share: tuple[int, int]):
+        """`slots`: over all processes; `share`: which process this is, of how many."""
+        self.recipe, self.nets, self.ground, self.stage = recipe, nets, ground, 0
+        self.empty = ground.encode([""])
+        self.slots = Slots(ground, slots, share, recipe.seed)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.nets.module
+
+    def matrices(self) -> list[nn.Parameter]:
+        return self.nets.matrices()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the weights: the slots."""
+        return self.slots.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse, from the slots of all processes."""
+        self.slots.load_state_dict(state)
+
+
 class HeldOut:
     """The guided teacher's ways (p, N + 1, c, f, h, w) from prompts and noises unknown to training, walked once."""
 
@@ -52,7 +76,7 @@ class HeldOut:
         ways = [x]
         for i, t in enumerate(ground.times):
             v = nets.teacher(x, t.expand(len(x)).to(x.device), self.words, task.empty, guidance)
-            x = euler(x, v, *(ground.levels[j].expand(len(x)) for j in (i, i + 1)))
+            x = ground.jump(x, v, i, i + 1)
             ways.append(x)
         self.ways = torch.stack(ways, 1)
 
@@ -66,8 +90,7 @@ class HeldOut:
     def _jump(self, model: nn.Module, i: int, k: int) -> float:
         x, j, levels = self.ways[:, i], min(i + k, len(self.ground.times)), self.ground.levels
         whole = (self.ways[:, j] - x) / float(levels[j] - levels[i])
-        time = self.ground.tell(*(torch.full((len(x),), place) for place in (i, j))).to(x.device)
-        return (velocity(model, x, time, self.words) - whole).square().mean().item()
+        return (velocity(model, x, self.ground.told(x, i, j), self.words) - whole).square().mean().item()
 
     @torch.no_grad()
     def end(self, model: nn.Module, k: int) -> float:
@@ -143,7 +166,7 @@ def distil(
             _restore(task, folder)
             stages[name] = json.loads(done.read_text())
         else:
-            left = None if minutes is None else minutes - (time.monotonic() - began) / 60
+            left = remaining(minutes, began)
             if left is not None and left <= 0:
                 break
             if (stage_done := _train(task, horizon, held, folder, left, resume)) is None:
@@ -182,6 +205,11 @@ def _restore(task: Distillation, folder: Path) -> None:
     for weight, kept in zip(trained(task.module), torch.load(folder / "student.pt", weights_only=True), strict=True):
         weight.copy_(kept)
     task.load_state_dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["carried"])
+
+
+def remaining(minutes: float | None, began: float) -> float | None:
+    """Minutes that are left of those given since a reading of the monotonic clock; None: no end."""
+    return None if minutes is None else minutes - (time.monotonic() - began) / 60
 
 
 def totals(recipes: Sequence[Recipe], done: dict) -> dict:

@@ -173,7 +173,8 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
 
 
 def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, step: int, seconds: float) -> None:
-    buffers = {name: b for name, b in module.named_buffers() if name in module.state_dict()}
+    lasting = module.state_dict().keys()
+    buffers = {name: b for name, b in module.named_buffers() if name in lasting}
     learnt = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     state = {"module": {**buffers, **learnt}, "ema": ema.state_dict(), "carried": carried}
     state["optimizers"] = [o.state_dict() for o in optimizers]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..flow import euler, mean_velocity
 from ..spectrum import high_energy
+from .distil import Taught
 from .fit import Recipe
-from .slots import Ground, Slots, sheet
+from .slots import Ground, sheet
 from .students import Networks, velocity
 
 PIECES = {  # who goes how far on the way of k base steps
@@ -52,21 +53,15 @@ class Curriculum(BaseModel, frozen=True, extra="forbid"):
         return self.guidance_start + (self.guidance_end - self.guidance_start) * done[self.guidance_anneal]
 
 
-class GpdTask:
+class GpdTask(Taught):
     """A stage at a time; a process carries the slots first .. first + count of all."""
 
     def __init__(
         self, recipe: Recipe, curriculum: Curriculum, nets: Networks, ground: Ground, share: tuple[int, int] = (0, 1)
     ):
         """`share`: which process this is, of how many."""
-        self.recipe, self.curriculum, self.nets, self.ground = recipe, curriculum, nets, ground
-        self.stage = 0
-        self.empty = ground.encode([""])
-        self.slots = Slots(ground, curriculum.slots, share, recipe.seed)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.nets.module
+        super().__init__(recipe, nets, ground, curriculum.slots, share)
+        self.curriculum = curriculum
 
     @property
     def horizon(self) -> int:
@@ -87,9 +82,6 @@ class GpdTask:
     @property
     def last(self) -> bool:
         return self.stage == len(self.curriculum.horizons) - 1
-
-    def matrices(self) -> list[nn.Parameter]:
-        return self.nets.matrices()
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The student's error at the slots, which then move on."""
@@ -158,11 +150,3 @@ class GpdTask:
     def sheet(self, path: Path) -> None:
         """Four prompts, from noise to the end in the student's own steps."""
         sheet(self.module, self.ground, self.horizon, path)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the weights: the slots."""
-        return self.slots.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse, from the slots of all processes."""
-        self.slots.load_state_dict(state)

@@ -19,14 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditioning import packed
 from ..flow import mean_flow_target, slope_central, slope_exact
+from .distil import Taught
 from .fit import Recipe
-from .slots import Slots, TimedGround, sheet
+from .slots import TimedGround, sheet
 from .students import Networks, velocity
 
-SEEN, GROWN = (
-    25,
-    20.0,
-)  # iterations that the size of the correction is averaged over; how often its first size is too much
+SEEN = 25  # iterations that the size of the correction is averaged over
+GROWN = 20.0  # times its first size, at which it is too much
 
 
 class Course(BaseModel, frozen=True, extra="forbid"):
@@ -59,25 +58,19 @@ def longest_step(scheduler, steps: tuple[int, ...]) -> float:
     return max(widths)
 
 
-class MeanFlowTask:
+class MeanFlowTask(Taught):
     """Both stages; a process carries its share of the slots."""
 
     def __init__(
         self, recipe: Recipe, course: Course, nets: Networks, ground: TimedGround, share: tuple[int, int] = (0, 1)
     ):
         """`share`: which process this is, of how many."""
-        self.recipe, self.course, self.nets, self.ground = recipe, course, nets, ground
-        self.stage = 0
-        self.empty = ground.encode([""])
-        self.slots = Slots(ground, course.slots, share, recipe.seed)
+        super().__init__(recipe, nets, ground, course.slots, share)
+        self.course = course
         self.sizes = torch.zeros(3)  # of the correction: how many were seen, the mean of the first, and of the latest
         _keep_zeros(nets.module.condition_embedder.base.time_embedder)
 
     best = True
-
-    @property
-    def module(self) -> nn.Module:
-        return self.nets.module
 
     @property
     def stages(self) -> dict[str, int]:
@@ -90,14 +83,11 @@ class MeanFlowTask:
         count, first, latest = self.sizes.tolist()
         return count >= 2 * SEEN and latest > GROWN * first
 
-    def matrices(self) -> list[nn.Parameter]:
-        return self.nets.matrices()
-
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The student's error at the slots, which then move on."""
-        slots, (low, high) = self.slots, self.course.guidance
+        slots = self.slots
         now = self.ground.levels[slots.index].float()
-        w = torch.tensor([low + (high - low) * rng.random() for rng in slots.chance("guidance")])
+        w = slots.uniform(*self.course.guidance, "guidance")
         if self.stage == 0:
             v = self.nets.teacher(slots.x, 1000 * now.to(slots.x.device), slots.words, self.empty, w)
             then, target, logs = now, v, {}
@@ -119,11 +109,11 @@ class MeanFlowTask:
         if self.course.follow:
             beyond = (self.slots.index + self.stages["average"]).clamp(max=self.course.base_steps)
             farthest = torch.maximum(farthest, self.ground.levels[beyond].float())
-        shares = torch.tensor([rng.random() for rng in self.slots.chance("length", step)])
+        shares = self.slots.uniform(0, 1, "length", step)
         moving = len(now) * (1 - self.course.equal)
         first, *_ = self.slots.chance("count", step)
         count = int(moving) + (first.random() < moving % 1)  # always the same where it is whole
-        order = torch.tensor([rng.random() for rng in self.slots.chance("end", step)]).argsort()
+        order = self.slots.uniform(0, 1, "end", step).argsort()
         shares[order[count:]] = 0
         return now - shares * (now - farthest)
 
@@ -188,11 +178,11 @@ class MeanFlowTask:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the weights: the slots, and what was seen of the correction."""
-        return {**self.slots.state_dict(), "sizes": self.sizes.expand(len(self.slots), -1)}
+        return {**super().state_dict(), "sizes": self.sizes.expand(len(self.slots), -1)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse, from the slots of all processes."""
-        self.slots.load_state_dict(state)
+        super().load_state_dict(state)
         if "sizes" in state:
             self.sizes = state["sizes"][self.slots.first].clone()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..models import TINY, Home, home_of, load_pipeline, own_home, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
 from .clips import Clips
 from .distil import Distillation, HeldOut
+from .fit import Recipe
 from .slots import Ground, ground_of
 from .students import Copies, Networks
 
@@ -105,12 +106,17 @@ class Order:
         return HeldOut(task, self.looks(lines), home_of(pipe, self.model).guidance)
 
 
-def begin(out: Path, resume: bool, order: dict) -> None:
-    """Leave in a folder what is trained there. Without `resume` it is emptied of an earlier training's stages.
+def own_share() -> tuple[int, int]:
+    """Which process this is, of how many."""
+    return PartialState().process_index, PartialState().num_processes
+
+
+def begin(out: Path, resume: bool, recipes: Sequence[Recipe], order: dict) -> None:
+    """Leave in a folder what is trained there, and by which recipes; without `resume`, empty it of earlier stages.
 
     Raises ValueError if what is to be resumed is something else.
     """
-    file = out / "order.json"
+    file, order = out / "order.json", {**order, "recipes": [r.model_dump(mode="json") for r in recipes]}
     if resume and file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(order)):
         raise ValueError(f"{out} holds another training (see its order.json): start without --resume, or give --out")
     if PartialState().is_main_process:

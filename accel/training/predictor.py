@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..conditioning import packed
-from ..flow import euler
+from ..flow import euler, wide
 from ..predictor import Predictor
 from .discriminator import Discriminator, hinge, right
 from .fit import Recipe
@@ -165,7 +166,7 @@ class PredictorTask:
         with torch.no_grad():
             v, feature = self.student.whole(x, time, words)
         u, guess = self.student.predicted(own.predictor, self.cached, x, time, words)
-        known = (slots.index > 0).to(u).view(-1, 1, 1, 1, 1)  # the others have no cache
+        known = wide(slots.index > 0, u)  # the others have no cache
         share = known.mean().clamp(min=1 / len(slots))
         error = ((u - v).square() * known).mean() / share
         likeness = ((guess - feature).square() * known.flatten(1, 3)).mean() / share / feature.var()
@@ -180,8 +181,7 @@ class PredictorTask:
     def _time(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Levels of the slots' steps, now and then, and what the student is told of these, and of the place behind."""
         now, then = (self.ground.levels[i].float() for i in (self.slots.index, self.slots.index + 1))
-        low, high = self.lessons.guidance
-        w = torch.tensor([low + (high - low) * rng.random() for rng in self.slots.chance("guidance")])
+        w = self.slots.uniform(*self.lessons.guidance, "guidance")
         return now, then, *(packed(start, then, w).to(self.slots.x.device) for start in (now, then))
 
     def _judged(self, judge: Discriminator, ends: list[Tensor], after, words, known: Tensor, logs: dict) -> Tensor:
@@ -226,6 +226,11 @@ class PredictorTask:
     def next_stage(self) -> None:
         """Nothing: the predictor goes on from where it is."""
 
+    def save(self, folder: Path) -> None:
+        """The predictor's weights, in half precision."""
+        weights = self.module.predictor.state_dict()
+        save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors")
+
     def sheet(self, path: Path) -> None:
         """Nothing to see: a predictor makes no videos alone."""
 
@@ -258,7 +263,7 @@ class HeldOutWays:
             self.passes.append((self.last, v))
             if i in looked:
                 self.features[i] = feature.cpu()
-            self.last = self._on(self.last, v, i)
+            self.last = task.ground.jump(self.last, v, i, i + 1)
 
     def jump(self, model: nn.Module, _: int) -> float:
         """Squared error of predicted velocities, 1 to 3 steps behind every third step, in parts of their square."""
@@ -277,20 +282,14 @@ class HeldOutWays:
                 v, cached = self._whole(x, i)
             else:
                 v = self._predicted(model, cached, x, i)
-            x = self._on(x, v, i)
+            x = self.task.ground.jump(x, v, i, i + 1)
         return ((x - self.last).square().mean() / self.last.square().mean()).item()
-
-    def _time(self, i: int) -> Tensor:
-        places = (torch.full((len(self.words),), j) for j in (i, i + 1))
-        return self.task.ground.tell(*places).to(self.words.device)
 
     @torch.no_grad()
     def _whole(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        return self.task.student.whole(x, self._time(i), self.words)
+        return self.task.student.whole(x, self.task.ground.told(x, i, i + 1), self.words)
 
     @torch.no_grad()
     def _predicted(self, model: nn.Module, cached: Tensor, x: Tensor, i: int) -> Tensor:
-        return self.task.student.predicted(model.predictor, cached, x, self._time(i), self.words)[0]
-
-    def _on(self, x: Tensor, v: Tensor, i: int) -> Tensor:
-        return euler(x, v, *(self.task.ground.levels[j].expand(len(x)) for j in (i, i + 1)))
+        time = self.task.ground.told(x, i, i + 1)
+        return self.task.student.predicted(model.predictor, cached, x, time, self.words)[0]

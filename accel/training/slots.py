@@ -36,6 +36,14 @@ class Ground:
         """What a student is told, as its timestep, of a jump between places (b,) of the grid: where it begins."""
         return self.times[now.clamp(max=len(self.times) - 1)]
 
+    def told(self, x: Tensor, i: int, j: int) -> Tensor:
+        """The same for a whole batch x (b, ...) that jumps from place i to place j, on its device."""
+        return self.tell(*(torch.full((len(x),), place) for place in (i, j))).to(x.device)
+
+    def jump(self, x: Tensor, v: Tensor, i: int, j: int) -> Tensor:
+        """A whole batch x (b, ...) carried from place i to place j."""
+        return euler(x, v, *(self.levels[place].expand(len(x)) for place in (i, j)))
+
 
 @dataclass(frozen=True)
 class TimedGround(Ground):
@@ -68,9 +76,8 @@ def walk(model: nn.Module, ground: Ground, x: Tensor, words: Tensor, k: int) -> 
     """Noise x (b, c, f, h, w) carried to the end by a student in its own jumps of k base steps."""
     n = len(ground.times)
     for i in range(0, n, k):
-        places = [torch.full((len(x),), j) for j in (i, min(i + k, n))]
-        v = velocity(model, x, ground.tell(*places).to(x.device), words)
-        x = euler(x, v, *(ground.levels[place] for place in places))
+        j = min(i + k, n)
+        x = ground.jump(x, velocity(model, x, ground.told(x, i, j), words), i, j)
     return x
 
 
@@ -114,6 +121,10 @@ class Slots:
         """Random numbers for each slot's trajectory, the same whenever the same is asked about it."""
         seed = f"{self.seed} {' '.join(map(str, about))}"
         return [random.Random(f"{seed} {self.first + i} {v}") for i, v in enumerate(self.visit.tolist())]
+
+    def uniform(self, low: float, high: float, *about) -> Tensor:
+        """One such number between two bounds for each slot."""
+        return torch.tensor([low + (high - low) * rng.random() for rng in self.chance(*about)])
 
     def move(self, v: Tensor, end: Tensor) -> None:
         """Carry each along its velocity to the place `end` (s,)."""

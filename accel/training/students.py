@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import save_told, unwrapped
+from ..flow import wide
 from ..weights import save_differences
 from .speed import quicken
 
@@ -76,7 +77,7 @@ def guided(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, empty: Tensor,
     """Guided velocity as `WanPipeline` forms it: uncond + guidance (cond - uncond); a number, or one a sample (b,)."""
     cond = velocity(model, x, t, words)
     if isinstance(guidance, Tensor):
-        guidance = guidance.to(x).view(-1, 1, 1, 1, 1)
+        guidance = wide(guidance, x)
     elif guidance == 1:
         return cond
     uncond = velocity(model, x, t, empty.expand(len(x), -1, -1))

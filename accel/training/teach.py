@@ -12,10 +12,10 @@ from accelerate import PartialState
 
 from ..models import home_of
 from ..weights import marks
-from .distil import distil, store, totals
+from .distil import distil, remaining, store, totals
 from .fit import Recipe
 from .gpd import PIECES, Curriculum, GpdTask
-from .orders import Order, begin
+from .orders import Order, begin, own_share
 
 LAST = 8  # horizon of the last student
 FIRST = 12  # times a stage's iterations in the first one, at twice the rates: taking in guidance is the largest error
@@ -40,22 +40,21 @@ def train_gpd(recipe: Recipe, order: Order, device: str, minutes: float | None, 
     pipe = order.pipeline(device)
     task = _task(recipe, order, pipe, lines, device)
     recipes, base = stage_recipes(recipe, task.curriculum), marks(pipe.transformer)
-    begin(out, resume, {"base": base, "curriculum": task.curriculum.model_dump(mode="json"), "rank": order.rank,
-                        "recipes": [r.model_dump(mode="json") for r in recipes]})  # fmt: skip
+    told = {"base": base, "curriculum": task.curriculum.model_dump(mode="json"), "rank": order.rank}
+    begin(out, resume, recipes, told)
     target = order.beside() if order.arm in (None, "gpd") and order.beside() else out
     print(f"students go into {target}", file=sys.stderr)
     held, keep = order.held_out(task, pipe, lines), partial(_keep, task, base, target)
-    left = None if minutes is None else minutes - (time.monotonic() - began) / 60
-    return totals(recipes, distil(task, held, recipes, out, keep, left, resume))
+    return totals(recipes, distil(task, held, recipes, out, keep, remaining(minutes, began), resume))
 
 
 def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> GpdTask:
-    home, state = home_of(pipe, order.model), PartialState()
+    home = home_of(pipe, order.model)
     own = {"guidance_start": home.guidance, "guidance_end": home.guidance, "slots": order.trajectories()}
     curriculum = Curriculum(**own | ARMS[order.arm or "gpd"](home.guidance))
     ground = order.ground(pipe, home, curriculum.base_steps, lines)
     nets = order.networks(pipe.transformer, recipe.seed, device)
-    return GpdTask(recipe, curriculum, nets, ground, (state.process_index, state.num_processes))
+    return GpdTask(recipe, curriculum, nets, ground, own_share())
 
 
 def _keep(task: GpdTask, base: list[float], target: Path, facts: dict) -> None:

@@ -15,10 +15,10 @@ from torch import nn
 from ..conditioning import IntervalEmbedder, unwrapped
 from ..models import home_of
 from ..weights import load_differences, marks
-from .distil import distil, store, totals
+from .distil import distil, remaining, store, totals
 from .fit import Recipe
 from .meanflow import Course, MeanFlowTask, longest_step
-from .orders import Order, begin
+from .orders import Order, begin, own_share
 from .slots import TimedGround
 
 FIRST = 2  # times the second stage's iterations in the first, at twice the rates: its error is the floor of all
@@ -42,8 +42,8 @@ def train_meanflow(recipe: Recipe, order: Order, device: str, minutes: float | N
     base = marks(pipe.transformer)
     task, start = _task(recipe, order, pipe, lines, device)
     recipes = stage_recipes(recipe)
-    begin(out, resume, {"base": base, "course": task.course.model_dump(mode="json"), "rank": order.rank,
-                        "recipes": [r.model_dump(mode="json") for r in recipes], "start": start})  # fmt: skip
+    told = {"base": base, "course": task.course.model_dump(mode="json"), "rank": order.rank, "start": start}
+    begin(out, resume, recipes, told)
     own = order.arm in (None, "meanflow")
     if not own:
         resume |= share_first_stage(order.sibling(out, "meanflow") / "guidance", out / "guidance")
@@ -52,13 +52,15 @@ def train_meanflow(recipe: Recipe, order: Order, device: str, minutes: float | N
         f"intervals up to R = {task.course.longest:.3f}; the student goes into {target / 'meanflow'}", file=sys.stderr
     )
     held, keep = order.held_out(task, pipe, lines), partial(_keep, task, {"base": base, "start": start}, out, target)
-    left = None if minutes is None else minutes - (time.monotonic() - began) / 60
-    return {"start": start, **totals(recipes, distil(task, held, recipes, out, keep, left, resume))}
+    return {
+        "start": start,
+        **totals(recipes, distil(task, held, recipes, out, keep, remaining(minutes, began), resume)),
+    }
 
 
 def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> tuple[MeanFlowTask, str | None]:
     """The task, and the student whose weights it starts with."""
-    home, state = home_of(pipe, order.model), PartialState()
+    home = home_of(pipe, order.model)
     around = (max(1.0, 0.5 * home.guidance), 1.25 * home.guidance)
     given = {"longest": longest_step(pipe.scheduler, STEPS), "steps": STEPS, "guidance": around}
     course = Course(**given | {"slots": order.trajectories()} | ARMS[order.arm or "meanflow"])
@@ -69,7 +71,7 @@ def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> 
     if not order.adapters() and beside and (beside / HEAD_START / "model.safetensors").is_file():
         start = HEAD_START
         start_from(nets.module, transformer, beside / HEAD_START)
-    return MeanFlowTask(recipe, course, nets, ground, (state.process_index, state.num_processes)), start
+    return MeanFlowTask(recipe, course, nets, ground, own_share()), start
 
 
 @torch.no_grad()

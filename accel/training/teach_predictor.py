@@ -8,27 +8,28 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..conditioning import TOLD, conditioned
 from ..families import family_of
 from ..methods.disca import spread
 from ..models import home_of
-from ..predictor import Predictor
+from ..predictor import Form, Predictor
 from ..run import build_run, grid
 from ..student import placed
 from ..weights import marks
-from .distil import distil, totals
+from .distil import distil, remaining, store, totals
 from .fit import Recipe
-from .orders import Order, begin
+from .orders import Order, begin, own_share
 from .predictor import HeldOutWays, Lessons, PredictorTask, Watched
 from .slots import TimedGround
 from .speed import quicken
 
-ARMS = ("residual", "plain")  # forms
+ARMS = get_args(Form)
 DEPTH = 1  # blocks: one is an eighth of the shipped model, two would be a quarter; the paper's two are under 4 %
 SHARPEN = 3  # how many times fewer iterations the second stage has, at half the rates
 FULL = 8  # whole passes, of the steps, that it is looked at with
@@ -51,18 +52,17 @@ def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | 
         stack.callback(setattr, pipe.transformer, "blocks", pipe.transformer.blocks)
         task = _task(recipe, order, pipe, json.loads((folder / "meanflow.json").read_text()), lines, form, device)
         recipes = stage_recipes(recipe)
-        begin(out, resume, {"student": student, "lessons": task.lessons.model_dump(mode="json"), "form": form,
-                            "recipes": [r.model_dump(mode="json") for r in recipes]})  # fmt: skip
+        told = {"student": student, "lessons": task.lessons.model_dump(mode="json"), "form": form}
+        begin(out, resume, recipes, told)
         target = (order.beside() or out) / "predictor" / form
         print(f"the predictor goes into {target}", file=sys.stderr)
         held = HeldOutWays(task, order.looks(lines), spread(FULL, task.lessons.steps))
         keep = partial(_keep, task, {"form": form, "depth": DEPTH, "student": student}, out, target)
-        left = None if minutes is None else minutes - (time.monotonic() - began) / 60
-        return totals(recipes, distil(task, held, recipes, out, keep, left, resume))
+        return totals(recipes, distil(task, held, recipes, out, keep, remaining(minutes, began), resume))
 
 
 def _task(recipe: Recipe, order: Order, pipe, facts: dict, lines: list[str], form: str, device: str) -> PredictorTask:
-    home, state = home_of(pipe, order.model), PartialState()
+    home = home_of(pipe, order.model)
     lessons = Lessons(guidance=facts["guidance"], slots=order.trajectories())
     ground = TimedGround(**vars(order.ground(pipe, home, lessons.steps, lines)), guidance=facts["usual"])
     tokens, family = grid(pipe, build_run(home, model="", prompt="-")), family_of(pipe)
@@ -72,8 +72,7 @@ def _task(recipe: Recipe, order: Order, pipe, facts: dict, lines: list[str], for
         for blocks in (pipe.transformer.blocks, predictor.blocks):
             quicken(blocks, device)
     student = Watched(pipe.transformer, spare=not order.toy())
-    share = (state.process_index, state.num_processes)
-    return PredictorTask(recipe, lessons, student, predictor, ground, tokens, share)
+    return PredictorTask(recipe, lessons, student, predictor, ground, tokens, own_share())
 
 
 def stage_recipes(recipe: Recipe) -> list[Recipe]:
@@ -87,10 +86,7 @@ def _keep(task: PredictorTask, told: dict, out: Path, target: Path, facts: dict)
     if not PartialState().is_main_process:
         return
     target = target if task.stage else out / "match-only"
-    target.mkdir(parents=True, exist_ok=True)
-    weights = task.module.predictor.state_dict()
-    save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, target / "model.safetensors")
     name, before = list(task.stages)[task.stage], out / "match" / "done.json"
     stages = {"match": json.loads(before.read_text())} if task.stage else {}
     about = told | {"stages": {**stages, name: facts}, "lessons": task.lessons.model_dump()}
-    (target / "predictor.json").write_text(json.dumps(about | {"recipe": task.recipe.model_dump()}, indent=1) + "\n")
+    store(task, target, "predictor.json", about | {"recipe": task.recipe.model_dump()})
