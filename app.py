@@ -19,6 +19,7 @@ from accel.methods import METHODS
 from accel.models import ROOT, TINY, resolve
 from accel.presets import load_preset, preset_names
 from ui import controls
+from ui.code import code
 from ui.maps import maps
 from ui.pair import PairJob, Shelf
 from ui.player import ABPlayer
@@ -72,7 +73,7 @@ class Page:
         return demo
 
     def _results(self) -> list[gr.components.Component]:
-        """Message, two live panes, player, the rival's player, figures, timeline, maps; a recorded pair is in them."""
+        """Message, two live panes, player, the rival's player, figures, timeline, maps, code; first a recorded pair."""
         stored = stored_pairs()
         first = stored[0] if stored else None
         message = gr.HTML(first.ribbon if first else "", elem_id="message")
@@ -83,7 +84,11 @@ class Page:
         figures = gr.HTML(numbers(first.report) if first else "", elem_id="numbers")
         steps_shown = gr.HTML(timeline(first.report["trace"]) if first else "", elem_id="timeline")
         rates_shown = gr.HTML(maps(first.report["trace"]) if first else "", elem_id="maps")
-        return [message, *live, player, rival, figures, steps_shown, rates_shown]
+        shown_code = gr.Code(
+            code(first.report) if first else "", language="python", label="This setting in your own code",
+            interactive=False, elem_id="code",
+        )  # fmt: skip
+        return [message, *live, player, rival, figures, steps_shown, rates_shown, shown_code]
 
     def _run_settings(self) -> tuple[gr.components.Component, ...]:
         """Steps, guidance, preset, and whether to show the third pane."""
@@ -161,9 +166,9 @@ class Page:
                 del self.running[request.session_hash]
 
     def _show(self, kind: str, data: dict) -> list:
-        """What the outputs show now: message, two panes, player, the rival's player, figures, timeline, maps."""
+        """What the outputs show now: message, two panes, player, the rival's player, figures, timeline, maps, code."""
         keep = gr.skip()
-        rest = [keep] * 5
+        rest = [keep] * 6
         if kind == "waiting":
             ahead = data["ahead"]
             what = "Loading the model…" if data["loading"] else f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you."
@@ -173,11 +178,10 @@ class Page:
             return [data["note"], baseline, pane_waiting("accelerated", "after the baseline"), *rest]
         if kind == "step":
             shown = [pane(**data["pane"]) if p == data["which"] else keep for p in "ab"]
-            return [keep, *shown, keep, keep, keep, timeline(data["trace"]) if data["trace"] else keep, keep]
+            return [keep, *shown, keep, keep, keep, timeline(data["trace"]) if data["trace"] else keep, keep, keep]
         if kind == "pair":
-            trace = data["report"]["trace"]
-            rival = gr.update(value=data["rival"], visible=data["rival"] is not None)
-            shown = [data["player"], rival, numbers(data["report"]), timeline(trace), maps(trace)]
+            facts, rival = data["report"], gr.update(value=data["rival"], visible=data["rival"] is not None)
+            shown = [data["player"], rival, numbers(facts), timeline(facts["trace"]), maps(facts["trace"]), code(facts)]
             return [data["note"], EMPTY_PANE, EMPTY_PANE, *shown]
         if kind == "stopping":
             return ['<div class="note">Stopping at the next step…</div>', keep, keep, *rest]

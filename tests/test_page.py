@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from accel.methods import METHODS
-from accel.models import Home
-from accel.run import Video, build_run
+from accel.models import TINY, Home, own_home
+from accel.run import Video, build_run, generate
 from accel.trace import Step, Trace
 from ui import controls
+from ui.code import code
 from ui.maps import maps
 from ui.pair import PairJob, Shelf
 from ui.player import ABPlayer
@@ -149,6 +150,16 @@ def test_timeline_shows_anchors_and_predicted_passes():
     svg = timeline(trace.to_json())
     assert svg.count(f'fill="{LOOK["predict"][0]}"') == 2 and svg.count(f'fill="{LOOK["compute"][0]}"') == 2
     assert "step 2, σ 0.750, cond, blocks.0.attn1: predicted" in svg
+
+
+def test_the_code_that_is_shown_makes_the_same_video():
+    home, methods = own_home(TINY), {"fastercache": {"attention_interval": 3, "weight": "linear"}}
+    run = build_run(home, model=TINY, prompt="a 'red' star spins", seed=3, steps=4, methods=methods)
+    shown, names = code(run.model_dump()), {}
+    assert "attention_interval=3" in shown and "weight" not in shown  # as it is by default
+    exec(shown, names)
+    same = generate(run, names["pipe"], home).frames
+    np.testing.assert_array_equal((names["video"] * 255).round().astype(np.uint8), same)
 
 
 def test_labels_of_the_player_are_escaped(tmp_path):

@@ -63,7 +63,5 @@ def about() -> str:
     """What one is looking at, in a few sentences."""
     return (
         "---\nBoth panes start from the same noise. The baseline is the stock pipeline; the other one leaves out work "
-        "and shows where. Take a setting into your own code:\n```python\n"
-        'with accel.apply(pipe, accel.load_preset("fastercache")) as trace:\n'
-        "    video = pipe(prompt, num_inference_steps=50).frames[0]\n```\n"
+        "and shows where. The code above makes the same video with the library behind this page.\n"
     )
