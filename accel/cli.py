@@ -93,6 +93,7 @@ def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, fra
 
 @app.command()
 def run(
+    context: typer.Context,
     prompt: Prompt = None, seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
@@ -105,6 +106,9 @@ def run(
     from .video import read_settings, write_mp4
 
     if source is not None:
+        told = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if more := [name.rstrip("_") for name in told if name not in ("source", "out")]:
+            raise ValueError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
         stored = read_settings(source)
         if "model" not in stored:
             raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")

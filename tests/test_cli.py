@@ -73,6 +73,7 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("run", "--prompt", "x", "--height", "70"), "must be a multiple of 8"),
         (("run", "--prompt", "x", "--frames", "18"), "1 more than a multiple of 2"),
         (("run", "--from", "nowhere.mp4"), "no file nowhere.mp4"),
+        (("run", "--from", "a.mp4", "--steps", "5", "--set", "x.y=1"), "leave --steps, --set out"),
         (("run", "--prompt", "x", "--model", "models/none"), "no model folder"),
         (("bench", "--suite", "moon"), "unknown suite 'moon'"),
         (("train", "moon"), "unknown part 'moon'"),
