@@ -13,17 +13,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from .ledger import Ledger, digest
-from .metrics import RATIOS, distance, interval, ratios, spell
+from .metrics import distance, ratios
 from .models import hash_of, home_of, load_pipeline, resolve, weights
 from .presets import Preset, build_methods, load_preset
 from .run import Video, build_run, generate, machine, warm_up
 from .student import first_order
+from .summary import paired, plot, summarise, table
 from .world.judge import score
-from .world.scene import ATTRIBUTES, held_out_prompts
+from .world.scene import held_out_prompts
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,19 @@ SUITES["disca"] = PLAIN | {
     "5 steps by Euler": Row(steps=5, euler=True),
     "turbo": Row("turbo"),
 }  # fmt: skip
+PAIRS = {  # suite -> rows that are held against each other
+    "asymrnr": [("asymrnr", name) for name in
+                ("asymrnr-official", "tome", "todo", "asymrnr, judged", "asymrnr, replace, no bias")],
+    "gpd": [("gpd, 6 steps", name) for name in
+            ("6 steps by Euler", "fewer steps: 6", "equal calls: 3 steps", "6 steps, no guidance")],
+    "gpd-arms": [("gpd", name) for name in ARMS],
+    "meanflow": [(f"meanflow, {n} steps", f"{name}, {n} steps") for n in (20, 10) for name in
+                 ("guidance distilled", "even intervals", "unrestricted (R = 1)")],
+    "disca": [("disca", name) for name in
+              ("reuse at the same anchors", "taylor-1 at the same anchors", "taylor-2 at the same anchors",
+               "disca, plain form", "disca, squared error alone", "meanflow, 10 steps", "5 steps by Euler",
+               "fewer steps: 5")] + [("turbo", "meanflow, 6 steps")],
+}  # fmt: skip
 PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; nothing is tuned to them
 
 
@@ -133,12 +146,13 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     for prompt, seed in tqdm(todo, desc=suite):
         ledger.add(prompt=prompt, seed=seed, rows=_measure(rows, prompt, seed, model, pipe, home))
     wanted = set(pairs)
-    summary = summarise([r for r in ledger.lines if (r["prompt"], r["seed"]) in wanted], pipe)
+    lines = [line for line in ledger.lines if (line["prompt"], line["seed"]) in wanted]
+    summary = {**machine(pipe), **summarise(lines, PAIRS.get(suite, ()))}
     partial = out / "results.json.part"
     partial.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
     os.replace(partial, out / "results.json")
-    (out / "report.md").write_text(table(summary))
-    _plot(summary, out / "pareto.png")
+    (out / "report.md").write_text(table(summary) + (f"\n{paired(summary)}" if summary["pairs"] else ""))
+    plot(summary, out / "pareto.png")
     return {"suite": suite, "out": str(out), **summary}
 
 
@@ -172,75 +186,3 @@ def _measure(rows: dict[str, Row], prompt: str, seed: int, model: str, pipe, hom
             "adherence": score(video.frames, prompt) if home.captions else {},
         }
     return results
-
-
-def summarise(lines: list[dict], pipe) -> dict:
-    """Per row: medians of time and speed, work, and means of quality with 95 % bootstrap intervals."""
-    names = list(lines[0]["rows"])
-    rows = {
-        name: _row([line["rows"][name] for line in lines], [line["rows"][names[0]] for line in lines]) for name in names
-    }
-    return {**machine(pipe), "n": len(lines), "rows": rows}
-
-
-def _row(own: list[dict], base: list[dict]) -> dict:
-    seconds = float(np.median([r["denoise"] for r in own]))
-    speed = [b["denoise"] / r["denoise"] for r, b in zip(own, base)]
-    work = float(np.median([r["flops"] / b["flops"] for r, b in zip(own, base)]))
-    psnr = [r["psnr"] for r in own if r["psnr"] is not None]
-    row = {
-        "seconds": seconds,
-        "decode": float(np.median([r["decode"] for r in own])),
-        "speedup": float(np.median(speed)),
-        "speedup_range": [float(q) for q in np.quantile(speed, (0.05, 0.95))],
-        "work": work,
-        "efficiency": float(np.median(speed)) * work,
-        "ssim": interval([r["ssim"] for r in own]),
-        "ssim_worst": min(r["ssim_worst"] for r in own),
-        "psnr": interval(psnr) if psnr else None,
-    }
-    for name in [key for key in RATIOS if all(key in r for r in own)]:
-        row[name] = interval([r[name] for r in own])
-    if own[0]["adherence"]:
-        row["adherence"] = interval([r["adherence"]["mean"] for r in own])
-        row["difference"] = interval([r["adherence"]["mean"] - b["adherence"]["mean"] for r, b in zip(own, base)])
-        row["attributes"] = {a: interval([r["adherence"][a] for r in own]) for a in ATTRIBUTES}
-    return row
-
-
-def table(summary: dict) -> str:
-    """The summary as a Markdown table."""
-    where = f"{summary['device']}, {summary['threads']} threads, {summary['dtype']}"
-    head = (
-        f"n = {summary['n']} held-out prompts and seeds, {where}; "
-        "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range\n\n"
-        "| setting | denoise s | speed-up | work | efficiency | SSIM | worst | PSNR dB | adherence | - baseline |\n"
-        "|---|---|---|---|---|---|---|---|---|---|\n"
-    )
-    lines = []
-    for name, r in summary["rows"].items():
-        low, high = r["speedup_range"]
-        cells = [name, f"{r['seconds']:.2f}", f"{r['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{r['work']:.2f}"]
-        cells += [f"{r['efficiency']:.2f}", spell(r["ssim"], 4), f"{r['ssim_worst']:.3f}"]
-        cells += ["equal" if r["psnr"] is None else spell(r["psnr"], 1)]
-        cells += [spell(r[k]) if k in r else "-" for k in ("adherence", "difference")]
-        lines.append("| " + " | ".join(cells) + " |\n")
-    return head + "".join(lines)
-
-
-def _plot(summary: dict, path: Path) -> None:
-    """Speed against likeness, one point a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, row in summary["rows"].items():
-        mean, low, high = row["ssim"]
-        axes.errorbar(row["speedup"], mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
-        axes.annotate(name, (row["speedup"], mean), textcoords="offset points", xytext=(6, 6))
-    axes.set(xlabel="measured speed-up of the denoising", ylabel="SSIM to the baseline", title=f"n = {summary['n']}")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)

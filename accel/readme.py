@@ -10,10 +10,11 @@ import re
 from functools import partial
 from pathlib import Path
 
-from .bench import table
+from .bench import PAIRS
 from .methods import METHODS
 from .metrics import RATIOS, spell
 from .models import ROOT
+from .summary import paired, table
 
 RESULTS = ROOT / "docs" / "results"
 MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "gpd", "gpd-arms", "meanflow", "disca")
@@ -57,6 +58,12 @@ def details(name: str) -> str:
         cells = [*(spell(row[n]) for n in RATIOS), *(f"{row['attributes'][n][0]:.2f}" for n in read)]
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n" + "; ".join(f"{n}: {what}" for n, what in RATIOS.items()) + "\n"
+
+
+def pairs(name: str) -> str:
+    """Rows of a suite held against each other, prompt by prompt."""
+    file = RESULTS / name / "results.json"
+    return paired(json.loads(file.read_text())) if file.is_file() else "Not measured yet.\n"
 
 
 def students() -> str:
@@ -139,6 +146,7 @@ def _reconstruction(r: dict) -> str:
 PARTS = {"knobs": knobs, "attributes": attributes, "training": training, "students": students, "disca-training": disca}
 PARTS |= {name: partial(suite, name) for name in MEASURED}
 PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", "gpd-arms", "meanflow", "disca")}
+PARTS |= {f"{name}-pairs": partial(pairs, name) for name in PAIRS}
 
 
 def fill(text: str) -> str:

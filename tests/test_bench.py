@@ -9,6 +9,7 @@ from accel.ledger import Ledger
 from accel.models import Home
 from accel.presets import build_methods
 from accel.student import first_order
+from accel.summary import paired, summarise, table
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -74,3 +75,27 @@ def test_a_row_whose_student_is_not_there_is_known(pipe, students, tmp_path):
     assert row(tmp_path / "gpd-N6").trained(here) and not row(tmp_path / "none").trained(here)
     assert Row("gpd").trained(here) and not Row("gpd").trained(there) and Row("fastercache").trained(there)
     assert Row("disca").trained(here) and not Row("disca").trained(there)
+
+
+def _line(prompt, **ssim):
+    same = {"decode": 0.1, "flops": 8, "psnr": None, "ssim_worst": 0.5, "adherence": {}}
+    return {"prompt": prompt, "rows": {name: {"denoise": 2.0, "ssim": s, **same} for name, s in ssim.items()}}
+
+
+def test_seeds_of_one_prompt_are_averaged_before_an_interval_is_drawn():
+    lines = [_line("p", a=1.0, b=0.8), _line("p", a=1.0, b=0.4), _line("q", a=1.0, b=0.6), _line("q", a=1.0, b=0.6)]
+    summary = summarise(lines, [("b", "a")])
+    assert summary["rows"]["b"]["ssim"] == pytest.approx((0.6, 0.6, 0.6))  # both prompts have 0.6
+    assert summary["n"] == 4 and "2 prompts x 2 seeds" in table({**summary, "device": "", "threads": 1, "dtype": ""})
+
+
+def test_rows_are_held_against_each_other_prompt_by_prompt():
+    lines = [_line("p", a=0.9, b=0.8), _line("q", a=0.5, b=0.4)]  # far apart between prompts, never between rows
+    (pair,) = summarise(lines, [("b", "a"), ("b", "not measured")])["pairs"]
+    assert pair["ssim"] == pytest.approx((-0.1, -0.1, -0.1)) and pair["speed"] == 1
+    assert "| b | a | 1.00 | - | -0.100 [-0.100, -0.100] | - |" in paired({"pairs": [pair]})
+
+
+@pytest.mark.parametrize("suite", bench.PAIRS)
+def test_rows_that_are_held_against_each_other_are_rows_of_the_suite(suite):
+    assert {name for pair in bench.PAIRS[suite] for name in pair} <= SUITES[suite].keys()
