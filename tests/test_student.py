@@ -125,6 +125,17 @@ def test_differences_are_kept_to_a_hundredth_of_the_largest_of_their_row(pipe, t
     assert (tmp_path / "w.safetensors").stat().st_size < 2.5 * sum(p.numel() for p in base.parameters())
 
 
+def test_a_students_weights_lie_in_one_piece_of_memory_for_each_dtype(pipe, tmp_path):
+    base = pipe.transformer.to(torch.bfloat16)
+    base.proj_out.float()
+    save_differences(base, base, tmp_path / "w.safetensors")
+    made, own = load_differences(base, tmp_path / "w.safetensors"), dict(base.named_parameters())
+    assert made.keys() == own.keys() and all(
+        w.equal(own[name]) and w.dtype == own[name].dtype for name, w in made.items()
+    )
+    assert len({w.untyped_storage().data_ptr() for w in made.values()}) == 2
+
+
 def test_differences_from_a_model_of_another_shape_are_refused(pipe, tmp_path):
     base, other = pipe.transformer.proj_out, torch.nn.Linear(3, 2)
     save_differences(other, other, tmp_path / "w.safetensors")
