@@ -14,9 +14,20 @@ from .bench import PAIRS
 from .methods import METHODS
 from .metrics import RATIOS, spell
 from .models import ROOT
-from .summary import paired, table
+from .summary import BRIEF, COLUMNS, paired, table
 
 RESULTS = ROOT / "docs" / "results"
+OVERVIEW = (  # suite, row, and what it is called where all are together
+    ("fastercache", "fastercache", "`fastercache`"),
+    ("fastercache", "fewer steps: 30", "30 plain steps"),
+    ("asymrnr", "asymrnr", "`asymrnr`"),
+    ("asymrnr", "fastercache + asymrnr", "`balanced`"),
+    ("gpd", "6 steps by Euler", "6 plain steps by Euler's rule"),
+    ("gpd", "gpd, 6 steps", "`gpd`"),
+    ("disca", "meanflow, 20 steps", "`meanflow`"),
+    ("disca", "disca", "`disca`"),
+    ("disca", "turbo", "`turbo`"),
+)
 MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "gpd", "gpd-arms", "meanflow", "disca")
 CARD = ROOT / "models" / "tiny-wan" / "README.md"
 
@@ -39,10 +50,21 @@ def _values(schema: dict) -> str:
     return {"boolean": "true, false", "string": "a text", "object": "a table"}[schema["type"]]
 
 
+def overview() -> str:
+    """The presets beside plain rivals, each from its own suite."""
+    columns = ("speed-up", "SSIM", "adherence", "- baseline")
+    lines = [f"| preset | {' | '.join(columns)} | n |", f"|---|{'---|' * len(columns)}---|"]
+    for name, row, title in OVERVIEW:
+        found = json.loads((RESULTS / name / "results.json").read_text())
+        cells = (COLUMNS[column](found["rows"][row]) for column in columns)
+        lines.append(f"| {title} | {' | '.join(cells)} | {found['n']} |")
+    return "\n".join(lines) + "\n"
+
+
 def suite(name: str) -> str:
-    """The table of a suite that was measured, or a word that it was not."""
+    """The short table of a suite that was measured, or a word that it was not."""
     file = RESULTS / name / "results.json"
-    return table(json.loads(file.read_text())) if file.is_file() else "Not measured yet.\n"
+    return table(json.loads(file.read_text()), BRIEF) if file.is_file() else "Not measured yet.\n"
 
 
 def details(name: str) -> str:
@@ -143,7 +165,14 @@ def _reconstruction(r: dict) -> str:
     return f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips; read back from these: {read}"
 
 
-PARTS = {"knobs": knobs, "attributes": attributes, "training": training, "students": students, "disca-training": disca}
+PARTS = {
+    "overview": overview,
+    "knobs": knobs,
+    "attributes": attributes,
+    "training": training,
+    "students": students,
+    "disca-training": disca,
+}
 PARTS |= {name: partial(suite, name) for name in MEASURED}
 PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", "gpd-arms", "meanflow", "disca")}
 PARTS |= {f"{name}-pairs": partial(pairs, name) for name in PAIRS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,19 @@ MARKS: dict[str, Callable[[dict], float]] = {  # what rows are held against each
     "ssim": lambda r: r["ssim"],
     "latent": lambda r: r["latent"],
 }
+
+COLUMNS: dict[str, Callable[[dict], str]] = {  # of a table: how a row's figures are spelled
+    "denoise s": lambda r: f"{r['seconds']:.2f}",
+    "speed-up": lambda r: "{:.2f} [{:.2f}, {:.2f}]".format(r["speedup"], *r["speedup_range"]),
+    "work": lambda r: f"{r['work']:.2f}",
+    "efficiency": lambda r: f"{r['efficiency']:.2f}",
+    "SSIM": lambda r: spell(r["ssim"], 4),
+    "worst": lambda r: f"{r['ssim_worst']:.3f}",
+    "PSNR dB": lambda r: spell(r["psnr"], 1) if r["psnr"] else "equal",
+    "adherence": lambda r: spell(r["adherence"]) if "adherence" in r else "-",
+    "- baseline": lambda r: spell(r["difference"]) if "difference" in r else "-",
+}
+BRIEF = ("denoise s", "speed-up", "efficiency", "SSIM", "adherence", "- baseline")
 
 
 def summarise(lines: Sequence[dict], pairs: Sequence[tuple[str, str]] = ()) -> dict:
@@ -78,24 +91,17 @@ def _held(groups: list[list[dict]], a: str, b: str) -> dict:
     return {"a": a, "b": b, "speed": faster, **less}
 
 
-def table(summary: dict) -> str:
-    """The rows as a Markdown table."""
+def table(summary: dict, columns: Iterable[str] = COLUMNS) -> str:
+    """The rows as a Markdown table with some of the `COLUMNS`."""
     where = f"{summary['device']}, {summary['threads']} threads, {summary['dtype']}"
-    head = (
-        f"{_count(summary)}, {where}; "
-        "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range\n\n"
-        "| setting | denoise s | speed-up | work | efficiency | SSIM | worst | PSNR dB | adherence | - baseline |\n"
-        "|---|---|---|---|---|---|---|---|---|---|\n"
-    )
-    lines = []
-    for name, r in summary["rows"].items():
-        low, high = r["speedup_range"]
-        cells = [name, f"{r['seconds']:.2f}", f"{r['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{r['work']:.2f}"]
-        cells += [f"{r['efficiency']:.2f}", spell(r["ssim"], 4), f"{r['ssim_worst']:.3f}"]
-        cells += ["equal" if r["psnr"] is None else spell(r["psnr"], 1)]
-        cells += [spell(r[k]) if k in r else "-" for k in ("adherence", "difference")]
-        lines.append("| " + " | ".join(cells) + " |\n")
-    return head + "".join(lines)
+    columns = list(columns)
+    lines = [
+        f"{_count(summary)}, {where}; means with 95 % bootstrap intervals, speed-up: median and 5-95 % range\n",
+        f"| setting | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *(f"| {name} | {' | '.join(COLUMNS[c](row) for c in columns)} |" for name, row in summary["rows"].items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _count(summary: dict) -> str:
