@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from accel.methods import METHODS
-from accel.models import TINY, Home, own_home
+from accel.models import ROOT, TINY, Home, own_home
 from accel.run import Video, build_run, generate
 from accel.trace import Step, Trace
 from ui import controls
@@ -214,6 +214,13 @@ def test_the_page_offers_the_students_that_exist(pipe, students, tmp_path):
         made = controls.widgets(METHODS["gpd"], METHODS["gpd"].offered(tmp_path))
     assert [value for _, value in made["steps"].choices] == [0, 6, 12, 16, 24, 48]
     assert METHODS["gpd"].offered(tmp_path / "none") == {"steps": []}
+
+
+def test_a_slider_goes_as_far_as_the_student_learnt():
+    assert METHODS["meanflow"].offered(ROOT / TINY)["guidance"] == (2.0, 5.0)
+    with gr.Blocks():
+        made = controls.widgets(METHODS["meanflow"], {"guidance": (2.0, 3.5)})
+    assert (made["guidance"].minimum, made["guidance"].maximum, made["guidance"].value) == (2.0, 3.5, 3.5)
 
 
 def test_old_videos_leave_the_disk(generated, tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ from typing import Any
 import gradio as gr
 
 from accel.methods import Method
+from accel.methods.base import Offered
 
 
-def widgets(method: type[Method], offered: dict[str, list] | None = None) -> dict[str, gr.components.Component]:
+def widgets(method: type[Method], offered: dict[str, Offered] | None = None) -> dict[str, gr.components.Component]:
     """One widget per field: what it is called, what it costs, and its range, all from the field itself.
 
     `offered`: the values that some knobs have for the model at hand (`Method.offered`).
@@ -21,17 +22,21 @@ def widgets(method: type[Method], offered: dict[str, list] | None = None) -> dic
         common["elem_id"] = f"{method.title.lower()}-{name}"
         if schema["type"] == "boolean":
             made[name] = gr.Checkbox(**common)
-        elif "enum" in schema:
-            common["value"] = possible(schema["default"], offered.get(name))
+            continue
+        common["value"] = possible(schema["default"], offered.get(name))
+        if "enum" in schema:
             made[name] = gr.Radio(offered.get(name) or schema["enum"], **common)
         else:
             step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
-            made[name] = gr.Slider(schema["minimum"], schema["maximum"], step=step, **common)
+            low, high = offered.get(name) or (schema["minimum"], schema["maximum"])
+            made[name] = gr.Slider(low, high, step=step, **common)
     return made
 
 
-def possible(value: Any, offered: list | None) -> Any:
+def possible(value: Any, offered: Offered | None) -> Any:
     """A knob's value, or the nearest thing to it that the model at hand offers."""
+    if isinstance(offered, tuple):
+        return min(max(value, offered[0]), offered[1])
     return value if not offered or value in offered else offered[-1]
 
 

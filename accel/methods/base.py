@@ -15,6 +15,8 @@ from ..host import Host
 from ..student import bytes_of
 from ..trace import Trace
 
+Offered = list | tuple[float, float]  # values of a knob, or the lowest and the highest
+
 
 class Method(BaseModel, frozen=True, extra="forbid"):
     """A reversible change to how a denoiser is evaluated.
@@ -34,7 +36,7 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         return {k: v for k, v in cls.model_json_schema()["properties"].items() if v.get("page", True)}
 
     @classmethod
-    def offered(cls, model: str | Path) -> dict[str, list]:
+    def offered(cls, model: str | Path) -> dict[str, list | tuple[float, float]]:
         """The values that some knobs have for a model's folder, where fewer than all; an empty list: it has none."""
         return {}
 

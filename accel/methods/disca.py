@@ -27,7 +27,7 @@ from ..predictor import Form, Predictor, flops
 from ..student import read
 from ..trace import DENOISER, Trace
 from ..weights import bears
-from .base import Method
+from .base import Method, Offered
 
 ORDERS = {"residual": 0, "plain": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
 LEARNT = get_args(Form)
@@ -99,7 +99,7 @@ class DisCa(Method):
         return " ".join(map(str, steps))
 
     @classmethod
-    def offered(cls, model: str | Path) -> dict[str, list]:
+    def offered(cls, model: str | Path) -> dict[str, Offered]:
         """The learnt forms that are beside a model, and those that need no training."""
         there = [form for form in LEARNT if (_beside(model, form) / "predictor.json").is_file()]
         return {"form": [*there, *(form for form in ORDERS if form not in LEARNT)]}

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..host import Host
 from ..student import bytes_of, check_base, gridded, one_branch, placed, read
 from ..trace import Trace
-from .base import Distilled, student_knob
+from .base import Distilled, Offered, student_knob
 
 
 class Student(BaseModel, frozen=True):
@@ -44,7 +44,7 @@ class GPD(Distilled):
     student: str = student_knob()
 
     @classmethod
-    def offered(cls, model: str | Path) -> dict[str, list]:
+    def offered(cls, model: str | Path) -> dict[str, Offered]:
         """Step counts of the students beside a model."""
         found = [
             n for n in get_args(cls.model_fields["steps"].annotation) if (_beside(model, n) / "gpd.json").is_file()

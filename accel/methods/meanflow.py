@@ -21,7 +21,7 @@ from ..conditioning import TOLD, conditioned, packed
 from ..host import Host
 from ..student import bytes_of, check_base, gridded, one_branch, placed, read
 from ..trace import Trace
-from .base import Distilled, student_knob
+from .base import Distilled, Offered, student_knob
 
 
 class Student(BaseModel, frozen=True):
@@ -49,10 +49,12 @@ class MeanFlow(Distilled):
     student: str = student_knob()
 
     @classmethod
-    def offered(cls, model: str | Path) -> dict[str, list]:
-        """All step counts, if there is a student beside a model."""
-        there = (Path(model) / "meanflow" / "meanflow.json").is_file()
-        return {"steps": list(get_args(cls.model_fields["steps"].annotation)) if there else []}
+    def offered(cls, model: str | Path) -> dict[str, Offered]:
+        """All step counts and the guidance that it learnt, if there is a student beside a model."""
+        folder = Path(model) / "meanflow"
+        if not (folder / "meanflow.json").is_file():
+            return {"steps": []}
+        return {"steps": list(get_args(cls.model_fields["steps"].annotation)), "guidance": _read(folder).guidance}
 
     def beside(self, model: str | Path) -> Path:
         """The one student of a model."""
@@ -69,7 +71,7 @@ class MeanFlow(Distilled):
             yield
             return
         folder, model, pipe = self.folder(host.pipe.name_or_path or "nowhere"), host.models[0], host.pipe
-        student = read(folder, "meanflow.json", Student, "meanflow.student", "train meanflow makes it")
+        student = _read(folder)
         check_base(folder, student.base, pipe)
         low, high = student.guidance
         if not low <= self.guidance <= high:
@@ -98,3 +100,7 @@ class MeanFlow(Distilled):
             trace.note(
                 f"MeanFlow: {self.steps} steps are up to {widest:.2f} wide, the student learnt {student.longest:.2f}"
             )
+
+
+def _read(folder: Path) -> Student:
+    return read(folder, "meanflow.json", Student, "meanflow.student", "train meanflow makes it")
