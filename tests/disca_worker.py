@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from conftest import build_pipe, random_wan
-from test_meanflow import timed
+from test_teach_meanflow import timed
 
 from accel.conditioning import IntervalEmbedder
 from accel.families import wan

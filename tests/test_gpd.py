@@ -210,7 +210,7 @@ def test_a_stage_that_diverges_ends_and_its_best_student_goes_on(tmp_path):
     watch = Watch(SimpleNamespace(jump=lambda model, k: next(errors)), module, 1, tmp_path / "watch.pt", False)
     for step in (25, 50, 75):
         torch.nn.init.constant_(module.weight, step)
-        assert watch(step) == (step == 75)
+        assert watch.look(step) == (step == 75)
     again = Watch(None, module, 1, tmp_path / "watch.pt", True)
     assert again.errors == {0: 5.0, 25: 3.0, 50: 4.0, 75: 10.5} and again.diverged
     again.restore()

@@ -14,7 +14,7 @@ LAYERS = [
     {"flops", "families", "heads", "host", "student"},
     {"methods"},
     {"presets", "models", "apply", "world"},
-    {"run", "bench", "profile"},
+    {"run", "bench", "summary", "profile"},
     {"training"},
     {"cli", "readme", "__main__", "__init__"},
 ]

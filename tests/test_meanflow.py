@@ -1,14 +1,10 @@
 """Restricted MeanFlow: the identity where the mean velocity is known, the intervals, and what a student is told."""
 
 import json
-import random
 from copy import deepcopy
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import make_meanflow, random_wan
 from safetensors.torch import load_file
 
@@ -16,15 +12,7 @@ import accel
 from accel.conditioning import TOLD, IntervalEmbedder, conditioned, packed, unwrapped
 from accel.flow import euler, mean_flow_target, slope_central, slope_exact
 from accel.methods import AsymRnR, MeanFlow
-from accel.models import Home
-from accel.training.clips import Clips
-from accel.training.fit import Recipe, fit
-from accel.training.meanflow import SEEN, Course, MeanFlowTask, longest_step
-from accel.training.slots import Slots, TimedGround, ground_of, walk
-from accel.training.students import Copies, velocity
-from accel.training.teach_meanflow import share_first_stage, start_from
-from accel.training.vae import normalise
-from accel.video import write_mp4
+from accel.training.slots import TimedGround, walk
 from accel.weights import load_differences
 
 SPREAD = 0.5  # deviation of the data: x0 ~ N(0, SPREAD^2)
@@ -111,118 +99,6 @@ def test_a_trained_embedder_tells_the_end_and_the_guidance():
     assert not isinstance(model.condition_embedder, IntervalEmbedder)
 
 
-def timed(pipe, steps=4) -> TimedGround:
-    home = Home(height=32, width=32, frames=5, steps=4, guidance=3.0, text_length=6)
-    pipe.encode_prompt = lambda texts, **_: (torch.stack([torch.full((6, 16), len(t) / 9) for t in texts]),)
-    return TimedGround(**vars(ground_of(pipe, home, steps, lambda rng: "a" * rng.randrange(1, 9))), guidance=3.0)
-
-
-def task(pipe, **course) -> MeanFlowTask:
-    if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
-        pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
-    given = {"base_steps": 4, "steps": (4, 2), "guidance": (2.0, 5.0), "longest": 0.5, "slots": 4, "hop": 1, "warm": 1}
-    return MeanFlowTask(Recipe(steps=4, lr=1e-3), Course(**given | course), Copies(pipe.transformer), timed(pipe))
-
-
-def test_intervals_are_spread_evenly_up_to_r_and_a_share_is_empty(pipe):
-    many = task(pipe, slots=64, follow=False, longest=0.2)
-    lengths = torch.cat([(now := torch.rand(64)) - many.ends(now, step) for step in range(40)])
-    assert (lengths == 0).sum() == 40 * 32 and lengths.min() >= 0 and lengths.max() <= 0.2
-    inner = lengths[lengths > 0] / 0.2
-    assert abs(inner.mean() - 0.5) < 0.05 and (inner > 0.95).float().mean() < 0.1  # nothing piles up at R
-    now = torch.full((64,), 0.05)
-    assert many.ends(now, 0).min() >= 0
-
-
-def test_intervals_follow_the_schedule_of_the_fewest_steps(pipe):
-    some = task(pipe, longest=1.0)
-    some.slots.index = torch.tensor([0, 1, 2, 3])
-    now = some.ground.levels[some.slots.index].float()
-    ends = torch.stack([some.ends(now, step) for step in range(50)])
-    farthest = some.ground.levels[torch.tensor([2, 3, 4, 4])].float()
-    assert (ends >= farthest - 1e-6).all() and (ends.min(0).values < 0.5 * (now + farthest)).all()
-
-
-def test_r_is_the_widest_step_of_the_schedules(pipe):
-    pipe.scheduler.set_timesteps(10)
-    widest = float((pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).max())
-    assert longest_step(pipe.scheduler, (20, 10)) == pytest.approx(widest)
-
-
-def test_the_first_stage_teaches_guided_velocities_at_each_slots_own_guidance(pipe):
-    mean = task(pipe)
-    slots = mean.slots
-    w = torch.tensor([2 + 3 * rng.random() for rng in slots.chance("guidance")])
-    x, words, time = slots.x.clone(), slots.words.clone(), 1000 * mean.ground.levels[slots.index].float()
-    cond, uncond = (velocity(pipe.transformer, x, time, text) for text in (words, mean.empty.expand(4, -1, -1)))
-    target = uncond + w.view(-1, 1, 1, 1, 1) * (cond - uncond)
-    loss, _ = mean.loss(mean.module, 0, 0)
-    assert loss.item() == pytest.approx((cond - target).square().mean().item(), rel=1e-3)
-    assert len(w.unique()) == 4 and (slots.index == 1).all()
-
-
-def test_both_slopes_agree_on_a_transformer(pipe):
-    mean = task(pipe)
-    for told in mean.module.condition_embedder.told.values():
-        torch.nn.init.normal_(told.mlp.linear_2.weight, std=0.1)
-    mean.module.condition_embedder.base.timesteps_proj.scale = 0.01  # as smooth as the shipped model's
-    now, then, w, v = (
-        torch.tensor([0.8, 0.5]),
-        torch.tensor([0.7, 0.2]),
-        torch.tensor([4.0, 3.0]),
-        torch.randn(2, 4, 3, 4, 4),
-    )
-    given = (v, now, then, w, torch.tensor([0, 1]))
-    central = mean.slope(*given)
-    mean.course = mean.course.model_copy(update={"slope": "exact"})
-    torch.testing.assert_close(central, mean.slope(*given), rtol=0.02, atol=2e-3)
-
-
-def test_the_second_stage_corrects_the_frozen_first_students_velocity(pipe):
-    mean = task(pipe)
-    mean.stage = 1
-    before = [p.clone() for p in mean.nets._previous.parameters()]
-    loss, logs = mean.loss(mean.module, 0, 0)
-    loss.backward()
-    assert logs["correction"] > 0 and all(torch.equal(a, b) for a, b in zip(before, mean.nets._previous.parameters()))
-    embedder = mean.module.condition_embedder
-    assert embedder.told["end"].mlp.linear_2.weight.grad.abs().sum() > 0
-
-
-def test_a_correction_that_grows_many_times_ends_the_stage(pipe, capsys):
-    mean = task(pipe)
-    for _ in range(2 * SEEN):
-        mean._watch(1.0)
-    assert mean.sizes.tolist() == pytest.approx([2 * SEEN, 1, 1]) and not mean.diverged
-    again = task(pipe)
-    again.load_state_dict(mean.state_dict())
-    for _ in range(3 * SEEN):
-        again._watch(25.0)
-    assert again.diverged and "has grown 20-fold" in capsys.readouterr().err
-
-
-def test_time_frequencies_that_the_base_does_not_see_stay_unseen(pipe):
-    weight = pipe.transformer.condition_embedder.time_embedder.linear_1.weight
-    weight.data[:, ::2] = 0
-    mean = task(pipe)
-    mean.loss(mean.module, 0, 0)[0].backward()
-    own = mean.module.condition_embedder.base.time_embedder.linear_1.weight
-    assert (own.grad[:, ::2] == 0).all() and (own.grad[:, 1::2] != 0).any()
-
-
-def test_a_resumed_stage_ends_with_the_weights_of_an_unbroken_one(pipe, tmp_path):
-    recipe = Recipe(steps=3, lr=1e-3, warmup=1, ema=0.0)
-    tasks = [task(pipe) for _ in range(3)]
-    for one in tasks:
-        one.stage, one.recipe = 1, recipe
-    whole, first, second = tasks
-    fit(whole, tmp_path / "whole", minutes=None, resume=False)
-    assert fit(first, tmp_path / "parts", minutes=0, resume=False)["step"] == 1
-    fit(second, tmp_path / "parts", minutes=None, resume=True)
-    for one, two in zip(whole.module.parameters(), second.module.parameters()):
-        assert torch.equal(one, two)
-
-
 @pytest.fixture
 def student(pipe, tmp_path) -> MeanFlow:
     pipe.register_to_config(_name_or_path=str(tmp_path))
@@ -297,29 +173,6 @@ def test_a_student_goes_together_with_token_reduction(pipe, student, sample):
         assert trace.summary()["attention"].get("reduce") and trace.summary()["steps"] == 5
 
 
-def test_a_rival_begins_with_the_first_stage_of_the_method(tmp_path):
-    assert not share_first_stage(tmp_path / "none", tmp_path / "own")
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "done.json").write_text("{}")
-    assert share_first_stage(tmp_path / "done", tmp_path / "own") and (tmp_path / "own" / "done.json").is_file()
-
-
-def test_a_head_start_keeps_zeros_of_the_time_embedding(pipe, tmp_path):
-    base = pipe.transformer
-    nets = Copies(base)
-    for p in nets.module.parameters():
-        p.data.add_(0.1)
-    nets.save(tmp_path)
-    weight = base.condition_embedder.time_embedder.linear_1.weight
-    weight.data[:, ::2] = 0
-    base.condition_embedder = IntervalEmbedder(base.condition_embedder)
-    student = Copies(base).module
-    start_from(student, base, tmp_path)
-    own = student.condition_embedder.base.time_embedder.linear_1.weight
-    assert (own[:, ::2] == 0).all() and torch.allclose(own[:, 1::2], weight[:, 1::2] + 0.1, atol=2e-3)
-    assert torch.allclose(student.proj_out.weight, base.proj_out.weight + 0.1, atol=2e-3)
-
-
 def test_training_walks_the_way_of_the_pipeline(pipe, student, sample):
     own, words = trained(pipe, student.folder(pipe.name_or_path)), torch.randn(2, 1, 6, 16)
     pipe.scheduler.set_timesteps(5)
@@ -331,45 +184,3 @@ def test_training_walks_the_way_of_the_pipeline(pipe, student, sample):
         end = sample(pipe, steps=5, guidance=1.0)
     with torch.no_grad():
         torch.testing.assert_close(walk(own, ground, x, words, 1), end, rtol=0.02, atol=0.03)  # bfloat16
-
-
-def test_slopes_are_fine_inside_the_loop_that_trains(pipe):
-    """accelerate wraps the module's forward in an autocast of its own: differences of bfloat16 would be noise."""
-    mean = task(pipe)
-    given = torch.tensor([0.8]), torch.tensor([0.7]), torch.tensor([4.0]), torch.tensor([0])
-    v = torch.randn(1, 4, 3, 4, 4)
-    alone = mean.slope(v, *given)
-    accelerator = Accelerator(mixed_precision="bf16")
-    accelerator.prepare(mean.module)
-    with accelerator.autocast():
-        assert torch.equal(mean.slope(v, *given), alone)
-
-
-def test_trajectories_can_begin_between_noise_and_a_video(pipe, tmp_path):
-    """At level s a slot is (1 - s) of the video's latents and s of noise, with the video's caption."""
-    clip = torch.full((4, 3, 4, 4), 5.0)
-    ground = replace(timed(pipe, 10), clips=lambda rng: ("a" * 9, clip))
-    slots = Slots(ground, 64, (0, 1), 0)
-    levels = ground.levels[slots.index].float()
-    assert len(slots.index.unique()) > 5 and (slots.words == 1).all()
-    torch.testing.assert_close(slots.x.mean((1, 2, 3, 4)), 5 * (1 - levels), atol=0.5, rtol=0)
-
-
-def test_clips_are_a_folders_videos_as_latents_of_the_models_size(pipe, tmp_path):
-    home = Home(height=32, width=32, frames=5, steps=4, guidance=3.0)
-    wrongs = ((None, "captions.json is missing"), ({"a.mp4": "x"}, "has no a.mp4"), ({}, "names no videos"))
-    for wrong, reason in wrongs:
-        if wrong is not None:
-            (tmp_path / "captions.json").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=reason):
-            Clips(tmp_path, pipe, home)
-    (tmp_path / "captions.json").write_text(json.dumps({"a.mp4": "a red star"}))
-    write_mp4(tmp_path / "a.mp4", np.full((6, 64, 64, 3), 200, np.uint8), 8)
-    caption, z = Clips(tmp_path, pipe, home).draw(random.Random(0))
-    with torch.no_grad():
-        x = torch.full((1, 3, 5, 32, 32), 200 / 127.5 - 1)
-        expected = normalise(pipe.vae, pipe.vae.encode(x).latent_dist.mode())[0]
-    assert caption == "a red star"
-    torch.testing.assert_close(z, expected, atol=0.1, rtol=0.1)
-    with pytest.raises(ValueError, match="a.mp4 has 6 frames, 9 are needed"):
-        Clips(tmp_path, pipe, home.model_copy(update={"frames": 9})).draw(random.Random(0))

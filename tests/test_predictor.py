@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import build_pipe, make_meanflow
-from test_meanflow import timed
+from test_teach_meanflow import timed
 
 from accel.conditioning import IntervalEmbedder, packed
 from accel.families import wan

@@ -16,13 +16,16 @@ from transformers import UMT5Config, UMT5EncoderModel
 import accel
 from accel import bench
 from accel.conditioning import IntervalEmbedder, packed
+from accel.families import wan
 from accel.methods import DisCa, MeanFlow
 from accel.methods.gpd import GPD
+from accel.predictor import Predictor
 from accel.training import RECIPES, train_parts
 from accel.training.adapters import Adapters
 from accel.training.fit import Recipe
 from accel.training.gpd import Curriculum, GpdTask
 from accel.training.meanflow import Course, MeanFlowTask
+from accel.training.predictor import Lessons, PredictorTask, Watched
 from accel.training.slots import Ground, TimedGround
 from accel.training.students import guided, velocity
 from accel.training.teach import ARMS, cost, stage_recipes
@@ -110,11 +113,11 @@ def test_full_weights_of_a_large_model_learn_too(large, tmp_path, monkeypatch, s
 
 def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
     torch.manual_seed(0)
-    wan = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
-    wan.to(torch.bfloat16)
-    wan.condition_embedder = IntervalEmbedder(wan.condition_embedder)
+    model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+    model.to(torch.bfloat16)
+    model.condition_embedder = IntervalEmbedder(model.condition_embedder)
     x, words, levels = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 6, 4096), torch.tensor([1.0, 0.5, 0.0]).double()
-    nets = Adapters(wan, rank=4)
+    nets = Adapters(model, rank=4)
     ground = TimedGround(
         lambda texts: words.expand(len(texts), -1, -1), lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4),
         guidance=3.0,
@@ -127,14 +130,44 @@ def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
         loss, logs = task.loss(nets.module, 0, 0)
         loss.backward()
         assert loss.isfinite() and (stage == 0 or logs["correction"] > 0)
-    learnt = [name for name, p in wan.named_parameters() if p.grad is not None and p.grad.any()]
+    learnt = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
     assert learnt and all(".current." in name or ".told." in name for name in learnt)
     assert any("time_embedder.linear_1.lora_B" in name for name in learnt)
     before = nets.previous(x, told, words)
     with torch.no_grad():
-        wan.condition_embedder.told["end"].mlp.linear_2.weight.add_(0.1)
+        model.condition_embedder.told["end"].mlp.linear_2.weight.add_(0.1)
     assert torch.equal(nets.previous(x, told, words), before)
-    assert not torch.equal(velocity(wan, x, told, words), before)
+    assert not torch.equal(velocity(model, x, told, words), before)
+
+
+def test_a_predictor_for_the_wan_1_3b_layout_learns_while_the_student_stays_frozen_in_half_precision():
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+    model.to(torch.bfloat16)
+    model.condition_embedder = IntervalEmbedder(model.condition_embedder)
+    words, levels = torch.randn(1, 6, 4096), torch.linspace(1, 0, 5).double()
+    ground = TimedGround(
+        lambda texts: words.expand(len(texts), -1, -1), lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4),
+        guidance=3.0,
+    )  # fmt: skip
+    lessons, predictor = Lessons(steps=4, guidance=(2, 5), slots=1), Predictor(wan, model, "residual", 1)
+    learn = PredictorTask(Recipe(steps=2, lr=1e-3), lessons, Watched(model, spare=True), predictor, ground, (2, 2, 2))
+    learn.stage, learn.slots.index[:] = 1, 2
+    learn.cached.normal_()
+    loss, logs = learn.loss(learn.module, 0, 0)
+    loss.backward()
+    assert loss.isfinite() and logs["velocity"] > 0
+    assert predictor.out.weight.grad.any() and all(p.grad is None for p in model.parameters())
+    assert {p.dtype for p in predictor.parameters()} == {torch.float32} and not learn.cached.isnan().any()
+
+
+def test_a_training_is_resumed_with_the_prompts_that_it_began_with(large, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES["others"], "gpd", {**RECIPES["others"]["gpd"], "steps": 1})
+    given = dict(model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
+    train_parts("gpd", 1e-9, False, tmp_path / "out", **given)
+    (tmp_path / "prompts.txt").write_text("a red ring\na blue disc\na green ring\na cyan cross\n")
+    with pytest.raises(ValueError, match="holds another training"):
+        train_parts("gpd", 1e-9, True, tmp_path / "out", **given)
 
 
 def test_a_student_leaves_the_users_own_adapter_on(large, tmp_path, monkeypatch, sample):
@@ -157,28 +190,28 @@ def test_a_student_leaves_the_users_own_adapter_on(large, tmp_path, monkeypatch,
 
 def test_adapters_of_the_wan_1_3b_layout_learn_alone_in_float32():
     torch.manual_seed(0)
-    wan = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
-    wan.to(torch.bfloat16)
+    model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+    model.to(torch.bfloat16)
     x, t, words = torch.randn(1, 16, 2, 4, 4), torch.tensor([700]), torch.randn(1, 6, 4096)
-    base = guided(wan, x, t, words, 0 * words, 3.0)
-    nets = Adapters(wan, rank=4)
+    base = guided(model, x, t, words, 0 * words, 3.0)
+    nets = Adapters(model, rank=4)
     levels = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     encode = lambda texts: words.expand(len(texts), -1, -1)
     ground = Ground(encode, lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4))
     task = GpdTask(Recipe(steps=2, lr=1e-3), Curriculum(base_steps=2, slots=1, horizons=(2,)), nets, ground)
     loss, _ = task.loss(nets.module, 0, 0)
     loss.backward()
-    learnt = {name: p for name, p in wan.named_parameters() if p.grad is not None}
+    learnt = {name: p for name, p in model.named_parameters() if p.grad is not None}
     assert learnt and all(".current." in name and p.dtype == torch.float32 for name, p in learnt.items())
-    assert all(p.requires_grad == (".current." in name) for name, p in wan.named_parameters())
+    assert all(p.requires_grad == (".current." in name) for name, p in model.named_parameters())
     with torch.no_grad():
         for p in learnt.values():
             p.add_(0.01)
-    v = velocity(wan, x, t, words)
+    v = velocity(model, x, t, words)
     assert torch.equal(nets.teacher(x, t, words, 0 * words, 3.0), base)
     assert (nets.previous(x, t, words) - v).abs().max() > 0.1
     nets.next_stage()
-    assert torch.equal(nets.previous(x, t, words), v) and torch.equal(velocity(wan, x, t, words), v)
+    assert torch.equal(nets.previous(x, t, words), v) and torch.equal(velocity(model, x, t, words), v)
 
 
 def test_orders_that_cannot_be_are_refused_with_the_reason(large, tmp_path):
@@ -191,6 +224,8 @@ def test_orders_that_cannot_be_are_refused_with_the_reason(large, tmp_path):
             train_parts("gpd", None, False, tmp_path / "out", **asked)
     with pytest.raises(ValueError, match="--rank is for gpd, meanflow, predictor alone, not for base"):
         train_parts("base", None, False, tmp_path / "out", rank=4)
+    with pytest.raises(ValueError, match="its students are whole: leave --rank out"):
+        train_parts("gpd", None, False, tmp_path / "out", rank=4)
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="has 2 prompts: 3 are needed, 2 of them to look at"):
         train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt")

@@ -142,6 +142,15 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
     assert torch.equal(again.module.weight, whole.module.weight)
 
 
+def test_what_is_looked_at_on_the_way_is_the_average_that_comes_out(tmp_path):
+    line, seen = Line(), []
+    look = lambda step: seen.append((step, line.module.weight.item())) or step == 20
+    done = fit(line, tmp_path, minutes=None, resume=False, look=look, every=10)
+    assert [step for step, _ in seen] == [10, 20] and done["step"] == 20 and done["ended"]
+    own = torch.load(tmp_path / "state.pt", weights_only=True)["module"]["weight"].item()
+    assert line.module.weight.item() == seen[-1][1] != own
+
+
 def test_training_stops_when_its_minutes_are_over(tmp_path):
     slow = Line(steps=10_000)
     slow.loss, original = lambda *a: (time.sleep(0.05), original(*a))[1], slow.loss

@@ -75,7 +75,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
             record[part]["after"] = after
         if state.is_main_process:
             file.write_text(json.dumps(record, indent=1) + "\n")
-        if done["step"] < done["steps"]:  # the next part is made from a finished one
+        if not done.get("finished", done["step"] == done["steps"]):  # the next part is made from a whole one
             break
     return record
 

@@ -115,14 +115,8 @@ class Watch:
         else:
             self.look(0)
 
-    def __call__(self, step: int) -> bool:
-        """Whether the stage should end."""
-        if step % EVERY == 0:
-            self.look(step)
-        return self.diverged
-
-    def look(self, step: int) -> None:
-        """Measure the student as it stands."""
+    def look(self, step: int) -> bool:
+        """Measure the student as it stands; whether the stage should end."""
         error = self.held.jump(self.model, self.horizon)
         what = f"{self.horizon} steps in one" if self.horizon > 1 else "a step"
         print(f"held-out error of {what}: {error:.4f} after {step} iterations", file=sys.stderr)
@@ -131,9 +125,13 @@ class Watch:
         self.errors[step] = error
         if PartialState().is_main_process:
             torch.save({"errors": self.errors, "best": self.best}, self.file)
+        if self.diverged:
+            print(f"that is over {DIVERGED:g} times what it began with: the stage ends", file=sys.stderr)
+        return self.diverged
 
     @property
     def diverged(self) -> bool:
+        """Whether the error was much larger at the latest look than at the first one."""
         return self.errors[max(self.errors)] > DIVERGED * self.errors[0]
 
     @torch.no_grad()
@@ -186,12 +184,12 @@ def _train(task, horizon: int, held: HeldOut, folder: Path, minutes: float | Non
         task.stagger()
     folder.mkdir(parents=True, exist_ok=True)
     watch = Watch(held, task.module, horizon, folder / "watch.pt", begun)
-    over = lambda step: watch(step) or task.diverged
-    summary = fit(task, folder, minutes=minutes, resume=resume, enough=over)
+    over = lambda step: watch.look(step) or task.diverged
+    summary = fit(task, folder, minutes=minutes, resume=resume, look=over, every=EVERY)
     if summary["step"] < summary["steps"] and "ended" not in summary:
         return None
     watch.look(summary["step"])
-    if task.best:
+    if task.best or watch.diverged:
         watch.restore()
     if PartialState().is_main_process:
         torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")

@@ -64,11 +64,12 @@ def rate(step: int, recipe: Recipe) -> float:
 
 def fit(
     task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 400,
-    enough: Callable[[int], bool] = lambda step: False,
+    look: Callable[[int], bool] = lambda step: False, every: int = 25,
 ) -> dict:  # fmt: skip
     """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always.
 
-    `enough(steps done)` of any process may end it before, in all alike; the summary has "ended" then.
+    `look(steps done)` is called every so many steps while the module has its averaged weights; if it is true in any
+    process, the run ends in all alike, and the summary has "ended".
     """
     recipe, folder = task.recipe, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,33 +83,49 @@ def fit(
     ema.to(accelerator.device)
     began = saved = time.monotonic()
     ended = False
-    bar = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
-    with open(folder / "log.jsonl", "a" if step else "w") as log, _stop_on_signal() as stopped:
+    with _journal(folder, accelerator, step, recipe.steps) as note, _stop_on_signal() as stopped:
         while step < recipe.steps:
             logs = _step(task, accelerator, model, optimizers, ema, step)
-            step += 1
-            bar.update()
-            now = time.monotonic()
-            if accelerator.is_main_process and step % 20 == 0:
-                bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
-                log.write(json.dumps({"step": step, "seconds": round(spent + now - began, 1), **logs}) + "\n")
-                log.flush()
-            ended = _any(accelerator, enough(step))
+            step, now = step + 1, time.monotonic()
+            note(step, spent + now - began, logs)
+            if step % every == 0:
+                with averaged(task.module, ema):
+                    ended = _any(accelerator, look(step))
             done = ended or step == recipe.steps
             over = _any(accelerator, stopped() or (minutes is not None and now - began > 60 * minutes))
             if done or _any(accelerator, over or now - saved > save_every):
-                carried = _carried(task, accelerator)
-                if accelerator.is_main_process:
-                    _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, step, spent + now - began)
-                    with averaged(task.module, ema):
-                        task.sheet(folder / "sheet.png")
+                _checkpoint(folder, task, accelerator, model, optimizers, ema, step, spent + now - began)
                 saved = time.monotonic()
             if over or done:
                 break
-    bar.close()
     ema.copy_to(trained(task.module))
     seconds = round(spent + time.monotonic() - began, 1)
     return {"step": step, "steps": recipe.steps, "seconds": seconds, **({"ended": True} if ended else {})}
+
+
+@contextmanager
+def _journal(folder: Path, accelerator: Accelerator, step: int, steps: int):
+    """Inside, note(step, seconds, logs) moves a bar on, and writes a line of losses every 20 steps."""
+    bar = tqdm(total=steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
+    with bar, open(folder / "log.jsonl", "a" if step else "w") as log:
+
+        def note(step: int, seconds: float, logs: dict[str, float]) -> None:
+            bar.update()
+            if accelerator.is_main_process and step % 20 == 0:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
+                log.write(json.dumps({"step": step, "seconds": round(seconds, 1), **logs}) + "\n")
+                log.flush()
+
+        yield note
+
+
+def _checkpoint(folder: Path, task, accelerator, model, optimizers, ema: EMAModel, step: int, seconds: float) -> None:
+    """Put all that a resumed run needs into the folder, and the picture."""
+    carried = _carried(task, accelerator)
+    if accelerator.is_main_process:
+        _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, step, seconds)
+        with averaged(task.module, ema):
+            task.sheet(folder / "sheet.png")
 
 
 def _carried(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:

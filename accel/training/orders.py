@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..ledger import digest
 from ..models import TINY, Home, home_of, load_pipeline, own_home, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
 from .clips import Clips
@@ -19,6 +20,7 @@ from .fit import Recipe
 from .slots import Ground, ground_of
 from .students import Copies, Networks
 
+RANK = 64  # of adapters if none is given
 LOOKS, HELD = 8, 2  # held-out prompts that are looked at: of the toy world, the last of a file
 PROMPT_SEED = 11  # of the former; figures are reported on others
 
@@ -30,7 +32,7 @@ class Order:
     model: str = TINY
     arm: str | None = None  # a rival or variant of the method; None: the method itself
     prompts: Path | None = None
-    rank: int = 64  # of the adapters; 0: full weights
+    rank: int | None = None  # of the adapters; 0: full weights
     videos: Path | None = None  # a folder of them, as `accel world sample` writes it, to begin with; None: noise
     slots: int | None = None  # trajectories under way; 16, or of a large model one for each process
 
@@ -41,7 +43,7 @@ class Order:
 
     def adapters(self) -> bool:
         """Whether the students are adapters: for every model but the toy world's, unless full weights are asked for."""
-        return not self.toy() and self.rank > 0
+        return not self.toy() and self.rank != 0
 
     def lines(self, arms: Collection[str]) -> list[str]:
         """The prompts of the file. Raises ValueError for an order that cannot be carried out."""
@@ -50,6 +52,8 @@ class Order:
         if self.toy():
             if self.prompts:
                 raise ValueError("this model is trained on captions of its own world: leave --prompts out")
+            if self.rank is not None:
+                raise ValueError("this model is small, its students are whole: leave --rank out")
             return []
         if self.prompts is None or not self.prompts.is_file():
             raise ValueError("this model needs prompts to train on: give --prompts FILE, a text file of one a line")
@@ -59,6 +63,12 @@ class Order:
                 f"{self.prompts} has {len(lines)} prompts: {HELD + 1} are needed, {HELD} of them to look at"
             )
         return lines
+
+    def told(self, lines: list[str]) -> dict:
+        """What a folder remembers of it, so that nothing else is resumed there."""
+        given = {"prompts": digest(lines)} if lines else {}
+        given |= {"videos": str(self.videos)} if self.videos else {}
+        return {"rank": RANK if self.rank is None else self.rank, **given}
 
     def pipeline(self, device: str):
         """The pipeline to distil. Raises ValueError for one that cannot be."""
@@ -81,12 +91,16 @@ class Order:
 
     def networks(self, transformer, seed: int, device: str) -> Networks:
         """Teacher and students of a transformer."""
+        if self.toy():
+            return Copies(transformer, device)
         if not self.adapters():
-            return Copies(transformer, device if self.toy() else None)
+            nets = Copies(transformer)
+            nets.module.enable_gradient_checkpointing()
+            return nets
         from .adapters import Adapters
 
         torch.manual_seed(seed)
-        return Adapters(transformer, self.rank)
+        return Adapters(transformer, RANK if self.rank is None else self.rank)
 
     def beside(self) -> Path | None:
         """The folder of a local model, where its students go."""

@@ -137,6 +137,7 @@ class Slots:
         """Carry each, by velocities at places (s,), in hops to a place of its own: a batch sees all levels."""
         n = len(self.ground.times)
         goal = torch.tensor([random.Random(f"{self.seed} {self.first + i}").randrange(n) for i in range(len(self))])
+        goal = torch.maximum(goal, self.index)  # on the line to a clip it may have begun behind
         while (self.index < goal).any():  # always the whole batch: a compiled network knows its shape
             now, then = self.index, torch.minimum(goal, self.index + hop)
             self.x = euler(self.x, velocity(now), self.ground.levels[now], self.ground.levels[then])

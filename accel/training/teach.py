@@ -40,7 +40,7 @@ def train_gpd(recipe: Recipe, order: Order, device: str, minutes: float | None, 
     pipe = order.pipeline(device)
     task = _task(recipe, order, pipe, lines, device)
     recipes, base = stage_recipes(recipe, task.curriculum), marks(pipe.transformer)
-    told = {"base": base, "curriculum": task.curriculum.model_dump(mode="json"), "rank": order.rank}
+    told = {"base": base, "curriculum": task.curriculum.model_dump(mode="json"), **order.told(lines)}
     begin(out, resume, recipes, told)
     target = order.beside() if order.arm in (None, "gpd") and order.beside() else out
     print(f"students go into {target}", file=sys.stderr)

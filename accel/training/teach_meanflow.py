@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -42,11 +43,11 @@ def train_meanflow(recipe: Recipe, order: Order, device: str, minutes: float | N
     base = marks(pipe.transformer)
     task, start = _task(recipe, order, pipe, lines, device)
     recipes = stage_recipes(recipe)
-    told = {"base": base, "course": task.course.model_dump(mode="json"), "rank": order.rank, "start": start}
+    told = {"base": base, "course": task.course.model_dump(mode="json"), "start": start, **order.told(lines)}
     begin(out, resume, recipes, told)
     own = order.arm in (None, "meanflow")
     if not own:
-        resume |= share_first_stage(order.sibling(out, "meanflow") / "guidance", out / "guidance")
+        resume |= share_first_stage(order.sibling(out, "meanflow"), out)
     target = order.beside() if own and order.beside() else out
     print(
         f"intervals up to R = {task.course.longest:.3f}; the student goes into {target / 'meanflow'}", file=sys.stderr
@@ -83,13 +84,22 @@ def start_from(module: nn.Module, base: nn.Module, folder: Path) -> None:
             own.copy_(known[name] * (plain != 0) if "time_embedder" in name else known[name])
 
 
-def share_first_stage(done: Path, own: Path) -> bool:
-    """Let a rival begin with the first stage that another training finished, if it did and the rival has none."""
-    if own.is_dir() or not (done / "done.json").is_file():
+def share_first_stage(other: Path, own: Path) -> bool:
+    """Let a rival begin with the first stage that another training finished, if it did and the rival has none.
+
+    Not if that was of another base, or by another recipe.
+    """
+    done, first = other / "guidance", own / "guidance"
+    if first.is_dir() or not (done / "done.json").is_file():
+        return False
+    asked, made = (json.loads((folder / "order.json").read_text()) for folder in (own, other))
+    same = all(asked[key] == made[key] for key in ("base", "start", "rank"))
+    if not same or asked["recipes"][0] != made["recipes"][0]:
+        print(f"{other} holds a first stage of another order: this one trains its own", file=sys.stderr)
         return False
     PartialState().wait_for_everyone()  # until all have looked
     if PartialState().is_main_process:
-        shutil.copytree(done, own)
+        shutil.copytree(done, first)
     PartialState().wait_for_everyone()
     return True
 
@@ -107,7 +117,7 @@ def _keep(task: MeanFlowTask, told: dict, out: Path, target: Path, facts: dict) 
     course = task.course
     folder = out / "guidance-only" if task.stage == 0 else target / "meanflow"
     about = {**told, "guidance": course.guidance, "usual": task.ground.guidance, "longest": course.longest,
-             "made_for": course.steps, "instant": task.stage == 0, "held_out": facts}  # fmt: skip
+             "instant": task.stage == 0, "held_out": facts}  # fmt: skip
     store(
         task.nets, folder, "meanflow.json", about | {"course": course.model_dump(), "recipe": task.recipe.model_dump()}
     )

@@ -20,7 +20,7 @@ from ..methods.disca import spread
 from ..models import home_of
 from ..predictor import Form, Predictor
 from ..run import build_run, grid
-from ..student import placed
+from ..student import check_base, placed
 from ..weights import marks
 from .distil import distil, remaining, store, totals
 from .fit import Recipe
@@ -43,16 +43,20 @@ def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | 
     began, lines = time.monotonic(), order.lines(ARMS)
     pipe, form = order.pipeline(device), order.arm or ARMS[0]
     folder = (order.beside() or order.sibling(out, "meanflow")) / "meanflow"
+    if order.rank is not None:
+        raise ValueError("a predictor is small and learns whole: leave --rank out")
     if not (folder / "meanflow.json").is_file():
         raise ValueError("the student comes first: python -m accel train meanflow")
+    facts = json.loads((folder / "meanflow.json").read_text())
+    check_base(folder, facts["base"], pipe)
     with ExitStack() as stack:
         stack.enter_context(placed(folder, pipe.transformer))
         stack.enter_context(conditioned(pipe.transformer, load_file(folder / TOLD)))
         student = marks(pipe.transformer)
         stack.callback(setattr, pipe.transformer, "blocks", pipe.transformer.blocks)
-        task = _task(recipe, order, pipe, json.loads((folder / "meanflow.json").read_text()), lines, form, device)
+        task = _task(recipe, order, pipe, facts, lines, form, device)
         recipes = stage_recipes(recipe)
-        told = {"student": student, "lessons": task.lessons.model_dump(mode="json"), "form": form}
+        told = {"student": student, "lessons": task.lessons.model_dump(mode="json"), "form": form, **order.told(lines)}
         begin(out, resume, recipes, told)
         target = (order.beside() or out) / "predictor" / form
         print(f"the predictor goes into {target}", file=sys.stderr)
