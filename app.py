@@ -133,6 +133,8 @@ class Page:
             for name, m in METHODS.items()
             for knob in m.knobs()
         ]
+        if missing := [METHODS[m].title for m in preset.methods if not all(self.offered[m].values())]:
+            gr.Warning(f"{name} needs {' and '.join(missing)}, not trained for this model yet: see the README.")
         own = [gr.skip() if v is None else v for v in (preset.steps, preset.guidance)]
         return [*own, *switched, *values]
 

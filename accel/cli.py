@@ -65,7 +65,10 @@ def _settings(preset: str, sets: list[str]) -> dict:
         name, _, knob = target.partition(".")
         if not (knob and value):
             raise ValueError(f"--set {change!r} is not understood: write method.knob=value")
-        methods.setdefault(name, {})[knob] = yaml.safe_load(value)
+        try:
+            methods.setdefault(name, {})[knob] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {change!r} is not understood: put the value into quotes") from None
     return {"methods": methods, "steps": loaded and loaded.steps, "guidance": loaded and loaded.guidance}
 
 
@@ -91,6 +94,22 @@ def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, fra
     return pipe, home, a, b
 
 
+def _repeated(source: Path):
+    """Pipeline, its home, and the run whose settings a video holds."""
+    from .models import home_of, load_pipeline
+    from .run import build_run, check_size
+    from .video import read_settings
+
+    stored = read_settings(source)
+    if "model" not in stored:
+        raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
+    pipe = load_pipeline(stored["model"])
+    home = home_of(pipe, stored["model"])
+    b = build_run(home, **stored)
+    check_size(pipe, b)
+    return pipe, home, b
+
+
 @app.command()
 def run(
     context: typer.Context,
@@ -101,21 +120,14 @@ def run(
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
     """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
-    from .models import home_of, load_pipeline
-    from .run import build_run, check_size, forecast, generate, machine, warm_up
-    from .video import read_settings, write_mp4
+    from .run import forecast, generate, machine, warm_up
+    from .video import write_mp4
 
     if source is not None:
         told = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
         if more := [name.rstrip("_") for name in told if name not in ("source", "out")]:
             raise ValueError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
-        stored = read_settings(source)
-        if "model" not in stored:
-            raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
-        pipe = load_pipeline(stored["model"])
-        home = home_of(pipe, stored["model"])
-        b = build_run(home, **stored)
-        check_size(pipe, b)
+        pipe, home, b = _repeated(source)
     elif prompt is None:
         raise ValueError("give a --prompt, or a video to repeat with --from")
     else:

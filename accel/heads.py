@@ -99,8 +99,9 @@ class Opened:
         """Softmax attention (b, n, h, d) on the backend that was chosen."""
         q, k, v, bias = heads.query(), heads.key(), heads.value(), heads.bias
         backend, d = self._attention_backend, q.shape[-1]
-        if bias is not None and "sage" in str(backend):
-            raise ValueError(f"attention backend {backend} takes no bias: switch the size bias off or choose another")
+        name = str(getattr(backend, "value", backend))
+        if bias is not None and "sage" in name:
+            raise ValueError(f"attention backend {name} takes no bias: switch the size bias off or choose another")
         if bias is not None and q.is_cuda:
             return dispatch_attention_fn(*folded(q, k, v, bias), scale=d**-0.5, backend=backend)[..., :d]
         bias = bias if bias is None else bias.to(q.dtype)

@@ -39,25 +39,24 @@ def build_methods(settings: dict[str, dict]) -> list[Method]:
 
 
 def demanded(settings: dict[str, dict]) -> dict[str, float]:
-    """What the methods demand of a run's `steps` and `guidance`. Raises ValueError naming two that disagree."""
-    asked: dict[str, tuple[str, float]] = {}
-    for name, method in zip(settings, build_methods(settings)):
-        for key, value in method.demands().items():
-            other, known = asked.setdefault(key, (name, value))
-            if known != value:
-                raise ValueError(f"{other} and {name} do not go together: {key} = {known} and {key} = {value}")
-    return {key: value for key, (_, value) in asked.items()}
+    """What the methods demand of a run's `steps` and `guidance`. Raises ValueError naming two that do."""
+    asked = {name: own for name, method in zip(settings, build_methods(settings)) if (own := method.demands())}
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} do not go together: each runs a student in the model's place")
+    return next(iter(asked.values()), {})
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One sentence about the first problem: which knob, what was given, what is allowed."""
     first = error.errors()[0]
-    if first["type"] == "value_error" and not first["loc"]:  # of the knobs together
-        return f"{prefix.rstrip('.')}: {first['ctx']['error']}"
+    where = ".".join(map(str, first["loc"])) or "?"
+    if first["type"] == "value_error":  # a check of the model's own, of one field or of all together
+        return f"{prefix}{where if first['loc'] else ''}".rstrip(".") + f": {first['ctx']['error']}"
     knob = str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
         return f"unknown setting {prefix}{knob}; known are {', '.join(model.model_fields)}"
-    return f"{prefix}{knob} = {first['input']!r} is not allowed: {allowed(model, knob)}"
+    may_be = allowed(model, knob) if where == knob else first["msg"]
+    return f"{prefix}{where} = {first['input']!r} is not allowed: {may_be}"
 
 
 def allowed(model: type[BaseModel], knob: str) -> str:
@@ -69,7 +68,8 @@ def allowed(model: type[BaseModel], knob: str) -> str:
     kind = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a text"}
     text = kind.get(schema.get("type"), "a valid value")
     low, high = schema.get("minimum"), schema.get("maximum")
-    return f"{text} from {low} to {high}" if low is not None and high is not None else text
+    text += f" from {low} to {high}" if low is not None and high is not None else ""
+    return text + (f" in steps of {schema['multipleOf']:g}" if "multipleOf" in schema else "")
 
 
 def load_preset(name: str | Path) -> Preset:

@@ -13,8 +13,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from .apply import apply
 from .families import family_of
 from .host import clock
+from .methods import METHODS
+from .methods.base import Ahead
 from .metrics import distance
-from .models import Home
+from .models import Home, resolve
 from .presets import build_methods, demanded, explain
 from .trace import Trace
 from .world.judge import score
@@ -55,7 +57,9 @@ def build_run(home: Home, **settings) -> Run:
     for key, value in needed.items():
         if given.get(key, value) != value:
             names = " + ".join(given["methods"])
-            raise ValueError(f"{key} = {given[key]} is not possible with {names}: it makes {key} = {value:g}")
+            knobs = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
+            hint = f"; set {' or '.join(knobs)} instead" if knobs else ""
+            raise ValueError(f"{key} = {given[key]} is not possible with {names}: it makes {key} = {value:g}{hint}")
     own = {k: getattr(home, k) for k in ("height", "width", "frames", "steps", "guidance")} | needed
     try:
         run = Run(**{**own, **given})
@@ -93,8 +97,10 @@ def grid(pipe, run: Run) -> tuple[int, int, int]:
 
 def forecast(run: Run, pipe) -> int:
     """Bytes that the methods will hold at most during a run, known before it starts."""
-    given = (pipe.transformer, family_of(pipe), latents(run, pipe), run.steps, run.guidance > 1)
-    return sum(method.forecast(*given) for method in build_methods(run.methods))
+    ahead = Ahead(
+        pipe.transformer, family_of(pipe), latents(run, pipe), run.steps, run.guidance > 1, resolve(run.model)
+    )
+    return sum(method.forecast(ahead) for method in build_methods(run.methods))
 
 
 def machine(pipe) -> dict:

@@ -62,6 +62,11 @@ def gridded(pipe, levels: list[float], times: list[float]) -> Iterator[None]:
         pipe.scheduler = own
 
 
+def by_student(pipe) -> bool:
+    """Whether the pipeline takes a student's steps now."""
+    return isinstance(pipe.scheduler, Grid)
+
+
 @contextmanager
 def first_order(pipe, steps: int) -> Iterator[None]:
     """Inside, the pipeline takes so many steps by Euler, on the noise levels and times of its own solver."""
@@ -77,11 +82,10 @@ def placed(folder: Path, module: nn.Module) -> AbstractContextManager:
     return replaced(module, load_differences(module, folder / "model.safetensors"))
 
 
-def bytes_of(folder: Path | None, module: nn.Module) -> int:
+def bytes_of(folder: Path, module: nn.Module) -> int:
     """The weights that wait while a student's are in their place; for an adapter, the adapter."""
-    file = folder / ADAPTER if folder else None
-    if file and file.is_file():
-        return file.stat().st_size
+    if (folder / ADAPTER).is_file():
+        return (folder / ADAPTER).stat().st_size
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
@@ -92,7 +96,7 @@ def one_branch(host: Host) -> Iterator[None]:
     def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
         if host.family.is_guided(host.pipe):
             raise ValueError("a student has guidance built in, more of it burns the colours: set guidance to 1")
-        if not isinstance(host.pipe.scheduler, Grid):
+        if not by_student(host.pipe):
             solver = type(host.pipe.scheduler).__name__
             raise ValueError(
                 f"a student gives mean velocities, {solver} takes them for slopes: leave the scheduler alone"
@@ -145,5 +149,9 @@ def read(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
 
 def check_base(folder: Path, base: list[float], pipe) -> None:
     """Raise ValueError if the student in a folder was made from another transformer than the pipeline's."""
-    if getattr(pipe, "transformer_2", None) is not None or not bears(pipe.transformer, base):
+    if by_student(pipe):
+        raise ValueError(f"student {folder.name!r} and another one do not go together: each replaces the whole model")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(f"student {folder.name!r} replaces one transformer, this pipeline has two")
+    if not bears(pipe.transformer, base):
         raise ValueError(f"student {folder.name!r} was made from another base model: train it from this one")

@@ -9,6 +9,7 @@ from accel.families import family_of
 from accel.families.wan import Projected
 from accel.host import Host
 from accel.methods import METHODS
+from accel.methods.base import Ahead
 from accel.presets import build_methods
 from accel.trace import Trace
 
@@ -147,7 +148,7 @@ def test_the_budget_is_met_by_two_transformers_together(schedule, two_models, sa
     assert attention_left(trace) == pytest.approx(0.6, abs=0.05)
     assert not any("out of reach" in note for note in trace.notes)
     given = two_models.transformer, family_of(two_models), torch.empty(1, 4, 3, 8, 8), 20, True
-    assert trace.bytes_held <= method.forecast(*given)
+    assert trace.bytes_held <= method.forecast(Ahead(*given))
 
 
 def test_one_plan_has_one_rate_for_the_work_that_was_asked(pipe, sample):
@@ -182,7 +183,7 @@ def test_matching_everywhere_counts_as_work(pipe, sample):
 
 def test_the_forecast_is_not_exceeded(pipe, sample):
     method, latents = AsymRnR(), torch.empty(1, 4, 3, 8, 8)
-    expected = method.forecast(pipe.transformer, family_of(pipe), latents, 20, True)
+    expected = method.forecast(Ahead(pipe.transformer, family_of(pipe), latents, 20, True))
     _, trace = lengths(pipe, sample, method)
     assert expected / 2 < trace.bytes_held <= expected
 

@@ -69,6 +69,7 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("run", "--prompt", "x", "--set", "fastercache.speed=9"), "unknown setting fastercache.speed"),
         (("run", "--prompt", "x", "--set", "fastercache.attention_interval=99"), "a whole number from 2 to 6"),
         (("run", "--prompt", "x", "--set", "nonsense"), "write method.knob=value"),
+        (("run", "--prompt", "x", "--set", "gpd.student=@x"), "put the value into quotes"),
         (("run", "--prompt", "x", "--steps", "0"), "steps = 0 is not allowed"),
         (("run", "--prompt", "x", "--height", "70"), "must be a multiple of 8"),
         (("run", "--prompt", "x", "--frames", "18"), "1 more than a multiple of 2"),

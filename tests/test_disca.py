@@ -9,6 +9,7 @@ import accel
 from accel.conditioning import TOLD, conditioned
 from accel.families import wan
 from accel.methods import DisCa, MeanFlow
+from accel.methods.base import Ahead
 from accel.methods.disca import Cache, spread
 from accel.predictor import Predictor, flops
 from accel.student import placed
@@ -94,7 +95,7 @@ def test_reuse_holds_one_tensor_for_a_branch_and_says_so_before(pipe, sample):
             sample(pipe, steps=8, guidance=4.0 if guided else 1.0, height=32 * 2)
         tokens = 3 * (64 // pipe.vae_scale_factor_spatial // 2) ** 2
         assert trace.bytes_held == tensors * tokens * 24 * 4
-        assert method.forecast(model, wan, latents, 8, guided) == trace.bytes_held
+        assert method.forecast(Ahead(model, wan, latents, 8, guided)) == trace.bytes_held
 
 
 def test_predictions_are_never_kept(pipe, sample):

@@ -1,11 +1,15 @@
 """The host on its own: step and branch, nesting, three places, pipelines that tell less."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 import accel
+from accel.families import wan
+from accel.heads import Opened
 from accel.host import Host
 from accel.methods.base import Method
 from accel.trace import Trace
@@ -16,6 +20,13 @@ def test_nothing_applied_is_bitwise_the_plain_pipeline(pipe, sample):
     with accel.apply(pipe, []) as trace:
         assert torch.equal(sample(pipe), plain)
     assert trace.summary()["work"] == 1.0 and trace.summary()["calls"] == {"compute": 40}
+
+
+def test_an_attention_backend_that_takes_no_bias_is_refused_by_its_name():
+    q, opened = torch.zeros(1, 3, 2, 4), Opened(wan, None)
+    opened._attention_backend = AttentionBackendName.SAGE
+    with pytest.raises(ValueError, match="attention backend sage takes no bias"):
+        opened.inner(SimpleNamespace(query=lambda: q, key=lambda: q, value=lambda: q, bias=torch.zeros(1, 1, 1, 3)))
 
 
 def test_step_and_branch_come_from_the_pipeline(pipe, sample):

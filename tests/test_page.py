@@ -223,12 +223,25 @@ def test_a_slider_goes_as_far_as_the_student_learnt():
     assert (made["guidance"].minimum, made["guidance"].maximum, made["guidance"].value) == (2.0, 3.5, 3.5)
 
 
+def test_a_third_pane_that_would_be_the_baseline_is_left_out_with_the_reason(generated, worker, pipe):
+    asked = {"prompt": "a red star", "seed": 1.0, "steps": 10.0, "guidance": 4.0, "methods": {"fastercache": {}}}
+    home = Home(height=16, width=16, frames=5, steps=10)
+    job = worker.submit(lambda job, *_: PairJob("m", asked, Shelf(), rival=True)(job, pipe, home))
+    (pair,) = [data for kind, data in worker.follow(job) if kind == "pair"]
+    assert pair["rival"] is None and "No third pane: the plain model in as many steps is the baseline" in pair["note"]
+
+
+def test_a_knob_falls_back_on_the_nearest_value_that_there_is():
+    assert controls.possible(7, [0, 6, 48]) == 6 and controls.possible("residual", ["reuse", "taylor-1"]) == "reuse"
+    assert controls.possible(9.0, (2.0, 5.0)) == 5.0 and controls.possible(3, None) == 3
+
+
 def test_old_videos_leave_the_disk(generated, tmp_path, monkeypatch):
     monkeypatch.setattr("ui.pair.KEPT", 2)
     shelf, home = Shelf(), Home(height=16, width=16, frames=5)
     for seed in range(4):
         run = build_run(home, model="m", prompt="p", seed=seed, methods={"fastercache": {}})
-        shelf.write(generate_gray(run), run, 8)
+        shelf.keep_a_while(shelf.write(generate_gray(run), run, 8))
     assert len(list(shelf.folder.iterdir())) == 2
 
 

@@ -11,6 +11,7 @@ import accel
 from accel.methods import AsymRnR, FasterCache
 from accel.methods.base import Method
 from accel.methods.gpd import GPD
+from accel.tokens import match
 from accel.training.distil import store
 from accel.training.students import Copies
 from accel.weights import load_differences, marks, save_differences
@@ -153,7 +154,19 @@ def test_attention_is_reused_under_a_student_of_24_steps_and_off_under_one_of_6(
         assert any("6 steps are too few" in note for note in told["notes"]) != acts
 
 
-def test_tokens_are_reduced_under_a_student_with_a_new_matching_in_every_step(students, pipe, sample):
+def test_a_students_steps_are_too_long_to_share_a_matching(students, pipe, sample, monkeypatch):
+    """24 plain steps would share one in three; two blocks, queries and keys."""
+    made = []
+    monkeypatch.setattr("accel.plans.match", lambda *a, **k: made.append(1) or match(*a, **k))
+    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.5)
+    for methods, steps in (([GPD(steps=24)], 12), ([], 4)):
+        made.clear()
+        with accel.apply(pipe, [*methods, reduction]):
+            sample(pipe, steps=24, guidance=1.0)
+        assert len(made) == steps * 2 * 2
+
+
+def test_tokens_are_reduced_under_a_student_of_few_steps(students, pipe, sample):
     reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.3)
     with accel.apply(pipe, [GPD(steps=6), reduction]) as trace:
         sample(pipe, steps=6, guidance=1.0)

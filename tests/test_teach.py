@@ -28,7 +28,7 @@ from accel.training.meanflow import Course, MeanFlowTask
 from accel.training.predictor import Lessons, PredictorTask, Watched
 from accel.training.slots import Ground, TimedGround
 from accel.training.students import guided, velocity
-from accel.training.teach import ARMS, cost, stage_recipes
+from accel.training.teach import ARMS, cost, masked, stage_recipes
 from accel.weights import NAME
 
 
@@ -212,6 +212,10 @@ def test_adapters_of_the_wan_1_3b_layout_learn_alone_in_float32():
     assert (nets.previous(x, t, words) - v).abs().max() > 0.1
     nets.next_stage()
     assert torch.equal(nets.previous(x, t, words), v) and torch.equal(velocity(model, x, t, words), v)
+
+
+def test_the_mask_of_the_constraint_is_spelled_out():
+    assert masked((28, 5, 4, 4)) == "temporal frequencies ..##., spatial ones .## ### ### ###"
 
 
 def test_orders_that_cannot_be_are_refused_with_the_reason(large, tmp_path):

@@ -37,7 +37,9 @@ def possible(value: Any, offered: Offered | None) -> Any:
     """A knob's value, or the nearest thing to it that the model at hand offers."""
     if isinstance(offered, tuple):
         return min(max(value, offered[0]), offered[1])
-    return value if not offered or value in offered else offered[-1]
+    if not offered or value in offered:
+        return value
+    return min(offered, key=lambda other: abs(other - value)) if isinstance(value, (int, float)) else offered[0]
 
 
 def settings(method: type[Method], values: dict[str, Any]) -> dict[str, Any]:

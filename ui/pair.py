@@ -37,11 +37,13 @@ class Shelf:
         """Put a video on disk under a name of its own; its path."""
         path = self.folder / f"{'-'.join(run.methods) or 'baseline'}-{run.seed}-{uuid.uuid4().hex[:8]}.mp4"
         video.seconds["encode"] = write_mp4(path, video.frames, fps, run.model_dump())
-        if run.methods:
-            self.recent.append(path)
-            while len(self.recent) > KEPT:
-                self.recent.popleft().unlink(missing_ok=True)
         return str(path)
+
+    def keep_a_while(self, path: str) -> None:
+        """Keep an accelerated side's video until others have come."""
+        self.recent.append(Path(path))
+        while len(self.recent) > KEPT:
+            self.recent.popleft().unlink(missing_ok=True)
 
     def keep(self, key: str, video: Video, path: str) -> None:
         """Keep a baseline; the one that was not asked for longest goes."""
@@ -71,6 +73,7 @@ class PairJob:
         video_a, path_a, when = self._plain(job, a, pipe, home)
         video_b = self._generate(job, b, "b", pipe, home, "accelerated")
         path_b = self.shelf.write(video_b, b, home.fps)
+        self.shelf.keep_a_while(path_b)
         facts = report(a, b, video_a, video_b, {"a": [video_a.seconds], "b": [video_b.seconds]}, pipe, home)
         facts["baseline_from"] = when if kept else None
         label = f"baseline, {a.steps} steps" + (f" (kept, measured {when})" if kept else "")
@@ -80,7 +83,10 @@ class PairJob:
         }  # fmt: skip
         fewer = a.model_copy(update={"steps": b.steps})
         rival = self._against(job, fewer, player, pipe, home) if self.rival and fewer != a else None
-        notes = " ".join(escape(note) + "." for note in video_b.trace.notes)
+        told = [*video_b.trace.notes]
+        if self.rival and rival is None:
+            told.append("No third pane: the plain model in as many steps is the baseline")
+        notes = " ".join(escape(note) + "." for note in told)
         job.tell("pair", report=facts, player=player, rival=rival, note=f'<div class="note">{words}{notes}</div>')
 
     def _plain(self, job: Job, run: Run, pipe, home, title: str = "baseline") -> tuple[Video, str, str]:

@@ -17,20 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..budget import PROFILE, Pair, Table, allocate, load_profile, span_of, work
 from ..heads import Heads
 from ..host import Host
 from ..plans import Matching, PlanCache
+from ..student import by_student
 from ..tokens import Metric, Reduction
 from ..trace import DENOISER, Stopwatch, Trace
-from .base import Method
+from .base import Ahead, Method, ahead_of, place_of
 
 LEAST_SHARE = 0.15  # of the attention cores in the work, below which too little can be won
 NEVER = 10**9
@@ -116,8 +116,9 @@ class AsymRnR(Method):
     def _cell(self) -> tuple[int, ...]:
         return tuple(int(n) for n in self.cell.split("x"))
 
-    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+    def forecast(self, ahead: Ahead) -> int:
         """Bytes of the plans and reductions, if every attention had one for queries and one for keys at a low rate."""
+        model, family, latents, _, guided, _ = ahead
         n = math.prod(family.grid(model, latents))
         groups = len(latents) * (1 if self.heads == "shared" else model.config.num_attention_heads)
         indices = 6 * n * groups  # at most: order, owner, keep, place, sizes, members
@@ -138,10 +139,9 @@ class AsymRnR(Method):
         """The run's memory; what keeps it from acting goes to the trace."""
         count, sites = host.step.count, list(host.attentions[host.model])
         plans = PlanCache(self._cell(), self.matching, self.metric, self.heads == "shared")
-        interval = self.interval or (1 if count <= 8 else 3 if count <= 30 else 5)
+        interval = self.interval or (1 if count <= 8 or by_student(host.pipe) else 3 if count <= 30 else 5)
         memory = Memory(max(1, round(self.start * count)), interval, plans)
-        given = (host.models[host.model], host.family, host.latents, count, host.family.is_guided(host.pipe))
-        trace.bytes_forecast += self.forecast(*given)
+        trace.bytes_forecast += self.forecast(ahead_of(host))
         share = core_flops(host) * len(sites) / trace.flops[DENOISER]
         if share < LEAST_SHARE:
             trace.note(f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size")
@@ -162,11 +162,13 @@ class AsymRnR(Method):
 
     def _costs(self, host: Host, trace: Trace) -> Table:
         """The costs of the profile that was given, or of the model's own; none if it has none."""
-        own = Path(host.pipe.name_or_path or "nowhere") / PROFILE
+        own = Path(place_of(host)) / PROFILE
         if not self.profile and not own.is_file():
             trace.note("AsymRnR judges the blocks by likeness: no profile of this model (python -m accel profile)")
             return {}
         profile = load_profile(self.profile or own, list(host.attentions[host.model]))
+        if by_student(host.pipe):
+            trace.note("AsymRnR: the costs were measured without the student that runs")
         if profile.grid != host.grid:
             trace.note(f"AsymRnR: the costs were measured on a grid of {profile.grid} tokens, this one is {host.grid}")
         return profile.costs

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
@@ -14,6 +14,29 @@ from torch import Tensor, nn
 from ..host import Host
 from ..student import bytes_of
 from ..trace import Trace
+
+
+class Ahead(NamedTuple):
+    """A run as it is known before it begins."""
+
+    model: nn.Module  # the denoiser
+    family: ModuleType
+    latents: Tensor  # (b, c, f, h, w): a shape and a dtype
+    count: int  # of steps
+    guided: bool
+    place: str = "nowhere"  # the pipeline's folder or name, beside which students lie
+
+
+def place_of(host: Host) -> str:
+    """A pipeline's folder or name; one that was built in memory has none."""
+    return host.pipe.name_or_path or "nowhere"
+
+
+def ahead_of(host: Host) -> Ahead:
+    """The same as it begins."""
+    guided = host.family.is_guided(host.pipe)
+    return Ahead(host.models[host.model], host.family, host.latents, host.step.count, guided, place_of(host))
+
 
 Offered = list | tuple[float, float]  # values of a knob, or the lowest and the highest
 
@@ -53,7 +76,7 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """The settings that a run must have for this method: `steps`, `guidance`; nothing for most."""
         return {}
 
-    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+    def forecast(self, ahead: Ahead) -> int:
         """Bytes that a run of `count` steps on latents (b, c, f, h, w) will hold at most, known before it starts."""
         return 0
 
@@ -80,6 +103,6 @@ class Distilled(Method):
         """The student's."""
         return (Path(self.student) if self.student else self.beside(model)) if self.steps else None
 
-    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+    def forecast(self, ahead: Ahead) -> int:
         """The weights that wait while the student's are in their place."""
-        return bytes_of(Path(self.student) if self.student else None, model) if self.steps else 0
+        return bytes_of(self.folder(ahead.place), ahead.model) if self.steps else 0

@@ -14,20 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import ClassVar, Literal, get_args
 
 import torch
 from pydantic import BaseModel, Field, field_validator
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..host import Host
 from ..predictor import Form, Predictor, flops
 from ..student import read
 from ..trace import DENOISER, Trace
 from ..weights import bears
-from .base import Method, Offered
+from .base import Ahead, Method, Offered, ahead_of, place_of
 
 ORDERS = {"residual": 0, "plain": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
 LEARNT = get_args(Form)
@@ -108,13 +108,15 @@ class DisCa(Method):
         """The predictor's."""
         return (Path(self.predictor) if self.predictor else _beside(model, self.form)) if self.form in LEARNT else None
 
-    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
-        """One output of the stack of blocks for each branch; a Taylor series has one more for each order."""
+    def forecast(self, ahead: Ahead) -> int:
+        """The predictor, and for each branch an output of the stack of blocks, a Taylor series one more an order."""
+        model, family, latents, count, guided, place = ahead
+        own = _numbers(self.folder(place)) * latents.element_size()
         if len(self.steps(count)) == count:
-            return 0
+            return own
         tokens = math.prod(family.grid(model, latents)) * len(latents)
         kept = min(len(self.steps(count)), 1 + ORDERS[self.form])
-        return kept * (1 + guided) * tokens * family.width(model) * latents.element_size()
+        return own + kept * (1 + guided) * tokens * family.width(model) * latents.element_size()
 
     def steps(self, count: int) -> list[int]:
         """The anchors of `count` steps. Raises ValueError unless given ones end with the last."""
@@ -129,6 +131,7 @@ class DisCa(Method):
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the stack of blocks for the time of the context."""
         predictor, lessons = self._load(host) if self.form in LEARNT else (None, None)
+        own = sum(p.nbytes for p in predictor.parameters()) if predictor else 0
         caches, anchors = host.per_run(dict), host.per_run(lambda: self._begin(host, trace, lessons))
 
         def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
@@ -141,7 +144,7 @@ class DisCa(Method):
                 out = inner(hidden, *inputs, **named)
                 if len(anchors()) < step.count:
                     cache.refresh(step.index, out, order)
-                    trace.hold("disca", sum(t.nbytes for c in caches().values() for t in c.terms))
+                    trace.hold("disca", own + sum(t.nbytes for c in caches().values() for t in c.terms))
                 return out
             self._note(host, trace, predictor, hidden)
             if predictor is not None:
@@ -167,8 +170,7 @@ class DisCa(Method):
                 f"DisCa: this predictor learnt runs of {lessons.steps} steps, anchors up to {lessons.farthest} apart; "
                 f"this run has {count}, up to {gap} apart"
             )
-        guided = host.family.is_guided(host.pipe)
-        trace.bytes_forecast += self.forecast(host.models[host.model], host.family, host.latents, count, guided)
+        trace.bytes_forecast += self.forecast(ahead_of(host))
         trace.extras["disca"] = {"anchors": anchors, "form": self.form, "share": 1.0}
         return anchors
 
@@ -200,7 +202,7 @@ class DisCa(Method):
 
     def _load(self, host: Host) -> tuple[Predictor, Lessons]:
         """The trained predictor, and what it learnt. Raises ValueError if there is none, or it is not for what runs."""
-        folder, model = self.folder(host.pipe.name_or_path or "nowhere"), host.models[0]
+        folder, model = self.folder(place_of(host)), host.models[0]
         learnt = read(folder, "predictor.json", Learnt, "disca.predictor", "train predictor makes it")
         if not bears(model, learnt.student):
             raise ValueError(
@@ -214,6 +216,15 @@ class DisCa(Method):
         predictor.load_state_dict(load_file(folder / "model.safetensors"))
         weight = model.patch_embedding.weight
         return predictor.to(weight.device, weight.dtype).eval().requires_grad_(False), learnt.lessons
+
+
+def _numbers(folder: Path | None) -> int:
+    """How many weights the predictor in a folder has; 0 where there is none."""
+    file = folder and folder / "model.safetensors"
+    if not (file and file.is_file()):
+        return 0
+    with safe_open(file, "pt") as kept:
+        return sum(math.prod(kept.get_slice(name).get_shape()) for name in kept.keys())
 
 
 def _beside(model: str | Path, form: str) -> Path:

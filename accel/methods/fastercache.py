@@ -14,16 +14,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..host import Host
 from ..spectrum import split
 from ..trace import DENOISER, Step, Trace
-from .base import Method
+from .base import Ahead, Method, ahead_of
 
 FEWEST_STEPS = 10  # below, neighbouring steps differ too much to stand for each other
 
@@ -109,8 +108,9 @@ class FasterCache(Method):
         early = step.index < step.count / 2
         return (1 + self.gain_low) ** power if early else 1.0, 1.0 if early else (1 + self.gain_high) ** power
 
-    def forecast(self, model: nn.Module, family: ModuleType, latents: Tensor, count: int, guided: bool) -> int:
+    def forecast(self, ahead: Ahead) -> int:
         """Two outputs per attention and branch, and of the latents' size two float32 bands and one cond output."""
+        model, family, latents, count, guided, _ = ahead
         plans = self._switched(count, guided)
         tokens = math.prod(family.grid(model, latents)) * len(latents)
         outputs = 2 * len(family.attentions(model)) * tokens * family.width(model) * latents.element_size()
@@ -149,7 +149,7 @@ class FasterCache(Method):
             trace.note("FasterCache does nothing: at these settings every step is computed in full")
         elif self.guidance and not guided:
             trace.note("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
-        trace.bytes_forecast += self.forecast(host.models[host.model], host.family, host.latents, count, guided)
+        trace.bytes_forecast += self.forecast(ahead_of(host))
         return plans
 
     def _attend(self, inner, site: str, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..host import Host
 from ..student import bytes_of, check_base, gridded, one_branch, placed, read
 from ..trace import Trace
-from .base import Distilled, Offered, student_knob
+from .base import Distilled, Offered, place_of, student_knob
 
 
 class Student(BaseModel, frozen=True):
@@ -67,7 +67,7 @@ class GPD(Distilled):
         if not self.steps:
             yield
             return
-        folder, model = self.folder(host.pipe.name_or_path or "nowhere"), host.models[0]
+        folder, model = self.folder(place_of(host)), host.models[0]
         told = host.per_run(lambda: trace.expect("gpd", bytes_of(folder, model)))
 
         def call(inner, x: Tensor, **inputs) -> Tensor:

@@ -21,7 +21,7 @@ from ..conditioning import TOLD, conditioned, packed
 from ..host import Host
 from ..student import bytes_of, check_base, gridded, one_branch, placed, read
 from ..trace import Trace
-from .base import Distilled, Offered, student_knob
+from .base import Distilled, Offered, place_of, student_knob
 
 
 class Student(BaseModel, frozen=True):
@@ -70,7 +70,7 @@ class MeanFlow(Distilled):
         if not self.steps:
             yield
             return
-        folder, model, pipe = self.folder(host.pipe.name_or_path or "nowhere"), host.models[0], host.pipe
+        folder, model, pipe = self.folder(place_of(host)), host.models[0], host.pipe
         student = _read(folder)
         check_base(folder, student.base, pipe)
         low, high = student.guidance

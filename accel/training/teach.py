@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..models import home_of
+from ..spectrum import high_pass
 from ..weights import marks
 from .distil import distil, remaining, store, totals
 from .fit import Recipe
@@ -44,6 +45,8 @@ def train_gpd(recipe: Recipe, order: Order, device: str, minutes: float | None, 
     begin(out, resume, recipes, told)
     target = order.beside() if order.arm in (None, "gpd") and order.beside() else out
     print(f"students go into {target}", file=sys.stderr)
+    if task.curriculum.space or task.curriculum.time:
+        print(f"the last stage weighs {masked(task.ground.shape)}", file=sys.stderr)
     held, keep = order.held_out(task, pipe, lines), partial(_keep, task, base, target)
     return totals(recipes, distil(task, held, recipes, out, keep, remaining(minutes, began), resume))
 
@@ -68,6 +71,13 @@ def _keep(task: GpdTask, base: list[float], target: Path, facts: dict) -> None:
     told = {"steps": steps, "horizon": k, "guidance": 1.0, **grid, "base": base, "held_out": facts}
     made = {"curriculum": curriculum.model_dump(), "recipe": task.recipe.model_dump()}
     store(task.nets, target / f"gpd-N{steps}", "gpd.json", told | made)
+
+
+def masked(shape: tuple[int, ...]) -> str:
+    """Which frequencies of latents (c, f, h, w) the constraint takes for high ones: a # for each that counts."""
+    spatial, temporal = (mask.int() for mask in high_pass(shape[1:]))
+    draw = lambda line: "".join(".#"[on] for on in line.tolist())
+    return f"temporal frequencies {draw(temporal[:, 0, 0])}, spatial ones {' '.join(map(draw, spatial[0]))}"
 
 
 def cost(curriculum: Curriculum, k: int) -> int:
