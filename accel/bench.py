@@ -83,6 +83,7 @@ SUITES: dict[str, dict[str, Row]] = {
     | {f"gpd, {n} steps": Row("gpd", change={"gpd": {"steps": n}}) for n in (6, 8, 12, 16, 24)}
     | {f"fewer steps: {n}": Row(steps=n) for n in (24, 12, 6)}
     | {
+        "48 steps by Euler": Row(steps=48, euler=True),
         "6 steps by Euler": Row(steps=6, euler=True),
         "equal calls: 3 steps": Row(steps=3),
         "6 steps, no guidance": Row(steps=6, guidance=1.0),

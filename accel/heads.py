@@ -52,12 +52,15 @@ class Heads:
         return tuple(self.q.shape)
 
     def query(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        """Queries (b, n, h, d), or those that a cut leaves."""
         return self.shorten(self.q, cut, mean)
 
     def key(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        """Keys, likewise."""
         return self.shorten(self.k, cut, mean)
 
     def value(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+        """Values, likewise."""
         return self.shorten(self.v, cut, mean)
 
     def shorten(self, x: Tensor, cut: Reduction | None, mean: bool = False) -> Tensor:
@@ -93,6 +96,7 @@ class Opened:
         return torch.ops.accel.core(heads.query(), heads.key(), heads.value(), self.number)
 
     def run(self, heads: Heads) -> Tensor:
+        """What the attention gives, with what was asked for around its core."""
         return self.around(self.inner, heads)
 
     def inner(self, heads: Heads) -> Tensor:

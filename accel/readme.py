@@ -91,23 +91,30 @@ def pairs(name: str) -> str:
 def students() -> str:
     """How each student was trained and what it came to on the prompts of the stop rule."""
     lines = [
-        "| student | horizon | iterations | minutes | error of a jump | error of the video |",
+        "| student | horizon | iteration | minutes | error of a jump | error of the video |",
         "|---|---|---|---|---|---|",
     ]
     made = [json.loads(file.read_text()) for file in CARD.parent.glob("gpd-N*/gpd.json")]
     for facts in sorted(made, key=lambda f: -f["steps"]):
         held = facts["held_out"]
-        cells = (facts["steps"], facts["horizon"], f"{held['step']} of {held['steps']}", f"{held['seconds'] / 60:.0f}",
+        cells = (facts["steps"], facts["horizon"], _kept(held), f"{held['seconds'] / 60:.0f}",
                  f"{held['jump']:.3f}", f"{held['end']:.3f}")  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _kept(held: dict) -> str:
+    """Whose weights a stage left, of how many: where its looks saw the smallest error, or else the last one's."""
+    seen = held.get("watched", {})
+    best = [step for step, error in seen.items() if error == held["jump"]]
+    return f"{best[0] if best else held['step']} of {held['steps']}"
 
 
 def disca() -> str:
     """How the MeanFlow student and the predictors were trained, stage by stage, and what each stage came to."""
     record = json.loads((CARD.parent / "training.json").read_text())
     lines = [
-        "| part | stage | iterations | minutes | error looked at | error of the video |",
+        "| part | stage | iteration | minutes | error looked at | error of the video |",
         "|---|---|---|---|---|---|",
     ]
     forms = {f"predictor, {f.parent.name}": json.loads(f.read_text()) for f in CARD.parent.glob("predictor/*/*.json")}
@@ -115,7 +122,7 @@ def disca() -> str:
     runs |= {name: facts["stages"] for name, facts in sorted(forms.items(), reverse=True)}
     for part, stages in runs.items():
         for name, held in stages.items():
-            spent = f"{held['step']} of {held['steps']} | {held['seconds'] / 60:.0f}"
+            spent = f"{_kept(held)} | {held['seconds'] / 60:.0f}"
             lines.append(f"| {part} | {name} | {spent} | {held['jump']:.3f} | {held['end']:.3f} |")
     return "\n".join(lines) + "\n"
 

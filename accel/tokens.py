@@ -31,6 +31,7 @@ class Partition:
 
     @property
     def tokens(self) -> int:
+        """How many there are in all."""
         return len(self.destinations) + len(self.sources)
 
     @property

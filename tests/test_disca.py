@@ -87,7 +87,7 @@ def test_all_anchors_are_bitwise_the_plain_run(form, pipe, sample):
 
 
 def test_reuse_holds_one_tensor_for_a_branch_and_says_so_before(pipe, sample):
-    model, tokens = pipe.transformer, 3 * 4 * 4
+    model = pipe.transformer
     latents = torch.empty(1, 4, 3, 8, 8, device="meta")
     for guided, form, tensors in ((False, "reuse", 1), (True, "reuse", 2), (False, "taylor-2", 3)):
         method = DisCa(form=form, full=4)
@@ -160,7 +160,7 @@ def test_the_work_of_a_prediction_is_counted(served, sample):
     with accel.apply(served, [MeanFlow(steps=8), DisCa(full=4)]) as trace:
         sample(served, steps=8, guidance=1.0)
     whole, block = trace.flops["denoiser"], trace.flops["blocks.0"]
-    predictor, tokens = Predictor(wan, served.transformer, "residual", 1), trace.flops["blocks.0"]
+    predictor = Predictor(wan, served.transformer, "residual", 1)
     tokens = 3 * (64 // served.vae_scale_factor_spatial // 2) ** 2
     layers = 2 * tokens * (48 * 24 + 24 * 24 + 24 * 24)
     assert flops(predictor, tokens, block) == block + layers

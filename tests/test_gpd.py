@@ -77,12 +77,13 @@ def test_the_target_is_k_guided_steps_if_the_previous_student_is_perfect(way, k)
 
     nets = Field(perfect)
     gpd = task(nets, way=way, horizons=(k,))
-    x = torch.randn(4, *SHAPE)
+    x = torch.randn(4, *SHAPE, dtype=torch.float64)
     v, stops, calls = gpd.way(x, index, gpd.slots.words, 3.0)
     expected = steps_of(lambda y: -3 * y, x, index, k, grid)
-    torch.testing.assert_close(euler(x, v, grid[index], grid[stops[-1]]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(euler(x, v, grid[index], grid[stops[-1]]), expected, rtol=1e-12, atol=1e-12)
     assert stops[-1].tolist() == [k, 7 + k, 20 + k, 40 + k]
     assert calls == (2 * k if way == "direct" else 2 + (k > 1))  # online: the same in every stage
+    assert nets.calls == (["teacher"] * k if way == "direct" else ["previous"] * (k > 1) + ["teacher"])
 
 
 def test_a_short_tail_ends_at_the_end_and_the_teacher_does_the_last_step():

@@ -46,6 +46,7 @@ class Worker:
 
     @property
     def ready(self) -> bool:
+        """Whether the model is loaded."""
         return self.pipe is not None
 
     def submit(self, work: Callable[[Job, Any, Any], None]) -> Job:

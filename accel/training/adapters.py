@@ -46,6 +46,7 @@ class Adapters:
 
     @torch.no_grad()
     def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        """Velocity with the last stage's adapter."""
         self._turn_on(PREVIOUS)
         self._swap_told()
         v = velocity(self.module, x, t, words)
@@ -55,6 +56,7 @@ class Adapters:
 
     @torch.no_grad()
     def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
+        """Guided velocity without any adapter."""
         self.module.disable_adapters()
         v = guided(self.module, x, t, words, empty, guidance)
         self.module.enable_adapters()
@@ -62,6 +64,7 @@ class Adapters:
 
     @torch.no_grad()
     def next_stage(self) -> None:
+        """The current adapter's weights become the last stage's."""
         for layer in self.module.modules():
             if isinstance(layer, LoraLayer):
                 for factors in (layer.lora_A, layer.lora_B):

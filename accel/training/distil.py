@@ -51,9 +51,11 @@ class Taught:
 
     @property
     def module(self) -> nn.Module:
+        """What learns."""
         return self.nets.module
 
     def matrices(self) -> list[nn.Parameter]:
+        """Of it, for Muon."""
         return self.nets.matrices()
 
     def state_dict(self) -> dict[str, Tensor]:

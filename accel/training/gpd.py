@@ -65,6 +65,7 @@ class GpdTask(Taught):
 
     @property
     def horizon(self) -> int:
+        """Base steps that a call of this stage goes."""
         return self.curriculum.horizons[self.stage]
 
     @property
@@ -81,6 +82,7 @@ class GpdTask(Taught):
 
     @property
     def last(self) -> bool:
+        """Whether this is the last stage."""
         return self.stage == len(self.curriculum.horizons) - 1
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:

@@ -39,20 +39,25 @@ class Copies:
             quicken(net.blocks, device)
 
     def matrices(self) -> list[nn.Parameter]:
+        """Weights of the blocks that are matrices."""
         return [p for p in self.module.blocks.parameters() if p.ndim == 2]
 
     @torch.no_grad()
     def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        """Velocity by the frozen student before."""
         return velocity(self._previous, x, t, words)
 
     @torch.no_grad()
     def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
+        """Guided velocity by the frozen base."""
         return guided(self._teacher, x, t, words, empty, guidance)
 
     def next_stage(self) -> None:
+        """The student becomes the one before."""
         self._previous.load_state_dict(self.module.state_dict())
 
     def save(self, folder: Path) -> None:
+        """The student's differences from the base, a byte each."""
         with ExitStack() as stack:
             for net in (self.module, self._teacher):
                 stack.enter_context(unwrapped(net))
