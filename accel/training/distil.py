@@ -190,7 +190,8 @@ def _train(task, horizon: int, held: HeldOut, folder: Path, minutes: float | Non
     summary = fit(task, folder, minutes=minutes, resume=resume, look=over, every=EVERY)
     if summary["step"] < summary["steps"] and "ended" not in summary:
         return None
-    watch.look(summary["step"])
+    if summary["step"] not in watch.errors:
+        watch.look(summary["step"])
     if task.best or watch.diverged:
         watch.restore()
     if PartialState().is_main_process:
