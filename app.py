@@ -29,6 +29,7 @@ from ui.view import EMPTY_PANE, about, numbers, pane, pane_waiting
 from ui.worker import Worker
 
 CSS = (Path(__file__).parent / "ui" / "page.css").read_text()
+FIRST = "fastercache"  # preset, at the beginning
 PROMPTS = (ROOT / "examples" / "prompts.txt").read_text().splitlines()
 
 
@@ -66,7 +67,6 @@ class Page:
                 [run.click, prompt.submit], **event, concurrency_limit=None, show_progress="hidden", api_name="run_pair"
             )
             stop.click(self.stop, None, outputs[0], queue=False, show_progress="hidden", api_name="stop")
-            demo.load(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
             preset.change(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
             for button in pick:
                 button.click(lambda text: text, button, prompt, queue=False, api_visibility="private")
@@ -99,9 +99,7 @@ class Page:
         guidance = gr.Slider(
             0, 12, 4, step=0.5, label="guidance", info="Strength of the prompt; 1 and less runs one branch."
         )
-        preset = gr.Dropdown(
-            preset_names(), value="fastercache", label="preset", info="Sets the knobs.", elem_id="preset"
-        )
+        preset = gr.Dropdown(preset_names(), value=FIRST, label="preset", info="Sets the knobs.", elem_id="preset")
         also = gr.Checkbox(
             False, label="third pane: fewer plain steps", elem_id="also",
             info="What the plain model makes in as few steps as the accelerated side takes.",
@@ -110,17 +108,17 @@ class Page:
 
     def _method_settings(self) -> list[gr.components.Component]:
         """A switch for each method, then the knobs of each; one for which nothing was trained is switched off."""
-        switches, knobs, on = [], [], load_preset("fastercache").methods
+        switches, knobs, on = [], [], {type(m): m for m in load_preset(FIRST)}
         for name, method in METHODS.items():
             gr.Markdown(f"### {method.title} · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
             can = all(self.offered[name].values())
             switch = gr.Checkbox(
-                name in on, label=f"use {method.title}", elem_id=f"use-{name}", interactive=can,
+                method in on, label=f"use {method.title}", elem_id=f"use-{name}", interactive=can,
                 info=None if can else "Nothing was trained for this model yet: see the README.",
             )  # fmt: skip
             switches.append(switch)
             with gr.Row():
-                knobs += controls.widgets(method, self.offered[name]).values()
+                knobs += controls.widgets(on.get(method) or method(), self.offered[name]).values()
         return [*switches, *knobs]
 
     def load(self, name: str) -> list:

@@ -25,7 +25,7 @@ from ui.worker import Worker
 @pytest.mark.parametrize("name", METHODS)
 def test_every_field_has_a_widget_with_its_range_and_help(name):
     with gr.Blocks():
-        made = controls.widgets(METHODS[name])
+        made = controls.widgets(METHODS[name]())
     assert list(made) == list(METHODS[name].knobs())
     for field, schema in METHODS[name].knobs().items():
         assert made[field].info == schema["description"] and made[field].value == schema["default"]
@@ -211,7 +211,7 @@ def test_a_students_demands_are_not_the_baselines_and_the_third_pane_is_plain_in
 def test_the_page_offers_the_students_that_exist(pipe, students, tmp_path):
     (tmp_path / "gpd-N8" / "gpd.json").unlink()
     with gr.Blocks():
-        made = controls.widgets(METHODS["gpd"], METHODS["gpd"].offered(tmp_path))
+        made = controls.widgets(METHODS["gpd"](), METHODS["gpd"].offered(tmp_path))
     assert [value for _, value in made["steps"].choices] == [0, 6, 12, 16, 24, 48]
     assert METHODS["gpd"].offered(tmp_path / "none") == {"steps": []}
 
@@ -219,7 +219,7 @@ def test_the_page_offers_the_students_that_exist(pipe, students, tmp_path):
 def test_a_slider_goes_as_far_as_the_student_learnt():
     assert METHODS["meanflow"].offered(ROOT / TINY)["guidance"] == (2.0, 5.0)
     with gr.Blocks():
-        made = controls.widgets(METHODS["meanflow"], {"guidance": (2.0, 3.5)})
+        made = controls.widgets(METHODS["meanflow"](), {"guidance": (2.0, 3.5)})
     assert (made["guidance"].minimum, made["guidance"].maximum, made["guidance"].value) == (2.0, 3.5, 3.5)
 
 

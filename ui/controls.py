@@ -10,20 +10,20 @@ from accel.methods import Method
 from accel.methods.base import Offered
 
 
-def widgets(method: type[Method], offered: dict[str, Offered] | None = None) -> dict[str, gr.components.Component]:
-    """One widget per field: what it is called, what it costs, and its range, all from the field itself.
+def widgets(method: Method, offered: dict[str, Offered] | None = None) -> dict[str, gr.components.Component]:
+    """One widget per field: what it is called, what it costs, and its range, all from the field itself; its value.
 
     `offered`: the values that some knobs have for the model at hand (`Method.offered`).
     """
     made, offered = {}, offered or {}
     for name, schema in method.knobs().items():
-        label = name.replace("_", " ")
-        common = {"label": label, "info": schema.get("description", ""), "value": schema["default"], "min_width": 220}
+        common = {"label": name.replace("_", " "), "info": schema.get("description", ""), "min_width": 220}
+        common["value"] = getattr(method, name)
         common["elem_id"] = f"{method.title.lower()}-{name}"
         if schema["type"] == "boolean":
             made[name] = gr.Checkbox(**common)
             continue
-        common["value"] = possible(schema["default"], offered.get(name))
+        common["value"] = possible(getattr(method, name), offered.get(name))
         if "enum" in schema:
             made[name] = gr.Radio(offered.get(name) or schema["enum"], **common)
         else:
