@@ -49,10 +49,10 @@ def demanded(settings: dict[str, dict]) -> dict[str, float]:
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One sentence about the first problem: which knob, what was given, what is allowed."""
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "?"
+    where = ".".join(map(str, first["loc"]))
     if first["type"] == "value_error":  # a check of the model's own, of one field or of all together
-        return f"{prefix}{where if first['loc'] else ''}".rstrip(".") + f": {first['ctx']['error']}"
-    knob = str(first["loc"][0]) if first["loc"] else "?"
+        return f"{(prefix + where).rstrip('.')}: {first['ctx']['error']}"
+    where, knob = where or "?", str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
         return f"unknown setting {prefix}{knob}; known are {', '.join(model.model_fields)}"
     may_be = allowed(model, knob) if where == knob else first["msg"]

@@ -17,6 +17,7 @@ from .models import ROOT
 from .summary import BRIEF, COLUMNS, paired, table
 
 RESULTS = ROOT / "docs" / "results"
+NOT_YET = "Not measured yet.\n"
 OVERVIEW = (  # suite, row, and what it is called where all are together
     ("fastercache", "fastercache", "`fastercache`"),
     ("fastercache", "fewer steps: 30", "30 plain steps"),
@@ -50,12 +51,18 @@ def _values(schema: dict) -> str:
     return {"boolean": "true, false", "string": "a text", "object": "a table"}[schema["type"]]
 
 
+def measured(name: str) -> dict | None:
+    """What a suite came to, if it was measured."""
+    file = RESULTS / name / "results.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
 def overview() -> str:
     """The presets beside plain rivals, each from its own suite."""
     columns = ("speed-up", "SSIM", "adherence", "- baseline")
     lines = [f"| preset | {' | '.join(columns)} | n |", f"|---|{'---|' * len(columns)}---|"]
     for name, row, title in OVERVIEW:
-        found = json.loads((RESULTS / name / "results.json").read_text())
+        found = measured(name)
         cells = (COLUMNS[column](found["rows"][row]) for column in columns)
         lines.append(f"| {title} | {' | '.join(cells)} | {found['n']} |")
     return "\n".join(lines) + "\n"
@@ -63,16 +70,16 @@ def overview() -> str:
 
 def suite(name: str) -> str:
     """The short table of a suite that was measured, or a word that it was not."""
-    file = RESULTS / name / "results.json"
-    return table(json.loads(file.read_text()), BRIEF) if file.is_file() else "Not measured yet.\n"
+    found = measured(name)
+    return table(found, BRIEF) if found else NOT_YET
 
 
 def details(name: str) -> str:
     """The ratios of each setting of a suite to its first one, and the attributes that are read back."""
-    file = RESULTS / name / "results.json"
-    if not file.is_file():
-        return "Not measured yet.\n"
-    rows = json.loads(file.read_text())["rows"]
+    found = measured(name)
+    if not found:
+        return NOT_YET
+    rows = found["rows"]
     read = list(next(iter(rows.values()))["attributes"])
     heads = [*(f"{n} ratio" for n in RATIOS), *read]
     lines = [f"| setting | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
@@ -84,8 +91,8 @@ def details(name: str) -> str:
 
 def pairs(name: str) -> str:
     """Rows of a suite held against each other, prompt by prompt."""
-    file = RESULTS / name / "results.json"
-    return paired(json.loads(file.read_text())) if file.is_file() else "Not measured yet.\n"
+    found = measured(name)
+    return paired(found) if found else NOT_YET
 
 
 def students() -> str:
@@ -129,10 +136,9 @@ def disca() -> str:
 
 def attributes() -> str:
     """How often each attribute of the prompt is read back from the plain model's videos."""
-    file = RESULTS / "base" / "results.json"
-    if not file.is_file():
-        return "Not measured yet.\n"
-    summary = json.loads(file.read_text())
+    summary = measured("base")
+    if not summary:
+        return NOT_YET
     row = summary["rows"]["baseline"]
     marks = {**row["attributes"], "mean": row["adherence"]}
     lines = [f"| {a} | {v[0]:.3f} | {v[1]:.3f} to {v[2]:.3f} |" for a, v in marks.items()]

@@ -71,7 +71,7 @@ def _row(groups: list[list[dict]], name: str, first: str) -> dict:
         row[ratio] = mean(lambda r, ratio=ratio: r[ratio])
     if own[0]["adherence"]:
         row["adherence"] = mean(MARKS["adherence"])
-        row["difference"] = _held(groups, name, first)["adherence"]
+        row["difference"] = _less(groups, name, first, MARKS["adherence"])
         row["attributes"] = {a: mean(lambda r, a=a: r["adherence"][a]) for a in ATTRIBUTES}
     return row
 
@@ -83,10 +83,15 @@ def _psnr(groups: list[list[dict]], name: str) -> tuple[float, float, float] | N
     return interval(means) if means else None
 
 
+def _less(groups: list[list[dict]], a: str, b: str, value: Callable[[dict], float]) -> tuple[float, float, float]:
+    """A value of row a less that of row b, prompt by prompt."""
+    return interval(_each(groups, lambda rows: value(rows[a]) - value(rows[b])))
+
+
 def _held(groups: list[list[dict]], a: str, b: str) -> dict:
     """Row a less row b by each of the marks that both have."""
     marks = {mark: value for mark, value in MARKS.items() if groups[0][0][a].get(mark) not in (None, {})}
-    less = {mark: interval(_each(groups, lambda r, v=value: v(r[a]) - v(r[b]))) for mark, value in marks.items()}
+    less = {mark: _less(groups, a, b, value) for mark, value in marks.items()}
     faster = float(np.median([rows[b]["denoise"] / rows[a]["denoise"] for group in groups for rows in group]))
     return {"a": a, "b": b, "speed": faster, **less}
 

@@ -111,17 +111,25 @@ def test_full_weights_of_a_large_model_learn_too(large, tmp_path, monkeypatch, s
     assert torch.equal(sample(pipe, steps=5), plain)
 
 
-def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
+def wan_1_3b() -> WanTransformer3DModel:
+    """Random weights in the 1.3B layout, cut to two blocks, in half precision."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
-    model.to(torch.bfloat16)
+    return model.to(torch.bfloat16)
+
+
+def plain_ground(words, levels) -> Ground:
+    """One prompt's embeddings (1, n, d), and levels, for latents of that layout."""
+    encode = lambda texts: words.expand(len(texts), -1, -1)
+    return Ground(encode, lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4))
+
+
+def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
+    model = wan_1_3b()
     model.condition_embedder = IntervalEmbedder(model.condition_embedder)
     x, words, levels = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 6, 4096), torch.tensor([1.0, 0.5, 0.0]).double()
     nets = Adapters(model, rank=4)
-    ground = TimedGround(
-        lambda texts: words.expand(len(texts), -1, -1), lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4),
-        guidance=3.0,
-    )  # fmt: skip
+    ground = TimedGround(**vars(plain_ground(words, levels)), guidance=3.0)
     course = Course(base_steps=2, steps=(2, 1), guidance=(2, 5), longest=0.5, equal=0, slots=1, hop=1, warm=1)
     task = MeanFlowTask(Recipe(steps=2, lr=1e-3), course, nets, ground)
     told = packed(torch.tensor([0.7]), torch.tensor([0.7]), torch.tensor([3.0]))
@@ -141,15 +149,10 @@ def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
 
 
 def test_a_predictor_for_the_wan_1_3b_layout_learns_while_the_student_stays_frozen_in_half_precision():
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
-    model.to(torch.bfloat16)
+    model = wan_1_3b()
     model.condition_embedder = IntervalEmbedder(model.condition_embedder)
     words, levels = torch.randn(1, 6, 4096), torch.linspace(1, 0, 5).double()
-    ground = TimedGround(
-        lambda texts: words.expand(len(texts), -1, -1), lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4),
-        guidance=3.0,
-    )  # fmt: skip
+    ground = TimedGround(**vars(plain_ground(words, levels)), guidance=3.0)
     lessons, predictor = Lessons(steps=4, guidance=(2, 5), slots=1), Predictor(wan, model, "residual", 1)
     learn = PredictorTask(Recipe(steps=2, lr=1e-3), lessons, Watched(model, spare=True), predictor, ground, (2, 2, 2))
     learn.stage, learn.slots.index[:] = 1, 2
@@ -189,15 +192,12 @@ def test_a_student_leaves_the_users_own_adapter_on(large, tmp_path, monkeypatch,
 
 
 def test_adapters_of_the_wan_1_3b_layout_learn_alone_in_float32():
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
-    model.to(torch.bfloat16)
+    model = wan_1_3b()
     x, t, words = torch.randn(1, 16, 2, 4, 4), torch.tensor([700]), torch.randn(1, 6, 4096)
     base = guided(model, x, t, words, 0 * words, 3.0)
     nets = Adapters(model, rank=4)
     levels = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
-    encode = lambda texts: words.expand(len(texts), -1, -1)
-    ground = Ground(encode, lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4))
+    ground = plain_ground(words, levels)
     task = GpdTask(Recipe(steps=2, lr=1e-3), Curriculum(base_steps=2, slots=1, horizons=(2,)), nets, ground)
     loss, _ = task.loss(nets.module, 0, 0)
     loss.backward()

@@ -18,13 +18,11 @@ def widgets(method: Method, offered: dict[str, Offered] | None = None) -> dict[s
     made, offered = {}, offered or {}
     for name, schema in method.knobs().items():
         common = {"label": name.replace("_", " "), "info": schema.get("description", ""), "min_width": 220}
-        common["value"] = getattr(method, name)
+        common["value"] = possible(getattr(method, name), offered.get(name))
         common["elem_id"] = f"{method.title.lower()}-{name}"
         if schema["type"] == "boolean":
             made[name] = gr.Checkbox(**common)
-            continue
-        common["value"] = possible(getattr(method, name), offered.get(name))
-        if "enum" in schema:
+        elif "enum" in schema:
             made[name] = gr.Radio(offered.get(name) or schema["enum"], **common)
         else:
             step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)

@@ -33,7 +33,7 @@ def place_of(host: Host) -> str:
 
 
 def ahead_of(host: Host) -> Ahead:
-    """The same as it begins."""
+    """A run that begins now, as it was known before."""
     guided = host.family.is_guided(host.pipe)
     return Ahead(host.models[host.model], host.family, host.latents, host.step.count, guided, place_of(host))
 
@@ -59,7 +59,7 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         return {k: v for k, v in cls.model_json_schema()["properties"].items() if v.get("page", True)}
 
     @classmethod
-    def offered(cls, model: str | Path) -> dict[str, list | tuple[float, float]]:
+    def offered(cls, model: str | Path) -> dict[str, Offered]:
         """The values that some knobs have for a model's folder, where fewer than all; an empty list: it has none."""
         return {}
 

@@ -43,7 +43,11 @@ class Order:
 
     def adapters(self) -> bool:
         """Whether the students are adapters: for every model but the toy world's, unless full weights are asked for."""
-        return not self.toy() and self.rank != 0
+        return not self.toy() and self.own_rank() > 0
+
+    def own_rank(self) -> int:
+        """Of the adapters, whether given or not."""
+        return RANK if self.rank is None else self.rank
 
     def lines(self, arms: Collection[str]) -> list[str]:
         """The prompts of the file. Raises ValueError for an order that cannot be carried out."""
@@ -68,7 +72,7 @@ class Order:
         """What a folder remembers of it, so that nothing else is resumed there."""
         given = {"prompts": digest(lines)} if lines else {}
         given |= {"videos": str(self.videos)} if self.videos else {}
-        return {"rank": RANK if self.rank is None else self.rank, **given}
+        return {"rank": self.own_rank(), **given}
 
     def pipeline(self, device: str):
         """The pipeline to distil. Raises ValueError for one that cannot be."""
@@ -100,7 +104,7 @@ class Order:
         from .adapters import Adapters
 
         torch.manual_seed(seed)
-        return Adapters(transformer, RANK if self.rank is None else self.rank)
+        return Adapters(transformer, self.own_rank())
 
     def beside(self) -> Path | None:
         """The folder of a local model, where its students go."""

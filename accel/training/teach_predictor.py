@@ -41,10 +41,10 @@ def train_predictor(recipe: Recipe, order: Order, device: str, minutes: float | 
     Raises ValueError for an order that cannot be carried out, or a resume of another order.
     """
     began, lines = time.monotonic(), order.lines(ARMS)
-    pipe, form = order.pipeline(device), order.arm or ARMS[0]
-    folder = (order.beside() or order.sibling(out, "meanflow")) / "meanflow"
     if order.rank is not None:
         raise ValueError("a predictor is small and learns whole: leave --rank out")
+    pipe, form = order.pipeline(device), order.arm or ARMS[0]
+    folder = (order.beside() or order.sibling(out, "meanflow")) / "meanflow"
     if not (folder / "meanflow.json").is_file():
         raise ValueError("the student comes first: python -m accel train meanflow")
     facts = json.loads((folder / "meanflow.json").read_text())
