@@ -52,8 +52,8 @@ class Row:
         return all(folder is None or folder.is_dir() for folder in folders)
 
 
-def _budgets(*shares: float) -> dict[str, Row]:
-    return {f"asymrnr, budget {s}": Row("asymrnr", change={"asymrnr": {"budget": s}}) for s in shares}
+def _asymrnr(**knobs) -> Row:
+    return Row("asymrnr", change={"asymrnr": knobs})
 
 
 def _arms(*names: str) -> dict[str, Row]:
@@ -63,6 +63,9 @@ def _arms(*names: str) -> dict[str, Row]:
 
 ARMS = ("no-constraint", "annealed", "halving", "direct", "guidance-only")  # of training/teach.py
 PLAIN = {"baseline": Row()}
+CACHE_ALONE = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}  # the time of both together
+UNCARRIED = {"carry": "nothing", "budget": 0.75, "start": 0.3, "matching": "global", "merge": "values", "bias": True}
+CURVE = ((0.32, 5), (0.28, 6), (0.24, 9))  # what is left of the attention, and by whole attentions how far apart
 # suite -> row -> setting; the others are held against the first row
 SUITES: dict[str, dict[str, Row]] = {
     "base": PLAIN,
@@ -70,15 +73,19 @@ SUITES: dict[str, dict[str, Row]] = {
     "asymrnr": PLAIN
     | {name: Row(name) for name in ("asymrnr", "asymrnr-official", "tome", "todo")}
     | {
-        "asymrnr, judged": Row("asymrnr", change={"asymrnr": {"schedule": "judged"}}),
-        "asymrnr, replace, no bias": Row("asymrnr", change={"asymrnr": {"merge": "replace", "bias": False}}),
+        "asymrnr, judged": _asymrnr(schedule="judged"),
+        "asymrnr, averaged, by size": _asymrnr(merge="values", bias=True),
+        "asymrnr, last difference": _asymrnr(carry="last"),
+        "asymrnr, nothing carried": _asymrnr(**UNCARRIED),
         "fastercache + asymrnr": Row("balanced"),
-        "fewer steps: 40": Row(steps=40),
-        "fewer steps: 25": Row(steps=25),
+        "fastercache, as fast": Row("fastercache", change={"fastercache": CACHE_ALONE}),
+        "fewer steps: 38": Row(steps=38),
+        "fewer steps: 23": Row(steps=23),
     },
     "asymrnr-curve": PLAIN
-    | _budgets(0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-    | {f"fewer steps: {n}": Row(steps=n) for n in (47, 43, 39, 35)},
+    | {f"asymrnr, budget {share}": _asymrnr(budget=share) for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}
+    | {f"asymrnr, budget {share}, whole every {n}": _asymrnr(budget=share, interval=n) for share, n in CURVE}
+    | {f"fewer steps: {n}": Row(steps=n) for n in (47, 43, 38, 35)},
     "gpd": {"baseline, 48 steps": Row(steps=48)}
     | {f"gpd, {n} steps": Row("gpd", change={"gpd": {"steps": n}}) for n in (6, 8, 12, 16, 24)}
     | {f"fewer steps: {n}": Row(steps=n) for n in (24, 12, 6)}
@@ -114,7 +121,9 @@ SUITES["disca"] = PLAIN | {
 }  # fmt: skip
 PAIRS = {  # suite -> rows that are held against each other
     "asymrnr": [("asymrnr", name) for name in
-                ("asymrnr-official", "tome", "todo", "asymrnr, judged", "asymrnr, replace, no bias")],
+                ("asymrnr-official", "tome", "todo", "asymrnr, judged", "asymrnr, averaged, by size",
+                 "asymrnr, last difference", "asymrnr, nothing carried", "fewer steps: 38")]
+    + [("fastercache + asymrnr", name) for name in ("fastercache, as fast", "fewer steps: 23")],
     "gpd": [("gpd, 6 steps", name) for name in
             ("6 steps by Euler", "fewer steps: 6", "equal calls: 3 steps", "6 steps, no guidance")],
     "gpd-arms": [("gpd", name) for name in ARMS],

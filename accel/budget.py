@@ -53,6 +53,32 @@ def allocate(costs: Table, budget: float, ceilings: Pair, count: int = 1, first:
     return {site: [tuple(rates.get((site, s), (0.0, 0.0))) for s in range(len(held))] for site, held in steps.items()}
 
 
+def choose(costs: Table, budget: float, ceilings: Pair, count: int, first: int, whole: float) -> Table:
+    """Rates as those of `allocate` where a reduced attention also runs whole in the share `whole` of its steps.
+
+    What it misses is then carried, and errors hardly depend on the rate: sites and spans are reduced at the ceilings or
+    not at all, the cheapest first, until the budget is met. None are if that would save nothing.
+    """
+    steps = {
+        (site, span): n for site, spans in costs.items() for span, n in enumerate(_lengths(len(spans), count, first))
+    }
+    saved = 1 - left_of(ceilings, whole)
+    surplus, rates = (
+        len(costs) * (count - first) * (1 - budget),
+        {site: [(0.0, 0.0)] * len(s) for site, s in costs.items()},
+    )
+    for site, span in sorted(steps, key=lambda cell: sum(costs[cell[0]][cell[1]])):
+        if surplus > 1e-9 and saved > 0 and steps[site, span]:
+            rates[site][span] = ceilings
+            surplus -= saved * steps[site, span]
+    return rates
+
+
+def left_of(pair: Pair, whole: float = 0.0) -> float:
+    """The share of an attention's work that is left at a pair of rates, if it also runs `whole` in a share of steps."""
+    return (1 - pair[0]) * (1 - pair[1]) + whole if max(pair) else 1.0
+
+
 def _next(rate: float) -> float:
     """The next rung of the ladder of rates."""
     return round(max(LEAST, rate + LADDER), 6)
@@ -74,9 +100,9 @@ def _lengths(spans: int, count: int, first: int) -> list[int]:
     return [falls[span] for span in range(spans)]
 
 
-def work(rates: Table, count: int = 1, first: int = 0) -> float:
+def work(rates: Table, count: int = 1, first: int = 0, whole: float = 0.0) -> float:
     """Mean share of the attention work that is left, over sites and steps `first` to `count`."""
-    left = [[(1 - q) * (1 - kv) for q, kv in spans] for spans in rates.values()]
+    left = [[left_of(pair, whole) for pair in spans] for spans in rates.values()]
     each = [site[span_of(step, len(site), count)] for site in left for step in range(first, count)]
     return sum(each) / len(each)
 

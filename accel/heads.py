@@ -70,12 +70,18 @@ class Heads:
         with self.watch:
             return cut.reduce(x, mean)
 
-    def restore(self, y: Tensor, cut: Reduction | None) -> Tensor:
-        """The attention's output (b, m, h, d) at full length; a family may put that off until after its projection."""
-        if cut is None:
-            return y
+    def restore(self, y: Tensor, cut: Reduction | None, missed: Tensor | None = None) -> Tensor:
+        """The attention's output (b, m, h, d) at full length, and what the reduction `missed` added to it, in place.
+
+        A family may put both off until after its projection.
+        """
         with self.watch:
-            return cut.restore(y)
+            y = y if cut is None else cut.restore(y)
+            return y if missed is None else y.add_(missed)
+
+    def missed(self, whole: Tensor, short: Tensor, cut: Reduction | None) -> Tensor:
+        """What `restore` would have to add to the shortened output (b, m, h, d) to make it the whole (b, n, h, d)."""
+        return whole - self.restore(short, cut)
 
 
 class Opened:

@@ -1,4 +1,4 @@
-"""Plans that are kept: matched once for a window of steps, cut anew only when the rate or the plan changes."""
+"""Plans that are kept: matched once for a window of steps or a run, cut anew only when the rate or the plan changes."""
 
 from __future__ import annotations
 
@@ -64,9 +64,8 @@ class PlanCache:
         self.held = 0
 
     def _bytes(self) -> int:
-        plans = [t for _, plan in self.plans.values() for t in (plan.order, plan.owner)]
-        cuts = [t for *_, cut in self.cuts.values() for t in (cut.keep, cut.place, cut.sizes, cut.members)]
-        return sum(t.nbytes for t in plans + cuts)
+        plans = sum(t.nbytes for _, plan in self.plans.values() for t in (plan.order, plan.owner))
+        return plans + sum(cut.nbytes for *_, cut in self.cuts.values())
 
     def _groups(self, shape: tuple[int, ...]) -> int:
         return shape[0] if self.shared else shape[0] * shape[2]

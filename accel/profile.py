@@ -2,7 +2,8 @@
 
 Each setting removes `RATE` of one feature's tokens in one block during one span (a fifth of the steps) and nothing
 elsewhere; its cost is the squared error of the frames against the plain run of the same noise. AsymRnR spreads its
-budget by these costs. Beside them: every block at once, at several rates, for the whole curve, and the ways to merge.
+budget by these costs. Beside them: every block at once, at several rates, for the whole curve, also with what is missed
+carried, and the ways to merge.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .world.judge import score
 from .world.scene import held_out_prompts
 
 RATE, SPANS = 0.5, 5
+ALONE = {"schedule": "fixed", "carry": "nothing"}  # reduction as it is: nothing hides what it misses
+CARRIED = "both, what is missed carried,"
 LATE = 0.2  # share of the steps before the first reduced one, where all blocks are reduced at once
 MERGES = [(merge, bias) for merge in ("mean", "values", "replace") for bias in (True, False)]
 RATES = (0.2, 0.4, 0.6, 0.8)
@@ -62,10 +65,10 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
 
 
 def _everywhere() -> dict[str, dict]:
-    """Settings that remove one feature's tokens in all blocks, by name."""
-    names = {"query": {"kv_rate": 0.0}, "kv": {"query_rate": 0.0}, "both": {}}
+    """Settings that remove one feature's tokens, or both's, in all blocks, by name."""
+    names = {"query": {"kv_rate": 0.0}, "kv": {"query_rate": 0.0}, "both": {}, CARRIED: {"carry": "line"}}
     return {
-        f"{name} {rate}": {"schedule": "fixed", "start": LATE, "query_rate": rate, "kv_rate": rate, **other}
+        f"{name} {rate}": {**ALONE, "start": LATE, "query_rate": rate, "kv_rate": rate, **other}
         for name, other in names.items()
         for rate in RATES
     }
@@ -73,7 +76,7 @@ def _everywhere() -> dict[str, dict]:
 
 def _merges() -> dict[str, dict]:
     """Settings that remove `RATE` of both in all blocks, by what becomes of the removed tokens."""
-    both = {"schedule": "fixed", "start": LATE, "query_rate": RATE, "kv_rate": RATE}
+    both = {**ALONE, "start": LATE, "query_rate": RATE, "kv_rate": RATE}
     weighed = {True: "weighed by size", False: "not weighed"}
     return {f"both {RATE}, {merge}, {weighed[bias]}": {**both, "merge": merge, "bias": bias} for merge, bias in MERGES}
 
@@ -83,7 +86,7 @@ def _single(sites: list[str]) -> dict[str, dict]:
     pair = {"query": (RATE, 0.0), "kv": (0.0, RATE)}
     spans = lambda span, feature: [pair[feature] if s == span else (0.0, 0.0) for s in range(SPANS)]
     return {
-        f"{site} {span} {feature}": {"schedule": "fixed", "start": 0.0, "rates": {site: spans(span, feature)}}
+        f"{site} {span} {feature}": {**ALONE, "start": 0.0, "rates": {site: spans(span, feature)}}
         for site in sites
         for span in range(SPANS)
         for feature in FEATURES
@@ -155,9 +158,9 @@ def _plot(lines: list[dict], costs: Table, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
-    for kind in ("query", "kv", "both"):
+    for kind in ("query", "kv", "both", CARRIED):
         shown = {r: [line["ssim"] for line in lines if line["name"] == f"{kind} {r}"] for r in RATES}
-        axes[0].plot(RATES, [np.mean(v) for v in shown.values()], marker="o", label=kind)
+        axes[0].plot(RATES, [np.mean(v) for v in shown.values()], marker="o", label=kind.strip(","))
     axes[0].set(xlabel="rate in all blocks", ylabel="SSIM to the baseline", title="likeness")
     axes[0].legend()
     maps = np.array(list(costs.values()))  # (blocks, spans, features)

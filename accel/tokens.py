@@ -84,22 +84,31 @@ class Plan:
         rank = torch.zeros_like(every).scatter(1, keep, every[:, : keep.shape[1]])
         place = rank.gather(1, every.scatter(1, order[:, :removed], heir))
         sizes = torch.zeros_like(keep).scatter_add(1, place, torch.ones_like(place))
-        members = place.argsort(dim=1, stable=True)
-        return Reduction(*(index.int() for index in (keep, place, sizes, members)))
+        row = part.tokens * torch.arange(g, device=keep.device)[:, None]  # of each group's first token, among all
+        members, starts = place.argsort(dim=1, stable=True) + row, sizes.cumsum(1) - sizes + row
+        indices = (keep, place, sizes, members.flatten(), starts.flatten())
+        return Reduction(*(index.int() for index in indices), size_bias(sizes))
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which tokens stay, and who stands for each token, int32. Shortening and restoring are one gather of rows each."""
+    """Which tokens stay, and who stands for each token: int32. Shortening and restoring are one gather of rows each."""
 
     keep: Tensor  # (g, m) token index, ascending
     place: Tensor  # (g, n) position in `keep` of the token that stands for each token
     sizes: Tensor  # (g, m) how many tokens each kept one stands for
-    members: Tensor  # (g, n) token index: those that the first kept token stands for, those of the second, ...
+    members: Tensor  # (g n,) among the tokens of all groups: those that the first kept one stands for, the second, ...
+    starts: Tensor  # (g m,) where in `members` those of each kept token begin
+    logs: Tensor  # (g, m) float32: `size_bias` of the sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
     def bias(self, batch: int, heads: int) -> Tensor:
         """`size_bias` in the shape of logits: (b, 1, 1, m), or (b, h, 1, m) with a plan for each head."""
-        return size_bias(self.sizes).view(batch, heads if len(self.keep) > batch else 1, 1, -1)
+        return self.logs.view(batch, heads if len(self.keep) > batch else 1, 1, -1)
 
     def reduce(self, x: Tensor, mean: bool = False) -> Tensor:
         """x (b, n, h, d) shortened to (b, m, h, d): kept tokens as they are, or the mean of those they stand for."""
@@ -110,11 +119,8 @@ class Reduction:
 
     def _mean(self, rows: Tensor) -> Tensor:
         """Means (g, m, k) of rows (g, n, k), summed in float32 and always in the same order."""
-        g, n, _ = rows.shape
-        first = n * torch.arange(g, dtype=torch.int32, device=rows.device)[:, None]
-        starts = self.sizes.cumsum(1, dtype=torch.int32) - self.sizes + first
-        bags = F.embedding_bag((self.members + first).flatten(), rows.flatten(0, 1), starts.flatten(), mode="mean")
-        return bags.unflatten(0, (g, -1))
+        means = F.embedding_bag(self.members, rows.flatten(0, 1), self.starts, mode="mean")
+        return means.unflatten(0, (len(rows), -1))
 
     def restore(self, x: Tensor) -> Tensor:
         """x (b, m, h, d) at full length (b, n, h, d): each token gets the row of the one that stands for it."""

@@ -25,7 +25,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Event:
-    """What was done at a site in one branch of one step; `kept` is the share of its work that was computed."""
+    """What was done at a site in one branch of one step; `kept` is the share of its work that was computed.
+
+    That is more than 1 where a method had something computed besides.
+    """
 
     step: int
     branch: str
@@ -70,11 +73,11 @@ class Trace:
             record.clear()
         self.bytes_forecast = self.bytes_held = 0
 
-    def record(self, step: Step, site: str, action: Action, kept: float = 0.0) -> None:
+    def record(self, step: Step, site: str, action: Action, kept: float | None = None) -> None:
         """Note what was done. A computation is noted by the host, unless a method has said more about it."""
-        key = (step.index, step.branch, site)
-        if action != "compute" or key not in self.events:
-            self.events[key] = Event(*key, action, 1.0 if action == "compute" else kept)
+        key, plain = (step.index, step.branch, site), action == "compute"
+        if not plain or kept is not None or key not in self.events:
+            self.events[key] = Event(*key, action, float(plain) if kept is None else kept)
 
     def note(self, text: str) -> None:
         """Something the user should read, once."""

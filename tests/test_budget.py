@@ -2,7 +2,7 @@
 
 import pytest
 
-from accel.budget import Profile, allocate, load_profile, work
+from accel.budget import Profile, allocate, choose, load_profile, work
 
 FREE = (0.9, 0.9)
 
@@ -42,6 +42,19 @@ def test_only_the_steps_that_may_be_reduced_count():
     assert work(rates, 10, 4) == pytest.approx(0.5, abs=0.03)
     (early, _), *_ = allocate({"a": [(1.0, 1.0), (1.0, 1.0)]}, 0.5, FREE, count=10, first=5).values()
     assert early == (0.0, 0.0)
+
+
+def test_where_misses_are_carried_the_cheapest_sites_are_reduced_at_the_ceilings_or_not_at_all():
+    """10 steps in 2 spans, none protected, whole in a quarter of them: a span saves .74 of its 5 steps of 20."""
+    costs = {"a": [(9.0, 1.0), (1.0, 1.0)], "b": [(3.0, 3.0), (2.0, 1.0)]}
+    rates = choose(costs, 0.65, FREE, count=10, first=0, whole=0.25)
+    assert rates == {"a": [(0.0, 0.0), FREE], "b": [(0.0, 0.0), FREE]}
+    assert work(rates, 10, 0, 0.25) == pytest.approx(0.63)
+    assert choose(costs, 1.0, FREE, 10, 0, 0.25) == {name: [(0.0, 0.0)] * 2 for name in costs}
+
+
+def test_where_whole_attentions_cost_more_than_reduction_saves_nothing_is_reduced():
+    assert choose({"a": [(1.0, 1.0)]}, 0.5, (0.3, 0.0), count=10, first=0, whole=0.5) == {"a": [(0.0, 0.0)]}
 
 
 def test_profiles_round_trip_and_strange_files_are_named(tmp_path):

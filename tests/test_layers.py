@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
     {"spectrum", "tokens", "plans", "budget", "flow"},
-    {"trace", "metrics", "video", "ledger", "weights", "conditioning", "predictor"},
-    {"flops", "families", "heads", "host", "student"},
+    {"trace", "carry", "metrics", "video", "ledger", "weights", "conditioning", "predictor"},
+    {"flops", "families", "heads", "host", "schedule", "student"},
     {"methods"},
     {"presets", "models", "apply", "world"},
     {"run", "bench", "summary", "profile"},

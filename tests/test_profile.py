@@ -38,6 +38,8 @@ def test_a_block_that_errs_twice_as_far_costs_four_times_as_much(runs, tmp_path)
     assert (written.grid, written.steps) == ((41, 30, 52), 6)
     assert written.costs == {"blocks.0.attn1": [(0.25, 0.25)] * 5, "blocks.1.attn1": [(1.0, 1.0)] * 5}
     report = (tmp_path / "profile.md").read_text()
+    costly = [knobs for run in runs for knobs in run.methods.values() if "rates" in knobs]
+    assert {knobs["carry"] for knobs in costly} == {"nothing"}
     assert "| blocks.0.attn1 | 0.2500 |" in report and "| both 0.8 | 0.90 |" in report
     assert (tmp_path / "profile.png").is_file()
 
@@ -51,7 +53,7 @@ def test_a_second_start_measures_only_what_is_missing(runs, tmp_path):
     profile.run_profile("nobody/nothing", 1, 6, tmp_path)
     first = len(runs)
     profile.run_profile("nobody/nothing", 1, 6, tmp_path)
-    assert len(runs) == first == 1 + 12 + 6 + 2 * 5 * 2  # plain, all blocks, ways to merge, each block alone
+    assert len(runs) == first == 1 + 16 + 6 + 2 * 5 * 2  # plain, all blocks, ways to merge, each block alone
     lines = (tmp_path / "profile.jsonl").read_text()
     (tmp_path / "profile.jsonl").write_text(lines[:-9])  # a kill in the middle of the last line
     profile.run_profile("nobody/nothing", 1, 6, tmp_path)

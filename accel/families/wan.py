@@ -52,8 +52,7 @@ def width(model: nn.Module) -> int:
 def attend(attn: nn.Module, core, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """A self-attention (b, n, d) with `core(heads)` (b, n or m, h, d) for its softmax; else as the stock one."""
     heads = Projected(attn, x, rope)
-    y = core(heads)
-    return heads.finish(attn.to_out[1](attn.to_out[0](y.flatten(2, 3).type_as(x))))
+    return heads.finish(core(heads))
 
 
 class Projected(Heads):
@@ -65,7 +64,10 @@ class Projected(Heads):
 
     def __init__(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]):
         super().__init__(None, None, None)
-        self.attn, self.x, self.rope, self.late = attn, x, rope, None
+        self.attn, self.x, self.rope = attn, x, rope
+        self.late: tuple[Reduction | None, Tensor | None] = (None, None)  # what `finish` restores by, and adds
+        self.whole: tuple[Tensor | None, Tensor | None] = (None, None)  # an output and its projection
+        self.short: dict[tuple[int, bool], Tensor] = {}  # hidden of the tokens that a cut leaves, for all that ask
         if attn.fused_projections:
             q, k, v = attn.to_qkv(x).chunk(3, -1)
             self.q, self.k, self.v = self._turned(attn.norm_q(q)), self._turned(attn.norm_k(k)), self._split(v)
@@ -87,16 +89,38 @@ class Projected(Heads):
             self.v = self._split(self.attn.to_v(self.x))
         return self.shorten(self.v, cut, mean)
 
-    def restore(self, y: Tensor, cut: Reduction | None) -> Tensor:
-        if not self._may(cut):
-            return super().restore(y, cut)
-        self.late = cut
-        self._spare(cut)
+    def restore(self, y: Tensor, cut: Reduction | None, missed: Tensor | None = None) -> Tensor:
+        if not self._waits(cut):
+            return super().restore(y, cut, missed)
+        self.late = cut, missed
+        if cut is not None:
+            self._spare(cut)
         return y
 
+    def missed(self, whole: Tensor, short: Tensor, cut: Reduction | None) -> Tensor:
+        if not self._waits(cut):
+            return super().missed(whole, short, cut)
+        self.whole = whole, self._out(whole)
+        self.spared -= 2 * short[:, :, 0, 0].numel() * self.x.shape[2] ** 2
+        return self.whole[1] - self._long(self._out(short), cut)
+
     def finish(self, y: Tensor) -> Tensor:
-        """The projected output (b, m, d) at full length."""
-        return y if self.late is None else super().restore(y[:, :, None], self.late).squeeze(2)
+        """The projected output (b, n, d) of what the core gave."""
+        out = self.whole[1] if y is self.whole[0] else self._out(y)
+        cut, missed = self.late
+        if cut is None and missed is None:
+            return out
+        return super().restore(out[:, :, None], cut, None if missed is None else missed[:, :, None]).squeeze(2)
+
+    def _out(self, y: Tensor) -> Tensor:
+        return self.attn.to_out[1](self.attn.to_out[0](y.flatten(2, 3).type_as(self.x)))
+
+    def _long(self, y: Tensor, cut: Reduction | None) -> Tensor:
+        return super().restore(y[:, :, None], cut).squeeze(2)
+
+    def _waits(self, cut: Reduction | None) -> bool:
+        """Whether restoring may wait until after the projection."""
+        return cut is None or self._may(cut)
 
     def _may(self, cut: Reduction | None) -> bool:
         return cut is not None and len(cut.keep) == len(self.x)
@@ -114,7 +138,9 @@ class Projected(Heads):
     def _narrow(self, layer: nn.Module, cut: Reduction, mean: bool = False) -> Tensor:
         """A projection (b, m, d) of the tokens that stay."""
         self._spare(cut)
-        return layer(self.shorten(self.x[:, :, None], cut, mean).squeeze(2))
+        if (id(cut), mean) not in self.short:
+            self.short[id(cut), mean] = self.shorten(self.x[:, :, None], cut, mean).squeeze(2)
+        return layer(self.short[id(cut), mean])
 
     def _spare(self, cut: Reduction) -> None:
         b, n, d = self.x.shape
@@ -125,9 +151,12 @@ class Projected(Heads):
 
     def _turned(self, y: Tensor, cut: Reduction | None = None) -> Tensor:
         """Rotary embedding of y (b, m, h d) as (b, m, h, d): each pair of channels turned by its token's angle."""
-        a, b = self._split(y).unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = (table[..., i::2] for i, table in enumerate(self.rope))
-        if cut is not None:
-            with self.watch:
-                cos, sin = (table[0][cut.keep] for table in (cos, sin))
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(y)
+        pairs = self._split(y).unflatten(-1, (-1, 2))
+        if cut is None:  # in the stock attention's own operations: bitwise the same on every device
+            (a, b), (cos, sin) = pairs.unbind(-1), (table[..., i::2] for i, table in enumerate(self.rope))
+            return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(y)
+        with self.watch:
+            cos, sin = (table[0][cut.keep] for table in self.rope)
+        pairs = pairs.to(torch.promote_types(y.dtype, cos.dtype)).contiguous()
+        turns = torch.complex(*(t.to(pairs.dtype).contiguous() for t in (cos[..., 0::2], sin[..., 1::2])))
+        return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).type_as(y)

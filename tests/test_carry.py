@@ -1,0 +1,123 @@
+"""What reduced attentions miss: when it is learnt, how it is carried on, and what it costs."""
+
+import pytest
+import torch
+
+import accel
+from accel.carry import Carried
+from accel.families import family_of
+from accel.families.wan import Projected
+from accel.heads import Heads
+from accel.methods import METHODS
+from accel.methods.base import Ahead
+from accel.tokens import match, partition
+from accel.trace import Step
+
+AsymRnR = METHODS["asymrnr"]
+FIXED = {"schedule": "fixed", "query_rate": 0.5, "kv_rate": 0.5, "start": 0.1, "cell": "1x2x2", "interval": 3}
+SITE = "blocks.0.attn1"
+
+
+def step(index: int, sigma: float) -> Step:
+    return Step(index, 20, sigma, 0.0, "cond")
+
+
+def test_the_line_goes_through_the_last_two_differences_by_noise_level():
+    """1 at a level of .9, 3 at .7: 4 at .6. As last seen: 3."""
+    for depth, expected in ((2, 4.0), (1, 3.0)):
+        carried, cuts = Carried(depth, interval=3), (object(), None)
+        for index, sigma, value in ((0, 1.0, -5.0), (3, 0.9, 1.0), (6, 0.7, 3.0)):
+            carried.add(("a",), step(index, sigma), cuts, torch.tensor([value]))
+        assert carried.now(("a",), step(7, 0.6)).item() == pytest.approx(expected)
+        assert carried.held == 4 * depth
+
+
+def test_a_difference_serves_its_own_cuts_until_it_is_too_old():
+    carried, cuts = Carried(2, interval=3), (object(), object())
+    assert carried.due(("a",), step(4, 0.9), cuts)
+    carried.add(("a",), step(4, 0.9), cuts, torch.ones(1))
+    assert not carried.due(("a",), step(6, 0.8), cuts) and carried.due(("a",), step(7, 0.7), cuts)
+    others = (cuts[0], object())
+    assert carried.due(("a",), step(5, 0.8), others)
+    carried.add(("a",), step(5, 0.8), others, torch.full((1,), 9.0))
+    assert carried.now(("a",), step(6, 0.1)).item() == 9  # no line through what other cuts missed
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "a head each"])
+@pytest.mark.parametrize("short", ["queries", "keys", "both"])
+def test_reduced_with_what_it_missed_is_the_whole_attention(short, shared, pipe):
+    """While nothing changes. The restored output waits for its projection only where heads share a plan."""
+    torch.manual_seed(0)
+    attn, x = pipe.transformer.blocks[0].attn1, torch.randn(1, 48, 24)
+    rope = pipe.transformer.rope(torch.randn(1, 4, 3, 8, 8))
+    cuts = [
+        match(torch.randn(1, 48, 2, 12), partition((3, 4, 4), (1, 2, 2), i), shared=shared).cut(0.5) for i in (0, 1)
+    ]
+    queries, keys = cuts[0] if short != "keys" else None, cuts[1] if short != "queries" else None
+
+    def reduced(heads: Heads) -> torch.Tensor:
+        return softmax(heads.query(queries), heads.key(keys), heads.value(keys))
+
+    with torch.no_grad():
+        whole = Projected(attn, x, rope)
+        y = softmax(whole.query(), whole.key(), whole.value())
+        missed = whole.missed(y, reduced(whole), queries)
+        out, again = whole.finish(y), Projected(attn, x, rope)
+        got = again.finish(again.restore(reduced(again), queries, missed))
+        torch.testing.assert_close(out, attn(x, None, None, rope), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, out, rtol=1e-4, atol=1e-5)
+    assert missed.abs().max() > 1e-3
+
+
+def softmax(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def test_every_third_attention_runs_whole_and_beside_it_reduced(pipe, sample):
+    """20 steps, the first two plain: 2, 5, 8, ... are whole, with a core of half the queries and keys on top."""
+    with accel.apply(pipe, [AsymRnR(**FIXED)]) as trace:
+        sample(pipe)
+    events = {i: trace.events[i, "uncond", SITE] for i in range(20)}
+    assert [i for i, e in events.items() if e.action == "reduce"] == [i for i in range(3, 20) if i % 3 != 2]
+    core, projected = 4 * 24 * 24 * 24, 2 * 24 * 24**2
+    assert events[5].kept == pytest.approx(1 + (core + projected) / trace.flops[SITE])
+    assert trace.extras["asymrnr"]["rates"][SITE][5] == [0, 0]
+    assert trace.extras["asymrnr"]["rates"][SITE][6] == [0.5, 0.5]
+
+
+def test_carrying_brings_the_video_closer_to_the_plain_one_at_the_same_rates(pipe, sample):
+    plain, apart = sample(pipe), {}
+    for carry in ("nothing", "last", "line"):
+        with accel.apply(pipe, [AsymRnR(**FIXED, carry=carry)]):
+            apart[carry] = (sample(pipe) - plain).square().mean()
+    assert apart["line"] < apart["last"] < apart["nothing"] / 4
+
+
+def test_a_branch_that_another_method_seldom_runs_learns_nothing(pipe, sample):
+    """CFG-Cache leaves one unconditional pass in ten; a difference serves for three steps: those passes are plain."""
+    cache = METHODS["fastercache"](attention=False, guidance_interval=10, guidance_start=0.5)
+    with accel.apply(pipe, [AsymRnR(**FIXED), cache]) as trace:
+        sample(pipe)
+    late = {(e.branch, e.action, e.kept > 1) for e in trace.events.values() if e.site == SITE and e.step > 11}
+    assert late == {("cond", "reduce", False), ("cond", "compute", True)} | {("uncond", "compute", False)}
+
+
+def test_nothing_of_the_first_transformer_is_carried_into_the_second(two_models, sample):
+    with accel.apply(two_models, [AsymRnR(**FIXED)]) as trace:
+        sample(two_models)
+    second = next(i for i, sigma in sorted(trace.sigmas.items()) if 1000 * sigma < 700)
+    assert trace.events[second, "cond", SITE].action == "compute"
+    assert trace.events[second + 1, "cond", SITE].action == "reduce"
+
+
+@pytest.mark.parametrize("carry", ["nothing", "last", "line"])
+def test_the_forecast_is_not_exceeded(carry, pipe, sample):
+    """What is carried is one tensor (b, n, d) a block and branch, or two for a line."""
+    method, latents = AsymRnR(**FIXED, carry=carry), torch.empty(1, 4, 3, 8, 8)
+    expected = method.forecast(Ahead(pipe.transformer, family_of(pipe), latents, 20, True))
+    with accel.apply(pipe, [method]) as trace:
+        sample(pipe)
+    assert expected / 2 < trace.bytes_held <= expected
+    tensors = {"nothing": 0, "last": 1, "line": 2}[carry]
+    bare = AsymRnR(**FIXED, carry="nothing").forecast(Ahead(pipe.transformer, family_of(pipe), latents, 20, True))
+    assert expected - bare == tensors * 2 * 2 * 48 * 24 * 4
