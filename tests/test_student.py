@@ -158,7 +158,7 @@ def test_a_students_steps_are_too_long_to_share_a_matching(students, pipe, sampl
     """24 plain steps would share one in three; two blocks, queries and keys."""
     made = []
     monkeypatch.setattr("accel.plans.match", lambda *a, **k: made.append(1) or match(*a, **k))
-    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.5)
+    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.5, carry="nothing")
     for methods, steps in (([GPD(steps=24)], 12), ([], 4)):
         made.clear()
         with accel.apply(pipe, [*methods, reduction]):
@@ -166,9 +166,11 @@ def test_a_students_steps_are_too_long_to_share_a_matching(students, pipe, sampl
         assert len(made) == steps * 2 * 2
 
 
-def test_tokens_are_reduced_under_a_student_of_few_steps(students, pipe, sample):
-    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.3)
+@pytest.mark.parametrize(("carry", "reduced"), [("nothing", 4), ("line", 2)])
+def test_tokens_are_reduced_under_a_student_of_few_steps(carry, reduced, students, pipe, sample):
+    """From the third of 6 steps on, in two blocks; where misses are carried, every second attention runs whole."""
+    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.3, carry=carry)
     with accel.apply(pipe, [GPD(steps=6), reduction]) as trace:
         sample(pipe, steps=6, guidance=1.0)
-    assert trace.summary()["attention"]["reduce"] == 2 * 4  # blocks, steps from the third on
+    assert trace.summary()["attention"]["reduce"] == 2 * reduced
     assert trace.summary()["calls"] == {"compute": 6}
