@@ -59,18 +59,14 @@ def choose(costs: Table, budget: float, ceilings: Pair, count: int, first: int, 
     What it misses is then carried, and errors hardly depend on the rate: sites and spans are reduced at the ceilings or
     not at all, the cheapest first, until the budget is met. None are if that would save nothing.
     """
-    steps = {
-        (site, span): n for site, spans in costs.items() for span, n in enumerate(_lengths(len(spans), count, first))
-    }
-    saved = 1 - left_of(ceilings, whole)
-    surplus, rates = (
-        len(costs) * (count - first) * (1 - budget),
-        {site: [(0.0, 0.0)] * len(s) for site, s in costs.items()},
-    )
-    for site, span in sorted(steps, key=lambda cell: sum(costs[cell[0]][cell[1]])):
-        if surplus > 1e-9 and saved > 0 and steps[site, span]:
+    lengths = {site: _lengths(len(spans), count, first) for site, spans in costs.items()}
+    rates = {site: [(0.0, 0.0)] * len(spans) for site, spans in costs.items()}
+    surplus, saved = len(costs) * (count - first) * (1 - budget), 1 - left_of(ceilings, whole)
+    cells = [(site, span) for site, spans in costs.items() for span in range(len(spans))]
+    for site, span in sorted(cells, key=lambda cell: sum(costs[cell[0]][cell[1]])):
+        if surplus > 1e-9 and saved > 0 and lengths[site][span]:
             rates[site][span] = ceilings
-            surplus -= saved * steps[site, span]
+            surplus -= saved * lengths[site][span]
     return rates
 
 

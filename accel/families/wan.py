@@ -110,13 +110,14 @@ class Projected(Heads):
         cut, missed = self.late
         if cut is None and missed is None:
             return out
-        return super().restore(out[:, :, None], cut, None if missed is None else missed[:, :, None]).squeeze(2)
+        return self._long(out, cut, missed)
 
     def _out(self, y: Tensor) -> Tensor:
         return self.attn.to_out[1](self.attn.to_out[0](y.flatten(2, 3).type_as(self.x)))
 
-    def _long(self, y: Tensor, cut: Reduction | None) -> Tensor:
-        return super().restore(y[:, :, None], cut).squeeze(2)
+    def _long(self, y: Tensor, cut: Reduction | None, missed: Tensor | None = None) -> Tensor:
+        """`Heads.restore` of a projected output (b, m, d)."""
+        return super().restore(y[:, :, None], cut, None if missed is None else missed[:, :, None]).squeeze(2)
 
     def _waits(self, cut: Reduction | None) -> bool:
         """Whether restoring may wait until after the projection."""
