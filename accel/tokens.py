@@ -85,9 +85,8 @@ class Plan:
         place = rank.gather(1, every.scatter(1, order[:, :removed], heir))
         sizes = torch.zeros_like(keep).scatter_add(1, place, torch.ones_like(place))
         row = part.tokens * torch.arange(g, device=keep.device)[:, None]  # of each group's first token, among all
-        members, starts = place.argsort(dim=1, stable=True) + row, sizes.cumsum(1) - sizes + row
-        indices = (keep, place, sizes, members.flatten(), starts.flatten())
-        return Reduction(*(index.int() for index in indices), size_bias(sizes))
+        members = (place.argsort(dim=1, stable=True) + row).flatten()
+        return Reduction(*(index.int() for index in (keep, place, sizes, members)))
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ class Reduction:
     place: Tensor  # (g, n) position in `keep` of the token that stands for each token
     sizes: Tensor  # (g, m) how many tokens each kept one stands for
     members: Tensor  # (g n,) among the tokens of all groups: those that the first kept one stands for, the second, ...
-    starts: Tensor  # (g m,) where in `members` those of each kept token begin
-    logs: Tensor  # (g, m) float32: `size_bias` of the sizes
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +105,7 @@ class Reduction:
 
     def bias(self, batch: int, heads: int) -> Tensor:
         """`size_bias` in the shape of logits: (b, 1, 1, m), or (b, h, 1, m) with a plan for each head."""
-        return self.logs.view(batch, heads if len(self.keep) > batch else 1, 1, -1)
+        return size_bias(self.sizes).view(batch, heads if len(self.keep) > batch else 1, 1, -1)
 
     def reduce(self, x: Tensor, mean: bool = False) -> Tensor:
         """x (b, n, h, d) shortened to (b, m, h, d): kept tokens as they are, or the mean of those they stand for."""
@@ -119,7 +116,8 @@ class Reduction:
 
     def _mean(self, rows: Tensor) -> Tensor:
         """Means (g, m, k) of rows (g, n, k), summed in float32 and always in the same order."""
-        means = F.embedding_bag(self.members, rows.flatten(0, 1), self.starts, mode="mean")
+        ends = self.sizes.flatten().cumsum(0, dtype=torch.int32)
+        means = F.embedding_bag(self.members, rows.flatten(0, 1), ends - self.sizes.flatten(), mode="mean")
         return means.unflatten(0, (len(rows), -1))
 
     def restore(self, x: Tensor) -> Tensor:

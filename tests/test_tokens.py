@@ -181,7 +181,7 @@ def test_extra_memory_at_480p_stays_under_300_mb(everywhere):
     model = SimpleNamespace(config=config, blocks=[SimpleNamespace(attn1=None)] * 30)
     ahead = Ahead(model, wan, latents, 50, True)
     held = AsymRnR(carry="nothing").forecast(ahead)
-    assert 50e6 < held < 130e6
+    assert 50e6 < held < 110e6
     assert 100e6 < memory.peak - q.nbytes + held < 300e6
     half = latents.to(torch.bfloat16)
     line, last = (AsymRnR(carry=carry).forecast(ahead._replace(latents=half)) - held for carry in ("line", "last"))

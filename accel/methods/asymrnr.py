@@ -144,8 +144,8 @@ class AsymRnR(Method):
         model, family, latents, count, guided, _ = ahead
         n, branches = math.prod(family.grid(model, latents)), len(family.attentions(model)) * (1 + guided)
         n *= len(latents)
-        indices = 8 * n * (1 if self.heads == "shared" else model.config.num_attention_heads)
-        plans = 4 * indices * 2 * branches  # at most: order, owner and the six of a `Reduction`
+        indices = 6 * n * (1 if self.heads == "shared" else model.config.num_attention_heads)
+        plans = 4 * indices * 2 * branches  # at most: order, owner and the four of a `Reduction`
         depth = DEPTH[self.carry] if self._interval(count) > 1 else 0
         return plans + depth * branches * n * family.width(model) * latents.element_size()
 
