@@ -3,6 +3,9 @@
 Now and then an attention runs whole and reduced; what lies between the two outputs is what the reduction missed there.
 Until it does so again, that difference, or the line through the last two of them by noise level, is added to what the
 reduced attention gives, which then has to follow only what has changed since. This is ours, not the paper's.
+
+Where another method takes the branches' difference and holds it (`Host.anchors`), both run whole: an error of one branch
+alone would be in that difference, grow with the guidance and stay until the next is taken.
 """
 
 from __future__ import annotations
@@ -43,15 +46,18 @@ class Carried:
     found: dict[tuple, list[Missed]] = field(default_factory=dict)
     called: dict[tuple, int] = field(default_factory=dict)  # step of the last call
 
-    def serves(self, key: tuple, step: Step) -> bool:
-        """Whether the calls of an attention are near enough that what one misses serves the next."""
-        before, self.called[key] = self.called.get(key, step.index), step.index
-        return step.index - before < self.interval
+    def serves(self, key: tuple, step: Step, anchor: bool = False) -> bool:
+        """Whether the calls of an attention are near enough that what one misses serves the next.
 
-    def due(self, key: tuple, step: Step, cuts: Cuts) -> bool:
-        """Whether the attention has to run whole: nothing is known of these cuts, or it is too old."""
+        In an `anchor` step, from which the unconditional branch is rebuilt until the next one, that branch's are not.
+        """
+        before, self.called[key] = self.called.get(key, step.index), step.index
+        return step.index - before < self.interval and not (anchor and step.branch == "uncond")
+
+    def due(self, key: tuple, step: Step, cuts: Cuts, anchor: bool = False) -> bool:
+        """Whether the attention has to run whole: for an anchor, or as nothing is known of these cuts, or it is old."""
         found = self.found.get(key)
-        return not found or not found[-1].of(cuts) or step.index - found[-1].step >= self.interval
+        return anchor or not found or not found[-1].of(cuts) or step.index - found[-1].step >= self.interval
 
     def add(self, key: tuple, step: Step, cuts: Cuts, tensor: Tensor) -> None:
         """Hold what was missed; what other cuts missed is forgotten."""

@@ -97,6 +97,7 @@ class Host:
         self.model = 0
         self.latents: Tensor | None = None  # the input of the call that runs, (b, c, f, h, w)
         self.run = 0
+        self.anchors: set[int] = set()  # steps of this run whose outputs others are built from: to be exact in
         self._seen: set[tuple[int, str]] = set()
         self._loose = _Loose()
         self._denoiser: list[Callable] = []
@@ -214,6 +215,7 @@ class Host:
             self.run += 1
             self.trace.begin()
             self._seen.clear()
+            self.anchors.clear()
             self.trace.started = time.perf_counter()
         self._seen.add((index, branch))
         sigmas = scheduler.sigmas

@@ -22,14 +22,14 @@ OVERVIEW = (  # suite, row, and what it is called where all are together
     ("fastercache", "fastercache", "`fastercache`"),
     ("fastercache", "fewer steps: 30", "30 plain steps"),
     ("asymrnr", "asymrnr", "`asymrnr`"),
-    ("asymrnr", "fastercache + asymrnr", "`balanced`"),
+    ("balanced", "fastercache + asymrnr", "`balanced`"),
     ("gpd", "6 steps by Euler", "6 plain steps by Euler's rule"),
     ("gpd", "gpd, 6 steps", "`gpd`"),
     ("disca", "meanflow, 20 steps", "`meanflow`"),
     ("disca", "disca", "`disca`"),
     ("disca", "turbo", "`turbo`"),
 )
-MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "gpd", "gpd-arms", "meanflow", "disca")
+MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", "gpd-arms", "meanflow", "disca")
 CARD = ROOT / "models" / "tiny-wan" / "README.md"
 
 

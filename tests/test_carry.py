@@ -102,6 +102,18 @@ def test_a_branch_that_another_method_seldom_runs_learns_nothing(pipe, sample):
     assert late == {("cond", "reduce", False), ("cond", "compute", True)} | {("uncond", "compute", False)}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_both_branches_are_whole_where_their_difference_is_held(order, pipe, sample):
+    """CFG-Cache rebuilds steps 11, 13, ...: in 10, 12, ... it takes the branches' difference, errors included."""
+    cache = METHODS["fastercache"](attention=False, guidance_interval=2, guidance_start=0.55)
+    with accel.apply(pipe, [AsymRnR(**FIXED), cache][::order]) as trace:
+        sample(pipe)
+    done = {(e.step, e.branch): (e.action, e.kept > 1) for e in trace.events.values() if e.site == SITE}
+    for anchor in (10, 12, 14, 16):
+        assert done[anchor, "uncond"] == ("compute", False)
+        assert done[anchor, "cond"] == ("compute", True) and done[anchor + 1, "cond"][0] == "reduce"
+
+
 def test_nothing_of_the_first_transformer_is_carried_into_the_second(two_models, sample):
     with accel.apply(two_models, [AsymRnR(**FIXED)]) as trace:
         sample(two_models)

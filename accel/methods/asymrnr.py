@@ -204,14 +204,15 @@ class AsymRnR(Method):
             return inner(heads)
         memory.turn_to(host.model)
         key, n = (site, step.branch), heads.shape[1]
-        if memory.carried and not memory.carried.serves(key, step):  # of a branch that another method seldom runs
+        anchor = step.index in host.anchors  # where the branches' difference is taken, and errors with it
+        if memory.carried and not memory.carried.serves(key, step, anchor):  # another method seldom runs this branch
             return inner(heads)
         queries, matching = self._cut("query", heads, rates[0], site, host, memory)
         keys, more = (queries, 0) if self.plans == "one" else self._cut("kv", heads, rates[1], site, host, memory)
         cuts = queries, keys
         m = [len(cut.keep[0]) if cut else n for cut in cuts]
         work, spent = m[0] * m[1] / n**2 * core_flops(host), matching + more
-        if memory.carried and memory.carried.due(key, step, cuts):
+        if memory.carried and memory.carried.due(key, step, cuts, anchor):
             y = self._whole(inner, heads, cuts, key, host, memory)
             trace.record(step, site, "compute", 1 + (work - heads.spared + spent) / trace.flops[site])
         else:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -150,6 +151,7 @@ class FasterCache(Method):
         elif self.guidance and not guided:
             trace.note("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
         trace.bytes_forecast += self.forecast(ahead_of(host))
+        host.anchors |= {i for i, (now, then) in enumerate(pairwise(plans)) if now.guidance and not then.guidance}
         return plans
 
     def _attend(self, inner, site: str, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:
