@@ -4,8 +4,8 @@ Now and then an attention runs whole and reduced; what lies between the two outp
 Until it does so again, that difference, or the line through the last two of them by noise level, is added to what the
 reduced attention gives, which then has to follow only what has changed since. This is ours, not the paper's.
 
-Where another method takes the branches' difference and holds it (`Host.anchors`), both run whole: an error of one branch
-alone would be in that difference, grow with the guidance and stay until the next is taken.
+Where another method takes the branches' difference and holds it (`Host.anchors`), both run whole: an error of one
+branch alone would be in that difference, grow with the guidance and stay until the next is taken.
 """
 
 from __future__ import annotations
