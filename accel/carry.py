@@ -50,9 +50,13 @@ class Carried:
         """Whether the calls of an attention are near enough that what one misses serves the next.
 
         In an `anchor` step, from which the unconditional branch is rebuilt until the next one, that branch's are not.
+        What was missed in one that is not served is forgotten: half of all memory, once that branch is rebuilt.
         """
         before, self.called[key] = self.called.get(key, step.index), step.index
-        return step.index - before < self.interval and not (anchor and step.branch == "uncond")
+        near = step.index - before < self.interval and not (anchor and step.branch == "uncond")
+        if not near:
+            self.found.pop(key, None)
+        return near
 
     def due(self, key: tuple, step: Step, cuts: Cuts, anchor: bool = False) -> bool:
         """Whether the attention has to run whole: for an anchor, or as nothing is known of these cuts, or it is old."""

@@ -43,6 +43,17 @@ def test_a_difference_serves_its_own_cuts_until_it_is_too_old():
     assert carried.now(("a",), step(6, 0.1)).item() == 9  # no line through what other cuts missed
 
 
+def test_what_serves_no_longer_is_forgotten():
+    """The unconditional branch's in an anchor step, and anybody's after a gap; the conditional one's serves on."""
+    carried, cuts = Carried(1, interval=3), (object(), None)
+    uncond = Step(4, 20, 0.8, 0.0, "uncond")
+    for key in ("cond", "uncond"):
+        carried.add((key,), step(3, 0.9), cuts, torch.ones(2))
+    assert carried.serves(("cond",), step(4, 0.8), anchor=True) and not carried.serves(("uncond",), uncond, anchor=True)
+    assert carried.held == 8
+    assert not carried.serves(("cond",), step(7, 0.7)) and carried.held == 0
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "a head each"])
 @pytest.mark.parametrize("short", ["queries", "keys", "both"])
 def test_reduced_with_what_it_missed_is_the_whole_attention(short, shared, pipe):
