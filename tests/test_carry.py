@@ -92,6 +92,7 @@ def test_every_third_attention_runs_whole_and_beside_it_reduced(pipe, sample):
     assert [i for i, e in events.items() if e.action == "reduce"] == [i for i in range(3, 20) if i % 3 != 2]
     core, projected = 4 * 24 * 24 * 24, 2 * 24 * 24**2
     assert events[5].kept == pytest.approx(1 + (core + projected) / trace.flops[SITE])
+    assert trace.extras["asymrnr"]["beside_ms"] > 0
     assert trace.extras["asymrnr"]["rates"][SITE][5] == [0, 0]
     assert trace.extras["asymrnr"]["rates"][SITE][6] == [0.5, 0.5]
 

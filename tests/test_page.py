@@ -117,11 +117,13 @@ def test_a_model_that_cannot_be_loaded_is_told_to_every_visitor(monkeypatch):
 
 
 def test_maps_show_the_rate_of_each_step_and_the_tokens_that_stay():
-    told = {"core_share": 0.4, "forecast": 1.3, "overhead_ms": 5.0, "rates": {"a": [[0, 0], [0.5, 0.2]]}}
+    told = {"core_share": 0.4, "forecast": 1.3, "overhead_ms": 5.0, "beside_ms": 2.0}
+    told["rates"] = {"a": [[0, 0], [0.5, 0.2]]}
     told["kept"] = {"a": {"query": ["01", "10"]}}
     html = maps({"steps": [{"ms": 40}, {"ms": 60}], "extras": {"asymrnr": told}})
     assert "step 2, a: 50% queries removed" in html and "step 2, a: 20% keys and values removed" in html
-    assert html.count("#3b82f6") == 1 + 4 and "5 ms, 5.0% of the denoising" in html and "1.30×" in html
+    assert "took 5 ms, 5.0% of the denoising" in html and "took 2 ms, 2.0% of the denoising" in html
+    assert html.count("#3b82f6") == 1 + 4 and "1.30×" in html
     assert maps({"steps": [], "extras": {}}) == ""
 
 

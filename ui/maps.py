@@ -18,8 +18,10 @@ def _told(told: dict, trace: dict) -> str:
         f"{told['forecast']:.2f}× if all that is saved arrives."
     )
     if told["overhead_ms"] is not None:
-        took = f"{told['overhead_ms']:.0f} ms, {told['overhead_ms'] / spent:.1%} of the denoising"
-        words += f" Matching, gathering and restoring took {took}."
+        took = lambda key: f"{told[key]:.0f} ms, {told[key] / spent:.1%} of the denoising"
+        words += f" Matching, gathering and restoring took {took('overhead_ms')}."
+        if told.get("beside_ms"):  # a recorded run may be older
+            words += f" Reduced attentions beside whole ones, to see what they miss, took {took('beside_ms')}."
     rates = "".join(_rates(told["rates"], i) for i in range(len(NAMES)))
     return f'<div class="maps"><div class="words">{words}</div>{rates}{_kept(told)}</div>'
 

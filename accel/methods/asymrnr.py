@@ -49,6 +49,7 @@ class Memory:
     carried: Carried | None  # if anything is
     model: int = 0  # the transformer of which things are held
     watch: Stopwatch = field(default_factory=Stopwatch)  # on matching, cutting, shortening and restoring
+    beside: Stopwatch = field(default_factory=Stopwatch)  # on reduced attentions beside whole ones
 
     def turn_to(self, model: int) -> None:
         """Forget what is held of another transformer: Wan 2.2 changes to its second one."""
@@ -62,6 +63,11 @@ class Memory:
     def held(self) -> int:
         """Bytes."""
         return self.plans.held + (self.carried.held if self.carried else 0)
+
+    def milliseconds(self) -> dict[str, float]:
+        """What the reduction cost so far, for the trace."""
+        watches = {"overhead_ms": self.watch, "beside_ms": self.beside}
+        return {name: round(1000 * watch.seconds, 2) for name, watch in watches.items()}
 
 
 class AsymRnR(Method):
@@ -184,7 +190,8 @@ class AsymRnR(Method):
         elif self.schedule == "measured":
             schedule.read(place_of(host))
         none = {site: [[0.0, 0.0]] * count for site in sites}
-        trace.extras["asymrnr"] = {"core_share": round(share, 4), "rates": none, "kept": {}, "overhead_ms": None}
+        told = {"core_share": round(share, 4), "rates": none, "kept": {}, "overhead_ms": None, "beside_ms": None}
+        trace.extras["asymrnr"] = told
         return Memory(plans, schedule, interval, carried)
 
     def _asks_nothing(self) -> bool:
@@ -223,13 +230,16 @@ class AsymRnR(Method):
             trace.extras["asymrnr"]["rates"][site][step.index] = [*rates]
         trace.hold("asymrnr", memory.held)
         if host.latents.device.type != "cuda":  # where this clock would only see the launches
-            trace.extras["asymrnr"]["overhead_ms"] = round(1000 * memory.watch.seconds, 2)
+            trace.extras["asymrnr"] |= memory.milliseconds()
         return y
 
     def _whole(self, inner: Callable, heads: Heads, cuts: Cuts, key: tuple, host: Host, memory: Memory) -> Tensor:
         """The attention as it is, and beside it reduced, to learn what that misses."""
         y = inner(Heads(heads.query(), heads.key(), heads.value()))
-        missed = heads.missed(y, inner(self._shortened(heads, *cuts)), cuts[0])
+        shortened = self._shortened(heads, *cuts)
+        with memory.beside:
+            reduced = inner(shortened)
+        missed = heads.missed(y, reduced, cuts[0])
         memory.carried.add(key, host.step, cuts, missed)
         return y
 
