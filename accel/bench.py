@@ -61,7 +61,10 @@ def _arms(*names: str) -> dict[str, Row]:
     return {name: Row("gpd", change={"gpd": {"student": f"checkpoints/{name}/gpd-N6"}}) for name in names}
 
 
-ARMS = ("no-constraint", "annealed", "halving", "direct", "guidance-only")  # of training/teach.py
+ARMS = {  # of training/teach.py, by suite: other ways from 48 steps to 6, other ways to take in the guidance
+    "gpd-arms": ("no-constraint", "halving", "direct"),
+    "gpd-guidance": ("annealed", "guidance-only"),
+}
 PLAIN = {"baseline": Row()}
 CACHE_ALONE = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}  # the time of both together
 UNCARRIED = {"carry": "nothing", "budget": 0.75, "start": 0.3, "matching": "global", "merge": "values", "bias": True}
@@ -98,7 +101,9 @@ SUITES: dict[str, dict[str, Row]] = {
         "equal calls: 3 steps": Row(steps=3),
         "6 steps, no guidance": Row(steps=6, guidance=1.0),
     },
-    "gpd-arms": {"baseline, 48 steps": Row(steps=48), "gpd": Row("gpd")} | _arms(*ARMS),
+}
+SUITES |= {
+    suite: {"baseline, 48 steps": Row(steps=48), "gpd": Row("gpd")} | _arms(*names) for suite, names in ARMS.items()
 }
 SUITES["meanflow"] = PLAIN | {
     name.format(n=n): Row("meanflow", change={"meanflow": {"steps": n, **of}})
@@ -129,7 +134,7 @@ PAIRS = {  # suite -> rows that are held against each other
     "balanced": [("fastercache + asymrnr", name) for name in ("fastercache, as fast", "fewer steps: 24")],
     "gpd": [("gpd, 6 steps", name) for name in
             ("6 steps by Euler", "fewer steps: 6", "equal calls: 3 steps", "6 steps, no guidance")],
-    "gpd-arms": [("gpd", name) for name in ARMS],
+    **{suite: [("gpd", name) for name in names] for suite, names in ARMS.items()},
     "meanflow": [(f"meanflow, {n} steps", f"{name}, {n} steps") for n in (20, 10) for name in
                  ("guidance distilled", "even intervals", "unrestricted (R = 1)")],
     "disca": [("disca", name) for name in

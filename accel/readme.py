@@ -10,7 +10,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from .bench import PAIRS
+from .bench import ARMS, PAIRS
 from .methods import METHODS
 from .metrics import RATIOS, spell
 from .models import ROOT
@@ -29,7 +29,7 @@ OVERVIEW = (  # suite, row, and what it is called where all are together
     ("disca", "disca", "`disca`"),
     ("disca", "turbo", "`turbo`"),
 )
-MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", "gpd-arms", "meanflow", "disca")
+MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", *ARMS, "meanflow", "disca")
 CARD = ROOT / "models" / "tiny-wan" / "README.md"
 
 
@@ -187,7 +187,7 @@ PARTS = {
     "disca-training": disca,
 }
 PARTS |= {name: partial(suite, name) for name in MEASURED}
-PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", "gpd-arms", "meanflow", "disca")}
+PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", *ARMS, "meanflow", "disca")}
 PARTS |= {f"{name}-pairs": partial(pairs, name) for name in PAIRS}
 
 
