@@ -58,7 +58,7 @@ class Page:
             outputs = self._results()
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
-                    steps, guidance, preset, also = self._run_settings()
+                    steps, guidance, preset, lacking, also = self._run_settings()
                 with gr.Column(scale=3):
                     widgets = self._method_settings()
             gr.Markdown(about())
@@ -67,7 +67,8 @@ class Page:
                 [run.click, prompt.submit], **event, concurrency_limit=None, show_progress="hidden", api_name="run_pair"
             )
             stop.click(self.stop, None, outputs[0], queue=False, show_progress="hidden", api_name="stop")
-            preset.change(self.load, preset, [steps, guidance, *widgets], queue=False, api_visibility="private")
+            loaded = [lacking, steps, guidance, *widgets]
+            preset.change(self.load, preset, loaded, queue=False, api_visibility="private")
             for button in pick:
                 button.click(lambda text: text, button, prompt, queue=False, api_visibility="private")
         return demo
@@ -76,7 +77,8 @@ class Page:
         """Message, two live panes, player, the rival's player, figures, timeline, maps, code; first a recorded pair."""
         stored = stored_pairs()
         first = stored[0] if stored else None
-        message = gr.HTML(first.ribbon if first else "", elem_id="message")
+        spoken = '<div role="status">${value || ""}</div>'  # read out when it changes
+        message = gr.HTML(first.ribbon if first else "", elem_id="message", html_template=spoken)
         with gr.Row():
             live = [gr.HTML(EMPTY_PANE, elem_id=f"live-{p}") for p in "ab"]
         player = ABPlayer(first.value if first else None, elem_id="player")
@@ -91,20 +93,22 @@ class Page:
         return [message, *live, player, rival, figures, steps_shown, rates_shown, shown_code]
 
     def _run_settings(self) -> tuple[gr.components.Component, ...]:
-        """Steps, guidance, preset, and whether to show the third pane."""
+        """Steps, guidance, preset, what this model lacks for it, and whether to show the third pane."""
         gr.Markdown("### Run")
         steps = gr.Slider(
             1, 100, 50, step=1, label="steps", info="Of all but a student; more is slower.", elem_id="steps"
         )
         guidance = gr.Slider(
-            0, 12, 4, step=0.5, label="guidance", info="Strength of the prompt; 1 and less runs one branch."
-        )
+            0, 12, 4, step=0.5, label="guidance",
+            info="Strength of the prompt, but of a student, whose own is built in; 1 and less runs one branch.",
+        )  # fmt: skip
         preset = gr.Dropdown(preset_names(), value=FIRST, label="preset", info="Sets the knobs.", elem_id="preset")
+        lacking = gr.HTML("", elem_id="lacking")
         also = gr.Checkbox(
             False, label="third pane: fewer plain steps", elem_id="also",
             info="What the plain model makes in as few steps as the accelerated side takes.",
         )  # fmt: skip
-        return steps, guidance, preset, also
+        return steps, guidance, preset, lacking, also
 
     def _method_settings(self) -> list[gr.components.Component]:
         """A switch for each method, then the knobs of each; one for which nothing was trained is switched off."""
@@ -122,19 +126,23 @@ class Page:
         return [*switches, *knobs]
 
     def load(self, name: str) -> list:
-        """Widget values of a preset: steps, guidance, switches, knobs."""
+        """Widget values of a preset: what this model lacks for it, steps, guidance, switches, knobs."""
         preset = load_preset(name)
         chosen = {type(m): m for m in preset}
-        switched = [m in chosen and all(self.offered[name].values()) for name, m in METHODS.items()]
-        values = [
-            controls.possible(getattr(chosen.get(m) or m(), knob), self.offered[name].get(knob))
-            for name, m in METHODS.items()
-            for knob in m.knobs()
-        ]
-        if missing := [METHODS[m].title for m in preset.methods if not all(self.offered[m].values())]:
-            gr.Warning(f"{name} needs {' and '.join(missing)}, not trained for this model yet: see the README.")
-        own = [gr.skip() if v is None else v for v in (preset.steps, preset.guidance)]
-        return [*own, *switched, *values]
+        switched, values, lacks = [], [], []
+        for own, method in METHODS.items():
+            offered, asked = self.offered[own], chosen.get(method)
+            switched.append(asked is not None and all(offered.values()))
+            for knob in method.knobs():
+                wanted = getattr(asked or method(), knob)
+                values.append(controls.possible(wanted, offered.get(knob)))
+                if asked and switched[-1] and values[-1] != wanted:
+                    lacks.append(f"{method.title}'s {knob.replace('_', ' ')} {wanted}, {values[-1]} is set instead")
+            if asked and not switched[-1]:
+                lacks.append(f"{method.title}, which is off")
+        note = f"{name} asks for what was not trained for this model (see the README): {'; '.join(lacks)}."
+        shown = f'<div class="note bad" role="status">{escape(note)}</div>' if lacks else ""
+        return [shown, *[gr.skip() if v is None else v for v in (preset.steps, preset.guidance)], *switched, *values]
 
     def stop(self, request: gr.Request):
         """End the visitor's run at its next step; the run says so itself, lest two answers cross."""
@@ -178,11 +186,13 @@ class Page:
             return [data["note"], baseline, pane_waiting("accelerated", "after the baseline"), *rest]
         if kind == "step":
             shown = [pane(**data["pane"]) if p == data["which"] else keep for p in "ab"]
-            return [keep, *shown, keep, keep, keep, timeline(data["trace"]) if data["trace"] else keep, keep, keep]
+            return [keep, *shown, *rest]
         if kind == "pair":
-            facts, rival = data["report"], gr.update(value=data["rival"], visible=data["rival"] is not None)
-            shown = [data["player"], rival, numbers(facts), timeline(facts["trace"]), maps(facts["trace"]), code(facts)]
-            return [data["note"], EMPTY_PANE, EMPTY_PANE, *shown]
+            facts, hidden = data["report"], gr.update(visible=False)
+            told = [numbers(facts), timeline(facts["trace"]), maps(facts["trace"]), code(facts)]
+            return [data["note"], EMPTY_PANE, EMPTY_PANE, data["player"], hidden, *told]
+        if kind == "rival":
+            return [keep, EMPTY_PANE, EMPTY_PANE, keep, gr.update(value=data["player"], visible=True), *[keep] * 4]
         if kind == "stopping":
             return ['<div class="note">Stopping at the next step…</div>', keep, keep, *rest]
         if kind == "stopped":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from .metrics import distance
 from .models import Home, resolve
 from .presets import build_methods, demanded, explain
 from .trace import Trace
+from .video import write_mp4
 from .world.judge import score
 
 LONGEST_PROMPT = 2000
@@ -140,6 +143,7 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
         paused += clock(device) - now
         return {}
 
+    asked = clock(device)
     with apply(pipe, build_methods(run.methods)) as trace:
         began = clock(device)
         out = pipe(
@@ -150,12 +154,16 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
         ended = clock(device) - paused
     frames = (np.asarray(out.frames[0]) * 255).round().astype(np.uint8)
     stages = {"text": trace.started - began, "denoise": denoised - trace.started, "decode": ended - denoised}
+    if run.methods:
+        stages = {"load": began - asked, **stages}  # of what was trained, mostly
     return Video(frames, final, stages, trace)
 
 
 def warm_up(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None) -> None:
-    """Two steps whose time nobody counts."""
-    generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home, on_step)
+    """Two steps, and their video written, whose time nobody counts."""
+    video = generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home, on_step)
+    with tempfile.TemporaryDirectory(prefix="accel-") as folder:
+        write_mp4(Path(folder) / "warm.mp4", video.frames, home.fps)
 
 
 @dataclass

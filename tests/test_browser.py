@@ -104,6 +104,18 @@ def test_frames_can_be_stepped_and_views_changed(page):
     shot(page, "wipe")
 
 
+def test_the_views_controls_stay_in_force_with_a_new_pair(page):
+    page.click("#player button[data-mode=wipe]")
+    page.evaluate(
+        """() => { const wipe = document.querySelector('#player .wipe'); wipe.value = 20; wipe.oninput(); }"""
+    )
+    page.select_option("#player .rate", "0.5")
+    run_pair(page, 11)
+    page.wait_for_function("document.querySelector('#player video').playbackRate === 0.5", timeout=5_000)
+    assert page.evaluate("document.querySelector('#player .ab').style.getPropertyValue('--wipe')") == "20%"
+    shot(page, "wipe-new-pair")
+
+
 def test_stop_ends_the_run_within_a_step(page):
     set_steps(page, 100)
     page.click("#run")
@@ -111,6 +123,7 @@ def test_stop_ends_the_run_within_a_step(page):
     page.click("#stop")
     page.wait_for_selector("#message >> text=Stopped", timeout=5_000)
     assert page.locator("#live-a .live").count() == 0
+    assert "(recorded)" in page.inner_text("#player") and "recorded, measured" in page.inner_text("#numbers")
 
 
 def test_bad_input_is_told_and_nothing_is_lost(page):

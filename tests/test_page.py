@@ -1,6 +1,7 @@
 """The page without a browser: controls from fields, the line before the worker, the timeline, stored pairs."""
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import app
 from accel.methods import METHODS
 from accel.models import ROOT, TINY, Home, own_home
 from accel.run import Video, build_run, generate
@@ -84,6 +86,31 @@ def test_a_slow_step_is_told_to_be_stopping_before_it_has_stopped(worker):
     assert next(stream)[0] == "stopping"
     gate.set()
     assert [kind for kind, _ in stream][-1] == "stopped"
+
+
+def test_stop_while_the_model_is_loading_ends_the_job_at_once(monkeypatch):
+    gate, ran = threading.Event(), []
+    monkeypatch.setattr("ui.worker.load_pipeline", lambda model: gate.wait(5))
+    monkeypatch.setattr("ui.worker.home_of", lambda pipe, model: None)
+    worker = Worker("none")
+    job = worker.submit(lambda *a: ran.append(1))
+    stream = worker.follow(job)
+    assert next(stream) == ("waiting", {"ahead": 0, "loading": True})
+    job.stop.set()
+    assert [kind for kind, _ in stream] == ["stopped"] and not gate.is_set()
+    gate.set()
+    assert kinds(worker, worker.submit(lambda *a: None)) == ["done"] and not ran
+
+
+def test_a_line_that_is_full_takes_no_more_and_those_in_it_are_served(worker, monkeypatch):
+    monkeypatch.setattr("ui.worker.LINE", 1)
+    began, gate = threading.Event(), threading.Event()
+    first = worker.submit(lambda *a: (began.set(), gate.wait(5)))
+    assert began.wait(5)
+    second, third = (worker.submit(lambda *a: None) for _ in range(2))
+    assert list(worker.follow(third)) == [("refused", {"why": "1 runs are waiting already: try again later"})]
+    gate.set()
+    assert kinds(worker, first) == kinds(worker, second) == ["done"]
 
 
 def test_a_visitor_who_leaves_stops_the_job(worker):
@@ -205,9 +232,24 @@ def test_a_students_demands_are_not_the_baselines_and_the_third_pane_is_plain_in
     home = Home(height=16, width=16, frames=5, steps=10)
     asked = {"prompt": "a red star", "seed": 1.0, "steps": 50.0, "guidance": 4.0, "methods": {"gpd": {"steps": 6}}}
     job = worker.submit(lambda job, *_: PairJob("m", asked, Shelf(), rival=True)(job, pipe, home))
-    (pair,) = [data for kind, data in worker.follow(job) if kind == "pair"]
+    told = dict(worker.follow(job))
     assert [(bool(r.methods), r.steps, r.guidance) for r in generated] == [(0, 50, 4), (1, 6, 1), (0, 6, 4)]
-    assert pair["rival"]["b"] == pair["player"]["b"] and pair["rival"]["label_a"].startswith("plain, 6 steps")
+    assert told["rival"]["player"]["b"] == told["pair"]["player"]["b"]
+    assert told["rival"]["player"]["label_a"].startswith("plain, 6 steps")
+    assert "guidance is built in: 4 is the baseline" in told["pair"]["note"]
+
+
+def test_a_pair_is_there_before_its_third_pane_is_generated(generated, worker, pipe):
+    """The visitor stops as soon as the pair is told: nothing of it is lost, and the rest is not generated."""
+    home = Home(height=16, width=16, frames=5, steps=10)
+    asked = {"prompt": "a red star", "seed": 1.0, "steps": 50.0, "guidance": 4.0, "methods": {"gpd": {"steps": 6}}}
+
+    def work(job, *_):
+        tell = job.tell
+        job.tell = lambda kind, **data: (job.stop.set() if kind == "pair" else None, tell(kind, **data))
+        PairJob("m", asked, Shelf(), rival=True)(job, pipe, home)
+
+    assert kinds(worker, worker.submit(work)) == ["started", "pair", "stopped"] and len(generated) == 2
 
 
 def test_the_page_offers_the_students_that_exist(pipe, students, tmp_path):
@@ -229,8 +271,17 @@ def test_a_third_pane_that_would_be_the_baseline_is_left_out_with_the_reason(gen
     asked = {"prompt": "a red star", "seed": 1.0, "steps": 10.0, "guidance": 4.0, "methods": {"fastercache": {}}}
     home = Home(height=16, width=16, frames=5, steps=10)
     job = worker.submit(lambda job, *_: PairJob("m", asked, Shelf(), rival=True)(job, pipe, home))
-    (pair,) = [data for kind, data in worker.follow(job) if kind == "pair"]
-    assert pair["rival"] is None and "No third pane: the plain model in as many steps is the baseline" in pair["note"]
+    told = dict(worker.follow(job))
+    assert "rival" not in told and "No third pane: the plain model in as many steps" in told["pair"]["note"]
+
+
+def test_a_preset_says_what_this_model_lacks_for_it(monkeypatch):
+    monkeypatch.setattr("app.resolve", lambda model: Path("none"))
+    monkeypatch.setattr("app.Worker", lambda model: None)
+    page = app.Page("none")
+    note = page.load("turbo")[0]
+    assert f"{METHODS['meanflow'].title}, which is off" in note and "form residual, reuse is set instead" in note
+    assert page.load("fastercache")[0] == ""
 
 
 def test_a_knob_falls_back_on_the_nearest_value_that_there_is():

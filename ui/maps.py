@@ -55,7 +55,7 @@ def _kept(told: dict) -> str:
             ]
         x += max(len(rows[0]) * CELL, 130) + 24
     size = x, 14 + max(len(rows) for rows in told["kept"][site].values()) * CELL
-    title = f"tokens of the middle frame that stay in {site}"
+    title = f"tokens of the middle frame that stay in {site}, when first reduced"
     return _figure(title, "#3b82f6", "tokens that stay", size, "".join(pictures))
 
 

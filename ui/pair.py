@@ -23,13 +23,15 @@ from accel.world.judge import score
 from .worker import Job
 
 KEPT = 16  # of each kind
+GLANCE, SELDOM = 0.3, 10  # seconds between looks at a running side, or times what a look takes
 
 
 class Shelf:
     """Videos on disk: the baselines that are kept, by their run, and the last accelerated ones; the rest is deleted."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="accel-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="accel-")  # goes with the shelf, or the server
+        self.folder = Path(self._folder.name)
         self.baselines: OrderedDict[str, tuple[Video, str, str]] = OrderedDict()  # video, path, when
         self.recent: deque[Path] = deque()
 
@@ -69,7 +71,7 @@ class PairJob:
         words = _unknown(pipe, b.prompt)
         held = f"The methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB."
         job.tell("started", note=f'<div class="note">{words}{held}</div>', kept=kept)
-        warm_up(b, pipe, home, lambda *_: job.tell("warm"))
+        warm_up(b, pipe, home, lambda *_: job.check())
         video_a, path_a, when = self._plain(job, a, pipe, home)
         video_b = self._generate(job, b, "b", pipe, home, "accelerated")
         path_b = self.shelf.write(video_b, b, home.fps)
@@ -82,12 +84,19 @@ class PairJob:
             "label_b": f"{', '.join(b.methods) or 'no method'}, {b.steps} steps",
         }  # fmt: skip
         fewer = a.model_copy(update={"steps": b.steps})
-        rival = self._against(job, fewer, player, pipe, home) if self.rival and fewer != a else None
-        told = [*video_b.trace.notes]
-        if self.rival and rival is None:
-            told.append("No third pane: the plain model in as many steps is the baseline")
-        notes = " ".join(escape(note) + "." for note in told)
-        job.tell("pair", report=facts, player=player, rival=rival, note=f'<div class="note">{words}{notes}</div>')
+        notes = " ".join(escape(note) + "." for note in [*video_b.trace.notes, *self._remarks(a, b, fewer)])
+        job.tell("pair", report=facts, player=player, note=f'<div class="note">{words}{notes}</div>')
+        if self.rival and fewer != a:
+            job.tell("rival", player=self._against(job, fewer, player, pipe, home))
+
+    def _remarks(self, a: Run, b: Run, fewer: Run) -> list[str]:
+        """Where the two sides, or the third pane, are not what the widgets say."""
+        said = []
+        if b.guidance != a.guidance:
+            said.append(f"The student's guidance is built in: {a.guidance:g} is the baseline's alone")
+        if self.rival and fewer == a:
+            said.append("No third pane: the plain model in as many steps is the baseline")
+        return said
 
     def _plain(self, job: Job, run: Run, pipe, home, title: str = "baseline") -> tuple[Video, str, str]:
         """A plain run's video, its path and when it was made, from the shelf if it is there."""
@@ -107,12 +116,19 @@ class PairJob:
         return {**player, "a": path, "label_a": label}
 
     def _generate(self, job: Job, run: Run, which: str, pipe, home, title: str) -> Video:
+        due = 0.0  # when to look next
+
         def on_step(done: int, trace, latents) -> None:
-            look = done % 5 == 0 or done == run.steps
+            nonlocal due
+            began = time.monotonic()
+            if began < due and done < run.steps:
+                return job.check()
             ms, work = sum(trace.milliseconds.values()) / done, trace.summary()["work"]
             pane = {"title": title, "done": done, "steps": run.steps, "ms": ms, "work": work}
-            pane["image"] = _preview(pipe, latents) if look else None
-            job.tell("step", which=which, pane=pane, trace=trace.to_json() if which == "b" and look else None)
+            pane |= {"image": _preview(pipe, latents), "trace": trace.to_json() if run.methods else {}}
+            job.tell("step", which=which, pane=pane)
+            ended = time.monotonic()
+            due = ended + max(GLANCE, SELDOM * (ended - began))
 
         return generate(run, pipe, home, on_step)
 

@@ -13,7 +13,7 @@ function bind() {
   const goto = (f) => { a.currentTime = b.currentTime = (Math.max(0, Math.min(frames - 1, f)) + 0.5) / fps; };
   const mode = (m) => {
     root.dataset.mode = window.abMode = m;
-    root.querySelectorAll('.modes button').forEach((x) => x.classList.toggle('on', x.dataset.mode === m));
+    root.querySelectorAll('.modes button').forEach((x) => x.setAttribute('aria-pressed', x.dataset.mode === m));
     draw();
   };
   const draw = () => {
@@ -48,10 +48,15 @@ function bind() {
   find('[data-do=back]').onclick = () => { pause(); goto(frame() - 1); };
   find('[data-do=next]').onclick = () => { pause(); goto(frame() + 1); };
   seek.oninput = () => { pause(); goto(+seek.value); };
-  find('.rate').onchange = (e) => (a.playbackRate = b.playbackRate = +e.target.value);
-  find('.wipe').oninput = (e) => root.style.setProperty('--wipe', `${e.target.value}%`);
+  const rate = () => [a, b].forEach((v) => (v.defaultPlaybackRate = v.playbackRate = +find('.rate').value));
+  const wipe = () => root.style.setProperty('--wipe', `${find('.wipe').value}%`);
+  find('.rate').onchange = rate;
+  find('.wipe').oninput = wipe;
   root.querySelectorAll('.modes button').forEach((x) => (x.onclick = () => mode(x.dataset.mode)));
   mode(window.abMode || 'side');
+  rate();  // a new value leaves the controls as they were set, and forgets what they had set
+  wipe();
+  play.textContent = a.paused ? '▶' : '❚❚';
   if (a.requestVideoFrameCallback) a.requestVideoFrameCallback(follow);
   if (a.getAttribute('src') && !matchMedia('(prefers-reduced-motion: reduce)').matches) start();
   show();

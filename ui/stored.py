@@ -26,12 +26,13 @@ def stored_pairs(folder: Path = ROOT / "examples" / "runs") -> list[Stored]:
 
 def _read(file: Path) -> Stored:
     report, home = json.loads(file.read_text()), file.parent
+    report = {"measured": "earlier", **report}
     value = {
         "a": str(home / "a.mp4"), "b": str(home / "b.mp4"), "fps": report.get("fps", 8), "frames": report["frames"],
-        "label_a": f"baseline, {report['steps_a']} steps",
-        "label_b": f"{', '.join(report['methods'])}, {report['steps']} steps",
+        "label_a": f"baseline, {report['steps_a']} steps (recorded)",
+        "label_b": f"{', '.join(report['methods'])}, {report['steps']} steps (recorded)",
     }  # fmt: skip
-    measured = f"measured {report.get('measured', 'earlier')} on {report['device']}, {report['threads']} threads"
+    measured = f"measured {report['measured']} on {report['device']}, {report['threads']} threads"
     text = f"Recorded pair: “{escape(report['prompt'])}”, {escape(measured)}. Press Run for a live one."
     ribbon = f'<div class="note">{text}</div>'
     return Stored(value, report, ribbon)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from statistics import median
 
+from .timeline import timeline
+
 EMPTY_PANE = ""
 
 
@@ -13,15 +15,14 @@ def pane_waiting(title: str, why: str) -> str:
     return f'<div class="live"><b>{title}</b><progress max="1" value="0"></progress><span>{why}</span></div>'
 
 
-def pane(title: str, done: int, steps: int, ms: float, work: float, image: str | None) -> str:
-    """A pane that is being generated: steps, time left, speed, computed share of the work, preview."""
+def pane(title: str, done: int, steps: int, ms: float, work: float, image: str, trace: dict) -> str:
+    """A pane that is being generated: steps, time left, speed, computed share of the work, preview, timeline."""
     left = ms / 1000 * (steps - done)
-    picture = f'<img src="{image}" alt="preview of the first frame">' if image else ""
     return (
         f'<div class="live"><b>{title}</b><progress max="{steps}" value="{done}"></progress>'
         f"<span>step {done} / {steps} · {ms:.0f} ms a step · {left:.1f} s left · "
-        f"work {work:.0%}</span>"
-        f"{picture}</div>"
+        f"{work:.0%} of these steps' work</span>"
+        f'<img src="{image}" alt="preview of the first frame">{timeline(trace)}</div>'
     )
 
 
@@ -48,7 +49,8 @@ def numbers(report: dict) -> str:
         if r["model"].endswith("tiny-wan")
         else r["model"]
     )
-    base = f"{escape(r['device'])}, {r['threads']} threads, {r['dtype']}, n={n}; {escape(label)}"
+    recorded = f"recorded, measured {escape(r['measured'])}: " if r.get("measured") else ""
+    base = f"{recorded}{escape(r['device'])}, {r['threads']} threads, {r['dtype']}, n={n}; {escape(label)}"
     stages = "".join(_bar(p, r[p]) for p in "ab")
     return f'<div class="cards">{shown}</div><div class="stages">{stages}</div><div class="base">{base}</div>'
 

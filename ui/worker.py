@@ -16,6 +16,7 @@ from accel.run import Cancelled
 
 log = logging.getLogger(__name__)
 PATIENCE = 0.3  # seconds between two looks at the line
+LINE = 20  # most jobs that wait; a visitor's event holds one of the server's 40 threads meanwhile
 
 
 @dataclass
@@ -30,6 +31,10 @@ class Job:
     def tell(self, kind: str, **data: Any) -> None:
         """Send an event; raises Cancelled if the visitor has asked to stop."""
         self.events.put((kind, data))
+        self.check()
+
+    def check(self) -> None:
+        """Raise Cancelled if the visitor has asked to stop."""
         if self.stop.is_set():
             raise Cancelled
 
@@ -50,7 +55,11 @@ class Worker:
         return self.pipe is not None
 
     def submit(self, work: Callable[[Job, Any, Any], None]) -> Job:
-        """Put work(job, pipe, home) in the line."""
+        """Put work(job, pipe, home) in the line, or refuse it where that is too long."""
+        if self._jobs.qsize() >= LINE:
+            job = Job(work)
+            job.events.put(("refused", {"why": f"{LINE} runs are waiting already: try again later"}))
+            return job
         job = Job(work, next(self._numbers))
         self._jobs.put(job)
         return job
@@ -62,15 +71,15 @@ class Worker:
                 try:
                     kind, data = job.events.get(timeout=PATIENCE)
                 except queue.Empty:
-                    if job.stop.is_set() and job.number - self._done > 1:  # it has not begun, and will not
+                    loading, ahead = not (self.ready or self.problem), max(0, job.number - self._done - 1)
+                    if job.stop.is_set() and (ahead or loading):  # it has not begun, and will not
                         yield "stopped", {}
                         return
                     if job.stop.is_set():
                         yield "stopping", {}
                         continue
-                    ahead = max(0, job.number - self._done - 1)
-                    if ahead or not (self.ready or self.problem):
-                        yield "waiting", {"ahead": ahead, "loading": not self.ready}
+                    if ahead or loading:
+                        yield "waiting", {"ahead": ahead, "loading": loading}
                     continue
                 yield kind, data
                 if kind in ("done", "stopped", "refused", "failed"):
