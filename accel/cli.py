@@ -237,10 +237,11 @@ def train(
 
     With --model, distil another Wan pipeline; its students go beside it, or into --out for a hub id.
     """
-    from .training import train_parts
+    from .training import part_ways, train_parts
 
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, slots=slots, arm=arm)
     _finish(train_parts(what, minutes, resume, out, **given))
+    part_ways()
 
 
 @world.command()

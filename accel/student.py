@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .flow import euler
 from .host import Host
-from .weights import ADAPTER, adapted, bears, load_differences, replaced
+from .weights import ADAPTER, adapted, bears, check_adapter, load_differences, replaced
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -76,9 +76,14 @@ def first_order(pipe, steps: int) -> Iterator[None]:
 
 
 def placed(folder: Path, module: nn.Module) -> AbstractContextManager:
-    """A context in which the weights of a student's folder are the module's."""
+    """A context in which the weights of a student's folder are the module's.
+
+    Raises ValueError for full weights where the module has adapters.
+    """
     if (folder / ADAPTER).is_file():
         return adapted(module, folder)
+    if getattr(module, "peft_config", None):
+        raise ValueError(f"student {folder.name!r} replaces all weights, which a LoRA is on: unload the LoRA first")
     return replaced(module, load_differences(module, folder / "model.safetensors"))
 
 
@@ -101,6 +106,7 @@ def one_branch(host: Host) -> Iterator[None]:
             raise ValueError(
                 f"a student gives mean velocities, {solver} takes them for slopes: leave the scheduler alone"
             )
+        check_adapter(host.models[host.model], (inputs.get("attention_kwargs") or {}).get("scale", 1))
         return inner(x, **inputs)
 
     with host.wrap_denoiser(call), _no_negative(host.pipe):

@@ -89,6 +89,7 @@ def replaced(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
 def adapted(module: nn.Module, folder: Path) -> Iterator[None]:
     """Inside, a diffusers model runs with the LoRA of a folder, beside those that it has; afterwards as before."""
     had = bool(getattr(module, "peft_config", None))
+    learnt = [(p, p.requires_grad) for p in module.parameters()]
     others = module.active_adapters() if had else []
     off = {name for name, layer in module.named_modules() if getattr(layer, "disable_adapters", False) is True}
     module.load_lora_adapter(folder, prefix=None, weight_name=ADAPTER, adapter_name=NAME)
@@ -106,6 +107,17 @@ def adapted(module: nn.Module, folder: Path) -> Iterator[None]:
         else:
             module.unload_lora()
             del module._hf_peft_config_loaded
+        for weight, on in learnt:  # peft freezes what is below an adapter, and frees what is set active
+            weight.requires_grad_(on)
+
+
+def check_adapter(module: nn.Module, scale: float) -> None:
+    """Raise ValueError if an adapter that `adapted` put on a model does not act there, or not in full."""
+    if NAME not in (getattr(module, "peft_config", None) or {}):
+        return
+    layers = [layer for layer in module.modules() if NAME in getattr(layer, "lora_A", ())]
+    if scale != 1 or any(layer.disable_adapters or NAME not in layer.active_adapters for layer in layers):
+        raise ValueError("the student is a LoRA, and acts in full or not at all: leave adapters and their scale alone")
 
 
 def _unwrap_empty(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from test_teach_meanflow import timed
 from accel.conditioning import IntervalEmbedder
 from accel.families import wan
 from accel.predictor import Predictor
+from accel.training import part_ways
 from accel.training.fit import Recipe, fit
 from accel.training.meanflow import Course, MeanFlowTask
 from accel.training.predictor import Lessons, PredictorTask, Watched
@@ -45,3 +46,4 @@ def main(folder: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    part_ways()

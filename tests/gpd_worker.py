@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from conftest import build_pipe
 
+from accel.training import part_ways
 from accel.training.fit import Recipe, fit
 from accel.training.gpd import Curriculum, GpdTask
 from accel.training.slots import Ground
@@ -37,3 +38,4 @@ def main(folder: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    part_ways()

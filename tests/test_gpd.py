@@ -1,6 +1,7 @@
 """Guided progressive distillation on fields whose way is known: grids, targets, what learns, what is carried."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from accel.training.fit import Recipe, fit
 from accel.training.gpd import Curriculum, GpdTask
 from accel.training.slots import Ground, ground_of
 from accel.training.students import Copies, guided, velocity
-from accel.weights import load_differences
+from accel.weights import ADAPTER, load_differences
 
 SHAPE = (4, 3, 4, 4)
 RECIPE = Recipe(steps=10, lr=1e-3)
@@ -26,7 +27,7 @@ def levels(n=48, shift=3.0):
 
 
 class Field:
-    """Networks whose velocities are known: the teacher's is -x times its guidance, the previous one's is given."""
+    """Networks whose velocities are known: the teacher's is -x times guidance and level, the other's is given."""
 
     module = torch.nn.Identity()
 
@@ -35,7 +36,7 @@ class Field:
 
     def teacher(self, x, t, words, empty, guidance):
         self.calls.append("teacher")
-        return -guidance * x
+        return -guidance * x * t.view(-1, 1, 1, 1, 1) / 1000
 
     def previous(self, x, t, words):
         self.calls.append("previous")
@@ -50,11 +51,12 @@ def task(nets, **curriculum):
     return GpdTask(RECIPE, Curriculum(**{"slots": 4, **curriculum}), nets, ground)
 
 
-def steps_of(teacher, x, index, k, grid):
+def steps_of(guidance, x, index, k, grid):
     """x after k Euler steps of the teacher from base step `index` (s,)."""
     for i in range(k):
         now = index + i
-        x = euler(x, teacher(x), grid[now], grid[(now + 1).clamp(max=48)])
+        v = -guidance * x * grid[now].view(-1, 1, 1, 1, 1)
+        x = euler(x, v, grid[now], grid[(now + 1).clamp(max=48)])
     return x
 
 
@@ -71,15 +73,14 @@ def test_the_target_is_k_guided_steps_if_the_previous_student_is_perfect(way, k)
     grid, index = levels(), torch.tensor([0, 7, 20, 40])
 
     def perfect(x, t):  # of horizon k - 1
-        return (steps_of(lambda y: -3 * y, x, index, k - 1, grid) - x) / (grid[index + k - 1] - grid[index]).to(x).view(
-            -1, 1, 1, 1, 1
-        )
+        assert torch.equal(t, 1000 * grid[index])
+        return (steps_of(3, x, index, k - 1, grid) - x) / (grid[index + k - 1] - grid[index]).view(-1, 1, 1, 1, 1)
 
     nets = Field(perfect)
     gpd = task(nets, way=way, horizons=(k,))
     x = torch.randn(4, *SHAPE, dtype=torch.float64)
     v, stops, calls = gpd.way(x, index, gpd.slots.words, 3.0)
-    expected = steps_of(lambda y: -3 * y, x, index, k, grid)
+    expected = steps_of(3, x, index, k, grid)
     torch.testing.assert_close(euler(x, v, grid[index], grid[stops[-1]]), expected, rtol=1e-12, atol=1e-12)
     assert stops[-1].tolist() == [k, 7 + k, 20 + k, 40 + k]
     assert calls == (2 * k if way == "direct" else 2 + (k > 1))  # online: the same in every stage
@@ -97,6 +98,8 @@ def test_guidance_anneals_over_stages_or_iterations_or_not():
     assert [Curriculum(**common).guidance(s, 0.5) for s in range(3)] == [6, 6, 6]
     assert [Curriculum(**common, guidance_anneal="stage").guidance(s, 0.5) for s in range(3)] == [6, 4, 2]
     assert Curriculum(**common, guidance_anneal="iteration").guidance(1, 0.5) == pytest.approx(4)
+    alone = Curriculum(**common | {"horizons": (8,)}, guidance_anneal="iteration")
+    assert [alone.guidance(0, share) for share in (0, 0.5, 1)] == [6, 4, 2]
 
 
 def test_slots_are_staggered_and_move_on_and_begin_anew_at_the_end():
@@ -104,8 +107,24 @@ def test_slots_are_staggered_and_move_on_and_begin_anew_at_the_end():
     gpd.stagger()
     before = gpd.slots.index.clone()
     assert len(before.unique()) > 5
-    loss, logs = gpd.loss(lambda x, t, words, return_dict: (torch.zeros_like(x),), 0, 0)
+    told = []
+    loss, logs = gpd.loss(lambda x, t, words, return_dict: (told.append(t), torch.zeros_like(x))[1:], 0, 0)
+    assert torch.equal(told[0], 1000 * levels()[before])  # where the jump begins
     assert gpd.slots.index.tolist() == [(i + 1) % 48 for i in before.tolist()] and logs["calls"] == 2
+
+
+def test_some_slots_stop_a_piece_early_and_others_hop_but_none_does_in_the_last_stage():
+    def ends(stage, **curriculum):
+        gpd = task(Field(), horizons=(2, 4, 8), slots=16, **curriculum)
+        gpd.stage, gpd.slots.index = stage, torch.full((16,), 8)
+        stops = [gpd.slots.index, gpd.slots.index + gpd.horizon - 1, gpd.slots.index + gpd.horizon]
+        gpd._move(torch.zeros_like(gpd.slots.x), stops, 0)
+        return set(gpd.slots.index.tolist())
+
+    assert ends(1, off_grid=0, hop=1) == {12} and ends(1, off_grid=1, hop=1) == {11}
+    assert 12 in ends(1, off_grid=0, hop=6) <= {12, 13, 14}
+    assert ends(1, off_grid=0.5, hop=1) == {11, 12}
+    assert ends(2, off_grid=1, hop=16) == {16}
 
 
 def test_slots_are_the_same_however_many_processes_carry_them():
@@ -214,8 +233,26 @@ def test_a_stage_that_diverges_ends_and_its_best_student_goes_on(tmp_path):
         assert watch.look(step) == (step == 75)
     again = Watch(None, module, 1, tmp_path / "watch.pt", True)
     assert again.errors == {0: 5.0, 25: 3.0, 50: 4.0, 75: 10.5} and again.diverged
+    assert [f.name for f in tmp_path.iterdir()] == ["watch.pt"]
     again.restore()
     assert module.weight.item() == 25
+
+
+def test_a_stage_that_was_ended_by_a_look_is_not_trained_on_when_it_is_resumed(pipe, tmp_path):
+    gpd = real(pipe, 4, horizons=(1,))
+    first = fit(gpd, tmp_path, minutes=None, resume=False, look=lambda step: step == 4, every=2)
+    again = fit(gpd, tmp_path, minutes=None, resume=True, look=lambda step: False, every=2)
+    assert first["ended"] and again["ended"] and first["step"] == again["step"] == 4
+
+
+def test_a_signal_in_the_last_iteration_of_a_stage_is_heard_before_the_next_one(pipe, tmp_path):
+    gpd, kept = real(pipe, 4, horizons=(1, 2)), []
+    gpd.sheet = lambda path: signal.raise_signal(signal.SIGINT)  # while the stage's last checkpoint is written
+    recipes = [Recipe(steps=2, lr=1e-3, warmup=1, ema=0.0)] * 2
+    held = HeldOut(gpd, ["b"], 3.0)
+    done = distil(gpd, held, recipes, tmp_path, lambda facts: kept.append(gpd.horizon))
+    assert done["stopped"] and not done["finished"] and kept == [1]
+    assert "stopped" not in json.loads((tmp_path / "k1" / "done.json").read_text())
 
 
 def test_a_distillation_that_is_broken_off_ends_as_an_unbroken_one(pipe, tmp_path, monkeypatch):
@@ -243,3 +280,9 @@ def test_a_student_is_stored_with_what_it_needs(pipe, tmp_path):
     kept = load_differences(pipe.transformer, tmp_path / "gpd-N6" / "model.safetensors")
     assert all(torch.equal(kept[name], w) for name, w in pipe.transformer.named_parameters())
     assert json.loads((tmp_path / "gpd-N6" / "gpd.json").read_text()) == {"steps": 6}
+
+
+def test_a_student_leaves_nothing_of_the_one_that_lay_in_its_folder(pipe, tmp_path):
+    (tmp_path / ADAPTER).write_bytes(b"of an earlier training")
+    store(Copies(pipe.transformer), tmp_path, "gpd.json", {})
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["gpd.json", "model.safetensors"]

@@ -20,14 +20,16 @@ from accel.families import wan
 from accel.methods import DisCa, MeanFlow
 from accel.methods.gpd import GPD
 from accel.predictor import Predictor
+from accel.student import placed
 from accel.training import RECIPES, train_parts
 from accel.training.adapters import Adapters
+from accel.training.distil import store
 from accel.training.fit import Recipe
 from accel.training.gpd import Curriculum, GpdTask
 from accel.training.meanflow import Course, MeanFlowTask
 from accel.training.predictor import Lessons, PredictorTask, Watched
 from accel.training.slots import Ground, TimedGround
-from accel.training.students import guided, velocity
+from accel.training.students import Copies, guided, velocity
 from accel.training.teach import ARMS, cost, masked, stage_recipes
 from accel.weights import NAME
 
@@ -70,13 +72,21 @@ def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_
     done = train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
     assert list(done["gpd"]["stages"]) == [f"k{k}" for k in range(1, 9)]
     pipe = accel.load_pipeline(str(large))
+    facts = json.loads((large / "gpd-N6" / "gpd.json").read_text())
+    pipe.scheduler.set_timesteps(6)  # the model's own grid of as many steps
+    assert facts["times"] == pipe.scheduler.timesteps.tolist()
+    assert facts["levels"] == pytest.approx(pipe.scheduler.sigmas.tolist(), abs=1e-6)
     plain, before = sample(pipe), {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()}
     with accel.apply(pipe, [GPD(steps=6)]) as trace:
-        student = sample(pipe, steps=6, guidance=1.0)
-    assert trace.summary()["calls"] == {"compute": 6} and student.isfinite().all()
+        assert sample(pipe, steps=6, guidance=1.0).isfinite().all()
+    assert trace.summary()["calls"] == {"compute": 6}
+    assert all(p.requires_grad for p in pipe.transformer.parameters())
     with accel.apply(pipe, [GPD(steps=6)]):
+        with pytest.raises(ValueError, match="leave adapters and their scale alone"):
+            sample(pipe, steps=6, guidance=1.0, attention={"scale": 0.5})
         pipe.transformer.disable_adapters()
-        assert not torch.equal(sample(pipe, steps=6, guidance=1.0), student)
+        with pytest.raises(ValueError, match="leave adapters and their scale alone"):
+            sample(pipe, steps=6, guidance=1.0)
     assert {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()} == before
     assert torch.equal(sample(pipe), plain)
 
@@ -171,6 +181,18 @@ def test_a_training_is_resumed_with_the_prompts_that_it_began_with(large, tmp_pa
     (tmp_path / "prompts.txt").write_text("a red ring\na blue disc\na green ring\na cyan cross\n")
     with pytest.raises(ValueError, match="holds another training"):
         train_parts("gpd", 1e-9, True, tmp_path / "out", **given)
+
+
+def test_full_weights_are_refused_where_a_lora_is_on(pipe, tmp_path):
+    store(Copies(pipe.transformer), tmp_path, "gpd.json", {})
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    with pytest.raises(ValueError, match="unload the LoRA first"):
+        placed(tmp_path, pipe.transformer)
+
+
+def test_the_shipped_models_students_are_made_as_recorded_or_not_at_all(tmp_path):
+    with pytest.raises(ValueError, match="leave --slots out"):
+        train_parts("gpd", 0, False, tmp_path, slots=8)
 
 
 def test_a_student_leaves_the_users_own_adapter_on(large, tmp_path, monkeypatch, sample):

@@ -50,6 +50,8 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
     if what not in (*PARTS, "all"):
         raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
     order = {key: value for key, value in order.items() if value is not None}
+    if order.get("arm") == what:  # no rival, the method itself
+        del order["arm"]
     if "videos" in order and what != "meanflow":
         raise ValueError("--videos is for meanflow alone: the others go whole ways, from noise")
     if order and what not in STUDENTS:
@@ -70,14 +72,22 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
             done = TRAINERS[part](recipe, SETTINGS[setting], device, minutes, resume, out / part)
         else:
             done = train_students(part, minutes, resume, out / part)
+        stopped = done.pop("stopped", False)
         record[part] = {"setting": setting, "device": name, **done, "recipe": recipe.model_dump()}
         if after:
             record[part]["after"] = after
         if state.is_main_process:
             file.write_text(json.dumps(record, indent=1) + "\n")
-        if not done.get("finished", done["step"] == done["steps"]):  # the next part is made from a whole one
+        if stopped or not done.get("finished", done["step"] == done["steps"]):  # the next is made from a whole one
             break
     return record
+
+
+def part_ways() -> None:
+    """End the connection of the processes that trained together: left to the interpreter's end it can abort one."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def earlier(record: dict | None, folder: Path) -> dict | None:

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from .fit import Recipe, Task, fit, trained
+from .fit import Recipe, Task, anyone, fit, save_whole, trained
 from .slots import Ground, Slots, walk
 from .students import Networks, velocity
 
@@ -126,7 +126,7 @@ class Watch:
             self.best = [p.detach().cpu().clone() for p in trained(self.model)]
         self.errors[step] = error
         if PartialState().is_main_process:
-            torch.save({"errors": self.errors, "best": self.best}, self.file)
+            save_whole({"errors": self.errors, "best": self.best}, self.file)
         if self.diverged:
             print(f"that is over {DIVERGED:g} times what it began with: the stage ends", file=sys.stderr)
         return self.diverged
@@ -146,6 +146,8 @@ class Watch:
 def store(nets: Networks, folder: Path, name: str, facts: dict) -> None:
     """A student as a file of weights, by its difference from the base, and what is known of it as `name`."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors"):  # of an adapter, where this one has full weights, or the other way round
+        old.unlink()
     nets.save(folder)
     (folder / name).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -156,9 +158,10 @@ def distil(
 ) -> dict:  # fmt: skip
     """Train all stages, or as far as the time goes; what each came to. `keep(facts)` stores a stage's student.
 
-    A stage that is finished leaves `done.json` and `student.pt`, and is not trained again.
+    A stage that is finished leaves `done.json` and `student.pt`, and is not trained again. After Ctrl-C what comes back
+    has "stopped".
     """
-    began, stages = time.monotonic(), {}
+    began, stages, stopped = time.monotonic(), {}, {}
     for stage, (name, horizon) in enumerate(task.stages.items()):
         task.stage, task.recipe, folder = stage, recipes[stage], out / name
         done = folder / "done.json"
@@ -167,20 +170,28 @@ def distil(
             stages[name] = json.loads(done.read_text())
         else:
             left = remaining(minutes, began)
-            if left is not None and left <= 0:
+            if anyone(left is not None and left <= 0):
                 break
-            if (stage_done := _train(task, horizon, held, folder, left, resume)) is None:
+            done_now, stopped = _train(task, horizon, held, folder, left, resume)
+            if done_now is None:
                 break
-            stages[name] = stage_done
+            stages[name] = done_now
             keep(stages[name])
             if PartialState().is_main_process:
                 done.write_text(json.dumps(stages[name]) + "\n")
         task.nets.next_stage()
-    return {"stages": stages, "finished": len(stages) == len(task.stages)}
+        if stopped:
+            break
+    return {"stages": stages, "finished": len(stages) == len(task.stages), **stopped}
 
 
-def _train(task, horizon: int, held: HeldOut, folder: Path, minutes: float | None, resume: bool) -> dict | None:
-    """Train one stage, and leave its student in the task and in `student.pt`; None if the time was over before."""
+def _train(
+    task, horizon: int, held: HeldOut, folder: Path, minutes: float | None, resume: bool
+) -> tuple[dict | None, dict]:
+    """Train one stage, and leave its student in the task and in `student.pt`; whether it was stopped, as {"stopped"}.
+
+    None in place of what it came to if it is not at its end.
+    """
     begun = resume and (folder / "state.pt").is_file()
     if task.stage == 0 and not begun:
         task.stagger()
@@ -188,8 +199,9 @@ def _train(task, horizon: int, held: HeldOut, folder: Path, minutes: float | Non
     watch = Watch(held, task.module, horizon, folder / "watch.pt", begun)
     over = lambda step: watch.look(step) or task.diverged
     summary = fit(task, folder, minutes=minutes, resume=resume, look=over, every=EVERY)
+    stopped = {"stopped": True} if summary.pop("stopped", False) else {}
     if summary["step"] < summary["steps"] and "ended" not in summary:
-        return None
+        return None, stopped
     if summary["step"] not in watch.errors:
         watch.look(summary["step"])
     if task.best or watch.diverged:
@@ -197,7 +209,7 @@ def _train(task, horizon: int, held: HeldOut, folder: Path, minutes: float | Non
     if PartialState().is_main_process:
         torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")
     errors = {"jump": held.jump(task.module, horizon), "end": held.end(task.module, horizon)}
-    return {**summary, **errors, "watched": watch.errors}
+    return {**summary, **errors, "watched": watch.errors}, stopped
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather
 from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def fit(
     """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always.
 
     `look(steps done)` is called every so many steps while the module has its averaged weights; if it is true in any
-    process, the run ends in all alike, and the summary has "ended".
+    process, the run ends in all alike, and the summary has "ended". After Ctrl-C it has "stopped".
     """
     recipe, folder = task.recipe, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,29 +79,29 @@ def fit(
     task.module.to(accelerator.device)  # before `Matrices` takes its views
     optimizers = _optimizers(task)
     ema = EMAModel(trained(task.module), decay=recipe.ema, use_ema_warmup=True, power=0.8)
-    step, spent = _load(folder, task, optimizers, ema) if resume else (0, 0.0)
+    step, spent, ended = _load(folder, task, optimizers, ema) if resume else (0, 0.0, False)
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
-    ended = False
     with _journal(folder, accelerator, step, recipe.steps) as note, _stop_on_signal() as stopped:
-        while step < recipe.steps:
+        while step < recipe.steps and not ended:
             logs = _step(task, accelerator, model, optimizers, ema, step)
             step, now = step + 1, time.monotonic()
             note(step, spent + now - began, logs)
             if step % every == 0:
                 with averaged(task.module, ema):
-                    ended = _any(accelerator, look(step))
-            done = ended or step == recipe.steps
-            over = _any(accelerator, stopped() or (minutes is not None and now - began > 60 * minutes))
-            if done or _any(accelerator, over or now - saved > save_every):
-                _checkpoint(folder, task, accelerator, model, optimizers, ema, step, spent + now - began)
+                    ended = anyone(look(step))
+            over = anyone(stopped() or (minutes is not None and now - began > 60 * minutes))
+            if ended or step == recipe.steps or anyone(over or now - saved > save_every):
+                stand = {"step": step, "seconds": spent + now - began, "ended": ended}
+                _checkpoint(folder, task, accelerator, model, optimizers, ema, stand)
                 saved = time.monotonic()
-            if over or done:
+            if over:
                 break
+        halted = anyone(stopped())
     ema.copy_to(trained(task.module))
-    seconds = round(spent + time.monotonic() - began, 1)
-    return {"step": step, "steps": recipe.steps, "seconds": seconds, **({"ended": True} if ended else {})}
+    told = {name: True for name, so in (("ended", ended), ("stopped", halted)) if so}
+    return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1), **told}
 
 
 @contextmanager
@@ -119,11 +120,11 @@ def _journal(folder: Path, accelerator: Accelerator, step: int, steps: int):
         yield note
 
 
-def _checkpoint(folder: Path, task, accelerator, model, optimizers, ema: EMAModel, step: int, seconds: float) -> None:
-    """Put all that a resumed run needs into the folder, and the picture."""
+def _checkpoint(folder: Path, task, accelerator, model, optimizers, ema: EMAModel, stand: dict) -> None:
+    """Put all that a resumed run needs into the folder, with where it stands, and the picture."""
     carried = _carried(task, accelerator)
     if accelerator.is_main_process:
-        _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, step, seconds)
+        _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, stand)
         with averaged(task.module, ema):
             task.sheet(folder / "sheet.png")
 
@@ -161,11 +162,12 @@ class Matrices(torch.optim.Muon):
             weight.grad = None
 
 
-def _any(accelerator: Accelerator, mine: bool) -> bool:
-    """True in all processes if it is true in one: they must leave the loop together."""
-    if accelerator.num_processes == 1:
+def anyone(mine: bool) -> bool:
+    """True in all processes if it is true in one: they must leave a loop together."""
+    state = PartialState()
+    if state.num_processes == 1:
         return mine
-    return bool(accelerator.gather(torch.tensor([mine], device=accelerator.device)).any())
+    return bool(gather(torch.tensor([mine], device=state.device)).any())
 
 
 def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, float]:
@@ -189,19 +191,25 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     return {"loss": loss.item(), **logs}
 
 
-def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, step: int, seconds: float) -> None:
+def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, stand: dict) -> None:
     lasting = module.state_dict().keys()
     buffers = {name: b for name, b in module.named_buffers() if name in lasting}
     learnt = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     state = {"module": {**buffers, **learnt}, "ema": ema.state_dict(), "carried": carried}
     state["optimizers"] = [o.state_dict() for o in optimizers]
-    torch.save({**state, "step": step, "seconds": seconds}, folder / "state.pt.tmp")
-    os.replace(folder / "state.pt.tmp", folder / "state.pt")
+    save_whole({**state, **stand}, folder / "state.pt")
 
 
-def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, float]:
+def save_whole(state: dict, file: Path) -> None:
+    """Save it in place of what is there, whole or not at all."""
+    torch.save(state, file.with_name(file.name + ".tmp"))
+    os.replace(file.with_name(file.name + ".tmp"), file)
+
+
+def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, float, bool]:
+    """Steps and seconds done, and whether a look has ended the run."""
     if not (folder / "state.pt").exists():
-        return 0, 0.0
+        return 0, 0.0, False
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     own = {**dict(task.module.named_parameters()), **dict(task.module.named_buffers())}
     with torch.no_grad():
@@ -212,7 +220,7 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, flo
     for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(kept)
     ema.load_state_dict(state["ema"])
-    return state["step"], state["seconds"]
+    return state["step"], state["seconds"], state["ended"]
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Stage k teaches one call to go k base steps. Its target is made on the way: the frozen student of stage k - 1 goes
 k - 1 steps in one call, the frozen guided teacher does the last one, and the mean velocity of both is learnt. So an
-iteration costs the same in every stage, and guidance enters once per base step and is built in. Data-free: captions
-and noise. The rivals (halving, direct) are other ways to the same end of a jump.
+iteration costs the same in every stage after the first, and guidance enters once per base step and is built in.
+Data-free: captions and noise. The rivals (halving, direct) are other ways to the same end of a jump.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Curriculum(BaseModel, frozen=True, extra="forbid"):
 
     def guidance(self, stage: int, share: float) -> float:
         """The teacher's guidance at a share of the iterations of a stage (counted from 0)."""
-        last = max(1, len(self.horizons) - 1)
-        done = {"none": 0.0, "stage": stage / last, "iteration": min(1.0, (stage + share) / (last + 1))}
+        count = len(self.horizons)
+        done = {"none": 0.0, "stage": stage / max(1, count - 1), "iteration": min(1.0, (stage + share) / count)}
         return self.guidance_start + (self.guidance_end - self.guidance_start) * done[self.guidance_anneal]
 
 
@@ -125,7 +125,7 @@ class GpdTask(Taught):
     def _move(self, v: Tensor, stops: list[Tensor], step: int) -> None:
         """Carry the slots to the end of their jump or beyond; some stop a piece earlier: all phases are visited.
 
-        In the last stage none does either, unless its horizon is 1: it stays on the grid of the finished student.
+        In the last stage none does either, unless its horizon is 1: a slot that began in it is on the student's grid.
         """
         slots, n = self.slots, self.curriculum.base_steps
         end = stops[-1].clone()

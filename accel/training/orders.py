@@ -21,6 +21,7 @@ from .slots import Ground, ground_of
 from .students import Copies, Networks
 
 RANK = 64  # of adapters if none is given
+TOY_SLOTS = 16
 LOOKS, HELD = 8, 2  # held-out prompts that are looked at: of the toy world, the last of a file
 PROMPT_SEED = 11  # of the former; figures are reported on others
 
@@ -58,6 +59,8 @@ class Order:
                 raise ValueError("this model is trained on captions of its own world: leave --prompts out")
             if self.rank is not None:
                 raise ValueError("this model is small, its students are whole: leave --rank out")
+            if self.slots is not None:
+                raise ValueError(f"the students of this model learn on {TOY_SLOTS} trajectories: leave --slots out")
             return []
         if self.prompts is None or not self.prompts.is_file():
             raise ValueError("this model needs prompts to train on: give --prompts FILE, a text file of one a line")
@@ -83,7 +86,7 @@ class Order:
 
     def trajectories(self) -> int:
         """How many are under way, over all processes."""
-        return self.slots or (16 if self.toy() else PartialState().num_processes)
+        return self.slots or (TOY_SLOTS if self.toy() else PartialState().num_processes)
 
     def ground(self, pipe, home: Home, base_steps: int, lines: list[str]) -> Ground:
         """Where trajectories run: over the file's prompts, or captions of the toy world."""
