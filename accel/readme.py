@@ -22,12 +22,18 @@ OVERVIEW = (  # suite, row, and what it is called where all are together
     ("fastercache", "fastercache", "`fastercache`"),
     ("fastercache", "fewer steps: 30", "30 plain steps"),
     ("asymrnr", "asymrnr", "`asymrnr`"),
+    ("asymrnr", "fewer steps: 38", "38 plain steps"),
     ("balanced", "fastercache + asymrnr", "`balanced`"),
-    ("gpd", "6 steps by Euler", "6 plain steps by Euler's rule"),
-    ("gpd", "gpd, 6 steps", "`gpd`"),
-    ("disca", "meanflow, 20 steps", "`meanflow`"),
+    ("balanced", "fewer steps: 24", "24 plain steps"),
+    ("meanflow", "meanflow, 20 steps", "`meanflow`, 20 steps"),
+    ("meanflow", "fewer steps: 10", "10 plain steps"),
     ("disca", "disca", "`disca`"),
+    ("disca", "meanflow, 10 steps", "`meanflow`, 10 steps"),
+    ("disca", "5 steps by Euler", "5 plain steps by Euler's rule"),
+    ("gpd", "gpd, 6 steps", "`gpd`"),
+    ("gpd", "equal calls: 3 steps", "3 plain steps"),
     ("disca", "turbo", "`turbo`"),
+    ("disca", "meanflow, 6 steps", "`meanflow`, 6 steps"),
 )
 MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", *ARMS, "meanflow", "disca")
 CARD = ROOT / "models" / "tiny-wan" / "README.md"
