@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +27,7 @@ def count_flops(model: nn.Module, x: Tensor, inputs: dict[str, Any]) -> dict[str
         with torch.device("meta"):
             twin = type(model).from_config(model.config)
             call = {k: torch.zeros(v.shape) for k, v in tensors.items()}
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), attention_backend("native"):
             twin(**call)
         total: dict[str, int] = defaultdict(int)
         for name, ops in counter.get_flop_counts().items():

@@ -1,14 +1,15 @@
-"""The core of a self-attention, opened: a processor whose softmax a function stands around.
+"""A self-attention, opened: a processor with functions around the whole of it, around its softmax, or both.
 
-The function gets the attention's `Heads`. A family may compute these only when they are asked for, and only for the
+The latter gets the attention's `Heads`. A family may compute these only when they are asked for, and only for the
 tokens that stay. Compiled blocks see one opaque operator with the layer's number in a tensor, so that all blocks share
-a graph and nothing is compiled anew when the function takes another decision.
+a graph and nothing is compiled anew when a function takes another decision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from types import ModuleType
 
@@ -20,18 +21,29 @@ from torch import Tensor, nn
 from .tokens import Reduction
 from .trace import Stopwatch
 
-_OPEN: dict[int, Callable] = {}  # layer number -> its core, for the operator
+_OPEN: dict[int, Opened] = {}  # by layer number, for the operators
 _NUMBERS = count()
 
 
 @torch.library.custom_op("accel::core", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _core(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
-    return _OPEN[int(number)](Heads(q, k, v)).contiguous()
+    return _OPEN[int(number)].run(Heads(q, k, v)).contiguous()
 
 
 @_core.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("accel::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _attention(x: Tensor, rope: list[Tensor], number: Tensor) -> Tensor:
+    mine = _OPEN[int(number)]
+    return mine.whole(mine.attn, x, None, None, tuple(rope) or None).clone()  # the graph may write into what it gets
+
+
+@_attention.register_fake
+def _(x: Tensor, rope: list[Tensor], number: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class Heads:
@@ -84,19 +96,38 @@ class Heads:
         return whole - self.restore(short, cut)
 
 
+def _of_stock(name: str) -> property:
+    """An attribute that diffusers finds and sets on any processor: the stock one's."""
+    return property(lambda self: getattr(self.stock, name, None), lambda self, value: setattr(self.stock, name, value))
+
+
 class Opened:
-    """Attention processor: the family's projections, and `around(inner, heads)` in place of the softmax."""
+    """Attention processor: the stock one within `outside(call)`; or the family's with `around(inner, heads)` in it."""
 
-    _attention_backend = None  # `set_attention_backend` finds and sets these two on any processor
-    _parallel_config = None
+    _attention_backend = _of_stock("_attention_backend")
+    _parallel_config = _of_stock("_parallel_config")
 
-    def __init__(self, family: ModuleType, around: Callable):
-        self.family, self.around = family, around
+    def __init__(self, attn: nn.Module, family: ModuleType):
+        self.attn, self.stock, self.family = attn, attn.processor, family
+        self.around: Callable | None = None
+        self.outside: Callable | None = None
+        self.encloses = False  # whether anything is outside: a compiler may look at it, as it is the same in all blocks
         self.number = torch.tensor(next(_NUMBERS))
 
-    def __call__(self, attn: nn.Module, *args, **kwargs) -> Tensor:
-        core = self._compiled if torch.compiler.is_compiling() else self.run
-        return self.family.attend(attn, core, *args, **kwargs)
+    def __call__(self, attn: nn.Module, x: Tensor, text=None, mask=None, rope: tuple | None = None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self.whole(attn, x, text, mask, rope)
+        if self.encloses:
+            return torch.ops.accel.attention(x, list(rope or ()), self.number)
+        return self.family.attend(attn, self._compiled, x, text, mask, rope)
+
+    def whole(self, attn: nn.Module, *inputs) -> Tensor:
+        """The attention's output, with what was asked for around it and in it."""
+        if self.around is None:
+            call = partial(self.stock, attn, *inputs)
+        else:
+            call = partial(self.family.attend, attn, self.run, *inputs)
+        return self.outside(call) if self.outside else call()
 
     def _compiled(self, heads: Heads) -> Tensor:
         return torch.ops.accel.core(heads.query(), heads.key(), heads.value(), self.number)
@@ -131,21 +162,39 @@ def folded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def opened(module: nn.Module, family: ModuleType, around: Callable) -> Iterator[None]:
-    """The attention module with an `Opened` processor. Raises ValueError where that one would not do the same."""
-    stock = module.processor
-    if getattr(stock, "_parallel_config", None) is not None:
-        raise ValueError("tokens cannot be reduced under context parallelism: each device sees only a part of the grid")
-    if not type(stock).__module__.startswith("diffusers."):
-        raise ValueError(f"{type(stock).__name__} is no attention processor of diffusers: tokens inside it are unknown")
-    mine = Opened(family, around)
-    mine._attention_backend = getattr(stock, "_attention_backend", None)
-    _OPEN[int(mine.number)] = mine.run
+def opened(
+    module: nn.Module, family: ModuleType, around: Callable | None = None, outside: Callable | None = None
+) -> Iterator[None]:
+    """The attention module with a function in it, or outside. Raises ValueError where it would not do the same."""
+    with nullcontext() if isinstance(module.processor, Opened) else _replaced(module, family):
+        mine = module.processor
+        before = mine.around, mine.outside, mine.encloses
+        if around:
+            _check(mine.stock)
+            mine.around = around
+        if outside:
+            mine.outside, mine.encloses = outside, True
+        try:
+            yield
+        finally:
+            mine.around, mine.outside, mine.encloses = before
+
+
+@contextmanager
+def _replaced(module: nn.Module, family: ModuleType) -> Iterator[None]:
+    mine = Opened(module, family)
+    _OPEN[int(mine.number)] = mine
     module.processor = mine
     try:
         yield
     finally:
-        if mine._attention_backend != getattr(stock, "_attention_backend", None):  # it was chosen meanwhile
-            stock._attention_backend = mine._attention_backend
-        module.processor = stock
+        module.processor = mine.stock
         del _OPEN[int(mine.number)]
+
+
+def _check(stock) -> None:
+    """Raise ValueError if the inside of a processor is not what a family knows."""
+    if getattr(stock, "_parallel_config", None) is not None:
+        raise ValueError("tokens cannot be reduced under context parallelism: each device sees only a part of the grid")
+    if not type(stock).__module__.startswith("diffusers."):
+        raise ValueError(f"{type(stock).__name__} is no attention processor of diffusers: tokens inside it are unknown")

@@ -6,8 +6,8 @@
 `wrap_heads`     what lies inside it                   fn(inner, heads, site) -> heads (b, m, h, d)
 
 Wrappers nest, the last added outermost; none replaces another. Handles are taken once, at construction, and the
-model is on exit as it was found. Built on diffusers' hooks and attention processors, so offload, LoRA and attention
-backends keep working; a place is touched only while somebody wraps it, so that compiled blocks stay compiled.
+model is on exit as it was found. Built on diffusers' hooks and attention processors, so offload, LoRA, attention
+backends and compiled blocks keep working.
 """
 
 from __future__ import annotations
@@ -20,54 +20,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from .families import family_of
 from .flops import count_flops
 from .heads import Heads, opened
+from .hooks import Around, hooked, kept
 from .trace import DENOISER, Step, Trace
 
 T = TypeVar("T")
-
-
-class _Around(ModelHook):
-    """Runs `around(hook, *args, **kwargs)` in place of a module's forward; knows the pipeline's cache context."""
-
-    _is_stateful = True
-
-    def __init__(self, around: Callable):
-        super().__init__()
-        self.around, self.states = around, StateManager(BaseState)
-
-    def new_forward(self, module: nn.Module, *args, **kwargs):
-        return self.around(self, *args, **kwargs)
-
-    @property
-    def original(self) -> Callable:
-        """The forward that was there before."""
-        return self.fn_ref.original_forward
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.states.reset()
-        return module
-
-
-@contextmanager
-def _hooked(module: nn.Module, around: Callable) -> Iterator[None]:
-    """The module with a hook around its forward; afterwards it has just the attributes it had before."""
-    had_registry, had_forward = "_diffusers_hook" in module.__dict__, "forward" in module.__dict__
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(_Around(around), "accel")
-    try:
-        yield
-    finally:
-        registry.remove_hook("accel", recurse=False)
-        if not had_registry:
-            del module._diffusers_hook
-        if not had_forward:
-            del module.forward
 
 
 class _AsOne(nn.ModuleList):
@@ -90,6 +52,11 @@ class Host:
     def __init__(self, pipe, trace: Trace):
         self.pipe, self.trace, self.family = pipe, trace, family_of(pipe)
         self.models = self.family.denoisers(pipe)
+        if any(hasattr(model, "_orig_mod") for model in self.models):
+            raise ValueError(
+                "a transformer that is compiled as a whole has no places to wrap: compile its blocks, by "
+                "pipe.transformer.compile_repeated_blocks()"
+            )
         self.signatures = [inspect.signature(type(model).forward) for model in self.models]
         self.attentions = [self.family.attentions(model) for model in self.models]
         self.depths = [len(self.family.blocks(model)) for model in self.models]
@@ -108,12 +75,8 @@ class Host:
     @contextmanager
     def attached(self) -> Iterator[Host]:
         """Inside, the pipeline's calls pass through the host."""
-        with ExitStack() as stack:
-            for i, model in enumerate(self.models):
-                stack.enter_context(_hooked(model, partial(self._denoise, i)))
-                registry = model._diffusers_hook
-                registry.invalidate_child_registries_cache()
-                stack.callback(setattr, registry, "_child_registries_cache", None)
+        hooks = lambda: _all(hooked(model, partial(self._denoise, i)) for i, model in enumerate(self.models))
+        with kept(self.pipe, hooks):
             yield self
 
     def wrap_denoiser(self, fn: Callable) -> AbstractContextManager:
@@ -148,6 +111,10 @@ class Host:
     def _as_one(self, index: int) -> Iterator[None]:
         """Let a model find one block where its blocks are: the wrapped stack of them."""
         model, blocks = self.models[index], self.family.blocks(self.models[index])
+        if type(model).__name__ not in self.family.PLAIN:
+            raise ValueError(
+                f"{type(model).__name__} adds to what its blocks give between them: they are not one stack"
+            )
 
         def stack(hidden: Tensor, *inputs, **named) -> Tensor:
             for block in blocks:
@@ -162,10 +129,10 @@ class Host:
             setattr(model, self.family.BLOCKS, blocks)
 
     def _open_attentions(self) -> AbstractContextManager:
-        return _all(_hooked(module, partial(self._attend, site)) for site, module in self._sites())
+        return _all(opened(m, self.family, outside=partial(self._attend, site)) for site, m in self._sites())
 
     def _open_heads(self) -> AbstractContextManager:
-        return _all(opened(module, self.family, partial(self._core, site)) for site, module in self._sites())
+        return _all(opened(m, self.family, around=partial(self._core, site)) for site, m in self._sites())
 
     def _sites(self) -> Iterator[tuple[str, nn.Module]]:
         return (item for attentions in self.attentions for item in attentions.items())
@@ -182,7 +149,7 @@ class Host:
 
         return get
 
-    def _denoise(self, model: int, hook: _Around, *args, **kwargs):
+    def _denoise(self, model: int, hook: Around, *args, **kwargs):
         inputs = self.signatures[model].bind(None, *args, **kwargs).arguments
         del inputs["self"]
         return_dict, x = inputs.pop("return_dict", True), inputs.pop("hidden_states")
@@ -200,16 +167,17 @@ class Host:
         self.trace.milliseconds[step.index] = self.trace.milliseconds.get(step.index, 0.0) + spent
         return Transformer2DModelOutput(sample=y) if return_dict else (y,)
 
-    def _enter(self, model: int, hook: _Around, x: Tensor, inputs: dict[str, Any]) -> None:
+    def _enter(self, model: int, hook: Around, x: Tensor, inputs: dict[str, Any]) -> None:
         """Find out which step and branch this call is, and whether it opens a new run."""
         context = hook.states._context
         scheduler = self.pipe.scheduler
         if context is None or context.step_index is None:
             index, branch = self._loose.place(inputs["timestep"], inputs["encoder_hidden_states"])
             branch = context.name if context else branch
-            count = len(scheduler.timesteps)
+            whole, count = len(scheduler.timesteps), getattr(self.pipe, "num_timesteps", len(scheduler.timesteps))
+            skipped = whole - count  # a video to begin with takes the place of the first steps
         else:
-            index, branch, count = context.step_index, context.name, context.num_inference_steps
+            index, branch, count, skipped = context.step_index, context.name, context.num_inference_steps, 0
         opens = self.step is None or index < self.step.index or (index, branch) in self._seen
         if opens:
             self.run += 1
@@ -218,15 +186,14 @@ class Host:
             self.anchors.clear()
             self.trace.started = time.perf_counter()
         self._seen.add((index, branch))
-        sigmas = scheduler.sigmas
-        self.step = Step(index, count, float(sigmas[index]), float(sigmas[index + 1]), branch)
+        sigma, sigma_next = map(float, scheduler.sigmas[skipped + index : skipped + index + 2])
+        self.step = Step(index, count, sigma, sigma_next, branch)
         if opens or model != self.model:  # shapes do not change within a run
             self.trace.flops = count_flops(self.models[model], x, inputs)
         self.model, self.latents = model, x
         self.trace.sigmas[index] = self.step.sigma
 
-    def _attend(self, site: str, hook: _Around, *args, **kwargs) -> Tensor:
-        call = partial(hook.original, *args, **kwargs)
+    def _attend(self, site: str, call: Callable) -> Tensor:
         for fn in self._attention:
             call = partial(fn, call, site)
         return call()
@@ -246,7 +213,7 @@ class _Loose:
 
     def place(self, timestep: Tensor, text: Tensor) -> tuple[int, str]:
         """(step index, branch) of a call; a higher timestep or a third text opens another run."""
-        now = float(timestep.flatten()[0])
+        now = float(timestep.max())  # of tokens that have one each, a given first frame's is 0
         known = any(seen is text for seen in self.texts)
         if now > self.time or (not known and len(self.texts) == 2):
             self.index, self.time, self.texts = 0, now, []

@@ -53,9 +53,10 @@ class PlanCache:
             self.held = self._bytes()
         return cut
 
-    def likeness(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> float:
-        """How alike features are to the tokens they would merge into (0: as random ones, 1: the same)."""
-        return self._match(x, self.partition(feature, grid, x.device)).likeness.mean().item()
+    def likeness(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> tuple[float, int]:
+        """How alike features are to what they would merge into (0: as random, 1: the same), and the FLOPs of it."""
+        part = self.partition(feature, grid, x.device)
+        return self._match(x, part).likeness.mean().item(), self._flops(x, part)
 
     def clear(self) -> None:
         """Forget all plans: another transformer takes over."""

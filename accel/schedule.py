@@ -61,7 +61,9 @@ class Schedule:
         if site not in seen and host.step.branch == "cond":
             features = (("query", heads.query()), ("kv", heads.value()))
             with heads.watch:
-                seen[site] = tuple(self.plans.likeness(feature, x, host.grid) for feature, x in features)
+                found = [self.plans.likeness(feature, x, host.grid) for feature, x in features]
+            seen[site], spent = tuple(alike for alike, _ in found), sum(flops for _, flops in found)
+            host.trace.record(host.step, site, "compute", 1 + spent / host.trace.flops[site])
             self.judged[host.model] = host.step.index
         return True
 

@@ -248,3 +248,20 @@ def test_compiled_blocks_share_one_graph_and_do_not_recompile_when_a_rate_change
         if kv_rate == 0.5:
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_tokens_are_reduced_in_half_precision_though_the_rotary_table_was_cast_too(pipe, sample):
+    pipe.transformer.to(torch.bfloat16)
+    assert pipe.transformer.rope.freqs_cos.dtype == torch.bfloat16
+    with accel.apply(pipe, [AsymRnR(**FIXED)]) as trace:
+        assert sample(pipe).isfinite().all()
+    assert "reduce" in {e.action for e in trace.events.values()}
+
+
+def test_the_matching_by_which_blocks_are_judged_is_work(pipe, sample):
+    """All 48 tokens against one destination in each of the 12 cells of four, for queries and for values."""
+    knobs = {**FIXED, "threshold": 0.01, "matching": "global"}
+    with accel.apply(pipe, [AsymRnR(**knobs)]) as trace:
+        sample(pipe)
+    site = "blocks.0.attn1"
+    assert trace.events[1, "cond", site].kept == pytest.approx(1 + 2 * (2 * 12 * 36 * 24) / trace.flops[site])

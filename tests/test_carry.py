@@ -114,6 +114,17 @@ def test_a_branch_that_another_method_seldom_runs_learns_nothing(pipe, sample):
     assert late == {("cond", "reduce", False), ("cond", "compute", True)} | {("uncond", "compute", False)}
 
 
+def test_attentions_that_are_computed_too_seldom_to_carry_are_whole_and_it_is_said(pipe, sample):
+    cache = METHODS["fastercache"](attention_interval=3, guidance=False)
+    with accel.apply(pipe, [AsymRnR(**FIXED), cache]) as trace:
+        sample(pipe)
+    assert any("too seldom to carry: raise its interval" in note for note in trace.notes)
+    with accel.apply(pipe, [AsymRnR(**{**FIXED, "interval": 7}), cache]) as trace:
+        sample(pipe)
+    assert not any("too seldom" in note for note in trace.notes)
+    assert "reduce" in {e.action for e in trace.events.values()}
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_both_branches_are_whole_where_their_difference_is_held(order, pipe, sample):
     """CFG-Cache rebuilds steps 11, 13, ...: in 10, 12, ... it takes the branches' difference, errors included."""

@@ -177,3 +177,18 @@ def test_forecast_of_bytes_is_what_is_held(pipe, sample):
     assert 0 < trace.bytes_held <= trace.bytes_forecast <= 1.3 * trace.bytes_held
     run = Run(model="m", prompt="p", height=64, width=64, frames=5, steps=20, guidance=4.0, methods={"fastercache": {}})
     assert forecast(run, pipe) == trace.bytes_forecast
+
+
+def test_compiled_blocks_share_one_graph_over_all_steps(pipe, sample):
+    torch._dynamo.reset()
+    method = FasterCache(attention_start=0.3, guidance_start=0.5)
+    with accel.apply(pipe, [method]):
+        expected = sample(pipe, steps=10)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        with accel.apply(pipe, [method]) as trace:
+            got = sample(pipe, steps=10)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert {e.action for e in trace.events.values()} == {"compute", "reuse", "rebuild"}

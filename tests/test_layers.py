@@ -11,7 +11,7 @@ ACCEL = ROOT / "accel"
 LAYERS = [
     {"spectrum", "tokens", "plans", "budget", "flow"},
     {"trace", "carry", "metrics", "video", "ledger", "weights", "conditioning", "predictor"},
-    {"flops", "families", "heads", "host", "schedule", "student"},
+    {"flops", "families", "heads", "hooks", "host", "schedule", "student"},
     {"methods"},
     {"presets", "models", "apply", "world"},
     {"run", "bench", "summary", "profile"},

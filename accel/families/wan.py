@@ -10,6 +10,7 @@ from ..heads import Heads
 from ..tokens import Reduction
 
 BLOCKS = "blocks"  # the attribute that holds them
+PLAIN = ("WanTransformer3DModel",)  # classes that go from block to block and do nothing between them
 
 
 def denoisers(pipe) -> list[nn.Module]:
@@ -158,6 +159,7 @@ class Projected(Heads):
             return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(y)
         with self.watch:
             cos, sin = (table[0][cut.keep] for table in self.rope)
-        pairs = pairs.to(torch.promote_types(y.dtype, cos.dtype)).contiguous()
+        at_least = torch.promote_types(torch.float32, cos.dtype)  # there are no complex numbers of two bfloat16
+        pairs = pairs.to(torch.promote_types(y.dtype, at_least)).contiguous()
         turns = torch.complex(*(t.to(pairs.dtype).contiguous() for t in (cos[..., 0::2], sin[..., 1::2])))
         return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).type_as(y)

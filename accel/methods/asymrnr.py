@@ -212,7 +212,9 @@ class AsymRnR(Method):
         memory.turn_to(host.model)
         key, n = (site, step.branch), heads.shape[1]
         anchor = step.index in host.anchors  # where the branches' difference is taken, and errors with it
-        if memory.carried and not memory.carried.serves(key, step, anchor):  # another method seldom runs this branch
+        if memory.carried and not memory.carried.serves(key, step, anchor):  # another method seldom runs this one
+            if step.branch == "cond":
+                trace.note("AsymRnR leaves attentions whole that are computed too seldom to carry: raise its interval")
             return inner(heads)
         queries, matching = self._cut("query", heads, rates[0], site, host, memory)
         keys, more = (queries, 0) if self.plans == "one" else self._cut("kv", heads, rates[1], site, host, memory)

@@ -1,0 +1,83 @@
+"""Hooks around a module's forward, on diffusers' own registry; afterwards the module is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+from diffusers.hooks.group_offloading import _LAZY_PREFETCH_GROUP_OFFLOADING
+from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from torch import nn
+
+
+class Around(ModelHook):
+    """Runs `around(hook, *args, **kwargs)` in place of a module's forward; knows the pipeline's cache context."""
+
+    _is_stateful = True
+
+    def __init__(self, around: Callable):
+        super().__init__()
+        self.around, self.states = around, StateManager(BaseState)
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        return self.around(self, *args, **kwargs)
+
+    @property
+    def original(self) -> Callable:
+        """The forward that was there before."""
+        return self.fn_ref.original_forward
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.states.reset()
+        return module
+
+
+@contextmanager
+def hooked(module: nn.Module, around: Callable) -> Iterator[None]:
+    """The module with a hook around its forward; afterwards it has just the attributes it had before.
+
+    Raises ValueError where offloading would take the hook off in the module's first call.
+    """
+    had_registry, had_forward = "_diffusers_hook" in module.__dict__, "forward" in module.__dict__
+    if had_registry and module._diffusers_hook.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING):
+        raise ValueError("group offloading with streams finds its order in a first run: make one before accel.apply")
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(Around(around), "accel")
+    registry.invalidate_child_registries_cache()
+    try:
+        yield
+    finally:
+        registry.remove_hook("accel", recurse=False)
+        registry._child_registries_cache = None
+        if not had_registry:
+            del module._diffusers_hook
+        if not had_forward:
+            del module.forward
+
+
+@contextmanager
+def kept(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Inside, the hooks are on the pipeline's models; where these are offloaded, put back after each of its calls.
+
+    For then the pipeline takes all hooks off its models, whoever put them there, and only its own on again.
+    """
+    before, free = vars(pipe).get("maybe_free_model_hooks"), pipe.maybe_free_model_hooks
+    with ExitStack() as stack:
+        stack.enter_context(hooks())
+
+        def free_and_put_back() -> None:
+            if not getattr(pipe, "_all_hooks", None):
+                return free()
+            stack.close()
+            try:
+                free()
+            finally:
+                stack.enter_context(hooks())
+
+        pipe.maybe_free_model_hooks = free_and_put_back
+        try:
+            yield
+        finally:
+            del pipe.maybe_free_model_hooks
+            if before is not None:
+                pipe.maybe_free_model_hooks = before
