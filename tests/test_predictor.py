@@ -192,7 +192,7 @@ def test_a_trained_predictor_lies_beside_the_model_in_its_form(pipe, tmp_path, m
     monkeypatch.setattr(teach_predictor, "home_of", lambda *_: home)
     monkeypatch.setattr("accel.training.orders.LOOKS", 1)
     monkeypatch.setattr(teach_predictor, "quicken", lambda blocks, device: None)
-    order = Order(arm="plain", slots=2)
+    order = Order(arm="plain")
     done = train_predictor(Recipe(steps=3, lr=1e-3, warmup=1), order, "cpu", None, False, tmp_path / "out")
     assert done["finished"] and list(done["stages"]) == ["match", "sharpen"]
     facts = json.loads((tmp_path / "predictor" / "plain" / "predictor.json").read_text())
