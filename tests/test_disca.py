@@ -114,12 +114,16 @@ def test_predictions_are_never_kept(pipe, sample):
     assert kept == [0, 4, 5]
 
 
-def test_another_size_in_the_same_block_starts_afresh(pipe, sample):
-    with accel.apply(pipe, [DisCa(form="reuse", full=3)]):
+@pytest.mark.parametrize("form", ["reuse", "taylor-1", "taylor-2"])
+@pytest.mark.parametrize("height", [64, 32])
+def test_another_run_in_the_same_block_starts_afresh(height, form, pipe, sample):
+    """A Taylor series would take in the anchors of the run before."""
+    methods = [DisCa(form=form, full=3)]
+    with accel.apply(pipe, methods):
         sample(pipe, steps=6, guidance=1.0)
-        small = sample(pipe, steps=6, guidance=1.0, height=32)
-    with accel.apply(pipe, [DisCa(form="reuse", full=3)]):
-        assert torch.equal(sample(pipe, steps=6, guidance=1.0, height=32), small)
+        second = sample(pipe, steps=6, guidance=1.0, height=height, seed=1)
+    with accel.apply(pipe, methods):
+        assert torch.equal(sample(pipe, steps=6, guidance=1.0, height=height, seed=1), second)
 
 
 @pytest.fixture

@@ -11,16 +11,18 @@ import torch
 from accelerate import Accelerator
 from test_meanflow import instant, mean
 
-from accel.conditioning import IntervalEmbedder
+from accel.conditioning import IntervalEmbedder, packed
 from accel.models import Home
 from accel.training.clips import Clips
+from accel.training.distil import store
 from accel.training.fit import Recipe, fit
 from accel.training.meanflow import SEEN, Course, MeanFlowTask, longest_step
 from accel.training.slots import Slots, TimedGround, ground_of
 from accel.training.students import Copies, velocity
-from accel.training.teach_meanflow import share_first_stage, start_from
+from accel.training.teach_meanflow import has_head_start, share_first_stage, start_from
 from accel.training.vae import normalise
 from accel.video import write_mp4
+from accel.weights import marks
 
 
 def timed(pipe, steps=4) -> TimedGround:
@@ -71,6 +73,18 @@ def test_the_first_stage_teaches_guided_velocities_at_each_slots_own_guidance(pi
     loss, _ = mean.loss(mean.module, 0, 0)
     assert loss.item() == pytest.approx((cond - target).square().mean().item(), rel=1e-3)
     assert len(w.unique()) == 4 and (slots.index == 1).all()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_student_is_told_its_slots_own_guidance_in_both_stages(stage, pipe):
+    mean, told = task(pipe), []
+    mean.stage, w = stage, mean.slots.uniform(2, 5, "guidance")
+    for model in (mean.nets.module, mean.nets._previous):
+        model.register_forward_pre_hook(lambda _, args: told.append(args[1].view(3, -1)[2]))
+    mean.loss(mean.module, 0, 0)
+    assert len(told) == 1 + stage
+    for given in told:
+        torch.testing.assert_close(given, packed(w, w, w).view(3, -1)[2])
 
 
 class Known(torch.nn.Module):
@@ -147,8 +161,8 @@ def test_time_frequencies_that_the_base_does_not_see_stay_unseen(pipe):
     assert (own.grad[:, ::2] == 0).all() and (own.grad[:, 1::2] != 0).any()
 
 
-def test_a_resumed_stage_ends_with_the_weights_of_an_unbroken_one(pipe, tmp_path):
-    recipe = Recipe(steps=3, lr=1e-3, warmup=1, ema=0.0)
+def test_a_resumed_stage_ends_with_the_averaged_weights_of_an_unbroken_one(pipe, tmp_path):
+    recipe = Recipe(steps=3, lr=1e-3, warmup=1, ema=0.5)
     tasks = [task(pipe) for _ in range(3)]
     for one in tasks:
         one.stage, one.recipe = 1, recipe
@@ -166,12 +180,30 @@ def test_a_rival_begins_with_the_first_stage_of_the_method(tmp_path):
     (other / "guidance").mkdir(parents=True)
     (other / "guidance" / "done.json").write_text("{}")
     own.mkdir()
-    order = {"base": [0.5], "start": None, "rank": 64, "recipes": [{"steps": 3}]}
+    order = {
+        "base": [0.5],
+        "start": None,
+        "rank": 64,
+        "course": {"slots": 4, "follow": True},
+        "recipes": [{"steps": 3}],
+    }
     (own / "order.json").write_text(json.dumps(order))
-    (other / "order.json").write_text(json.dumps({**order, "base": [0.6]}))
-    assert not share_first_stage(other, own) and not (own / "guidance").exists()
-    (other / "order.json").write_text(json.dumps({**order, "recipes": [{"steps": 3}, {"steps": 9}]}))
+    for change in ({"base": [0.6]}, {"prompts": "of another file"}, {"course": {"slots": 2, "follow": True}}):
+        (other / "order.json").write_text(json.dumps({**order, **change}))
+        assert not share_first_stage(other, own) and not (own / "guidance").exists()
+    change = {"course": {"slots": 4, "follow": False}, "recipes": [{"steps": 3}, {"steps": 9}]}
+    (other / "order.json").write_text(json.dumps({**order, **change}))
     assert share_first_stage(other, own) and (own / "guidance" / "done.json").is_file()
+
+
+def test_a_head_start_of_an_earlier_base_is_none(pipe, tmp_path, capsys):
+    assert not has_head_start(tmp_path, pipe.transformer)
+    store(Copies(pipe.transformer), tmp_path / "gpd-N48", "gpd.json", {"base": marks(pipe.transformer)})
+    assert has_head_start(tmp_path, pipe.transformer)
+    with torch.no_grad():
+        for weight in pipe.transformer.parameters():
+            weight.add_(0.1)
+    assert not has_head_start(tmp_path, pipe.transformer) and "another base" in capsys.readouterr().err
 
 
 def test_a_head_start_keeps_zeros_of_the_time_embedding(pipe, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..conditioning import IntervalEmbedder, unwrapped
 from ..models import home_of
-from ..weights import load_differences, marks
+from ..weights import bears, load_differences, marks
 from .distil import distil, remaining, store, totals
 from .fit import Recipe
 from .meanflow import Course, MeanFlowTask, longest_step
@@ -29,6 +29,7 @@ ARMS: dict[str, dict] = {  # the method, and plain MeanFlow; R is the widest int
     "exact": {"slope": "exact"},
     "unrestricted": {"longest": 1.0, "follow": False},
 }
+SECOND = ("longest", "follow", "slope")  # what of a course its second stage alone heeds
 STEPS = (20, 10)  # numbers of steps that the student is made for
 HEAD_START = "gpd-N48"  # a student that took in guidance at one strength, if it is there
 
@@ -66,13 +67,24 @@ def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> 
     given = {"longest": longest_step(pipe.scheduler, STEPS), "steps": STEPS, "guidance": around}
     course = Course(**given | {"slots": order.trajectories()} | ARMS[order.arm or "meanflow"])
     ground = TimedGround(**vars(order.ground(pipe, home, course.base_steps, lines)), guidance=home.guidance)
-    transformer, beside, start = pipe.transformer, order.beside(), None
+    transformer, beside = pipe.transformer, order.beside()
+    start = HEAD_START if not order.adapters() and beside and has_head_start(beside, transformer) else None
     transformer.condition_embedder = IntervalEmbedder(transformer.condition_embedder)
     nets = order.networks(transformer, recipe.seed, device)
-    if not order.adapters() and beside and (beside / HEAD_START / "model.safetensors").is_file():
-        start = HEAD_START
+    if start:
         start_from(nets.module, transformer, beside / HEAD_START)
     return MeanFlowTask(recipe, course, nets, ground, own_share()), start
+
+
+def has_head_start(beside: Path, transformer: nn.Module) -> bool:
+    """Whether a student that took in guidance lies beside a model, and is of that model and not of an earlier one."""
+    folder = beside / HEAD_START
+    if not (folder / "model.safetensors").is_file():
+        return False
+    if bears(transformer, json.loads((folder / "gpd.json").read_text())["base"]):
+        return True
+    print(f"{folder} was made from another base: the first stage begins with this one", file=sys.stderr)
+    return False
 
 
 @torch.no_grad()
@@ -87,14 +99,13 @@ def start_from(module: nn.Module, base: nn.Module, folder: Path) -> None:
 def share_first_stage(other: Path, own: Path) -> bool:
     """Let a rival begin with the first stage that another training finished, if it did and the rival has none.
 
-    Not if that was of another base, or by another recipe.
+    Not if anything was asked for otherwise there that tells on it.
     """
     done, first = other / "guidance", own / "guidance"
     if first.is_dir() or not (done / "done.json").is_file():
         return False
     asked, made = (json.loads((folder / "order.json").read_text()) for folder in (own, other))
-    same = all(asked[key] == made[key] for key in ("base", "start", "rank"))
-    if not same or asked["recipes"][0] != made["recipes"][0]:
+    if _first_of(asked) != _first_of(made):
         print(f"{other} holds a first stage of another order: this one trains its own", file=sys.stderr)
         return False
     PartialState().wait_for_everyone()  # until all have looked
@@ -102,6 +113,12 @@ def share_first_stage(other: Path, own: Path) -> bool:
         shutil.copytree(done, first)
     PartialState().wait_for_everyone()
     return True
+
+
+def _first_of(order: dict) -> dict:
+    """What of an order tells on the first stage."""
+    course = {knob: value for knob, value in order["course"].items() if knob not in SECOND}
+    return {**order, "course": course, "recipes": order["recipes"][:1]}
 
 
 def stage_recipes(recipe: Recipe) -> list[Recipe]:
