@@ -112,6 +112,7 @@ SUITES["meanflow"] = PLAIN | {
         ("guidance distilled, {n} steps", {"student": "checkpoints/meanflow/guidance-only"}),
         ("even intervals, {n} steps", {"student": "checkpoints/even/meanflow"}),
         ("unrestricted (R = 1), {n} steps", {"student": "checkpoints/unrestricted/meanflow"}),
+        ("means of the base's, {n} steps", {"student": "checkpoints/guided/meanflow"}),
     )
     for n in (20, 10)
 }
@@ -136,7 +137,8 @@ PAIRS = {  # suite -> rows that are held against each other
             ("6 steps by Euler", "fewer steps: 6", "equal calls: 3 steps", "6 steps, no guidance")],
     **{suite: [("gpd", name) for name in names] for suite, names in ARMS.items()},
     "meanflow": [(f"meanflow, {n} steps", f"{name}, {n} steps") for n in (20, 10) for name in
-                 ("guidance distilled", "even intervals", "unrestricted (R = 1)")],
+                 ("guidance distilled", "even intervals", "unrestricted (R = 1)", "means of the base's")]
+                + [("meanflow, 20 steps", "fewer steps: 10")],
     "disca": [("disca", name) for name in
               ("reuse at the same anchors", "taylor-1 at the same anchors", "taylor-2 at the same anchors",
                "disca, plain form", "disca, squared error alone", "meanflow, 10 steps", "5 steps by Euler",

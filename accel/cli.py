@@ -229,7 +229,7 @@ def train(
         str,
         typer.Option(
             help="A rival. gpd: no-constraint, annealed, halving, direct, guidance-only; meanflow: even, exact, "
-            "unrestricted; predictor: plain."
+            "unrestricted, guided; predictor: plain."
         ),
     ] = None,
 ) -> None:

@@ -112,6 +112,21 @@ def test_the_second_stages_loss_is_nothing_for_the_known_mean_velocity_and_only_
     assert losses[0] < 1e-4 and losses[1] > 3e-3 and losses[2] > 0.5
 
 
+def test_the_second_stage_can_learn_the_means_of_the_guided_bases_velocities(pipe):
+    asked = []
+
+    def teacher(x, time, words, empty, w):
+        asked.append(w)
+        return instant(x, time.view(-1, 1, 1, 1, 1) / 1000)
+
+    nets = SimpleNamespace(module=Known(1.0), teacher=teacher)
+    course = Course(base_steps=4, steps=(4, 2), guidance=(2, 5), longest=0.5, slots=16, warm=1, source="base")
+    known = MeanFlowTask(Recipe(steps=4, lr=1e-3), course, nets, timed(pipe))
+    known.stage, known.slots.index = 1, torch.arange(16) % 4
+    w = known.slots.uniform(2, 5, "guidance")
+    assert known.loss(nets.module, 0, 0)[0].item() < 1e-4 and torch.equal(asked[0], w)
+
+
 def test_both_slopes_agree_on_a_transformer(pipe):
     mean = task(pipe)
     for told in mean.module.condition_embedder.told.values():

@@ -2,8 +2,9 @@
 
 First stage: one call, told a guidance, gives what the base gives in two. Second stage: one call, told where its step
 ends, gives the mean velocity u up to there. Its target follows from the MeanFlow identity, u = v - (t - r) du/dt, with
-v from the first stage's frozen student; intervals t - r are drawn from [0, R], as the term that feeds the network's
-own errors back is multiplied by their length. R = 1 is plain MeanFlow. Data-free: captions and noise.
+v from the first stage's frozen student (or, in an arm, from the guided base itself); intervals t - r are drawn from
+[0, R], as the term that feeds the network's own errors back is multiplied by their length. R = 1 is plain MeanFlow.
+Data-free: captions and noise.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Course(BaseModel, frozen=True, extra="forbid"):
     longest: float = Field(gt=0, le=1)  # R
     follow: bool = True  # at most as far as the schedule of the fewest steps goes from that level
     equal: float = Field(0.5, ge=0, lt=1)  # share of the slots with r = t
+    source: Literal["student", "base"] = "student"  # of the second stage's velocities: the first's, or the guided base
     slope: Literal["central", "exact"] = "central"
     reach: float = Field(5e-3, gt=0, lt=0.5)  # of the central difference
     warm: int = Field(100, ge=1)  # iterations in which the correction comes in
@@ -88,11 +90,12 @@ class MeanFlowTask(Taught):
         slots = self.slots
         now = self.ground.levels[slots.index].float()
         w = slots.uniform(*self.course.guidance, "guidance")
-        if self.stage == 0:
+        if self.stage == 0 or self.course.source == "base":
             v = self.nets.teacher(slots.x, 1000 * now.to(slots.x.device), slots.words, self.empty, w)
-            then, target, logs = now, v, {}
         else:
             v = self.nets.previous(slots.x, self._told(now, now, w), slots.words)
+        then, target, logs = now, v, {}
+        if self.stage == 1:
             then = self.ends(now, step)
             target, logs = self._corrected(v, now, then, w, step)
         u = velocity(model, slots.x, self._told(now, then, w), slots.words)

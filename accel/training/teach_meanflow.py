@@ -28,8 +28,9 @@ ARMS: dict[str, dict] = {  # the method, and plain MeanFlow; R is the widest int
     "even": {"follow": False},
     "exact": {"slope": "exact"},
     "unrestricted": {"longest": 1.0, "follow": False},
+    "guided": {"source": "base"},  # so that the second stage goes on with what the first has not taken in
 }
-SECOND = ("longest", "follow", "slope")  # what of a course its second stage alone heeds
+SECOND = ("longest", "follow", "slope", "source")  # what of a course its second stage alone heeds
 STEPS = (20, 10)  # numbers of steps that the student is made for
 HEAD_START = "gpd-N48"  # a student that took in guidance at one strength, if it is there
 
