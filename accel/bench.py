@@ -144,14 +144,18 @@ PAIRS = {  # suite -> rows that are held against each other
                "disca, plain form", "disca, squared error alone", "meanflow, 10 steps", "5 steps by Euler",
                "fewer steps: 5")] + [("turbo", "meanflow, 6 steps")],
 }  # fmt: skip
-PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; nothing is tuned to them
+PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; no method is tuned to them
 
 
 def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> dict:
-    """The summary of a suite, after writing results.json, report.md and pareto.png. Raises ValueError if unknown."""
+    """The summary of a suite, after writing results.json, report.md and pareto.png.
+
+    Raises ValueError for an unknown suite, or where `out` holds results of more prompts, or of rows that cannot be run.
+    """
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
     rows = {name: row for name, row in SUITES[suite].items() if row.trained(model)}
+    _check_place(out / "results.json", rows, prompts * seeds)
     if left_out := SUITES[suite].keys() - rows.keys():
         print(f"left out, as nobody has trained them: {', '.join(sorted(left_out))}", file=sys.stderr)
     pipe = load_pipeline(model)
@@ -176,8 +180,20 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     return {"suite": suite, "out": str(out), **summary}
 
 
+def _check_place(file: Path, rows: dict[str, Row], n: int) -> None:
+    """Raise ValueError if results lie here already that fewer would replace."""
+    there = json.loads(file.read_text()) if file.is_file() else {"n": 0, "rows": {}}
+    lost = [name for name in there["rows"] if name not in rows]
+    if there["n"] > n or lost:
+        more = f"the rows {', '.join(lost)}" if lost else f"{there['n']} prompts and seeds, more than {n}"
+        raise ValueError(f"{file.parent} holds results of {more}: give another --out, or delete it first")
+
+
 def _key(rows: dict[str, Row], model: str, pipe, home) -> str:
-    """Changes with the runs of the rows, every knob of their methods, the weights and the machine."""
+    """Changes with the runs of the rows, every knob of their methods, the weights and the machine.
+
+    Not with the code: after a change to that which tells on results, the ledger is to be deleted.
+    """
     runs = [build_run(home, model=model, prompt="-", **row.settings()) for row in rows.values()]
     methods = [build_methods(run.methods) for run in runs]
     knobs = [[method.model_dump() for method in own] for own in methods]

@@ -42,7 +42,7 @@ def main() -> None:
         text = error.format_message()
         print(text if "Usage:" in text else f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, RuntimeError) as error:
@@ -127,6 +127,8 @@ def run(
         told = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
         if more := [name.rstrip("_") for name in told if name not in ("source", "out")]:
             raise ValueError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
+        if source.resolve() == (out / "video.mp4").resolve():
+            raise ValueError(f"{source} would be replaced by what is made from it: give another --out")
         pipe, home, b = _repeated(source)
     elif prompt is None:
         raise ValueError("give a --prompt, or a video to repeat with --from")
@@ -282,10 +284,11 @@ def judge(
     file = folder / "captions.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: it maps each mp4 of the folder to its caption")
-    marks = {
-        name: score(np.stack(list(iio.imiter(folder / name))), text)
-        for name, text in json.loads(file.read_text()).items()
-    }
+    captions = json.loads(file.read_text())
+    if not isinstance(captions, dict) or (lost := [name for name in captions if not (folder / name).is_file()]):
+        what = "it is no table" if not isinstance(captions, dict) else f"{lost[0]} is missing"
+        raise ValueError(f"{file} does not map each mp4 of its folder to a caption: {what}")
+    marks = {name: score(np.stack(list(iio.imiter(folder / name))), text) for name, text in captions.items()}
     for name, mark in marks.items():
         print(name, " ".join(f"{a} {v:.0f}" for a, v in mark.items() if a != "mean"), f"mean {mark.get('mean', 0):.2f}")
     names = sorted({a for mark in marks.values() for a in mark})

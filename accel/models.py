@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,11 @@ def _remedy(folder: Path) -> str:
 def own_home(model: str) -> Home | None:
     """The settings in a local model's `accel.json`, if it has one."""
     file = Path(resolve(model)) / "accel.json"
-    return Home(**json.loads(file.read_text())) if file.is_file() else None
+    try:
+        return Home.model_validate_json(file.read_text()) if file.is_file() else None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def home_of(pipe, model: str) -> Home:

@@ -37,7 +37,7 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     """Costs of a model, after writing asymrnr.json, profile.md and profile.png; a local model gets its asymrnr.json."""
     pipe = load_pipeline(model)
     home = home_of(pipe, model)
-    if (count := steps or home.steps) <= SPANS:
+    if (count := home.steps if steps is None else steps) <= SPANS:
         raise ValueError(f"{count} steps are too few: each of the {SPANS} spans needs one beside the first step")
     out.mkdir(parents=True, exist_ok=True)
     sites = list(family_of(pipe).attentions(pipe.transformer))

@@ -69,6 +69,9 @@ def overview() -> str:
     lines = [f"| preset | {' | '.join(columns)} | n |", f"|---|{'---|' * len(columns)}---|"]
     for name, row, title in OVERVIEW:
         found = measured(name)
+        if not found or row not in found["rows"]:
+            lines.append(f"| {title} | {NOT_YET.strip()} |{' |' * len(columns)}")
+            continue
         cells = (COLUMNS[column](found["rows"][row]) for column in columns)
         lines.append(f"| {title} | {' | '.join(cells)} | {found['n']} |")
     return "\n".join(lines) + "\n"

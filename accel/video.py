@@ -46,9 +46,11 @@ def read_settings(path: Path) -> dict:
     for line in unescaped.splitlines():
         if line.startswith("comment="):
             try:
-                return json.loads(line.removeprefix("comment="))
+                settings = json.loads(line.removeprefix("comment="))
             except json.JSONDecodeError:
                 break
+            if isinstance(settings, dict):
+                return settings
     raise ValueError(f"{path} holds no settings; only videos made by `python -m accel` do")
 
 

@@ -1,5 +1,8 @@
 """Suites as data: every row is a setting that can be run."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from accel.bench import SUITES, Row
 from accel.ledger import Ledger
 from accel.models import Home
 from accel.presets import build_methods
+from accel.run import Video
 from accel.student import first_order
 from accel.summary import paired, summarise, table
 
@@ -75,6 +79,47 @@ def test_a_row_whose_student_is_not_there_is_known(pipe, students, tmp_path):
     assert row(tmp_path / "gpd-N6").trained(here) and not row(tmp_path / "none").trained(here)
     assert Row("gpd").trained(here) and not Row("gpd").trained(there) and Row("fastercache").trained(there)
     assert Row("disca").trained(here) and not Row("disca").trained(there)
+
+
+def _timed(prompt, **rows):
+    """A prompt with seconds and FLOPs of each row."""
+    same = {"decode": 0.1, "psnr": None, "ssim": 1.0, "ssim_worst": 0.5, "adherence": {}}
+    return {"prompt": prompt, "rows": {name: {"denoise": s, "flops": f, **same} for name, (s, f) in rows.items()}}
+
+
+def test_half_the_time_is_twice_the_speed_and_half_the_flops_half_the_work():
+    lines = [_timed("p", a=(4.0, 8), b=(2.0, 4)), _timed("q", a=(8.0, 8), b=(4.0, 4))]
+    summary = summarise(lines, [("b", "a")])
+    row = summary["rows"]["b"]
+    assert (row["speedup"], row["work"], row["efficiency"], row["seconds"]) == (2.0, 0.5, 1.0, 3.0)
+    assert summary["pairs"][0]["speed"] == 2.0
+
+
+def test_a_suite_goes_on_where_it_was_left_and_fewer_results_do_not_replace_more(pipe, tmp_path, monkeypatch):
+    made = []
+
+    def generate(run, *_):
+        made.append((run.prompt, run.seed, run.steps))
+        video = np.full((5, 16, 16, 3), 10 * run.steps, np.uint8)
+        trace = SimpleNamespace(work=lambda: (run.steps, run.steps))
+        return Video(video, torch.ones(1, 4, 3, 2, 2), {"denoise": float(run.steps), "decode": 0.1}, trace)
+
+    monkeypatch.setattr(bench, "load_pipeline", lambda model: pipe)
+    monkeypatch.setattr(bench, "home_of", lambda *_: Home(height=16, width=16, frames=5, steps=4))
+    monkeypatch.setattr(bench, "generate", generate)
+    monkeypatch.setattr(bench, "warm_up", lambda *_: None)
+    monkeypatch.setitem(SUITES, "small", {"plain": Row(), "fewer": Row(steps=2)})
+    bench.run_suite("small", 2, 1, "m", tmp_path)
+    assert len(made) == 4
+    summary = bench.run_suite("small", 2, 2, "m", tmp_path)
+    assert len(made) == 8 and {seed for _, seed, _ in made[4:]} == {1}
+    assert summary["n"] == 4 and summary["rows"]["fewer"]["speedup"] == 2.0
+    with pytest.raises(ValueError, match="holds results of 4 prompts and seeds, more than 2: give another --out"):
+        bench.run_suite("small", 2, 1, "m", tmp_path)
+    monkeypatch.setitem(SUITES, "small", {"plain": Row()})
+    with pytest.raises(ValueError, match="holds results of the rows fewer"):
+        bench.run_suite("small", 2, 2, "m", tmp_path)
+    assert len(made) == 8
 
 
 def _line(prompt, **ssim):

@@ -90,10 +90,24 @@ def test_bad_input_ends_with_one_line_and_exit_code_two(args, sentence, accel, t
     assert len(told) == 1 and told[0] == err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
-    with pytest.raises(OSError, match="could not be written"):
-        write_mp4(tmp_path / "no" / "such" / "folder.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+def test_a_file_that_cannot_be_written_whole_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda path: (2, 0.25))  # a full disk
+    with pytest.raises(OSError, match="could not be written: the file is incomplete"):
+        write_mp4(tmp_path / "v.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_is_not_replaced_by_its_repetition(accel, tmp_path):
+    write_mp4(tmp_path / "video.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8, {"model": "m"})
+    code, _, err = accel("run", "--from", str(tmp_path / "video.mp4"), "--out", str(tmp_path))
+    assert code == 2 and "would be replaced by what is made from it: give another --out" in err
+
+
+def test_captions_without_their_videos_are_bad_input(accel, tmp_path):
+    for captions, why in (({"a.mp4": "a red star spins"}, "a.mp4 is missing"), (["a"], "it is no table")):
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+        code, _, err = accel("world", "judge", str(tmp_path))
+        assert code == 2 and why in err
 
 
 def test_settings_survive_the_video_file_with_every_character(tmp_path):

@@ -48,6 +48,17 @@ def test_interval_of_a_constant_has_no_width():
     assert interval([0.5] * 10) == (0.5, 0.5, 0.5)
 
 
+def test_interval_of_many_is_that_of_the_normal_distribution():
+    data = np.random.default_rng(1).normal(3, 2, 400)
+    mean, low, high = interval(list(data))
+    half = 1.96 * data.std() / 20
+    assert (
+        mean == data.mean()
+        and low == pytest.approx(mean - half, abs=0.03)
+        and high == pytest.approx(mean + half, abs=0.03)
+    )
+
+
 def test_work_by_hand():
     """Two calls of 100 FLOPs; the second skips one attention of 30: 170 of 200."""
     trace = Trace(flops={"denoiser": 100, "blocks.0.attn1": 30})

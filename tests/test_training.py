@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from accel.training import base, earlier, train_parts
+from accel.models import TINY
+from accel.training import RECIPES, base, earlier, train_parts
 from accel.training.base import Denoiser, build_models, build_tokenizer
 from accel.training.fit import Matrices, Recipe, fit, rate
-from accel.training.vae import Autoencoder, VaeTask, build_vae, clips, without_dead_channels
+from accel.training.vae import Autoencoder, VaeTask, build_vae, clips, put, without_dead_channels
 
 
 @torch.no_grad()
@@ -103,6 +104,41 @@ def test_autoencoder_training_can_go_on_from_finished_weights(tmp_path):
     second.start_from(tmp_path)
     for name, weight in first.module.state_dict().items():
         assert torch.equal(second.module.state_dict()[name], weight)
+
+
+def test_a_run_that_began_with_fewer_latent_channels_goes_on_with_these(tmp_path):
+    first = VaeTask(Recipe(steps=1, lr=1e-3))
+    first.module.vae = build_vae(z_dim=5)
+    torch.save({"module": first.module.state_dict()}, tmp_path / "state.pt")
+    second = VaeTask(Recipe(steps=1, lr=1e-3))
+    second.shape_as(tmp_path / "state.pt")
+    second.module.load_state_dict(first.module.state_dict())
+
+
+def test_a_training_that_is_stopped_leaves_the_shipped_model_and_its_record_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("accel.training.ROOT", tmp_path)
+    monkeypatch.setattr("accel.training.vae.CURRICULUM", ((1.0, 1, 1),))
+    finished = []
+    monkeypatch.setattr("accel.training.vae.finish", lambda task, folder: finished.append(folder) or {})
+    monkeypatch.setitem(RECIPES["small"], "vae", {"steps": 2, "lr": 1e-3, "warmup": 1})
+    (tmp_path / TINY).mkdir(parents=True)
+    assert train_parts("vae", 0, False, tmp_path / "out")["vae"]["step"] == 1
+    assert not finished and not list((tmp_path / TINY).iterdir())
+    assert train_parts("vae", None, True, tmp_path / "out")["vae"]["step"] == 2
+    assert finished and [f.name for f in (tmp_path / TINY).iterdir()] == ["training.json"]
+
+
+def test_what_is_finished_takes_the_place_of_what_was_there_with_all_its_shards(tmp_path):
+    for name, files in (
+        ("made", ["config.json", "vae/one.safetensors"]),
+        ("old", ["README.md", "vae/a-of-2.safetensors"]),
+    ):
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+    put(tmp_path / "made", tmp_path / "old")
+    left = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
+    assert left == ["old/README.md", "old/config.json", "old/vae/one.safetensors"]
 
 
 class Line:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
 from ..models import ROOT, TINY
+from .distil import remaining
 from .fit import Recipe, fit
 
 # The small setting is for CPUs, the large one for a GPU; same code, same layout.
@@ -45,6 +48,7 @@ PARTS = ("vae", "base", *STUDENTS)
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
     """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how.
 
+    What was stopped before its last step stays in `out`, for `resume`. `minutes` are for all parts together.
     `order`, for students alone: the fields of `orders.Order`. Only what belongs to the shipped model is recorded.
     """
     if what not in (*PARTS, "all"):
@@ -65,20 +69,24 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
     file = ROOT / TINY / "training.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     name = f"cpu, {torch.get_num_threads()} threads" if setting == "small" else torch.cuda.get_device_name()
+    began = time.monotonic()
     for part in PARTS if what == "all" else (what,):
+        left = remaining(minutes, began)
         recipe = Recipe(**RECIPES[setting][part])
         after = earlier(record.get(part), out / part) if resume and part in TRAINERS else None
         if part in TRAINERS:
-            done = TRAINERS[part](recipe, SETTINGS[setting], device, minutes, resume, out / part)
+            done = TRAINERS[part](recipe, SETTINGS[setting], device, left, resume, out / part)
         else:
-            done = train_students(part, minutes, resume, out / part)
-        stopped = done.pop("stopped", False)
+            done = train_students(part, left, resume, out / part)
+        stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
         record[part] = {"setting": setting, "device": name, **done, "recipe": recipe.model_dump()}
         if after:
             record[part]["after"] = after
-        if state.is_main_process:
-            file.write_text(json.dumps(record, indent=1) + "\n")
-        if stopped or not done.get("finished", done["step"] == done["steps"]):  # the next is made from a whole one
+        if state.is_main_process and finished:
+            made = file.with_name(file.name + ".part")
+            made.write_text(json.dumps(record, indent=1) + "\n")
+            os.replace(made, file)
+        if stopped or not finished:  # the next part is made from a whole one
             break
     return record
 
@@ -100,10 +108,13 @@ def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, 
     from . import vae
 
     task, target = vae.VaeTask(recipe, shape["size"], shape["frames"]), ROOT / TINY / "vae"
-    if resume and not (out / "state.pt").is_file() and target.is_dir():
+    if resume and (out / "state.pt").is_file():
+        task.shape_as(out / "state.pt")
+    elif resume and target.is_dir():
         task.start_from(target)
     summary = fit(task, out, minutes=minutes, resume=resume)
-    return {**summary, **(vae.finish(task, target) if PartialState().is_main_process else {})}
+    whole = summary["step"] == summary["steps"] and PartialState().is_main_process
+    return {**summary, **(vae.finish(task, target) if whole else {})}
 
 
 def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
@@ -123,7 +134,7 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
         task.start_from(target)
     summary = fit(task, out, minutes=minutes, resume=resume)
-    if not PartialState().is_main_process:
+    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary
     base.finish(task, target)
     home = {"height": shape["size"], "width": shape["size"], "frames": shape["frames"], "fps": shape["fps"]}

@@ -13,6 +13,7 @@ Two choices serve the model's later life:
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from ..world.render import render
 from ..world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
 from .speed import DenseAttention
-from .vae import Autoencoder, clear_weights, normalise, to_unit
+from .vae import Autoencoder, normalise, put, to_unit
 
 TEXT = 32  # tokens a prompt is padded or cut to
 SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
@@ -148,7 +149,8 @@ class Pool:
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
             file.parent.mkdir(parents=True, exist_ok=True)
             latents = torch.cat([normalise(vae, _encode(auto, c)).half() for c in clips]).contiguous()
-            save_file({"latents": latents}, file, made)
+            save_file({"latents": latents}, file.with_name(file.name + ".part"), made)
+            os.replace(file.with_name(file.name + ".part"), file)
         self.latents = load_file(file)["latents"].to(device)
 
     def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[int], list[str]]:
@@ -244,12 +246,11 @@ class BaseTask:
 
 def finish(task: BaseTask, folder: Path) -> None:
     """Write the whole pipeline in diffusers layout, every file under 10 MB."""
-    for part in ("vae", "text_encoder", "transformer"):
-        clear_weights(folder / part)
-    pipe = task.pipeline()
+    pipe, made = task.pipeline(), folder.with_name(folder.name + ".part")
     pipe.transformer.half(), pipe.vae.half()  # half the size on disk; stock loading makes them float32 again
-    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="9MB")
-    for file in folder.glob("*/config.json"):  # a part that was loaded remembers from where, on this machine
+    pipe.save_pretrained(made, safe_serialization=True, max_shard_size="9MB")
+    for file in made.glob("*/config.json"):  # a part that was loaded remembers from where, on this machine
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")
+    put(made, folder)

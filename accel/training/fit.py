@@ -74,6 +74,8 @@ def fit(
     """
     recipe, folder = task.recipe, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if not resume and PartialState().is_main_process:  # lest a later `resume` takes up an earlier run
+        (folder / "state.pt").unlink(missing_ok=True)
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision="bf16")
     task.module.to(accelerator.device)  # before `Matrices` takes its views

@@ -6,7 +6,9 @@ computes the same function on the whole clip at once (`test_parallel_time_equals
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -128,6 +130,13 @@ class VaeTask:
         """Begin with the weights of a finished autoencoder; the schedule and the optimizer start anew."""
         self.module.vae = AutoencoderKLWan.from_pretrained(folder)
 
+    def shape_as(self, state: Path) -> None:
+        """As many latent channels as the checkpoint of a run has: one that began with finished weights has fewer."""
+        weights = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["module"]
+        channels = len(weights["vae.post_quant_conv.weight"])
+        if channels != self.module.vae.config.z_dim:
+            self.module.vae = build_vae(z_dim=channels)
+
     def matrices(self) -> list[nn.Parameter]:
         """The kernels of all convolutions."""
         return [p for p in self.module.parameters() if p.ndim > 3 and min(p.shape[:2]) > 1]
@@ -167,8 +176,9 @@ def finish(task: VaeTask, folder: Path) -> dict:
     mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae = without_dead_channels(vae)
-    clear_weights(folder)
-    vae.half().save_pretrained(folder, max_shard_size="9MB")  # half the size on disk; loads as float32
+    made = folder.with_name(folder.name + ".part")
+    vae.half().save_pretrained(made, max_shard_size="9MB")  # half the size on disk; loads as float32
+    put(made, folder)
     vae.float()
     rng = random.Random("held-out reconstructions")
     marks = [_mark(vae, sample_scene(rng, held_out=True), task.frames, task.size) for _ in range(64)]
@@ -240,7 +250,16 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def clear_weights(folder: Path) -> None:
-    """Remove the weight files of a folder: shards of another count would stay beside the new ones."""
-    for file in Path(folder).glob("*.safetensors*"):
-        file.unlink()
+def put(made: Path, folder: Path) -> None:
+    """Let the files of a finished folder, and of the folders in it, take the place of those of another.
+
+    Weights there go first: shards of another count would stay beside the new ones.
+    """
+    files = [file.relative_to(made) for file in made.rglob("*") if file.is_file()]
+    for part in {file.parent for file in files}:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for old in (folder / part).glob("*.safetensors*"):
+            old.unlink()
+    for file in files:
+        os.replace(made / file, folder / file)
+    shutil.rmtree(made)
