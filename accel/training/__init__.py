@@ -51,16 +51,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
     What was stopped before its last step stays in `out`, for `resume`. `minutes` are for all parts together.
     `order`, for students alone: the fields of `orders.Order`. Only what belongs to the shipped model is recorded.
     """
-    if what not in (*PARTS, "all"):
-        raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
-    order = {key: value for key, value in order.items() if value is not None}
-    if order.get("arm") == what:  # no rival, the method itself
-        del order["arm"]
-    if "videos" in order and what != "meanflow":
-        raise ValueError("--videos is for meanflow alone: the others go whole ways, from noise")
-    if order and what not in STUDENTS:
-        raise ValueError(f"--{next(iter(order))} is for {', '.join(STUDENTS)} alone, not for {what}")
-    if order:
+    if order := _given(what, order):
         folder = out / order.get("arm", what) / Path(order.get("model", "")).name
         return {what: train_students(what, minutes, resume, folder, **order)}
     state = PartialState()
@@ -89,6 +80,20 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
         if stopped or not finished:  # the next part is made from a whole one
             break
     return record
+
+
+def _given(what: str, order: dict) -> dict:
+    """What is given of an order. Raises ValueError for a part that there is not, or what is not for it."""
+    if what not in (*PARTS, "all"):
+        raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
+    given = {key: value for key, value in order.items() if value is not None}
+    if given.get("arm") == what:  # no rival, the method itself
+        del given["arm"]
+    if "videos" in given and what != "meanflow":
+        raise ValueError("--videos is for meanflow alone: the others go whole ways, from noise")
+    if given and what not in STUDENTS:
+        raise ValueError(f"--{next(iter(given))} is for {', '.join(STUDENTS)} alone, not for {what}")
+    return given
 
 
 def part_ways() -> None:

@@ -72,10 +72,8 @@ def fit(
     `look(steps done)` is called every so many steps while the module has its averaged weights; if it is true in any
     process, the run ends in all alike, and the summary has "ended". After Ctrl-C it has "stopped".
     """
-    recipe, folder = task.recipe, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume and PartialState().is_main_process:  # lest a later `resume` takes up an earlier run
-        (folder / "state.pt").unlink(missing_ok=True)
+    recipe = task.recipe
+    _prepare(folder, resume)
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision="bf16")
     task.module.to(accelerator.device)  # before `Matrices` takes its views
@@ -104,6 +102,15 @@ def fit(
     ema.copy_to(trained(task.module))
     told = {name: True for name, so in (("ended", ended), ("stopped", halted)) if so}
     return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1), **told}
+
+
+def _prepare(folder: Path, resume: bool) -> None:
+    """The folder of a run, without an earlier one's state if that is not resumed: else a later `resume` would be."""
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (folder / "state.pt").unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
 
 
 @contextmanager
