@@ -7,7 +7,6 @@ is a line of `results.jsonl` as soon as it is there; a second start goes on wher
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .files import whole
 from .ledger import Ledger, digest
 from .metrics import distance, ratios
 from .models import hash_of, home_of, load_pipeline, resolve, weights
@@ -172,9 +172,8 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
     wanted = set(pairs)
     lines = [line for line in ledger.lines if (line["prompt"], line["seed"]) in wanted]
     summary = {**machine(pipe), **summarise(lines, PAIRS.get(suite, ()))}
-    partial = out / "results.json.part"
-    partial.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
-    os.replace(partial, out / "results.json")
+    with whole(out / "results.json") as part:
+        part.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
     (out / "report.md").write_text(table(summary) + (f"\n{paired(summary)}" if summary["pairs"] else ""))
     plot(summary, out / "pareto.png")
     return {"suite": suite, "out": str(out), **summary}

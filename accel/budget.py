@@ -8,12 +8,13 @@ close relatives, the last have none. Only the proportions of the costs matter.
 from __future__ import annotations
 
 import heapq
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
+
+from .files import whole
 
 Pair = tuple[float, float]  # of queries, of keys and values
 Table = dict[str, list[Pair]]  # site -> per span
@@ -113,9 +114,8 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.model_dump_json(indent=1) + "\n")
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_text(self.model_dump_json(indent=1) + "\n")
 
 
 def load_profile(path: str | Path, sites: list[str]) -> Profile:

@@ -61,7 +61,7 @@ def kept(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
 
     For then the pipeline takes all hooks off its models, whoever put them there, and only its own on again.
     """
-    before, free = vars(pipe).get("maybe_free_model_hooks"), pipe.maybe_free_model_hooks
+    free = pipe.maybe_free_model_hooks
     with ExitStack() as stack:
         stack.enter_context(hooks())
 
@@ -74,10 +74,18 @@ def kept(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
             finally:
                 stack.enter_context(hooks())
 
-        pipe.maybe_free_model_hooks = free_and_put_back
-        try:
+        with instead(pipe, "maybe_free_model_hooks", free_and_put_back):
             yield
-        finally:
-            del pipe.maybe_free_model_hooks
-            if before is not None:
-                pipe.maybe_free_model_hooks = before
+
+
+@contextmanager
+def instead(pipe, name: str, fn: Callable) -> Iterator[None]:
+    """Inside, a function stands in for a method of the pipeline; afterwards it has just the attributes it had."""
+    before = vars(pipe).get(name)
+    setattr(pipe, name, fn)
+    try:
+        yield
+    finally:
+        delattr(pipe, name)
+        if before is not None:
+            setattr(pipe, name, before)

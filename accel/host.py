@@ -174,7 +174,8 @@ class Host:
         if context is None or context.step_index is None:
             index, branch = self._loose.place(inputs["timestep"], inputs["encoder_hidden_states"])
             branch = context.name if context else branch
-            whole, count = len(scheduler.timesteps), getattr(self.pipe, "num_timesteps", len(scheduler.timesteps))
+            whole = len(scheduler.timesteps)
+            count = getattr(self.pipe, "num_timesteps", whole)
             skipped = whole - count  # a video to begin with takes the place of the first steps
         else:
             index, branch, count, skipped = context.step_index, context.name, context.num_inference_steps, 0

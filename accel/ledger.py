@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from .files import whole
 
 
 class Ledger:
@@ -14,12 +15,11 @@ class Ledger:
     def __init__(self, file: Path, key: str):
         self.file, self.key = file, key
         text = file.read_text() if file.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a kill cut the last line short
-            part = file.with_name(file.name + ".part")
-            part.write_text(whole)
-            os.replace(part, file)
-        self.lines = [line for line in map(json.loads, whole.splitlines()) if line["key"] == key]
+        lines = text[: text.rfind("\n") + 1]
+        if lines != text:  # a kill cut the last one short
+            with whole(file) as part:
+                part.write_text(lines)
+        self.lines = [line for line in map(json.loads, lines.splitlines()) if line["key"] == key]
 
     def add(self, **line) -> None:
         """Put a line into the file at once."""

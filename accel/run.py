@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from .metrics import distance
 from .models import Home, resolve
 from .presets import build_methods, demanded, explain
 from .trace import Trace
-from .video import write_mp4
+from .video import warm_encoder
 from .world.judge import score
 
 LONGEST_PROMPT = 2000
@@ -160,10 +158,9 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
 
 
 def warm_up(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None) -> None:
-    """Two steps, and their video written, whose time nobody counts."""
-    video = generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home, on_step)
-    with tempfile.TemporaryDirectory(prefix="accel-") as folder:
-        write_mp4(Path(folder) / "warm.mp4", video.frames, home.fps)
+    """Two steps whose time nobody counts, and the encoder's first start."""
+    generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home, on_step)
+    warm_encoder()
 
 
 @dataclass

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from .flow import euler
+from .hooks import instead
 from .host import Host
 from .weights import ADAPTER, adapted, bears, check_adapter, load_differences, replaced
 
@@ -116,7 +117,7 @@ def one_branch(host: Host) -> Iterator[None]:
 @contextmanager
 def _no_negative(pipe) -> Iterator[None]:
     """Inside, a negative prompt is refused: the stock pipeline would drop it without a word, as it runs one branch."""
-    before, encode = vars(pipe).get("encode_prompt"), pipe.encode_prompt
+    encode = pipe.encode_prompt
     signature = inspect.signature(encode)
 
     def refuse(*args, **given):
@@ -127,13 +128,8 @@ def _no_negative(pipe) -> Iterator[None]:
             raise ValueError("a student has no unconditional branch for a negative prompt to act in: leave it out")
         return encode(*args, **given)
 
-    pipe.encode_prompt = refuse
-    try:
+    with instead(pipe, "encode_prompt", refuse):
         yield
-    finally:
-        del pipe.encode_prompt
-        if before is not None:
-            pipe.encode_prompt = before
 
 
 def read(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import imageio.v2 as iio
@@ -34,6 +36,13 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = 
     finally:
         partial.unlink(missing_ok=True)
     return time.perf_counter() - began
+
+
+@cache
+def warm_encoder() -> None:
+    """Start the encoder once, on one black frame: its first start in a process takes several times as long."""
+    with tempfile.TemporaryDirectory(prefix="accel-") as folder:
+        write_mp4(Path(folder) / "warm.mp4", np.zeros((1, 16, 16, 3), np.uint8), 1)
 
 
 def read_settings(path: Path) -> dict:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 LAYERS = [
-    {"spectrum", "tokens", "plans", "budget", "flow"},
+    {"files", "spectrum", "tokens", "plans", "budget", "flow"},
     {"trace", "carry", "metrics", "video", "ledger", "weights", "conditioning", "predictor"},
     {"flops", "families", "heads", "hooks", "host", "schedule", "student"},
     {"methods"},

@@ -112,7 +112,10 @@ def test_a_run_that_began_with_fewer_latent_channels_goes_on_with_these(tmp_path
     torch.save({"module": first.module.state_dict()}, tmp_path / "state.pt")
     second = VaeTask(Recipe(steps=1, lr=1e-3))
     second.shape_as(tmp_path / "state.pt")
+    assert second.module.vae.config.z_dim == 5
     second.module.load_state_dict(first.module.state_dict())
+    for name, weight in first.module.state_dict().items():
+        assert torch.equal(second.module.state_dict()[name], weight)
 
 
 def test_a_training_that_is_stopped_leaves_the_shipped_model_and_its_record_alone(tmp_path, monkeypatch):

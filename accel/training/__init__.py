@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
+from ..files import whole
 from ..models import ROOT, TINY
 from .distil import remaining
 from .fit import Recipe, fit
@@ -74,9 +74,8 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
         if after:
             record[part]["after"] = after
         if state.is_main_process and finished:
-            made = file.with_name(file.name + ".part")
-            made.write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(made, file)
+            with whole(file) as made:
+                made.write_text(json.dumps(record, indent=1) + "\n")
         if stopped or not finished:  # the next part is made from a whole one
             break
     return record
@@ -118,8 +117,9 @@ def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, 
     elif resume and target.is_dir():
         task.start_from(target)
     summary = fit(task, out, minutes=minutes, resume=resume)
-    whole = summary["step"] == summary["steps"] and PartialState().is_main_process
-    return {**summary, **(vae.finish(task, target) if whole else {})}
+    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
+        return summary
+    return {**summary, **vae.finish(task, target)}
 
 
 def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:

@@ -13,7 +13,6 @@ Two choices serve the model's later life:
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from ..files import whole
 from ..world.render import render
 from ..world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
@@ -149,8 +149,8 @@ class Pool:
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
             file.parent.mkdir(parents=True, exist_ok=True)
             latents = torch.cat([normalise(vae, _encode(auto, c)).half() for c in clips]).contiguous()
-            save_file({"latents": latents}, file.with_name(file.name + ".part"), made)
-            os.replace(file.with_name(file.name + ".part"), file)
+            with whole(file) as part:
+                save_file({"latents": latents}, part, made)
         self.latents = load_file(file)["latents"].to(device)
 
     def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[int], list[str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from ..files import whole
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
@@ -211,8 +212,8 @@ def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, s
 
 def save_whole(state: dict, file: Path) -> None:
     """Save it in place of what is there, whole or not at all."""
-    torch.save(state, file.with_name(file.name + ".tmp"))
-    os.replace(file.with_name(file.name + ".tmp"), file)
+    with whole(file) as part:
+        torch.save(state, part)
 
 
 def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, float, bool]:
