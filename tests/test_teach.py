@@ -30,7 +30,7 @@ from accel.training.meanflow import Course, MeanFlowTask
 from accel.training.predictor import Lessons, PredictorTask, Watched
 from accel.training.slots import Ground, TimedGround
 from accel.training.students import Copies, guided, velocity
-from accel.training.teach import ARMS, cost, masked, stage_recipes
+from accel.training.teach import ARMS, _tells, cost, masked, stage_recipes
 from accel.weights import NAME
 
 
@@ -45,6 +45,19 @@ def test_every_rival_costs_as_many_forward_passes_as_gpd(arm):
 
 def test_the_bench_knows_the_rivals_that_can_be_trained():
     assert {"gpd", *(name for names in bench.ARMS.values() for name in names)} == set(ARMS)
+
+
+@pytest.mark.parametrize(("arm", "shared"), [("no-constraint", 7), ("halving", 1), ("annealed", 0), ("direct", 0),
+                                             ("guidance-only", 0)])  # fmt: skip
+def test_a_rival_shares_the_stages_that_it_would_train_alike(arm, shared):
+    def order(arm):
+        curriculum = Curriculum(**ARMS[arm](4.0))
+        recipes = [recipe.model_dump() for recipe in stage_recipes(Recipe(steps=110, lr=1e-3), curriculum)]
+        return {"base": [0.5], "curriculum": curriculum.model_dump(mode="json"), "recipes": recipes}
+
+    stages = range(len(order(arm)["curriculum"]["horizons"]))
+    alike = [_tells(order(arm), stage) == _tells(order("gpd"), stage) for stage in stages]
+    assert alike == [stage < shared for stage in stages]
 
 
 def test_the_cost_of_an_iteration_does_not_grow_with_the_horizon_but_directly_it_does():

@@ -17,9 +17,10 @@ from accel.training.clips import Clips
 from accel.training.distil import store
 from accel.training.fit import Recipe, fit
 from accel.training.meanflow import SEEN, Course, MeanFlowTask, longest_step
+from accel.training.orders import share_stages
 from accel.training.slots import Slots, TimedGround, ground_of
 from accel.training.students import Copies, velocity
-from accel.training.teach_meanflow import has_head_start, share_first_stage, start_from
+from accel.training.teach_meanflow import _tells, has_head_start, start_from
 from accel.training.vae import normalise
 from accel.video import write_mp4
 from accel.weights import marks
@@ -191,9 +192,11 @@ def test_a_resumed_stage_ends_with_the_averaged_weights_of_an_unbroken_one(pipe,
 
 def test_a_rival_begins_with_the_first_stage_of_the_method(tmp_path):
     own, other = tmp_path / "own", tmp_path / "other"
-    assert not share_first_stage(other, own)
-    (other / "guidance").mkdir(parents=True)
-    (other / "guidance" / "done.json").write_text("{}")
+    share = lambda: share_stages(other, own, ["guidance", "average"], _tells)
+    assert not share()
+    for stage in ("guidance", "average"):
+        (other / stage).mkdir(parents=True)
+        (other / stage / "done.json").write_text("{}")
     own.mkdir()
     order = {
         "base": [0.5],
@@ -205,10 +208,10 @@ def test_a_rival_begins_with_the_first_stage_of_the_method(tmp_path):
     (own / "order.json").write_text(json.dumps(order))
     for change in ({"base": [0.6]}, {"prompts": "of another file"}, {"course": {"slots": 2, "follow": True}}):
         (other / "order.json").write_text(json.dumps({**order, **change}))
-        assert not share_first_stage(other, own) and not (own / "guidance").exists()
+        assert not share() and not (own / "guidance").exists()
     change = {"course": {"slots": 4, "follow": False}, "recipes": [{"steps": 3}, {"steps": 9}]}
     (other / "order.json").write_text(json.dumps({**order, **change}))
-    assert share_first_stage(other, own) and (own / "guidance" / "done.json").is_file()
+    assert share() and (own / "guidance" / "done.json").is_file() and not (own / "average").exists()
 
 
 def test_a_head_start_of_an_earlier_base_is_none(pipe, tmp_path, capsys):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,3 +147,25 @@ def begin(out: Path, resume: bool, recipes: Sequence[Recipe], order: dict) -> No
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(order) + "\n")
     PartialState().wait_for_everyone()
+
+
+def share_stages(other: Path, own: Path, names: Sequence[str], tells: Callable[[dict, int], dict]) -> bool:
+    """Let a rival begin with those of its first stages that another training finished; whether there are any.
+
+    `tells(order, stage)`: what of an order tells on a stage and on those before. Nothing is shared with a rival that
+    has begun, or where the other's order differs in that.
+    """
+    file, shared = other / "order.json", []
+    if (own / names[0]).is_dir() or not file.is_file():
+        return False
+    asked, made = (json.loads((folder / "order.json").read_text()) for folder in (own, other))
+    for stage, name in enumerate(names):
+        if not (other / name / "done.json").is_file() or tells(asked, stage) != tells(made, stage):
+            break
+        shared.append(name)
+    print(f"{len(shared)} of {len(names)} stages are those of {other}", file=sys.stderr)
+    PartialState().wait_for_everyone()  # until all have looked
+    for name in shared if PartialState().is_main_process else ():
+        shutil.copytree(other / name, own / name)
+    PartialState().wait_for_everyone()
+    return bool(shared)

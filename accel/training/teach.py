@@ -16,7 +16,7 @@ from ..weights import marks
 from .distil import distil, remaining, store, totals
 from .fit import Recipe
 from .gpd import PIECES, Curriculum, GpdTask
-from .orders import Order, begin, own_share
+from .orders import Order, begin, own_share, share_stages
 
 LAST = 8  # horizon of the last student
 FIRST = 12  # times a stage's iterations in the first one, at twice the rates: taking in guidance is the largest error
@@ -43,7 +43,10 @@ def train_gpd(recipe: Recipe, order: Order, device: str, minutes: float | None, 
     recipes, base = stage_recipes(recipe, task.curriculum), marks(pipe.transformer)
     told = {"base": base, "curriculum": task.curriculum.model_dump(mode="json"), **order.told(lines)}
     begin(out, resume, recipes, told)
-    target = order.beside() if order.arm in (None, "gpd") and order.beside() else out
+    own = order.arm in (None, "gpd")
+    if not own:
+        resume |= share_stages(order.sibling(out, "gpd"), out, list(task.stages), _tells)
+    target = order.beside() if own and order.beside() else out
     print(f"students go into {target}", file=sys.stderr)
     if task.curriculum.space or task.curriculum.time:
         print(f"the last stage weighs {masked(task.ground.shape)}", file=sys.stderr)
@@ -71,6 +74,16 @@ def _keep(task: GpdTask, base: list[float], target: Path, facts: dict) -> None:
     told = {"steps": steps, "horizon": k, "guidance": 1.0, **grid, "base": base, "held_out": facts}
     made = {"curriculum": curriculum.model_dump(), "recipe": task.recipe.model_dump()}
     store(task.nets, target / f"gpd-N{steps}", "gpd.json", told | made)
+
+
+def _tells(order: dict, stage: int) -> dict:
+    """What of an order tells on a stage and on those before it: weights of frequencies on the last one alone."""
+    curriculum = order["curriculum"]
+    horizons, last = curriculum["horizons"][: stage + 1], stage + 1 == len(curriculum["horizons"])
+    silent = {*(() if last else ("space", "time")), *(("way",) if horizons == [1] else ())}
+    told = {knob: value for knob, value in curriculum.items() if knob not in silent}
+    told |= {"horizons": horizons, "last": last}
+    return {**order, "curriculum": told, "recipes": order["recipes"][: stage + 1]}
 
 
 def masked(shape: tuple[int, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from functools import partial
@@ -19,7 +18,7 @@ from ..weights import bears, load_differences, marks
 from .distil import distil, remaining, store, totals
 from .fit import Recipe
 from .meanflow import Course, MeanFlowTask, longest_step
-from .orders import Order, begin, own_share
+from .orders import Order, begin, own_share, share_stages
 from .slots import TimedGround
 
 FIRST = 2  # times the second stage's iterations in the first, at twice the rates: its error is the floor of all
@@ -49,7 +48,7 @@ def train_meanflow(recipe: Recipe, order: Order, device: str, minutes: float | N
     begin(out, resume, recipes, told)
     own = order.arm in (None, "meanflow")
     if not own:
-        resume |= share_first_stage(order.sibling(out, "meanflow"), out)
+        resume |= share_stages(order.sibling(out, "meanflow"), out, list(task.stages), _tells)
     target = order.beside() if own and order.beside() else out
     print(
         f"intervals up to R = {task.course.longest:.3f}; the student goes into {target / 'meanflow'}", file=sys.stderr
@@ -97,29 +96,10 @@ def start_from(module: nn.Module, base: nn.Module, folder: Path) -> None:
             own.copy_(known[name] * (plain != 0) if "time_embedder" in name else known[name])
 
 
-def share_first_stage(other: Path, own: Path) -> bool:
-    """Let a rival begin with the first stage that another training finished, if it did and the rival has none.
-
-    Not if anything was asked for otherwise there that tells on it.
-    """
-    done, first = other / "guidance", own / "guidance"
-    if first.is_dir() or not (done / "done.json").is_file():
-        return False
-    asked, made = (json.loads((folder / "order.json").read_text()) for folder in (own, other))
-    if _first_of(asked) != _first_of(made):
-        print(f"{other} holds a first stage of another order: this one trains its own", file=sys.stderr)
-        return False
-    PartialState().wait_for_everyone()  # until all have looked
-    if PartialState().is_main_process:
-        shutil.copytree(done, first)
-    PartialState().wait_for_everyone()
-    return True
-
-
-def _first_of(order: dict) -> dict:
-    """What of an order tells on the first stage."""
-    course = {knob: value for knob, value in order["course"].items() if knob not in SECOND}
-    return {**order, "course": course, "recipes": order["recipes"][:1]}
+def _tells(order: dict, stage: int) -> dict:
+    """What of an order tells on a stage and on those before it."""
+    course = {knob: value for knob, value in order["course"].items() if stage or knob not in SECOND}
+    return {**order, "course": course, "recipes": order["recipes"][: stage + 1]}
 
 
 def stage_recipes(recipe: Recipe) -> list[Recipe]:
