@@ -14,8 +14,9 @@ from accel.predictor import Predictor
 from accel.training import part_ways
 from accel.training.fit import Recipe, fit
 from accel.training.meanflow import Course, MeanFlowTask
-from accel.training.predictor import Lessons, PredictorTask, Watched
+from accel.training.predictor import Lessons, PredictorTask
 from accel.training.students import Copies
+from accel.training.watched import Watched
 
 torch.set_num_threads(1)
 
@@ -32,7 +33,7 @@ def main(folder: Path, processes: int) -> None:
     mean = MeanFlowTask(recipe, course, Copies(model), ground, share)
     mean.stage = 1
     torch.manual_seed(0)
-    lessons = Lessons(steps=4, guidance=(2, 5), slots=4, farthest=2)
+    lessons = Lessons(steps=4, guidance=(2, 5), slots=4, full=(2, 3), strides=(1,))
     learn = PredictorTask(recipe, lessons, Watched(model), Predictor(wan, model, "plain", 1), ground, (3, 2, 2), share)
     learn.stagger()
     learn.stage = 1

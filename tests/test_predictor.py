@@ -1,6 +1,7 @@
 """Training DisCa's predictor: what it is held against, where the caches come from, and the discriminator."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from accel.training import teach_predictor
 from accel.training.discriminator import Discriminator, hinge, right
 from accel.training.fit import Recipe, fit
 from accel.training.orders import Order
-from accel.training.predictor import HeldOutWays, Lessons, PredictorTask, Watched
+from accel.training.predictor import HeldOutWays, Lessons, PredictorTask
 from accel.training.students import velocity
 from accel.training.teach_predictor import stage_recipes, train_predictor
+from accel.training.watched import Watched
 
 STEPS = 6
 
@@ -30,7 +32,7 @@ def task(pipe, form="residual", **lessons) -> PredictorTask:
     predictor = Predictor(wan, pipe.transformer, form, 1)
     stack = pipe.transformer.blocks[0]
     pipe.transformer.blocks = getattr(stack, "blocks", pipe.transformer.blocks)
-    given = {"steps": STEPS, "guidance": (2.0, 5.0), "slots": 4, "farthest": 3} | lessons
+    given = {"steps": STEPS, "guidance": (2.0, 5.0), "slots": 4, "full": (3, 3), "strides": (1,)} | lessons
     recipe = Recipe(steps=3, lr=1e-3, warmup=1, ema=0.0)
     return PredictorTask(recipe, Lessons(**given), Watched(pipe.transformer), predictor, timed(pipe, STEPS), (3, 2, 2))
 
@@ -52,15 +54,19 @@ def test_an_untrained_residual_predictor_errs_by_what_the_feature_has_changed(pi
     learn.slots.index[:] = 2
     learn.cached.normal_()
     x, words, cached = learn.slots.x.clone(), learn.slots.words.clone(), learn.cached.clone()
-    now, then, time, _ = learn._time()
+    time = learn._time(learn.slots.index + 1)[2]
     with torch.no_grad():
         v, feature = learn.student.whole(x, time, words)
+        u, _ = learn.student.predicted(lambda hidden, cached, *_: cached, cached, x, time, words)
     loss, logs = learn.loss(learn.module, 0, 0)
-    assert logs["feature"] == pytest.approx(((cached - feature).square().mean() / feature.var()).item(), rel=1e-3)
-    assert loss.item() == pytest.approx(logs["velocity"] / v.square().mean().item() + 0.1 * logs["feature"], rel=1e-3)
+    each = [((a - b).square().mean() / size).item() for a, b, size in zip(cached, feature, feature.flatten(1).var(1))]
+    errors = [((a - b).square().mean() / b.square().mean()).item() for a, b in zip(u, v)]
+    assert logs["feature"] == pytest.approx(sum(each) / 4, rel=1e-3)
+    assert logs["velocity"] == pytest.approx(sum(errors) / 4, rel=1e-3)
+    assert loss.item() == pytest.approx(logs["velocity"] + 0.1 * logs["feature"], rel=1e-3)
 
 
-def test_slots_at_their_first_step_have_no_cache_and_do_not_count(pipe):
+def test_slots_at_an_anchor_have_nothing_to_predict_and_do_not_count(pipe):
     learn = task(pipe)
     assert (learn.slots.index == 0).all()
     loss, logs = learn.loss(learn.module, 0, 0)
@@ -68,24 +74,44 @@ def test_slots_at_their_first_step_have_no_cache_and_do_not_count(pipe):
     assert (learn.slots.index == 1).all() and learn.cached.abs().sum() > 0
 
 
+def test_slots_run_as_the_predictor_is_served():
+    lessons = Lessons(guidance=(2, 5))
+    runs = [lessons.run(random.Random(seed)) for seed in range(200)]
+    assert {stride for stride, _ in runs} == {1, 2}
+    assert {(stride, *anchors) for stride, anchors in runs} == {
+        (stride, *(stride * step for step in spread(full, 20 // stride)))
+        for stride, counts in ((1, range(7, 13)), (2, range(4, 7))) for full in counts
+    }  # fmt: skip
+    assert lessons.farthest == 5
+
+
 def test_caches_are_refreshed_at_anchors_and_stay_between(pipe):
-    learn = task(pipe, own_way=0.0)
-    learn.loss(learn.module, 0, 0)
-    learn.due = torch.tensor([2, 0, 2, 0])
-    before = learn.cached.clone()
+    learn = task(pipe)
+    learn.slots.index = torch.tensor([2, 1, 3, 5])  # of anchors 0, 1 and 5
+    before = learn.cached.normal_().clone()
     learn.loss(learn.module, 1, 0)
-    same = [torch.equal(a, b) for a, b in zip(before, learn.cached)]
-    assert same == [True, False, True, False] and learn.due[0] == 1
+    assert [torch.equal(a, b) for a, b in zip(before, learn.cached)] == [True, False, True, False]
+
+
+def test_slots_of_a_shorter_run_go_two_levels_in_one_step(pipe):
+    learn = task(pipe, strides=(2,), own_way=0.0)  # three steps, of which the first and the last are whole
+    learn.slots.index[:] = 2
+    x, words = learn.slots.x.clone(), learn.slots.words.clone()
+    now, then, time, _ = learn._time(torch.full((4,), 4))
+    v, _ = learn.student.whole(x, time, words)
+    assert learn.runs()[1].tolist() == 4 * [False]
+    learn.loss(learn.module, 0, 0)
+    assert (learn.slots.index == 4).all() and learn.runs()[1].all()
+    torch.testing.assert_close(learn.slots.x, euler(x, v, now.double(), then.double()), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("own_way", [0.0, 1.0])
 def test_between_anchors_slots_go_on_by_the_whole_pass_or_as_predicted(own_way, pipe):
     learn = task(pipe, own_way=own_way)
-    learn.slots.index[:] = 2
-    learn.due = torch.tensor([2, 2, 0, 0])
+    learn.slots.index = torch.tensor([2, 3, 1, 1])
     learn.cached.normal_()
     x, words, cached = learn.slots.x.clone(), learn.slots.words.clone(), learn.cached.clone()
-    now, then, time, _ = learn._time()
+    now, then, time, _ = learn._time(learn.slots.index + 1)
     with torch.no_grad():
         v, _ = learn.student.whole(x, time, words)
         u, _ = learn.student.predicted(learn.module.predictor, cached, x, time, words)
@@ -94,19 +120,25 @@ def test_between_anchors_slots_go_on_by_the_whole_pass_or_as_predicted(own_way, 
     torch.testing.assert_close(learn.slots.x, euler(x, way, now.double(), then.double()), rtol=1e-3, atol=1e-3)
 
 
-def test_slots_are_staggered_with_a_cache(pipe):
+def test_slots_are_staggered_with_the_anchor_before_in_their_cache(pipe):
+    plain = task(pipe, slots=16)
+    for _ in (0, 1):  # both are anchors, the next one is the last step
+        with torch.no_grad():
+            v, feature = plain.student.whole(plain.slots.x, plain._time(plain.slots.index + 1)[2], plain.slots.words)
+        plain.slots.move(v, plain.slots.index + 1)
     learn = task(pipe, slots=16)
     learn.stagger()
-    started = learn.slots.index > 0
-    assert len(learn.slots.index.unique()) > 3
-    assert (learn.cached.flatten(1).abs().sum(1) > 0).tolist() == started.tolist()
+    place = learn.slots.index
+    assert len(place.unique()) > 3
+    assert (learn.cached.flatten(1).abs().sum(1) > 0).tolist() == (place > 0).tolist()
+    torch.testing.assert_close(learn.cached[place > 1], feature[place > 1])
 
 
 def test_the_second_stage_teaches_each_side_its_own_part(pipe):
     """What the predictor learns of being told apart has the weight of that; what the judge learns has its own."""
     learn = task(pipe, feature=0.0)
     learn.stage = 1
-    _, _, time, after = learn._time()
+    _, _, time, after = learn._time(learn.slots.index + 1)
     x, words, known = learn.slots.x, learn.slots.words, torch.tensor([0.0, 1, 1, 1])
     learn.cached.normal_()
     u, _ = learn.student.predicted(learn.module.predictor, learn.cached, x, time, words)
@@ -132,19 +164,23 @@ def test_a_discriminator_sees_every_layer_at_every_scale():
     features = [torch.randn(3, 2 * 4 * 4, 24), 100 * torch.randn(3, 2 * 4 * 4, 24)]
     logits = judge(features, (2, 4, 4))
     assert [tuple(own.shape) for own in logits] == 2 * [(3, 32), (3, 8), (3, 2)]
+    features[0][1:] *= 100  # how large one sample's features are tells nothing on another's
+    again = judge.eval()(features, (2, 4, 4))
+    torch.testing.assert_close(again[0][0], judge([f[:1] for f in features], (2, 4, 4))[0][0])
 
 
 def test_hinge_wants_logits_beyond_one_on_the_right_side():
     logits = [torch.tensor([[2.0, 0.5]]), torch.tensor([[-1.0]])]
     assert hinge(logits, True, torch.ones(1)).item() == pytest.approx((0.25 + 2) / 2)
     assert hinge(logits, False, torch.ones(1)).item() == pytest.approx((2.25 + 0) / 2)
-    assert right(logits, real=True) == pytest.approx(2 / 3)
+    assert right(logits, True, torch.ones(1)) == pytest.approx(2 / 3)
 
 
 def test_hinge_leaves_out_samples_that_do_not_count():
     logits = [torch.tensor([[2.0, 0.5], [9.0, -9.0]])]
     assert hinge(logits, True, torch.tensor([1.0, 0.0])).item() == pytest.approx(0.25)
     assert hinge(logits, True, torch.zeros(2)).item() == 0
+    assert right(logits, True, torch.tensor([1.0, 0.0])) == 1 and right(logits, True, torch.ones(2)) == 0.75
 
 
 def test_all_anchors_end_where_the_student_ends_and_reuse_does_not(pipe):
@@ -204,7 +240,7 @@ def test_a_trained_predictor_lies_beside_the_model_in_its_form(pipe, tmp_path, m
 def test_a_step_is_told_as_the_student_is_told_it(pipe):
     learn = task(pipe)
     learn.slots.index = torch.tensor([0, 1, 2, 3])
-    now, then, time, after = learn._time()
+    now, then, time, after = learn._time(learn.slots.index + 1)
     w = time[8:] / 1000
     assert torch.equal(time, packed(now, then, w)) and torch.equal(after, packed(then, then, w))
     assert ((w >= 2) & (w <= 5)).all()

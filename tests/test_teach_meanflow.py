@@ -128,6 +128,14 @@ def test_the_second_stage_can_learn_the_means_of_the_guided_bases_velocities(pip
     assert known.loss(nets.module, 0, 0)[0].item() < 1e-4 and torch.equal(asked[0], w)
 
 
+def test_the_first_student_is_looked_at_as_it_is_taught_and_the_second_as_it_is_served(pipe):
+    learn, now, then = task(pipe), torch.tensor([0]), torch.tensor([2])
+    w, levels = torch.tensor([3.0]), learn.ground.levels.float()
+    assert torch.equal(learn.ground.tell(now, then), packed(levels[now], levels[now], w))
+    learn.stage = 1
+    assert torch.equal(learn.ground.tell(now, then), packed(levels[now], levels[then], w))
+
+
 def test_both_slopes_agree_on_a_transformer(pipe):
     mean = task(pipe)
     for told in mean.module.condition_embedder.told.values():

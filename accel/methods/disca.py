@@ -34,9 +34,10 @@ LEARNT = get_args(Form)
 
 
 class Lessons(BaseModel, frozen=True):
-    """The runs that a predictor was made for: so many steps, so many from an anchor to the next."""
+    """The runs that a predictor was made for: so many steps, or parts of that; so many from an anchor to the next."""
 
     steps: int
+    strides: tuple[int, ...] = (1,)
     farthest: int
 
 
@@ -165,9 +166,11 @@ class DisCa(Method):
         if len(anchors) == count:
             trace.note(f"DisCa does nothing: all {count} steps are full passes at this setting")
         gap = max((b - a for a, b in zip(anchors, anchors[1:])), default=1)
-        if lessons and 1 < gap and (count != lessons.steps or gap > lessons.farthest):
+        counts = [lessons.steps // stride for stride in lessons.strides] if lessons else []
+        if lessons and 1 < gap and (count not in counts or gap > lessons.farthest):
+            learnt = " or ".join(map(str, counts))
             trace.note(
-                f"DisCa: this predictor learnt runs of {lessons.steps} steps, anchors up to {lessons.farthest} apart; "
+                f"DisCa: this predictor learnt runs of {learnt} steps, anchors up to {lessons.farthest} apart; "
                 f"this run has {count}, up to {gap} apart"
             )
         trace.bytes_forecast += self.forecast(ahead_of(host))

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..flow import wide
+
 SCALES = (1, 2, 4)  # of the spatial pooling
 HIDDEN = 64
 
@@ -30,7 +32,7 @@ class Discriminator(nn.Module):
         logits = []
         for head, feature in zip(self.heads, features, strict=True):
             x = feature.float().transpose(1, 2).unflatten(2, grid)
-            x = x / x.detach().std().clamp(min=1e-6)  # layers differ in size by orders
+            x = x / wide(x.detach().flatten(1).std(1).clamp(min=1e-6), x)  # layers differ in size by orders
             for scale in SCALES:
                 if scale <= min(grid[1:]):
                     logits.append(head(F.avg_pool3d(x, (1, scale, scale))).flatten(1))
@@ -46,6 +48,7 @@ def hinge(logits: list[Tensor], real: bool, counts: Tensor) -> Tensor:
     return torch.stack([(F.relu(1 + sign * own).mean(1) * share).sum() for own in logits]).mean()
 
 
-def right(logits: list[Tensor], real: bool) -> float:
-    """Share of the logits on the right side of zero."""
-    return torch.cat([((own > 0) == real).float().flatten() for own in logits]).mean().item()
+def right(logits: list[Tensor], real: bool, counts: Tensor) -> float:
+    """Share of the logits on the right side of zero, of the samples (b,) that count."""
+    hits = torch.cat([((own > 0) == real).float() for own in logits], 1).mean(1)
+    return ((hits * counts).sum() / counts.sum().clamp(min=1)).item()

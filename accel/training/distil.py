@@ -72,7 +72,7 @@ class HeldOut:
 
     def __init__(self, task: Distillation, prompts: list[str], guidance: float, seed: int = 1):
         ground, nets = task.ground, task.nets
-        self.ground, self.words = ground, ground.encode(prompts)
+        self.task, self.words = task, ground.encode(prompts)
         noise = torch.Generator().manual_seed(seed)
         x = torch.randn(len(prompts), *ground.shape, generator=noise).to(self.words.device)
         ways = [x]
@@ -85,19 +85,20 @@ class HeldOut:
     @torch.no_grad()
     def jump(self, model: nn.Module, k: int) -> float:
         """Mean squared error of the velocity of jumps of k base steps, against the teacher's k steps."""
-        places = range(0, len(self.ground.times), k)
+        places = range(0, len(self.task.ground.times), k)
         places = places[:: max(1, math.ceil(len(places) / POINTS))]
         return sum(self._jump(model, i, k) for i in places) / len(places)
 
     def _jump(self, model: nn.Module, i: int, k: int) -> float:
-        x, j, levels = self.ways[:, i], min(i + k, len(self.ground.times)), self.ground.levels
-        whole = (self.ways[:, j] - x) / float(levels[j] - levels[i])
-        return (velocity(model, x, self.ground.told(x, i, j), self.words) - whole).square().mean().item()
+        ground, x = self.task.ground, self.ways[:, i]
+        j = min(i + k, len(ground.times))
+        whole = (self.ways[:, j] - x) / float(ground.levels[j] - ground.levels[i])
+        return (velocity(model, x, ground.told(x, i, j), self.words) - whole).square().mean().item()
 
     @torch.no_grad()
     def end(self, model: nn.Module, k: int) -> float:
         """Squared error of the student's video latents, in parts of the teacher's mean square."""
-        x, goal = walk(model, self.ground, self.ways[:, 0], self.words, k), self.ways[:, -1]
+        x, goal = walk(model, self.task.ground, self.ways[:, 0], self.words, k), self.ways[:, -1]
         return ((x - goal).square().mean() / goal.square().mean()).item()
 
 

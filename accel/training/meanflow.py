@@ -10,6 +10,7 @@ Data-free: captions and noise.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,15 @@ class MeanFlowTask(Taught):
         _keep_zeros(nets.module.condition_embedder.base.time_embedder)
 
     best = True
+
+    @property
+    def stage(self) -> int:
+        """Which stage is on; the first one's student knows velocities, not means."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: int) -> None:
+        self._stage, self.ground = stage, replace(self.ground, instant=stage == 0)
 
     @property
     def stages(self) -> dict[str, int]:

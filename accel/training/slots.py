@@ -47,13 +47,14 @@ class Ground:
 
 @dataclass(frozen=True)
 class TimedGround(Ground):
-    """A ground whose students are told both ends of a jump, and a guidance."""
+    """A ground whose students are told both ends of a jump, and a guidance; or an `instant` one, where it begins."""
 
     guidance: float = 1.0
+    instant: bool = False
 
     def tell(self, now: Tensor, then: Tensor) -> Tensor:
         w = torch.full((len(now),), self.guidance)
-        return packed(self.levels[now].float(), self.levels[then].float(), w)
+        return packed(*(self.levels[place].float() for place in (now, now if self.instant else then)), w)
 
 
 def ground_of(pipe, home: Home, base_steps: int, prompts: Callable[[random.Random], str]) -> Ground:

@@ -25,9 +25,10 @@ from ..weights import marks
 from .distil import distil, remaining, store, totals
 from .fit import Recipe
 from .orders import Order, begin, own_share
-from .predictor import HeldOutWays, Lessons, PredictorTask, Watched
+from .predictor import HeldOutWays, Lessons, PredictorTask
 from .slots import TimedGround
 from .speed import quicken
+from .watched import Watched
 
 ARMS = get_args(Form)
 DEPTH = 1  # blocks: one is an eighth of the shipped model, two would be a quarter; the paper's two are under 4 %
