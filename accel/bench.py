@@ -134,7 +134,8 @@ PAIRS = {  # suite -> rows that are held against each other
                  "asymrnr, last difference", "asymrnr, nothing carried", "fewer steps: 38")],
     "balanced": [("fastercache + asymrnr", name) for name in ("fastercache, as fast", "fewer steps: 24")],
     "gpd": [("gpd, 6 steps", name) for name in
-            ("6 steps by Euler", "fewer steps: 6", "equal calls: 3 steps", "6 steps, no guidance")],
+            ("6 steps by Euler", "fewer steps: 6", "equal calls: 3 steps", "6 steps, no guidance")]
+           + [("gpd, 12 steps", "fewer steps: 6"), ("gpd, 24 steps", "fewer steps: 12")],
     **{suite: [("gpd", name) for name in names] for suite, names in ARMS.items()},
     "meanflow": [(f"meanflow, {n} steps", f"{name}, {n} steps") for n in (20, 10) for name in
                  ("guidance distilled", "even intervals", "unrestricted (R = 1)", "means of the base's")]

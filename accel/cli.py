@@ -120,7 +120,7 @@ def run(
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
     """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
-    from .run import forecast, generate, machine, warm_up
+    from .run import generate, machine, outlook, warm_up
     from .video import write_mp4
 
     if source is not None:
@@ -135,7 +135,7 @@ def run(
     else:
         pipe, home, _, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=False)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"the methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB")
+    print("\n".join(told := outlook(b, pipe)))
     warm_up(b, pipe, home)
     with tqdm(total=b.steps, desc="denoising") as bar:
         video = generate(b, pipe, home, lambda *_: bar.update())
@@ -143,7 +143,7 @@ def run(
     np.save(out / "frames.npy", video.frames)
     document = {**b.model_dump(), **machine(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
     (out / "run.json").write_text(json.dumps(document, indent=1))
-    for note in video.trace.notes:
+    for note in [note for note in video.trace.notes if note not in told]:
         print(note)
     print(f"{video.seconds['denoise']:.2f} s of denoising, {video.trace.summary()['work']:.0%} of the work -> {out}")
     _finish({**b.model_dump(), "seconds": video.seconds, "work": video.trace.summary()["work"], "out": str(out)})
@@ -159,7 +159,7 @@ def compare(
 ) -> None:  # fmt: skip
     """Generate a (plain) and b (with the preset) from the same noise: a.mp4 b.mp4 a.npy b.npy run.json in --out."""
     from .run import compare as compare_runs
-    from .run import forecast
+    from .run import outlook
     from .video import write_mp4
 
     pipe, home, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=True)
@@ -170,7 +170,7 @@ def compare(
         video.seconds["encode"] = write_mp4(out / f"{pane}.mp4", video.frames, home.fps, runs[pane].model_dump())
         np.save(out / f"{pane}.npy", video.frames)
 
-    print(f"the methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB")
+    print("\n".join(told := outlook(b, pipe)))
     with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
         pair = compare_runs(a, b, pipe, home, repeats, lambda *_: bar.update(), write)
     (out / "run.json").write_text(json.dumps(pair.report, indent=1))
@@ -184,7 +184,7 @@ def compare(
     print(f"denoise {r['speedup_denoise']:.2f}x [{low:.2f}, {high:.2f}], total {r['speedup_total']:.2f}x, "
           f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {likeness}")  # fmt: skip
     print(f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; a against a: {r['noise_a']:.2f}x")
-    for note in pair.b.trace.notes:
+    for note in [note for note in pair.b.trace.notes if note not in told]:
         print(note)
     _finish(r)
 

@@ -96,12 +96,21 @@ def grid(pipe, run: Run) -> tuple[int, int, int]:
     return family_of(pipe).grid(pipe.transformer, latents(run, pipe))
 
 
+def _ahead(run: Run, pipe) -> Ahead:
+    family, model = family_of(pipe), pipe.transformer
+    sites = len(family.attentions(model))
+    return Ahead(model, family, latents(run, pipe), run.steps, run.guidance > 1, sites, resolve(run.model))
+
+
 def forecast(run: Run, pipe) -> int:
     """Bytes that the methods will hold at most during a run, known before it starts."""
-    ahead = Ahead(
-        pipe.transformer, family_of(pipe), latents(run, pipe), run.steps, run.guidance > 1, resolve(run.model)
-    )
-    return sum(method.forecast(ahead) for method in build_methods(run.methods))
+    return sum(method.forecast(_ahead(run, pipe)) for method in build_methods(run.methods))
+
+
+def outlook(run: Run, pipe) -> list[str]:
+    """What can be said of a run before it starts: what its methods will hold, and which cannot save anything."""
+    idle = (method.idle(_ahead(run, pipe)) for method in build_methods(run.methods))
+    return [f"The methods will hold up to {forecast(run, pipe) / 2**20:.1f} MiB", *filter(None, idle)]
 
 
 def machine(pipe) -> dict:

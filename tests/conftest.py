@@ -87,7 +87,7 @@ def make_predictor(pipe, folder, form) -> None:
     folder.mkdir(parents=True)
     save_file(predictor.state_dict(), folder / "model.safetensors")
     facts = {"form": form, "depth": 1, "student": marks(pipe.transformer)}
-    facts["lessons"] = {"steps": 8, "farthest": 3}
+    facts["lessons"] = {"served": {8: 3}}
     (folder / "predictor.json").write_text(json.dumps(facts))
 
 

@@ -37,8 +37,10 @@ def main(folder: Path, processes: int) -> None:
     learn = PredictorTask(recipe, lessons, Watched(model), Predictor(wan, model, "plain", 1), ground, (3, 2, 2), share)
     learn.stagger()
     learn.stage = 1
+    before = [p.detach().clone() for p in learn.module.predictor.parameters()]
     for name, task in (("mean", mean), ("predictor", learn)):
         fit(task, folder / name, minutes=None, resume=False)
+    assert not all(torch.equal(a, b) for a, b in zip(before, learn.module.predictor.parameters(), strict=True))
     ends = {
         name: [p.detach() for p in task.module.parameters()] for name, task in (("mean", mean), ("predictor", learn))
     }

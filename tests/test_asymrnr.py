@@ -147,7 +147,7 @@ def test_the_budget_is_met_by_two_transformers_together(schedule, two_models, sa
     _, trace = lengths(two_models, sample, method)
     assert attention_left(trace) == pytest.approx(0.6, abs=0.05)
     assert not any("out of reach" in note for note in trace.notes)
-    given = two_models.transformer, family_of(two_models), torch.empty(1, 4, 3, 8, 8), 20, True
+    given = two_models.transformer, family_of(two_models), torch.empty(1, 4, 3, 8, 8), 20, True, 2
     assert trace.bytes_held <= method.forecast(Ahead(*given))
 
 

@@ -149,10 +149,10 @@ def test_nothing_of_the_first_transformer_is_carried_into_the_second(two_models,
 def test_the_forecast_is_not_exceeded(carry, pipe, sample):
     """What is carried is one tensor (b, n, d) a block and branch, or two for a line."""
     method, latents = AsymRnR(**FIXED, carry=carry), torch.empty(1, 4, 3, 8, 8)
-    expected = method.forecast(Ahead(pipe.transformer, family_of(pipe), latents, 20, True))
+    expected = method.forecast(Ahead(pipe.transformer, family_of(pipe), latents, 20, True, 2))
     with accel.apply(pipe, [method]) as trace:
         sample(pipe)
     assert expected / 2 < trace.bytes_held <= expected
     tensors = {"nothing": 0, "last": 1, "line": 2}[carry]
-    bare = AsymRnR(**FIXED, carry="nothing").forecast(Ahead(pipe.transformer, family_of(pipe), latents, 20, True))
+    bare = AsymRnR(**FIXED, carry="nothing").forecast(Ahead(pipe.transformer, family_of(pipe), latents, 20, True, 2))
     assert expected - bare == tensors * 2 * 2 * 48 * 24 * 4

@@ -43,6 +43,14 @@ def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
     assert report["work_ratio"] < 1 and 0 <= report["adherence_b"] <= 1
 
 
+def test_compare_holds_a_student_in_its_own_steps_against_plain_ones(accel, tmp_path):
+    args = ("--prompt", PROMPT, "--preset", "gpd", "--set", "fastercache.attention=true", "--steps", "12")
+    code, report, _ = accel("compare", *args, "--repeats", "1", "--out", str(tmp_path))
+    assert code == 0 and report["steps"] == 6 and report["methods"]["gpd"]["steps"] == 6
+    assert report["work_ratio"] == pytest.approx(6 / 24, abs=0.01)
+    assert read_settings(tmp_path / "b.mp4")["steps"] == 6 and read_settings(tmp_path / "b.mp4")["guidance"] == 1
+
+
 def test_run_repeats_a_video_from_the_file_alone(accel, tmp_path):
     common = ("--prompt", PROMPT, "--seed", "5", "--steps", "10", "--set", "fastercache.attention_interval=3")
     _, first, _ = accel("run", *common, "--out", str(tmp_path / "one"))

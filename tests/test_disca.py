@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import accel
 from accel.conditioning import TOLD, conditioned
 from accel.families import wan
-from accel.methods import DisCa, MeanFlow
+from accel.methods import AsymRnR, DisCa, FasterCache, MeanFlow
 from accel.methods.base import Ahead
 from accel.methods.disca import Cache, spread
 from accel.predictor import Predictor, flops
@@ -95,7 +95,7 @@ def test_reuse_holds_one_tensor_for_a_branch_and_says_so_before(pipe, sample):
             sample(pipe, steps=8, guidance=4.0 if guided else 1.0, height=32 * 2)
         tokens = 3 * (64 // pipe.vae_scale_factor_spatial // 2) ** 2
         assert trace.bytes_held == tensors * tokens * 24 * 4
-        assert method.forecast(Ahead(model, wan, latents, 8, guided)) == trace.bytes_held
+        assert method.forecast(Ahead(model, wan, latents, 8, guided, 2)) == trace.bytes_held
 
 
 def test_predictions_are_never_kept(pipe, sample):
@@ -149,6 +149,30 @@ def test_a_predictor_acts_between_the_students_anchors(form, served, sample):
     assert trace.notes[-1].startswith("DisCa: 4 of 8 passes are whole; a predicted one took ")
     with accel.apply(served, [methods[0], DisCa(full=8, form=form)]):
         assert torch.equal(sample(served, steps=8, guidance=1.0), whole)
+
+
+@pytest.mark.parametrize("form", ["residual", "plain"])
+def test_a_predictor_holds_itself_and_one_tensor_and_says_so_before(form, served, sample):
+    student, method = MeanFlow(steps=8), DisCa(full=4, form=form)
+    with accel.apply(served, [student]) as alone:
+        sample(served, steps=8, guidance=1.0)
+    with accel.apply(served, [student, method]) as trace:
+        sample(served, steps=8, guidance=1.0)
+    tokens = 3 * (64 // served.vae_scale_factor_spatial // 2) ** 2
+    weights = sum(p.numel() for p in Predictor(wan, served.transformer, form, 1).parameters())
+    assert trace.bytes_held - alone.bytes_held == 4 * (weights + tokens * 24)
+    assert trace.bytes_forecast == trace.bytes_held
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("method", "action"),
+    [(AsymRnR(schedule="fixed", query_rate=0.5, start=0), "reduce"), (FasterCache(attention_start=0), "reuse")],
+)
+def test_predictor_and_student_go_together_with_what_saves_attention(method, action, order, served, sample):
+    with accel.apply(served, [MeanFlow(steps=15), *[DisCa(full=11), method][::order]]) as trace:
+        assert sample(served, steps=15, guidance=1.0).isfinite().all()
+    assert trace.summary()["calls"] == {"compute": 11, "predict": 4} and trace.summary()["attention"][action]
 
 
 def test_a_residual_predictor_that_is_not_trained_is_reuse():

@@ -87,6 +87,44 @@ def test_the_target_is_k_guided_steps_if_the_previous_student_is_perfect(way, k)
     assert nets.calls == (["teacher"] * k if way == "direct" else ["previous"] * (k > 1) + ["teacher"])
 
 
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_halving_goes_two_jumps_of_the_student_before(k):
+    grid, index = levels(), torch.tensor([0, 7, 20, 40])
+
+    def half(x, t):  # of horizon k / 2
+        at = (1000 * grid[:, None] - t).abs().argmin(0)
+        return (steps_of(3, x, at, k // 2, grid) - x) / (grid[at + k // 2] - grid[at]).view(-1, 1, 1, 1, 1)
+
+    nets = Field(half)
+    gpd = task(nets, way="halving", horizons=(1, k))
+    gpd.stage = 1
+    x = torch.randn(4, *SHAPE, dtype=torch.float64)
+    v, stops, calls = gpd.way(x, index, gpd.slots.words, 3.0)
+    expected = steps_of(3, x, index, k, grid)
+    torch.testing.assert_close(euler(x, v, grid[index], grid[stops[-1]]), expected, rtol=1e-12, atol=1e-12)
+    assert calls == 2 and nets.calls == ["previous", "previous"]
+
+
+def test_targets_of_an_affine_field_are_those_of_its_closed_form():
+    """v = a x + b at every level: k steps of widths d lead to P x + b / a (P - 1), P the product of 1 - a d."""
+    a, b, grid, index = 1.5, 0.7, levels(), torch.tensor([0, 7, 20, 40])
+
+    def closed(x, k):
+        shrink = torch.stack([(1 - a * (grid[i : i + k] - grid[i + 1 : i + k + 1])).prod() for i in index.tolist()])
+        shrink = shrink.view(-1, 1, 1, 1, 1)
+        return (shrink * x + b / a * (shrink - 1) - x) / (grid[index + k] - grid[index]).view(-1, 1, 1, 1, 1)
+
+    class Affine(Field):
+        def teacher(self, x, t, words, empty, guidance):
+            return a * x + b
+
+    x = torch.randn(4, *SHAPE, dtype=torch.float64)
+    for k in range(1, 9):
+        gpd = task(Affine(lambda x, t, k=k: closed(x, k - 1)), horizons=(k,))
+        v, *_ = gpd.way(x, index, gpd.slots.words, 3.0)
+        torch.testing.assert_close(v, closed(x, k), rtol=1e-12, atol=1e-12)
+
+
 def test_a_short_tail_ends_at_the_end_and_the_teacher_does_the_last_step():
     gpd = task(Field(lambda x, t: torch.zeros_like(x)), horizons=(5,))
     _, stops, _ = gpd.way(torch.ones(3, *SHAPE), torch.tensor([42, 46, 47]), gpd.slots.words[:3], 2.0)
@@ -153,7 +191,7 @@ def test_only_the_student_learns(pipe):
     torch.testing.assert_close(nets.teacher(x, t, words, gpd.empty, 3.0), expected)
     loss, logs = gpd.loss(nets.module, 0, 0)
     loss.backward()
-    assert {"space", "time"} <= set(logs) and all(p.grad is not None for p in nets.module.parameters())
+    assert {"space", "time"} <= set(logs) and all(p.grad.isfinite().all() for p in nets.module.parameters())
     assert all(p.grad is None for net in (nets._teacher, nets._previous) for p in net.parameters())
     with torch.no_grad():
         next(nets.module.parameters()).add_(1)
@@ -211,6 +249,9 @@ def test_stages_follow_each_other_and_a_finished_one_is_not_trained_again(pipe, 
     )
     first = real(pipe, 4, horizons=(1, 2))
     done = run(first)
+    plain, teacher, student = pipe.transformer.state_dict(), first.nets._teacher.state_dict(), first.module.state_dict()
+    assert all(torch.equal(plain[name], weight) for name, weight in teacher.items())
+    assert not all(torch.equal(plain[name], weight) for name, weight in student.items())
     assert done["finished"] and kept == [1, 2] and set(done["stages"]["k2"]) >= {"jump", "end", "step"}
     again = real(pipe, 4, horizons=(1, 2))
     assert run(again)["finished"] and kept == [1, 2]

@@ -11,6 +11,7 @@ import accel
 from accel.methods import AsymRnR, FasterCache
 from accel.methods.base import Method
 from accel.methods.gpd import GPD
+from accel.run import Run, outlook
 from accel.tokens import match
 from accel.training.distil import store
 from accel.training.students import Copies
@@ -152,6 +153,19 @@ def test_attention_is_reused_under_a_student_of_24_steps_and_off_under_one_of_6(
         told = trace.summary()
         assert told["calls"] == {"compute": steps} and (told["work"] < 0.95) == acts
         assert any("6 steps are too few" in note for note in told["notes"]) != acts
+
+
+def test_what_cannot_save_anything_is_told_before_the_run(students, pipe):
+    methods = {"gpd": {"steps": 6}, "fastercache": {}, "asymrnr": {"start": 1.0}, "disca": {"form": "reuse"}}
+    size = {"height": 64, "width": 64, "frames": 5}
+    run = Run(model=pipe.name_or_path, prompt="p", **size, steps=6, guidance=1.0, methods=methods)
+    held, *idle = outlook(run, pipe)
+    assert held.startswith("The methods will hold up to ")
+    assert idle == [
+        "FasterCache is off: 6 steps are too few, it needs at least 10",
+        "AsymRnR does nothing: at these settings no token is removed",
+        "DisCa does nothing: all 6 steps are full passes at this setting",
+    ]
 
 
 def test_a_students_steps_are_too_long_to_share_a_matching(students, pipe, sample, monkeypatch):

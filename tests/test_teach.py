@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from conftest import build_pipe
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 import accel
 from accel import bench
-from accel.conditioning import IntervalEmbedder, packed
+from accel.conditioning import TOLD, IntervalEmbedder, conditioned, packed
 from accel.families import wan
 from accel.methods import DisCa, MeanFlow
 from accel.methods.gpd import GPD
@@ -88,7 +90,7 @@ def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_
     pipe = accel.load_pipeline(str(large))
     facts = json.loads((large / "gpd-N6" / "gpd.json").read_text())
     pipe.scheduler.set_timesteps(6)  # the model's own grid of as many steps
-    assert facts["times"] == pipe.scheduler.timesteps.tolist()
+    assert facts["times"] == pipe.scheduler.timesteps.tolist() and facts["shift"] == 3.0
     assert facts["levels"] == pytest.approx(pipe.scheduler.sigmas.tolist(), abs=1e-6)
     plain, before = sample(pipe), {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()}
     with accel.apply(pipe, [GPD(steps=6)]) as trace:
@@ -255,6 +257,33 @@ def test_adapters_of_the_wan_1_3b_layout_learn_alone_in_float32():
 
 def test_the_mask_of_the_constraint_is_spelled_out():
     assert masked((28, 5, 4, 4)) == "temporal frequencies ..##., spatial ones .## ### ### ###"
+
+
+def test_a_model_of_two_transformers_is_refused(two_models, monkeypatch, tmp_path):
+    monkeypatch.setattr("accel.training.orders.load_pipeline", lambda *_: two_models)
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    with pytest.raises(ValueError, match="with one transformer can be distilled: Wan 2.1, not 2.2"):
+        train_parts("gpd", None, False, tmp_path / "out", model="other/model", prompts=tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize("interval", [False, True])
+def test_a_stored_adapter_goes_the_way_of_the_trained_one(interval, tmp_path):
+    model = build_pipe().transformer
+    if interval:
+        model.condition_embedder = IntervalEmbedder(model.condition_embedder)
+    nets, t = Adapters(model, 2), torch.tensor([500.0])
+    x, words = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 6, 16)
+    for name, weight in model.named_parameters():
+        if "current" in name or "told" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    time = packed(t / 1000, t / 2000, torch.tensor([3.0])) if interval else t
+    store(nets, tmp_path, "gpd.json", {})
+    fresh = build_pipe().transformer
+    with torch.no_grad(), placed(tmp_path, fresh):
+        told = conditioned(fresh, load_file(tmp_path / TOLD)) if interval else nullcontext()
+        with told:
+            torch.testing.assert_close(velocity(fresh, x, time, words), velocity(model, x, time, words))
+        assert not torch.allclose(velocity(fresh, x, t, words), velocity(build_pipe().transformer, x, t, words))
 
 
 def test_orders_that_cannot_be_are_refused_with_the_reason(large, tmp_path):

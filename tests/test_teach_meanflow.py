@@ -14,7 +14,7 @@ from test_meanflow import instant, mean
 from accel.conditioning import IntervalEmbedder, packed
 from accel.models import Home
 from accel.training.clips import Clips
-from accel.training.distil import store
+from accel.training.distil import HeldOut, store
 from accel.training.fit import Recipe, fit
 from accel.training.meanflow import SEEN, Course, MeanFlowTask, longest_step
 from accel.training.orders import share_stages
@@ -136,6 +136,25 @@ def test_the_first_student_is_looked_at_as_it_is_taught_and_the_second_as_it_is_
     assert torch.equal(learn.ground.tell(now, then), packed(levels[now], levels[then], w))
 
 
+def test_looks_go_along_from_stage_to_stage(pipe):
+    learn, told = task(pipe), []
+    held = HeldOut(learn, ["a"], 3.0)
+
+    def watched(x, time, words, **_):
+        told.append(time)
+        return (torch.zeros_like(x),)
+
+    learn.module.forward = watched
+    for stage in (0, 1):
+        learn.stage = stage
+        held.jump(learn.module, 2)
+        held.end(learn.module, 2)
+    starts, ends = zip(*((time[0].item(), time[1].item()) for time in told))
+    levels = (1000 * learn.ground.levels).tolist()
+    assert starts == pytest.approx(4 * [levels[0], levels[2]])
+    assert ends == pytest.approx([*starts[:4], *(2 * [levels[2], levels[4]])], abs=1e-3)
+
+
 def test_both_slopes_agree_on_a_transformer(pipe):
     mean = task(pipe)
     for told in mean.module.condition_embedder.told.values():
@@ -162,6 +181,16 @@ def test_the_second_stage_corrects_the_frozen_first_students_velocity(pipe):
     assert logs["correction"] > 0 and all(torch.equal(a, b) for a, b in zip(before, mean.nets._previous.parameters()))
     embedder = mean.module.condition_embedder
     assert embedder.told["end"].mlp.linear_2.weight.grad.abs().sum() > 0
+
+
+def test_the_correction_comes_in_over_the_warm_up(pipe):
+    mean = task(pipe, warm=4)
+    mean.stage = 1
+    now, then, w = torch.full((4,), 0.8), torch.full((4,), 0.5), torch.full((4,), 3.0)
+    v = torch.randn_like(mean.slots.x)
+    (first, logs), (last, told) = (mean._corrected(v, now, then, w, step) for step in (0, 3))
+    torch.testing.assert_close(4 * (first - v), last - v, rtol=1e-3, atol=1e-4)
+    assert logs["correction"] == pytest.approx(told["correction"], rel=1e-3)  # as large as it is without warm-up
 
 
 def test_a_correction_that_grows_many_times_ends_the_stage(pipe, capsys):

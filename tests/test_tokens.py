@@ -178,8 +178,8 @@ def test_extra_memory_at_480p_stays_under_300_mb(everywhere):
         queries.restore(short[0])
     latents = torch.empty(1, 16, 21, 60, 104, device="meta")
     config = SimpleNamespace(patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128)
-    model = SimpleNamespace(config=config, blocks=[SimpleNamespace(attn1=None)] * 30)
-    ahead = Ahead(model, wan, latents, 50, True)
+    model = SimpleNamespace(config=config)
+    ahead = Ahead(model, wan, latents, 50, True, 30)
     held = AsymRnR(carry="nothing").forecast(ahead)
     assert 50e6 < held < 110e6
     assert 100e6 < memory.peak - q.nbytes + held < 300e6

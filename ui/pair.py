@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from accel.presets import demanded
-from accel.run import Run, Video, build_run, forecast, generate, report, warm_up
+from accel.run import Run, Video, build_run, generate, outlook, report, warm_up
 from accel.video import write_mp4
 from accel.world.judge import score
 
@@ -69,8 +69,8 @@ class PairJob:
         key = a.model_dump_json()
         kept = key in self.shelf.baselines
         words = _unknown(pipe, b.prompt)
-        held = f"The methods will hold up to {forecast(b, pipe) / 2**20:.1f} MiB."
-        job.tell("started", note=f'<div class="note">{words}{held}</div>', kept=kept)
+        told = " ".join(escape(sentence) + "." for sentence in outlook(b, pipe))
+        job.tell("started", note=f'<div class="note">{words}{told}</div>', kept=kept)
         warm_up(b, pipe, home, lambda *_: job.check())
         video_a, path_a, when = self._plain(job, a, pipe, home)
         video_b = self._generate(job, b, "b", pipe, home, "accelerated")

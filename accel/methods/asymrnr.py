@@ -147,8 +147,8 @@ class AsymRnR(Method):
 
         And of what they missed, if all of them are reduced.
         """
-        model, family, latents, count, guided, _ = ahead
-        n, branches = math.prod(family.grid(model, latents)), len(family.attentions(model)) * (1 + guided)
+        model, family, latents, count, guided, sites, _ = ahead
+        n, branches = math.prod(family.grid(model, latents)), sites * (1 + guided)
         n *= len(latents)
         indices = 6 * n * (1 if self.heads == "shared" else model.config.num_attention_heads)
         plans = 4 * indices * 2 * branches  # at most: order, owner and the four of a `Reduction`
@@ -178,14 +178,14 @@ class AsymRnR(Method):
         plans = PlanCache(self._cell(), self.matching, self.metric, self.heads == "shared")
         interval = self._interval(count, by_student(host.pipe))
         carried = Carried(DEPTH[self.carry], interval) if self.carry != "nothing" and interval > 1 else None
-        schedule = Schedule(self, host, plans, max(1, round(self.start * count)), 1 / interval if carried else 0.0)
+        schedule = Schedule(self, host, plans, self._first(count), 1 / interval if carried else 0.0)
         trace.bytes_forecast += self.forecast(ahead_of(host))
         share = core_flops(host) * len(sites) / trace.flops[DENOISER]
         if share < LEAST_SHARE:
             trace.note(f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size")
             schedule.first = NEVER
-        elif schedule.first >= count or self._asks_nothing():
-            trace.note("AsymRnR does nothing: at these settings no token is removed")
+        elif idle := self.idle(ahead_of(host)):
+            trace.note(idle)
             schedule.first = NEVER
         elif self.schedule == "measured":
             schedule.read(place_of(host))
@@ -194,10 +194,17 @@ class AsymRnR(Method):
         trace.extras["asymrnr"] = told
         return Memory(plans, schedule, interval, carried)
 
-    def _asks_nothing(self) -> bool:
-        if self.rates:
-            return not any(max(pair) for spans in self.rates.values() for pair in spans)
-        return not max(self.query_rate, self.kv_rate) or (self.schedule != "fixed" and self.budget == 1)
+    def _first(self, count: int) -> int:
+        """The first step that is not protected."""
+        return max(1, round(self.start * count))
+
+    def idle(self, ahead: Ahead) -> str:
+        """Where all steps are protected, or no rate is above zero."""
+        pairs = [pair for spans in self.rates.values() for pair in spans] or [(self.query_rate, self.kv_rate)]
+        asked = max(map(max, pairs)) and (self.schedule == "fixed" or self.budget < 1)
+        if asked and self._first(ahead.count) < ahead.count:
+            return ""
+        return "AsymRnR does nothing: at these settings no token is removed"
 
     def _core(self, inner: Callable, heads: Heads, site: str, host: Host, trace: Trace, memory: Memory) -> Tensor:
         step, schedule = host.step, memory.schedule

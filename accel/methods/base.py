@@ -24,6 +24,7 @@ class Ahead(NamedTuple):
     latents: Tensor  # (b, c, f, h, w): a shape and a dtype
     count: int  # of steps
     guided: bool
+    sites: int  # video self-attentions of the denoiser
     place: str = "nowhere"  # the pipeline's folder or name, beside which students lie
 
 
@@ -35,7 +36,8 @@ def place_of(host: Host) -> str:
 def ahead_of(host: Host) -> Ahead:
     """A run that begins now, as it was known before."""
     guided = host.family.is_guided(host.pipe)
-    return Ahead(host.models[host.model], host.family, host.latents, host.step.count, guided, place_of(host))
+    model, sites = host.models[host.model], len(host.attentions[host.model])
+    return Ahead(model, host.family, host.latents, host.step.count, guided, sites, place_of(host))
 
 
 Offered = list | tuple[float, float]  # values of a knob, or the lowest and the highest
@@ -79,6 +81,10 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     def forecast(self, ahead: Ahead) -> int:
         """Bytes that a run of `count` steps on latents (b, c, f, h, w) will hold at most, known before it starts."""
         return 0
+
+    def idle(self, ahead: Ahead) -> str:
+        """Why it cannot save anything in a run, as far as that is known before it starts; empty if it may."""
+        return ""
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:

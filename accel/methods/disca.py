@@ -34,11 +34,9 @@ LEARNT = get_args(Form)
 
 
 class Lessons(BaseModel, frozen=True):
-    """The runs that a predictor was made for: so many steps, or parts of that; so many from an anchor to the next."""
+    """The runs that a predictor was made for."""
 
-    steps: int
-    strides: tuple[int, ...] = (1,)
-    farthest: int
+    served: dict[int, int]  # by their steps, how many of these lie from an anchor to the next at most
 
 
 class Learnt(BaseModel, frozen=True):
@@ -111,7 +109,7 @@ class DisCa(Method):
 
     def forecast(self, ahead: Ahead) -> int:
         """The predictor, and for each branch an output of the stack of blocks, a Taylor series one more an order."""
-        model, family, latents, count, guided, place = ahead
+        model, family, latents, count, guided, _, place = ahead
         own = _numbers(self.folder(place)) * latents.element_size()
         if len(self.steps(count)) == count:
             return own
@@ -157,22 +155,25 @@ class DisCa(Method):
         with host.wrap_blocks(blocks):
             yield
 
+    def idle(self, ahead: Ahead) -> str:
+        """Where all steps are anchors."""
+        count = ahead.count
+        if len(self.steps(count)) < count:
+            return ""
+        return f"DisCa does nothing: all {count} steps are full passes at this setting"
+
     def _begin(self, host: Host, trace: Trace, lessons: Lessons | None) -> list[int]:
         """The run's anchors; what will be held, and why nothing happens, goes to the trace."""
         count = host.step.count
         anchors = self.steps(count)
         if count == 1:
             raise ValueError("disca and a run of 1 step do not go together: there is nothing to predict")
-        if len(anchors) == count:
-            trace.note(f"DisCa does nothing: all {count} steps are full passes at this setting")
+        if idle := self.idle(ahead_of(host)):
+            trace.note(idle)
         gap = max((b - a for a, b in zip(anchors, anchors[1:])), default=1)
-        counts = [lessons.steps // stride for stride in lessons.strides] if lessons else []
-        if lessons and 1 < gap and (count not in counts or gap > lessons.farthest):
-            learnt = " or ".join(map(str, counts))
-            trace.note(
-                f"DisCa: this predictor learnt runs of {learnt} steps, anchors up to {lessons.farthest} apart; "
-                f"this run has {count}, up to {gap} apart"
-            )
+        if lessons and 1 < gap and gap > lessons.served.get(count, 0):
+            learnt = " or ".join(f"{n} steps, anchors up to {apart} apart" for n, apart in lessons.served.items())
+            trace.note(f"DisCa: this predictor learnt runs of {learnt}; this run has {count}, up to {gap} apart")
         trace.bytes_forecast += self.forecast(ahead_of(host))
         trace.extras["disca"] = {"anchors": anchors, "form": self.form, "share": 1.0}
         return anchors

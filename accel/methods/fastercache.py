@@ -111,10 +111,10 @@ class FasterCache(Method):
 
     def forecast(self, ahead: Ahead) -> int:
         """Two outputs per attention and branch, and of the latents' size two float32 bands and one cond output."""
-        model, family, latents, count, guided, _ = ahead
+        model, family, latents, count, guided, sites, _ = ahead
         plans = self._switched(count, guided)
         tokens = math.prod(family.grid(model, latents)) * len(latents)
-        outputs = 2 * len(family.attentions(model)) * tokens * family.width(model) * latents.element_size()
+        outputs = 2 * sites * tokens * family.width(model) * latents.element_size()
         branches = [b for b in ("cond", "uncond")[: 1 + guided] if reused(plans, b)]
         cached = any(not p.guidance for p in plans)
         velocity = latents.numel() // latents.shape[1] * model.config.out_channels
@@ -140,14 +140,20 @@ class FasterCache(Method):
             return [Plan(True, True)] * count
         return (self if guided else self.model_copy(update={"guidance": False})).plan(count)
 
+    def idle(self, ahead: Ahead) -> str:
+        """Where there are too few steps to find two alike, or all are to be computed."""
+        if ahead.count < FEWEST_STEPS:
+            return f"FasterCache is off: {ahead.count} steps are too few, it needs at least {FEWEST_STEPS}"
+        if all(p == Plan(True, True) for p in self._switched(ahead.count, ahead.guided)):
+            return "FasterCache does nothing: at these settings every step is computed in full"
+        return ""
+
     def _plans(self, host: Host, trace: Trace) -> list[Plan]:
         """The run's plan; what keeps it from acting, and what it will hold, goes to the trace."""
         count, guided = host.step.count, host.family.is_guided(host.pipe)
         plans = self._switched(count, guided)
-        if count < FEWEST_STEPS:
-            trace.note(f"FasterCache is off: {count} steps are too few, it needs at least {FEWEST_STEPS}")
-        elif all(p == Plan(True, True) for p in plans):
-            trace.note("FasterCache does nothing: at these settings every step is computed in full")
+        if idle := self.idle(ahead_of(host)):
+            trace.note(idle)
         elif self.guidance and not guided:
             trace.note("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
         trace.bytes_forecast += self.forecast(ahead_of(host))

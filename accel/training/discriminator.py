@@ -39,16 +39,15 @@ class Discriminator(nn.Module):
         return logits
 
 
-def hinge(logits: list[Tensor], real: bool, counts: Tensor) -> Tensor:
+def hinge(logits: list[Tensor], real: bool, shares: Tensor) -> Tensor:
     """Mean of max(0, 1 - logit) where they should be taken for real, else of max(0, 1 + logit).
 
-    Over layers, scales, and the samples (b,) that count 1; 0 leaves one out.
+    Over layers, scales, and samples by their shares (b,); 0 leaves one out.
     """
-    sign, share = -1.0 if real else 1.0, counts / counts.sum().clamp(min=1)
-    return torch.stack([(F.relu(1 + sign * own).mean(1) * share).sum() for own in logits]).mean()
+    sign = -1.0 if real else 1.0
+    return torch.stack([(F.relu(1 + sign * own).mean(1) * shares).sum() for own in logits]).mean()
 
 
-def right(logits: list[Tensor], real: bool, counts: Tensor) -> float:
-    """Share of the logits on the right side of zero, of the samples (b,) that count."""
-    hits = torch.cat([((own > 0) == real).float() for own in logits], 1).mean(1)
-    return ((hits * counts).sum() / counts.sum().clamp(min=1)).item()
+def right(logits: list[Tensor], real: bool, shares: Tensor) -> float:
+    """How many of the logits are on the right side of zero, over samples by their shares (b,)."""
+    return (torch.cat([((own > 0) == real).float() for own in logits], 1).mean(1) * shares).sum().item()

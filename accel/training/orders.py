@@ -142,8 +142,8 @@ def begin(out: Path, resume: bool, recipes: Sequence[Recipe], order: dict) -> No
     if resume and file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(order)):
         raise ValueError(f"{out} holds another training (see its order.json): start without --resume, or give --out")
     if PartialState().is_main_process:
-        for state in [] if resume else out.glob("*/state.pt"):
-            shutil.rmtree(state.parent)
+        for stage in [] if resume else {file.parent for file in (*out.glob("*/state.pt"), *out.glob("*/done.json"))}:
+            shutil.rmtree(stage)
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(order) + "\n")
     PartialState().wait_for_everyone()
@@ -166,6 +166,7 @@ def share_stages(other: Path, own: Path, names: Sequence[str], tells: Callable[[
     print(f"{len(shared)} of {len(names)} stages are those of {other}", file=sys.stderr)
     PartialState().wait_for_everyone()  # until all have looked
     for name in shared if PartialState().is_main_process else ():
-        shutil.copytree(other / name, own / name)
+        shutil.copytree(other / name, part := own / f"{name}.part", dirs_exist_ok=True)
+        part.rename(own / name)
     PartialState().wait_for_everyone()
     return bool(shared)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Field, computed_field
+from accelerate.utils import reduce
+from pydantic import BaseModel, Field, computed_field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,19 +42,29 @@ class Lessons(BaseModel, frozen=True, extra="forbid"):
     sharpen: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
     slots: int = Field(16, ge=1)
 
+    @model_validator(mode="after")
+    def _predicts(self) -> Lessons:
+        for stride in self.strides:
+            if self.steps % stride or self._counts(stride)[1] >= self.steps // stride:
+                raise ValueError(f"runs of {self.steps} steps, {stride} in one, leave nothing to predict")
+        return self
+
+    def _counts(self, stride: int) -> tuple[int, int]:
+        """Fewest and most whole passes of a run."""
+        fewest = max(2, math.ceil(self.full[0] / stride))
+        return fewest, max(fewest, self.full[1] // stride)
+
     @computed_field
     @property
-    def farthest(self) -> int:
-        """Most steps from an anchor to the next."""
-        anchors = spread(self.full[0], self.steps)
-        return max(after - before for before, after in zip(anchors, anchors[1:]))
+    def served(self) -> dict[int, int]:
+        """The runs that come up: by their steps, how many of these lie from an anchor to the next at most."""
+        counts = {self.steps // stride: self._counts(stride)[0] for stride in self.strides}
+        return {count: max(b - a for a, b in pairwise(spread(full, count))) for count, full in counts.items()}
 
     def run(self, rng: random.Random) -> tuple[int, list[int]]:
         """How many levels each step of a run goes on, and the run's anchors, as places on the grid of all steps."""
         stride = rng.choice(self.strides)
-        fewest = max(2, math.ceil(self.full[0] / stride))
-        full = rng.randint(fewest, max(fewest, self.full[1] // stride))
-        return stride, [stride * step for step in spread(full, self.steps // stride)]
+        return stride, [stride * step for step in spread(rng.randint(*self._counts(stride)), self.steps // stride)]
 
 
 class Trainee(nn.Module):
@@ -107,28 +119,40 @@ class PredictorTask:
         return [p for p in self.module.predictor.parameters() if p.ndim == 2]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        """The predictor's error at the slots that have a cache, which then all move on."""
+        """The predictor's error at the slots between anchors; then all move on.
+
+        Where a process has none, whole passes carry its slots to the next ones.
+        """
         logs: dict[str, float] = {}
+        while self.runs()[1].all():
+            v, feature = self._whole()
+            self._move(v, v, feature, step)
         return model(lambda own: self._lesson(own, step, logs)), logs
 
     def _lesson(self, own: Trainee, step: int, logs: dict[str, float]) -> Tensor:
         slots, (stride, anchor) = self.slots, self.runs()
         end = slots.index + stride
         x, words, (now, then, time, after) = slots.x, slots.words, self._time(end)
-        with torch.no_grad():
-            v, feature = self.student.whole(x, time, words)
+        v, feature = self._whole()
         u, guess = self.student.predicted(own.predictor, self.cached, x, time, words)
         served = (~anchor).to(u)  # at anchors nothing is predicted
+        shares = served / reduce(served.sum(), "mean")  # over processes, as gradients are: each slot counts as much
         each = lambda y: y.flatten(1).square().mean(1)
-        mean = lambda values: (values * served).sum() / served.sum().clamp(min=1)
-        error, likeness = mean(each(u - v) / each(v)), mean(each(guess - feature) / feature.flatten(1).var(1))
+        error = (shares * each(u - v) / each(v)).sum()
+        likeness = (shares * each(guess - feature) / feature.flatten(1).var(1)).sum()
         logs |= {"velocity": error.item(), "feature": likeness.item()}
         loss = error + self.lessons.feature * likeness
         if self.stage == 1:
             ends = [euler(x, way, now, then) for way in (v, u)]
-            loss = loss + self._judged(own.judge, ends, after, words, served, logs)
+            loss = loss + self._judged(own.judge, ends, after, words, shares, logs)
         self._move(u.detach(), v, feature, step)
         return loss
+
+    @torch.no_grad()
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """The student's velocities and last features where the slots are."""
+        time = self._time(self.slots.index + self.runs()[0])[2]
+        return self.student.whole(self.slots.x, time, self.slots.words)
 
     def runs(self) -> tuple[Tensor, Tensor]:
         """Of each slot's run: how many levels its step goes on (s,), and whether that is an anchor's (s,)."""
@@ -142,21 +166,21 @@ class PredictorTask:
         w = self.slots.uniform(*self.lessons.guidance, "guidance")
         return now, then, *(packed(start, then, w).to(self.slots.x.device) for start in (now, then))
 
-    def _judged(self, judge: Discriminator, ends: list[Tensor], after, words, known: Tensor, logs: dict) -> Tensor:
+    def _judged(self, judge: Discriminator, ends: list[Tensor], after, words, shares: Tensor, logs: dict) -> Tensor:
         """The discriminator's loss, and the predictor's for being told apart, from features at the true and its end.
 
-        Of the slots that are `known` (s,), 1 or 0: the others had nothing to predict from.
+        Each slot counts by its share (s,): none at anchors, where nothing is predicted.
         """
         with torch.no_grad():
             real = self.student.features(ends[0], after, words)
         told = self.student.features(ends[1], after, words)
         judge.requires_grad_(False)
-        fooled = hinge(judge(told, self.tokens), True, known)
+        fooled = hinge(judge(told, self.tokens), True, shares)
         judge.requires_grad_(True)
         kinds = ((real, True), ([f.detach() for f in told], False))
         logits = [(judge(features, self.tokens), kind) for features, kind in kinds]
-        logs["fooled"], logs["judge right"] = fooled.item(), sum(right(*pair, known) for pair in logits) / 2
-        return self.lessons.sharpen * fooled + sum(hinge(*pair, known) for pair in logits)
+        logs["fooled"], logs["judge right"] = fooled.item(), sum(right(*pair, shares) for pair in logits) / 2
+        return self.lessons.sharpen * fooled + sum(hinge(*pair, shares) for pair in logits)
 
     def _move(self, u: Tensor, v: Tensor, feature: Tensor, step: int) -> None:
         """Refresh the caches of slots at an anchor; all go on, by the whole pass there, else often as predicted."""
@@ -175,7 +199,7 @@ class PredictorTask:
         slots, (stride, _) = self.slots, self.runs()
         goal = torch.tensor([rng.randrange(self.lessons.steps) for rng in slots.chance("goal")]) // stride * stride
         while (on := slots.index < goal).any():
-            v, feature = self.student.whole(slots.x, self._time(slots.index + stride)[2], slots.words)
+            v, feature = self._whole()
             self._refresh(on & self.runs()[1], feature)
             slots.move(v, slots.index + on * stride)
 

@@ -50,7 +50,7 @@ def train_gpd(recipe: Recipe, order: Order, device: str, minutes: float | None, 
     print(f"students go into {target}", file=sys.stderr)
     if task.curriculum.space or task.curriculum.time:
         print(f"the last stage weighs {masked(task.ground.shape)}", file=sys.stderr)
-    held, keep = order.held_out(task, pipe, lines), partial(_keep, task, base, target)
+    held, keep = order.held_out(task, pipe, lines), partial(_keep, task, {"base": base, "shift": shift_of(pipe.scheduler)}, target)
     return totals(recipes, distil(task, held, recipes, out, keep, remaining(minutes, began), resume))
 
 
@@ -63,7 +63,7 @@ def _task(recipe: Recipe, order: Order, pipe, lines: list[str], device: str) -> 
     return GpdTask(recipe, curriculum, nets, ground, own_share())
 
 
-def _keep(task: GpdTask, base: list[float], target: Path, facts: dict) -> None:
+def _keep(task: GpdTask, about: dict, target: Path, facts: dict) -> None:
     """Store a stage's student, if its horizon divides the base steps."""
     curriculum, ground, k = task.curriculum, task.ground, task.horizon
     if curriculum.base_steps % k or not PartialState().is_main_process:
@@ -71,7 +71,7 @@ def _keep(task: GpdTask, base: list[float], target: Path, facts: dict) -> None:
     far = k if len(curriculum.horizons) > 1 else LAST  # a single stage is there to be run in six steps
     steps = curriculum.base_steps // far
     grid = {"levels": ground.levels[::far].tolist(), "times": ground.times[::far].tolist()}
-    told = {"steps": steps, "horizon": k, "guidance": 1.0, **grid, "base": base, "held_out": facts}
+    told = {"steps": steps, "horizon": k, "guidance": 1.0, **grid, **about, "held_out": facts}
     made = {"curriculum": curriculum.model_dump(), "recipe": task.recipe.model_dump()}
     store(task.nets, target / f"gpd-N{steps}", "gpd.json", told | made)
 
@@ -84,6 +84,12 @@ def _tells(order: dict, stage: int) -> dict:
     told = {knob: value for knob, value in curriculum.items() if knob not in silent}
     told |= {"horizons": horizons, "last": last}
     return {**order, "curriculum": told, "recipes": order["recipes"][: stage + 1]}
+
+
+def shift_of(scheduler) -> float | None:
+    """How far a scheduler shifts its levels towards noise, where it is told a number."""
+    config = scheduler.config
+    return config.get("flow_shift", config.get("shift"))
 
 
 def masked(shape: tuple[int, ...]) -> str:
