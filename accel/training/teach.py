@@ -50,7 +50,8 @@ def train_gpd(recipe: Recipe, order: Order, device: str, minutes: float | None, 
     print(f"students go into {target}", file=sys.stderr)
     if task.curriculum.space or task.curriculum.time:
         print(f"the last stage weighs {masked(task.ground.shape)}", file=sys.stderr)
-    held, keep = order.held_out(task, pipe, lines), partial(_keep, task, {"base": base, "shift": shift_of(pipe.scheduler)}, target)
+    about = {"base": base, "shift": shift_of(pipe.scheduler)}
+    held, keep = order.held_out(task, pipe, lines), partial(_keep, task, about, target)
     return totals(recipes, distil(task, held, recipes, out, keep, remaining(minutes, began), resume))
 
 
