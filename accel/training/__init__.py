@@ -24,19 +24,19 @@ RECIPES = {
     "small": {
         "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 4600, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 3},
-        "gpd": {"steps": 75, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
+        "gpd": {"steps": 38, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
         "meanflow": {"steps": 450, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 30_000, "lr": 1e-3, "matrix_lr": 4e-3, "betas": (0.9, 0.98)},
-        "gpd": {"steps": 300, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
+        "gpd": {"steps": 150, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
         "meanflow": {"steps": 2000, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 2000, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "others": {
-        "gpd": {"steps": 150, "lr": 5e-5} | _STUDENT,
+        "gpd": {"steps": 75, "lr": 5e-5} | _STUDENT,
         "meanflow": {"steps": 1000, "lr": 5e-5} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 1000, "lr": 1e-4} | _STUDENT | {"ema": 0.98},
     },

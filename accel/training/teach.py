@@ -19,7 +19,7 @@ from .gpd import PIECES, Curriculum, GpdTask
 from .orders import Order, begin, own_share, share_stages
 
 LAST = 8  # horizon of the last student
-FIRST = 12  # times a stage's iterations in the first one, at twice the rates: taking in guidance is the largest error
+FIRST = 32  # times a stage's iterations in the first one, at twice the rates: taking in guidance is the largest error
 TRAINED = 3  # forward passes that a forward and a backward pass together cost
 ARMS: dict[str, Callable[[float], dict]] = {  # GPD and its rivals: the curriculum at the model's own guidance
     "gpd": lambda w: {"space": 0.3, "time": 0.3},
