@@ -62,8 +62,8 @@ def _arms(*names: str) -> dict[str, Row]:
 
 
 ARMS = {  # of training/teach.py, by suite: other ways from 48 steps to 6, other ways to take in the guidance
-    "gpd-arms": ("no-constraint", "halving", "direct"),
-    "gpd-guidance": ("annealed", "guidance-only"),
+    "gpd-arms": ("halving", "direct"),
+    "gpd-guidance": ("annealed", "guidance-only", "no-constraint"),
 }
 PLAIN = {"baseline": Row()}
 CACHE_ALONE = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}  # the time of both together
