@@ -21,7 +21,7 @@ def widgets(method: Method, offered: dict[str, Offered] | None = None) -> dict[s
         common["value"] = possible(getattr(method, name), offered.get(name))
         common["elem_id"] = f"{method.title.lower()}-{name}"
         if schema["type"] == "boolean":
-            made[name] = gr.Checkbox(**common)
+            made[name] = gr.Checkbox(**common, elem_classes="flag")  # its row would make it too narrow for its words
         elif "enum" in schema:
             made[name] = gr.Radio(offered.get(name) or schema["enum"], **common)
         else:
