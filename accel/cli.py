@@ -143,8 +143,9 @@ def run(
     np.save(out / "frames.npy", video.frames)
     document = {**b.model_dump(), **machine(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
     (out / "run.json").write_text(json.dumps(document, indent=1))
-    for note in [note for note in video.trace.notes if note not in told]:
-        print(note)
+    for note in video.trace.notes:
+        if note not in told:
+            print(note)
     print(f"{video.seconds['denoise']:.2f} s of denoising, {video.trace.summary()['work']:.0%} of the work -> {out}")
     _finish({**b.model_dump(), "seconds": video.seconds, "work": video.trace.summary()["work"], "out": str(out)})
 
@@ -184,8 +185,9 @@ def compare(
     print(f"denoise {r['speedup_denoise']:.2f}x [{low:.2f}, {high:.2f}], total {r['speedup_total']:.2f}x, "
           f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {likeness}")  # fmt: skip
     print(f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; a against a: {r['noise_a']:.2f}x")
-    for note in [note for note in pair.b.trace.notes if note not in told]:
-        print(note)
+    for note in pair.b.trace.notes:
+        if note not in told:
+            print(note)
     _finish(r)
 
 

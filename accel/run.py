@@ -104,12 +104,14 @@ def _ahead(run: Run, pipe) -> Ahead:
 
 def forecast(run: Run, pipe) -> int:
     """Bytes that the methods will hold at most during a run, known before it starts."""
-    return sum(method.forecast(_ahead(run, pipe)) for method in build_methods(run.methods))
+    ahead = _ahead(run, pipe)
+    return sum(method.forecast(ahead) for method in build_methods(run.methods))
 
 
 def outlook(run: Run, pipe) -> list[str]:
     """What can be said of a run before it starts: what its methods will hold, and which cannot save anything."""
-    idle = (method.idle(_ahead(run, pipe)) for method in build_methods(run.methods))
+    ahead = _ahead(run, pipe)
+    idle = (method.idle(ahead) for method in build_methods(run.methods))
     return [f"The methods will hold up to {forecast(run, pipe) / 2**20:.1f} MiB", *filter(None, idle)]
 
 

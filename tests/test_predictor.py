@@ -55,7 +55,7 @@ def test_an_untrained_residual_predictor_errs_by_what_the_feature_has_changed(pi
     learn.slots.index = torch.tensor([2, 3, 4, 1])  # of anchors 0, 1 and 5
     learn.cached.normal_()
     x, words, cached = learn.slots.x.clone(), learn.slots.words.clone(), learn.cached.clone()
-    time = learn._time(learn.slots.index + 1)[2]
+    time = learn._time()[2]
     with torch.no_grad():
         v, feature = learn.student.whole(x, time, words)
         u, _ = learn.student.predicted(lambda hidden, cached, *_: cached, cached, x, time, words)
@@ -114,7 +114,7 @@ def test_slots_of_a_shorter_run_go_two_levels_in_one_step(pipe):
     learn = task(pipe, strides=(2,), own_way=0.0)  # three steps, of which the first and the last are whole
     learn.slots.index[:] = 2
     x, words = learn.slots.x.clone(), learn.slots.words.clone()
-    now, then, time, _ = learn._time(torch.full((4,), 4))
+    now, then, time, _ = learn._time()
     v, _ = learn.student.whole(x, time, words)
     assert learn.runs()[1].tolist() == 4 * [False]
     learn.loss(learn.module, 0, 0)
@@ -128,7 +128,7 @@ def test_between_anchors_slots_go_on_by_the_whole_pass_or_as_predicted(own_way, 
     learn.slots.index = torch.tensor([2, 3, 1, 1])
     learn.cached.normal_()
     x, words, cached = learn.slots.x.clone(), learn.slots.words.clone(), learn.cached.clone()
-    now, then, time, _ = learn._time(learn.slots.index + 1)
+    now, then, time, _ = learn._time()
     with torch.no_grad():
         v, _ = learn.student.whole(x, time, words)
         u, _ = learn.student.predicted(learn.module.predictor, cached, x, time, words)
@@ -141,7 +141,7 @@ def test_slots_are_staggered_with_the_anchor_before_in_their_cache(pipe):
     plain = task(pipe, slots=16)
     for _ in (0, 1):  # both are anchors, the next one is the last step
         with torch.no_grad():
-            v, feature = plain.student.whole(plain.slots.x, plain._time(plain.slots.index + 1)[2], plain.slots.words)
+            v, feature = plain.student.whole(plain.slots.x, plain._time()[2], plain.slots.words)
         plain.slots.move(v, plain.slots.index + 1)
     learn = task(pipe, slots=16)
     learn.stagger()
@@ -155,7 +155,7 @@ def test_the_second_stage_teaches_each_side_its_own_part(pipe):
     """What the predictor learns of being told apart has the weight of that; what the judge learns has its own."""
     learn = task(pipe, feature=0.0)
     learn.stage = 1
-    _, _, time, after = learn._time(learn.slots.index + 1)
+    _, _, time, after = learn._time()
     x, words, known = learn.slots.x, learn.slots.words, torch.tensor([0.0, 1, 1, 1])
     learn.cached.normal_()
     u, _ = learn.student.predicted(learn.module.predictor, learn.cached, x, time, words)
@@ -204,7 +204,7 @@ def test_a_stored_predictor_predicts_as_the_trained_one(pipe, tmp_path):
     learn.save(tmp_path)
     again = Predictor(wan, random_wan(), "residual", 1)
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    x, words, time = learn.slots.x, learn.slots.words, learn._time(learn.slots.index + 1)[2]
+    x, words, time = learn.slots.x, learn.slots.words, learn._time()[2]
     learn.cached.normal_()
     with torch.no_grad():
         ways = [learn.student.predicted(p, learn.cached, x, time, words)[0] for p in (learn.module.predictor, again)]
@@ -236,10 +236,9 @@ def test_all_anchors_end_where_the_student_ends_and_reuse_does_not(pipe):
 def test_looks_are_at_the_steps_between_anchors_with_the_feature_of_the_last_one(pipe, monkeypatch):
     learn, seen = task(pipe), []
     held = HeldOutWays(learn, ["a"], [0, 1, 3, 5])
-    own = {place: feature for place, feature in held.features.items()}
 
     def predicted(model, cached, x, i):
-        seen.append((i, *(place for place, feature in own.items() if torch.equal(feature, cached))))
+        seen.append((i, *(place for place, feature in held.features.items() if torch.equal(feature, cached))))
         return held.passes[i][1] * 1.1
 
     monkeypatch.setattr(held, "_predicted", predicted)
@@ -299,7 +298,7 @@ def test_a_trained_predictor_lies_beside_the_model_in_its_form(pipe, tmp_path, m
 def test_a_step_is_told_as_the_student_is_told_it(pipe):
     learn = task(pipe)
     learn.slots.index = torch.tensor([0, 1, 2, 3])
-    now, then, time, after = learn._time(learn.slots.index + 1)
+    now, then, time, after = learn._time()
     w = time[8:] / 1000
     assert torch.equal(time, packed(now, then, w)) and torch.equal(after, packed(then, then, w))
     assert ((w >= 2) & (w <= 5)).all()

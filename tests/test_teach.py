@@ -179,10 +179,8 @@ def test_a_predictor_for_the_wan_1_3b_layout_learns_while_the_student_stays_froz
     model.condition_embedder = IntervalEmbedder(model.condition_embedder)
     words, levels = torch.randn(1, 6, 4096), torch.linspace(1, 0, 5).double()
     ground = TimedGround(**vars(plain_ground(words, levels)), guidance=3.0)
-    lessons, predictor = (
-        Lessons(steps=4, guidance=(2, 5), slots=1, full=(2, 3), strides=(1,)),
-        Predictor(wan, model, "residual", 1),
-    )
+    lessons = Lessons(steps=4, guidance=(2, 5), slots=1, full=(2, 3), strides=(1,))
+    predictor = Predictor(wan, model, "residual", 1)
     learn = PredictorTask(Recipe(steps=2, lr=1e-3), lessons, Watched(model, spare=True), predictor, ground, (2, 2, 2))
     learn.stage, learn.slots.index[:] = 1, 2
     learn.cached.normal_()

@@ -174,17 +174,18 @@ class AsymRnR(Method):
 
     def _begin(self, host: Host, trace: Trace) -> Memory:
         """The run's memory; what keeps it from acting goes to the trace."""
-        count, sites = host.step.count, list(host.attentions[host.model])
+        ahead, sites = ahead_of(host), list(host.attentions[host.model])
+        count = ahead.count
         plans = PlanCache(self._cell(), self.matching, self.metric, self.heads == "shared")
         interval = self._interval(count, by_student(host.pipe))
         carried = Carried(DEPTH[self.carry], interval) if self.carry != "nothing" and interval > 1 else None
         schedule = Schedule(self, host, plans, self._first(count), 1 / interval if carried else 0.0)
-        trace.bytes_forecast += self.forecast(ahead_of(host))
+        trace.bytes_forecast += self.forecast(ahead)
         share = core_flops(host) * len(sites) / trace.flops[DENOISER]
         if share < LEAST_SHARE:
             trace.note(f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size")
             schedule.first = NEVER
-        elif idle := self.idle(ahead_of(host)):
+        elif idle := self.idle(ahead):
             trace.note(idle)
             schedule.first = NEVER
         elif self.schedule == "measured":

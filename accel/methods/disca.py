@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import ClassVar, Literal, get_args
@@ -164,17 +165,17 @@ class DisCa(Method):
 
     def _begin(self, host: Host, trace: Trace, lessons: Lessons | None) -> list[int]:
         """The run's anchors; what will be held, and why nothing happens, goes to the trace."""
-        count = host.step.count
-        anchors = self.steps(count)
+        ahead = ahead_of(host)
+        count, anchors = ahead.count, self.steps(ahead.count)
         if count == 1:
             raise ValueError("disca and a run of 1 step do not go together: there is nothing to predict")
-        if idle := self.idle(ahead_of(host)):
+        if idle := self.idle(ahead):
             trace.note(idle)
-        gap = max((b - a for a, b in zip(anchors, anchors[1:])), default=1)
+        gap = widest(anchors)
         if lessons and 1 < gap and gap > lessons.served.get(count, 0):
             learnt = " or ".join(f"{n} steps, anchors up to {apart} apart" for n, apart in lessons.served.items())
             trace.note(f"DisCa: this predictor learnt runs of {learnt}; this run has {count}, up to {gap} apart")
-        trace.bytes_forecast += self.forecast(ahead_of(host))
+        trace.bytes_forecast += self.forecast(ahead)
         trace.extras["disca"] = {"anchors": anchors, "form": self.form, "share": 1.0}
         return anchors
 
@@ -234,6 +235,11 @@ def _numbers(folder: Path | None) -> int:
 def _beside(model: str | Path, form: str) -> Path:
     """The folder of a model's predictor."""
     return Path(model) / "predictor" / form
+
+
+def widest(anchors: list[int]) -> int:
+    """Most steps from an anchor to the next."""
+    return max(after - before for before, after in pairwise(anchors))
 
 
 def spread(full: int, count: int) -> list[int]:

@@ -150,13 +150,13 @@ class FasterCache(Method):
 
     def _plans(self, host: Host, trace: Trace) -> list[Plan]:
         """The run's plan; what keeps it from acting, and what it will hold, goes to the trace."""
-        count, guided = host.step.count, host.family.is_guided(host.pipe)
-        plans = self._switched(count, guided)
-        if idle := self.idle(ahead_of(host)):
+        ahead = ahead_of(host)
+        plans = self._switched(ahead.count, ahead.guided)
+        if idle := self.idle(ahead):
             trace.note(idle)
-        elif self.guidance and not guided:
+        elif self.guidance and not ahead.guided:
             trace.note("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
-        trace.bytes_forecast += self.forecast(ahead_of(host))
+        trace.bytes_forecast += self.forecast(ahead)
         host.anchors |= {i for i, (now, then) in enumerate(pairwise(plans)) if now.guidance and not then.guidance}
         return plans
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..conditioning import packed
 from ..flow import euler
-from ..methods.disca import spread
+from ..methods.disca import spread, widest
 from ..predictor import Predictor
 from .discriminator import Discriminator, hinge, right
 from .fit import Recipe
@@ -59,7 +58,7 @@ class Lessons(BaseModel, frozen=True, extra="forbid"):
     def served(self) -> dict[int, int]:
         """The runs that come up: by their steps, how many of these lie from an anchor to the next at most."""
         counts = {self.steps // stride: self._counts(stride)[0] for stride in self.strides}
-        return {count: max(b - a for a, b in pairwise(spread(full, count))) for count, full in counts.items()}
+        return {count: widest(spread(full, count)) for count, full in counts.items()}
 
     def run(self, rng: random.Random) -> tuple[int, list[int]]:
         """How many levels each step of a run goes on, and the run's anchors, as places on the grid of all steps."""
@@ -130,9 +129,8 @@ class PredictorTask:
         return model(lambda own: self._lesson(own, step, logs)), logs
 
     def _lesson(self, own: Trainee, step: int, logs: dict[str, float]) -> Tensor:
-        slots, (stride, anchor) = self.slots, self.runs()
-        end = slots.index + stride
-        x, words, (now, then, time, after) = slots.x, slots.words, self._time(end)
+        slots, (_, anchor) = self.slots, self.runs()
+        x, words, (now, then, time, after) = slots.x, slots.words, self._time()
         v, feature = self._whole()
         u, guess = self.student.predicted(own.predictor, self.cached, x, time, words)
         served = (~anchor).to(u)  # at anchors nothing is predicted
@@ -151,8 +149,7 @@ class PredictorTask:
     @torch.no_grad()
     def _whole(self) -> tuple[Tensor, Tensor]:
         """The student's velocities and last features where the slots are."""
-        time = self._time(self.slots.index + self.runs()[0])[2]
-        return self.student.whole(self.slots.x, time, self.slots.words)
+        return self.student.whole(self.slots.x, self._time()[2], self.slots.words)
 
     def runs(self) -> tuple[Tensor, Tensor]:
         """Of each slot's run: how many levels its step goes on (s,), and whether that is an anchor's (s,)."""
@@ -160,9 +157,10 @@ class PredictorTask:
         anchor = [place in anchors for place, (_, anchors) in zip(self.slots.index.tolist(), runs, strict=True)]
         return torch.tensor([stride for stride, _ in runs]), torch.tensor(anchor)
 
-    def _time(self, end: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _time(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Levels of the slots' steps, now and then, and what the student is told of these, and of the place behind."""
-        now, then = (self.ground.levels[i].float() for i in (self.slots.index, end))
+        place = self.slots.index
+        now, then = (self.ground.levels[i].float() for i in (place, place + self.runs()[0]))
         w = self.slots.uniform(*self.lessons.guidance, "guidance")
         return now, then, *(packed(start, then, w).to(self.slots.x.device) for start in (now, then))
 

@@ -115,7 +115,7 @@ def _keep(task: MeanFlowTask, told: dict, out: Path, target: Path, facts: dict) 
     course = task.course
     folder = out / "guidance-only" if task.stage == 0 else target / "meanflow"
     about = {**told, "guidance": course.guidance, "usual": task.ground.guidance, "longest": course.longest,
-             "instant": task.stage == 0, "held_out": facts}  # fmt: skip
+             "instant": task.ground.instant, "held_out": facts}  # fmt: skip
     store(
         task.nets, folder, "meanflow.json", about | {"course": course.model_dump(), "recipe": task.recipe.model_dump()}
     )
