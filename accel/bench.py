@@ -105,18 +105,26 @@ SUITES: dict[str, dict[str, Row]] = {
 SUITES |= {
     suite: {"baseline, 48 steps": Row(steps=48), "gpd": Row("gpd")} | _arms(*names) for suite, names in ARMS.items()
 }
-SUITES["meanflow"] = PLAIN | {
-    name.format(n=n): Row("meanflow", change={"meanflow": {"steps": n, **of}})
-    for name, of in (
-        ("meanflow, {n} steps", {}),
-        ("guidance distilled, {n} steps", {"student": "checkpoints/meanflow/guidance-only"}),
-        ("even intervals, {n} steps", {"student": "checkpoints/even/meanflow"}),
-        ("unrestricted (R = 1), {n} steps", {"student": "checkpoints/unrestricted/meanflow"}),
-        ("means of the base's, {n} steps", {"student": "checkpoints/guided/meanflow"}),
-    )
-    for n in (20, 10)
+_MEANS = {"meanflow": "", "guidance distilled": "checkpoints/meanflow/guidance-only"}
+MEANS = {  # students of MeanFlow and where they lie, by suite: the method and what it begins with; its rivals too
+    "meanflow": _MEANS,
+    "meanflow-arms": _MEANS
+    | {
+        "even intervals": "checkpoints/even/meanflow",
+        "unrestricted (R = 1)": "checkpoints/unrestricted/meanflow",
+        "means of the base's": "checkpoints/guided/meanflow",
+    },
 }
-SUITES["meanflow"] |= {f"fewer steps: {n}": Row(steps=n) for n in (20, 10, 5)}
+SUITES |= {
+    suite: PLAIN
+    | {
+        f"{name}, {n} steps": Row("meanflow", change={"meanflow": {"steps": n, "student": at}})
+        for name, at in students.items()
+        for n in (20, 10)
+    }
+    | {f"fewer steps: {n}": Row(steps=n) for n in (20, 10, 5)}
+    for suite, students in MEANS.items()
+}
 SUITES["disca"] = PLAIN | {
     "disca": Row("disca"),
     "disca, plain form": Row("disca", change={"disca": {"form": "plain"}}),
@@ -137,9 +145,8 @@ PAIRS = {  # suite -> rows that are held against each other
             ("6 steps by Euler", "fewer steps: 6", "equal calls: 3 steps", "6 steps, no guidance")]
            + [("gpd, 12 steps", "fewer steps: 6"), ("gpd, 24 steps", "fewer steps: 12")],
     **{suite: [("gpd", name) for name in names] for suite, names in ARMS.items()},
-    "meanflow": [(f"meanflow, {n} steps", f"{name}, {n} steps") for n in (20, 10) for name in
-                 ("guidance distilled", "even intervals", "unrestricted (R = 1)", "means of the base's")]
-                + [("meanflow, 20 steps", "fewer steps: 10")],
+    **{suite: [(f"meanflow, {n} steps", f"{name}, {n} steps") for n in (20, 10) for name in list(students)[1:]]
+              + [("meanflow, 20 steps", "fewer steps: 10")] for suite, students in MEANS.items()},
     "disca": [("disca", name) for name in
               ("reuse at the same anchors", "taylor-1 at the same anchors", "taylor-2 at the same anchors",
                "disca, plain form", "disca, squared error alone", "meanflow, 10 steps", "5 steps by Euler",

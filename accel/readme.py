@@ -10,7 +10,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from .bench import ARMS, PAIRS
+from .bench import ARMS, MEANS, PAIRS
 from .methods import METHODS
 from .metrics import RATIOS, spell
 from .models import ROOT
@@ -35,7 +35,7 @@ OVERVIEW = (  # suite, row, and what it is called where all are together
     ("disca", "turbo", "`turbo`"),
     ("disca", "meanflow, 6 steps", "`meanflow`, 6 steps"),
 )
-MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", *ARMS, "meanflow", "disca")
+MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", *ARMS, *MEANS, "disca")
 CARD = ROOT / "models" / "tiny-wan" / "README.md"
 
 
@@ -187,8 +187,28 @@ def _reconstruction(r: dict) -> str:
     return f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips; read back from these: {read}"
 
 
+def layout() -> str:
+    """Speed and memory of the methods on random weights in a real layout."""
+    found = measured("wan-1.3b")
+    if not found:
+        return NOT_YET
+    size = "{width}x{height}, {frames} frames, {steps} steps, guidance {guidance:g}".format(**found)
+    lines = [
+        f"{found['device']}, {found['dtype']}, {size}; n = {found['n']}",
+        "",
+        "| setting | denoise s | speed-up | work | efficiency | held by the methods | most of the GPU's memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found["rows"].items():
+        figures = " | ".join(f"{row[key]:.2f}" for key in ("speedup", "work", "efficiency"))
+        memory = " | ".join(f"{row[key] / 1e9:.1f} GB" for key in ("held", "taken"))
+        lines.append(f"| {name} | {row['seconds']:.1f} | {figures} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
 PARTS = {
     "overview": overview,
+    "layout": layout,
     "knobs": knobs,
     "attributes": attributes,
     "training": training,
@@ -196,7 +216,7 @@ PARTS = {
     "disca-training": disca,
 }
 PARTS |= {name: partial(suite, name) for name in MEASURED}
-PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", *ARMS, "meanflow", "disca")}
+PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", *ARMS, *MEANS, "disca")}
 PARTS |= {f"{name}-pairs": partial(pairs, name) for name in PAIRS}
 
 

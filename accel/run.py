@@ -117,9 +117,9 @@ def outlook(run: Run, pipe) -> list[str]:
 
 def machine(pipe) -> dict:
     """Where a pipeline runs: device, threads, dtype."""
-    parameter = next(pipe.transformer.parameters())
-    device = torch.cuda.get_device_name() if parameter.is_cuda else "cpu"
-    return {"device": device, "threads": torch.get_num_threads(), "dtype": str(parameter.dtype).removeprefix("torch.")}
+    model = pipe.transformer  # whose dtype is not that of the layers which stay in float32
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+    return {"device": device, "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 @dataclass

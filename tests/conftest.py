@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from copy import deepcopy
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are of the CPU, also where there is a GPU
 
 import pytest
 import torch
@@ -29,6 +32,11 @@ def random_wan(seed: int = 0) -> WanTransformer3DModel:
         text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
     )  # fmt: skip
     return model.eval()
+
+
+def words_of(texts: list[str]) -> torch.Tensor:
+    """Embeddings of texts that depend on their lengths, whatever else is embedded with them."""
+    return torch.stack([torch.randn(6, 16, generator=torch.Generator().manual_seed(len(t))) for t in texts])
 
 
 @pytest.fixture

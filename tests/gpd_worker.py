@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import build_pipe
+from conftest import build_pipe, words_of
 
 from accel.training import part_ways
 from accel.training.fit import Recipe, fit
@@ -24,7 +24,7 @@ def main(folder: Path, processes: int) -> None:
     assert state.num_processes == processes
     levels = 1 - torch.arange(n + 1, dtype=torch.float64) / n
     ground = Ground(
-        encode=lambda texts: torch.randn(len(texts), 6, 16, generator=torch.Generator().manual_seed(len(texts[0]))),
+        encode=words_of,
         prompts=lambda rng: "a" * rng.randrange(1, 9), levels=levels, times=1000 * levels[:-1], shape=(4, 3, 8, 8),
     )  # fmt: skip
     recipe = Recipe(steps=20, lr=1e-3, warmup=1, ema=0.0)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import words_of
 
 from accel.flow import euler, mean_velocity
 from accel.models import Home
@@ -177,7 +178,7 @@ def test_slots_are_the_same_however_many_processes_carry_them():
 def real(pipe, n=48, **curriculum) -> GpdTask:
     """A task on three copies of a real transformer, on a grid of n steps, with two slots."""
     ground = Ground(
-        encode=lambda texts: torch.randn(len(texts), 6, 16, generator=torch.Generator().manual_seed(len(texts[0]))),
+        encode=words_of,
         prompts=lambda rng: "a", levels=levels(n), times=(1000 * levels(n)[:-1]).long(), shape=(4, 3, 8, 8),
     )  # fmt: skip
     return GpdTask(RECIPE, Curriculum(slots=2, base_steps=n, **curriculum), Copies(pipe.transformer), ground)

@@ -14,7 +14,7 @@ LAYERS = [
     {"flops", "families", "heads", "hooks", "host", "schedule", "student"},
     {"methods"},
     {"presets", "models", "apply", "world"},
-    {"run", "bench", "summary", "profile"},
+    {"run", "bench", "summary", "profile", "layout"},
     {"training"},
     {"cli", "readme", "__main__", "__init__"},
 ]

@@ -111,21 +111,21 @@ def test_runs_of_both_lengths_go_on_side_by_side(pipe):
 
 
 def test_slots_of_a_shorter_run_go_two_levels_in_one_step(pipe):
-    learn = task(pipe, strides=(2,), own_way=0.0)  # three steps, of which the first and the last are whole
+    learn = task(pipe, strides=(2,))  # three steps, of which the first and the last are whole
     learn.slots.index[:] = 2
     x, words = learn.slots.x.clone(), learn.slots.words.clone()
     now, then, time, _ = learn._time()
-    v, _ = learn.student.whole(x, time, words)
+    with torch.no_grad():
+        u, _ = learn.student.predicted(learn.module.predictor, learn.cached, x, time, words)
     assert learn.runs()[1].tolist() == 4 * [False]
     learn.loss(learn.module, 0, 0)
     assert (learn.slots.index == 4).all() and learn.runs()[1].all()
-    torch.testing.assert_close(learn.slots.x, euler(x, v, now.double(), then.double()), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(learn.slots.x, euler(x, u, now.double(), then.double()), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("own_way", [0.0, 1.0])
-def test_between_anchors_slots_go_on_by_the_whole_pass_or_as_predicted(own_way, pipe):
-    learn = task(pipe, own_way=own_way)
-    learn.slots.index = torch.tensor([2, 3, 1, 1])
+def test_between_anchors_slots_go_on_as_predicted_and_beside_them_the_way_of_whole_passes(pipe):
+    learn = task(pipe)  # anchors 0, 1 and 5
+    learn.slots.index = torch.tensor([3, 3, 0, 0])
     learn.cached.normal_()
     x, words, cached = learn.slots.x.clone(), learn.slots.words.clone(), learn.cached.clone()
     now, then, time, _ = learn._time()
@@ -133,8 +133,29 @@ def test_between_anchors_slots_go_on_by_the_whole_pass_or_as_predicted(own_way, 
         v, _ = learn.student.whole(x, time, words)
         u, _ = learn.student.predicted(learn.module.predictor, cached, x, time, words)
     learn.loss(learn.module, 0, 0)
-    way = torch.cat([(u if own_way else v)[:2], v[2:]])
-    torch.testing.assert_close(learn.slots.x, euler(x, way, now.double(), then.double()), rtol=1e-3, atol=1e-3)
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(learn.slots.x, euler(x, torch.cat([u[:2], v[2:]]), now.double(), then.double()), **close)
+    torch.testing.assert_close(learn.way, euler(x, v, now.double(), then.double()), **close)
+    assert not torch.equal(learn.way[:2], learn.slots.x[:2]) and torch.equal(learn.way[2:], learn.slots.x[2:])
+    learn.loss(learn.module, 1, 0)
+    assert torch.equal(learn.way, learn.slots.x)  # two come to the last anchor, two from one
+
+
+def test_a_predictor_learns_to_come_where_whole_passes_would_have_come(pipe):
+    """With a slot astray by e, the velocity that is asked for is longer by e over the step's width."""
+    learn = task(pipe)
+    learn.slots.index[:] = 2
+    now, then, time, _ = learn._time()
+    with torch.no_grad():
+        v, feature = learn._whole()
+    learn.cached = feature
+    astray = 0.1 * (now - then).view(-1, 1, 1, 1, 1) * v
+    learn.slots.x = learn.way - astray
+    with torch.no_grad():
+        u, _ = learn.student.predicted(learn.module.predictor, feature, learn.slots.x, time, learn.slots.words)
+    asked = 1.1 * v
+    expected = sum(((a - b).square().mean() / w.square().mean()).item() for a, b, w in zip(u, asked, v)) / 4
+    assert learn.loss(learn.module, 0, 0)[1]["velocity"] == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 def test_slots_are_staggered_with_the_anchor_before_in_their_cache(pipe):
@@ -233,17 +254,25 @@ def test_all_anchors_end_where_the_student_ends_and_reuse_does_not(pipe):
     assert some.end(learn.module, 1) > 0 and some.jump(learn.module, 1) > 0
 
 
-def test_looks_are_at_the_steps_between_anchors_with_the_feature_of_the_last_one(pipe, monkeypatch):
+def test_looks_are_at_where_each_stretch_between_anchors_ends_by_the_feature_of_its_anchor(pipe, monkeypatch):
     learn, seen = task(pipe), []
-    held = HeldOutWays(learn, ["a"], [0, 1, 3, 5])
+    held = HeldOutWays(learn, ["a"], [0, 1, 4])  # stretches of three steps and of two
+    ways, passes = held.ways, {}
+
+    def whole(x, i):
+        passes[i] = x
+        return (ways[i + 1] - ways[i]) / (learn.ground.levels[i + 1] - learn.ground.levels[i]).float(), i
 
     def predicted(model, cached, x, i):
-        seen.append((i, *(place for place, feature in held.features.items() if torch.equal(feature, cached))))
-        return held.passes[i][1] * 1.1
+        seen.append((i, cached))
+        return whole(ways[i], i)[0] * (1.1 if i == 3 else 1)
 
+    monkeypatch.setattr(held, "_whole", whole)
     monkeypatch.setattr(held, "_predicted", predicted)
-    assert held.jump(learn.module, 1) == pytest.approx(0.01)
-    assert seen == [(2, 1), (4, 3)]
+    short = ways[4] - ways[3]
+    expected = (0.1 * short).square().mean() / (ways[4] - ways[1]).square().mean() / 2
+    assert held.jump(learn.module, 1) == pytest.approx(expected.item(), rel=1e-3)
+    assert seen == [(2, 1), (3, 1), (5, 4)] and torch.equal(passes[1], ways[1]) and torch.equal(passes[4], ways[4])
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -32,8 +32,8 @@ RECIPES = {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 30_000, "lr": 1e-3, "matrix_lr": 4e-3, "betas": (0.9, 0.98)},
         "gpd": {"steps": 150, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
-        "meanflow": {"steps": 2000, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
-        "predictor": {"steps": 2000, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
+        "meanflow": {"steps": 1000, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 1000, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "others": {
         "gpd": {"steps": 75, "lr": 5e-5} | _STUDENT,

@@ -79,7 +79,7 @@ def fit(
     accelerator = Accelerator(mixed_precision="bf16")
     task.module.to(accelerator.device)  # before `Matrices` takes its views
     optimizers = _optimizers(task)
-    ema = EMAModel(trained(task.module), decay=recipe.ema, use_ema_warmup=True, power=0.8)
+    ema = EMAModel(trained(task.module), decay=recipe.ema, use_ema_warmup=True, power=0.8, foreach=True)
     step, spent, ended = _load(folder, task, optimizers, ema) if resume else (0, 0.0, False)
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
@@ -154,22 +154,52 @@ def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
 
 
 class Matrices(torch.optim.Muon):
-    """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output."""
+    """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output.
+
+    Matrices of one shape take their steps together: one by one, on a GPU, they would take as long as the network.
+    """
 
     def __init__(self, weights: list[nn.Parameter], **options):
         self.weights = weights
         flat = [nn.Parameter(w.data.flatten(1)) for w in weights]  # views: a step on them is a step on the weights
         super().__init__(flat, adjust_lr_fn="match_rms_adamw", **options)
 
-    def step(self, closure=None):
-        for weight, flat in zip(self.weights, self.param_groups[0]["params"], strict=True):
-            flat.grad = None if weight.grad is None else weight.grad.flatten(1)
-        return super().step(closure)
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        (group,) = self.param_groups
+        alike: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for weight, flat in zip(self.weights, group["params"], strict=True):
+            if weight.grad is not None:
+                grad, state = weight.grad.flatten(1), self.state[flat]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                alike.setdefault(tuple(flat.shape), []).append((flat, grad, state["momentum_buffer"]))
+        for shape, rows in alike.items():
+            flats, grads, means = map(list, zip(*rows))
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            ahead = torch.stack(grads).lerp(torch.stack(means), group["momentum"])  # Nesterov's
+            steps = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            torch._foreach_mul_(flats, 1 - group["lr"] * group["weight_decay"])
+            size = 0.2 * group["lr"] * math.sqrt(max(shape))
+            torch._foreach_add_(flats, list(steps.to(flats[0].dtype)), alpha=-size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         for weight in self.weights:
             weight.grad = None
+
+
+def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices (k, m, n) with their singular values brought near 1, by Newton-Schulz iterations in bfloat16."""
+    a, b, c = coefficients
+    y = x.bfloat16()
+    if tall := y.shape[1] > y.shape[2]:
+        y = y.mT
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if tall else y
 
 
 def anyone(mine: bool) -> bool:

@@ -22,7 +22,7 @@ from .slots import Ground, ground_of
 from .students import Copies, Networks
 
 RANK = 64  # of adapters if none is given
-TOY_SLOTS = 16
+TOY_SLOTS = {"cpu": 16, "cuda": 64}  # as many cost a GPU hardly more time than 16
 LOOKS, HELD = 8, 2  # held-out prompts that are looked at: of the toy world, the last of a file
 PROMPT_SEED = 11  # of the former; figures are reported on others
 
@@ -36,7 +36,7 @@ class Order:
     prompts: Path | None = None
     rank: int | None = None  # of the adapters; 0: full weights
     videos: Path | None = None  # a folder of them, as `accel world sample` writes it, to begin with; None: noise
-    slots: int | None = None  # trajectories under way; 16, or of a large model one for each process
+    slots: int | None = None  # trajectories under way; of a large model one for each process
 
     def toy(self) -> bool:
         """Whether the model is of the toy world, whose captions are known."""
@@ -61,7 +61,7 @@ class Order:
             if self.rank is not None:
                 raise ValueError("this model is small, its students are whole: leave --rank out")
             if self.slots is not None:
-                raise ValueError(f"the students of this model learn on {TOY_SLOTS} trajectories: leave --slots out")
+                raise ValueError("how many trajectories this model's students learn on is settled: leave --slots out")
             return []
         if self.prompts is None or not self.prompts.is_file():
             raise ValueError("this model needs prompts to train on: give --prompts FILE, a text file of one a line")
@@ -87,7 +87,8 @@ class Order:
 
     def trajectories(self) -> int:
         """How many are under way, over all processes."""
-        return self.slots or (TOY_SLOTS if self.toy() else PartialState().num_processes)
+        state = PartialState()
+        return self.slots or (TOY_SLOTS.get(state.device.type, TOY_SLOTS["cpu"]) if self.toy() else state.num_processes)
 
     def ground(self, pipe, home: Home, base_steps: int, lines: list[str]) -> Ground:
         """Where trajectories run: over the file's prompts, or captions of the toy world."""

@@ -1,9 +1,10 @@
 """Training DisCa's predictor (arXiv 2602.05449) on the ways of the student that it will serve, at its own steps.
 
-Each slot goes the student's way step by step, in a run as it is served: with so many whole passes, spread as ever.
-There the output of the student's blocks is cached; at the steps between, the predictor has that and the current tokens,
-and learns the velocity that the whole pass gives. First by squared error, then with a discriminator on the frozen
-student's features one step on (hinge, on both sides).
+Each slot goes its way in a run as it is served: with so many whole passes, the anchors, spread as ever. There the
+output of the student's blocks is cached; at the steps between, the predictor has that and the current tokens, and the
+slot goes on as it says. It learns to come where whole passes since the anchor would have come: also back from where
+its own errors have led. First by squared error, then with a discriminator on the frozen student's features one step on
+(hinge, on both sides).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..conditioning import packed
-from ..flow import euler
+from ..flow import euler, wide
 from ..methods.disca import spread, widest
 from ..predictor import Predictor
 from .discriminator import Discriminator, hinge, right
@@ -36,7 +37,6 @@ class Lessons(BaseModel, frozen=True, extra="forbid"):
     strides: tuple[int, ...] = (1, 2)  # or when it goes two of these steps in one: a run of half as many
     full: tuple[int, int] = (7, 12)  # fewest and most whole passes in a run of all steps; fewer in one of fewer
     guidance: tuple[float, float]
-    own_way: float = Field(0.5, ge=0, le=1)  # share of the steps that go on from what was predicted
     feature: float = Field(0.1, ge=0)  # weight of the feature's error, in parts of its variance
     sharpen: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
     slots: int = Field(16, ge=1)
@@ -95,6 +95,8 @@ class PredictorTask:
         device = self.slots.x.device
         count = len(self.slots)
         self.cached = torch.zeros(count, tokens[0] * tokens[1] * tokens[2], width, device=device)
+        self._drawn: tuple[list[int], list] = [], []  # the visits to each slot, and their runs
+        self.way = self.slots.x.clone()  # where whole passes since the last anchor have led each slot
         judge = Discriminator(width, len(student.layers))
         self.module = Trainee(predictor, judge).to(device)
         self.stage = 0
@@ -125,10 +127,10 @@ class PredictorTask:
         logs: dict[str, float] = {}
         while self.runs()[1].all():
             v, feature = self._whole()
-            self._move(v, v, feature, step)
-        return model(lambda own: self._lesson(own, step, logs)), logs
+            self._move(v, v, feature)
+        return model(lambda own: self._lesson(own, logs)), logs
 
-    def _lesson(self, own: Trainee, step: int, logs: dict[str, float]) -> Tensor:
+    def _lesson(self, own: Trainee, logs: dict[str, float]) -> Tensor:
         slots, (_, anchor) = self.slots, self.runs()
         x, words, (now, then, time, after) = slots.x, slots.words, self._time()
         v, feature = self._whole()
@@ -136,24 +138,27 @@ class PredictorTask:
         served = (~anchor).to(u)  # at anchors nothing is predicted
         shares = served / reduce(served.sum(), "mean")  # over processes, as gradients are: each slot counts as much
         each = lambda y: y.flatten(1).square().mean(1)
-        error = (shares * each(u - v) / each(v)).sum()
+        aim = v + (self.way - x) / wide(then - now, x)  # from where the slot is to where the whole pass leads
+        error = (shares * each(u - aim) / each(v)).sum()
         likeness = (shares * each(guess - feature) / feature.flatten(1).var(1)).sum()
         logs |= {"velocity": error.item(), "feature": likeness.item()}
         loss = error + self.lessons.feature * likeness
         if self.stage == 1:
-            ends = [euler(x, way, now, then) for way in (v, u)]
+            ends = [euler(x, way, now, then) for way in (aim, u)]
             loss = loss + self._judged(own.judge, ends, after, words, shares, logs)
-        self._move(u.detach(), v, feature, step)
+        self._move(u.detach(), v, feature)
         return loss
 
     @torch.no_grad()
     def _whole(self) -> tuple[Tensor, Tensor]:
-        """The student's velocities and last features where the slots are."""
-        return self.student.whole(self.slots.x, self._time()[2], self.slots.words)
+        """The student's velocities and last features on the ways of whole passes; at anchors the slots are there."""
+        return self.student.whole(self.way, self._time()[2], self.slots.words)
 
     def runs(self) -> tuple[Tensor, Tensor]:
         """Of each slot's run: how many levels its step goes on (s,), and whether that is an anchor's (s,)."""
-        runs = [self.lessons.run(rng) for rng in self.slots.chance("run")]
+        if self._drawn[0] != (visits := self.slots.visit.tolist()):  # else they are the same
+            self._drawn = visits, [self.lessons.run(rng) for rng in self.slots.chance("run")]
+        runs = self._drawn[1]
         anchor = [place in anchors for place, (_, anchors) in zip(self.slots.index.tolist(), runs, strict=True)]
         return torch.tensor([stride for stride, _ in runs]), torch.tensor(anchor)
 
@@ -180,16 +185,16 @@ class PredictorTask:
         logs["fooled"], logs["judge right"] = fooled.item(), sum(right(*pair, shares) for pair in logits) / 2
         return self.lessons.sharpen * fooled + sum(hinge(*pair, shares) for pair in logits)
 
-    def _move(self, u: Tensor, v: Tensor, feature: Tensor, step: int) -> None:
-        """Refresh the caches of slots at an anchor; all go on, by the whole pass there, else often as predicted."""
+    def _move(self, u: Tensor, v: Tensor, feature: Tensor) -> None:
+        """Slots at an anchor refresh their caches and go on by the whole pass, the others as predicted."""
         slots, (stride, anchor) = self.slots, self.runs()
-        ways = torch.tensor([rng.random() < self.lessons.own_way for rng in slots.chance("way", step)])
         self._refresh(anchor, feature)
-        by_guess = (~anchor & ways).to(u.device).view(-1, 1, 1, 1, 1)
-        slots.move(torch.where(by_guess, u, v), slots.index + stride)
+        goal = euler(self.way, v, *(self.ground.levels[place] for place in (slots.index, slots.index + stride)))
+        slots.move(torch.where(_over(anchor, u), v, u), slots.index + stride)
+        self.way = torch.where(_over(self.runs()[1], u), slots.x, goal)  # a beginning is an anchor too
 
     def _refresh(self, which: Tensor, feature: Tensor) -> None:
-        self.cached = torch.where(which.to(feature.device).view(-1, 1, 1), feature, self.cached)
+        self.cached = torch.where(_over(which, feature), feature, self.cached)
 
     @torch.no_grad()
     def stagger(self) -> None:
@@ -200,6 +205,7 @@ class PredictorTask:
             v, feature = self._whole()
             self._refresh(on & self.runs()[1], feature)
             slots.move(v, slots.index + on * stride)
+            self.way = slots.x.clone()
 
     def next_stage(self) -> None:
         """Nothing: the predictor goes on from where it is."""
@@ -214,13 +220,18 @@ class PredictorTask:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the weights: the slots and their caches."""
-        return {**self.slots.state_dict(), "cached": self.cached}
+        return {**self.slots.state_dict(), "cached": self.cached, "way": self.way}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse, from the slots of all processes."""
         own = slice(self.slots.first, self.slots.first + len(self.slots))
-        self.cached = state["cached"][own].to(self.cached.device)
+        self.cached, self.way = (state[name][own].to(self.cached.device) for name in ("cached", "way"))
         self.slots.load_state_dict(state)
+
+
+def _over(which: Tensor, x: Tensor) -> Tensor:
+    """Truths (b,) in the shape of x (b, ...)."""
+    return which.to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 class HeldOutWays:
@@ -230,39 +241,40 @@ class HeldOutWays:
         self.task, self.anchors, self.steps = task, anchors, len(task.ground.times)
         self.words = task.ground.encode(prompts)
         noise = torch.Generator().manual_seed(seed)
-        self.noise = torch.randn(len(prompts), *task.ground.shape, generator=noise).to(self.words.device)
-        self.features: dict[int, Tensor] = {}
-        self.passes: list[tuple[Tensor, Tensor]] = []
-        self.last = self.noise
+        x = torch.randn(len(prompts), *task.ground.shape, generator=noise).to(self.words.device)
+        self.ways = [x]
         for i in range(self.steps):
-            v, feature = self._whole(self.last, i)
-            self.passes.append((self.last, v))
-            if i in anchors:
-                self.features[i] = feature.cpu()
-            self.last = task.ground.jump(self.last, v, i, i + 1)
+            x = task.ground.jump(x, self._whole(x, i)[0], i, i + 1)
+            self.ways.append(x)
 
     def jump(self, model: nn.Module, _: int) -> float:
-        """Squared error of the velocities between anchors, predicted on the student's way, in parts of their square."""
+        """Squared error of where the steps after each anchor lead, up to the next, in parts of the square of their way.
+
+        Each of these stretches begins on the student's way.
+        """
         errors = []
-        for i in range(self.steps):
-            x, v = self.passes[i]
-            if i in self.features:
-                cached = self.features[i].to(x.device)
-            else:
-                u = self._predicted(model, cached, x, i)
-                errors.append(((u - v).square().mean() / v.square().mean()).item())
+        for i, j in zip(self.anchors, [*self.anchors[1:], self.steps]):
+            if j > i + 1:
+                begin, goal = self.ways[i], self.ways[j]
+                x = self._walk(model, begin, range(i, j))
+                errors.append(((x - goal).square().mean() / (goal - begin).square().mean()).item())
         return sum(errors) / max(1, len(errors))
 
     def end(self, model: nn.Module, _: int) -> float:
         """Squared error of the final latents with whole passes at the anchors alone, in parts of their mean square."""
-        x, cached = self.noise, None
-        for i in range(self.steps):
+        x = self._walk(model, self.ways[0], range(self.steps))
+        return ((x - self.ways[-1]).square().mean() / self.ways[-1].square().mean()).item()
+
+    def _walk(self, model: nn.Module, x: Tensor, places: range) -> Tensor:
+        """Latents carried through some steps, of which the first is an anchor."""
+        cached = None
+        for i in places:
             if i in self.anchors:
                 v, cached = self._whole(x, i)
             else:
                 v = self._predicted(model, cached, x, i)
             x = self.task.ground.jump(x, v, i, i + 1)
-        return ((x - self.last).square().mean() / self.last.square().mean()).item()
+        return x
 
     @torch.no_grad()
     def _whole(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,7 @@ class Slots:
             self.index = then
 
     def _restart(self, over: Tensor) -> None:
+        prompts: dict[int, str] = {}
         for i in over.nonzero().flatten().tolist():
             self.visit[i] += 1
             rng = random.Random(f"{self.seed} {self.first + i} {int(self.visit[i])}")
@@ -155,7 +156,9 @@ class Slots:
                 self.index[i] = rng.randrange(len(self.ground.times))
                 prompt, clip = self.ground.clips(rng)
                 self.x[i].lerp_(clip.to(self.x), 1 - float(self.ground.levels[self.index[i]]))
-            self.words[i] = self.ground.encode([prompt or self.ground.prompts(rng)])[0]
+            prompts[i] = prompt or self.ground.prompts(rng)
+        if prompts:
+            self.words[list(prompts)] = self.ground.encode(list(prompts.values()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs; (s, ...) each, so that processes can be put together."""
