@@ -1,6 +1,6 @@
 """How fast the methods are on a model as large as a real one: `python -m accel.layout`, on a GPU.
 
-Its weights are random, as speed and memory do not depend on what a model has learnt. What its videos show means
+Its weights are random, as the time of a pass does not depend on what a model has learnt. What its videos show means
 nothing, so nothing is said of quality; AsymRnR judges blocks by their likeness, which may not be that of trained ones.
 """
 
@@ -37,7 +37,6 @@ class Figures:
     seconds: float
     flops: int
     taken: int
-    held: int
 
 
 def build(folder: Path, layout: dict, device: str) -> None:
@@ -59,7 +58,7 @@ def build(folder: Path, layout: dict, device: str) -> None:
 
 
 def measure(run: Run, pipe, home: Home) -> Figures:
-    """One run of it."""
+    """The figures of one run."""
     on_gpu, taken = torch.cuda.is_available(), 0
 
     def note(done: int, *_) -> None:
@@ -70,7 +69,7 @@ def measure(run: Run, pipe, home: Home) -> Figures:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     video = generate(run, pipe, home, note)
-    return Figures(video.seconds["denoise"], video.trace.work()[0], taken, video.trace.bytes_held)
+    return Figures(video.seconds["denoise"], video.trace.work()[0], taken)
 
 
 def figures(runs: dict[str, Run], pipe, home: Home, repeats: int) -> dict[str, dict]:
@@ -91,7 +90,6 @@ def figures(runs: dict[str, Run], pipe, home: Home, repeats: int) -> dict[str, d
             "speedup_range": [min(speeds), max(speeds)],
             "work": work,
             "efficiency": speed * work,
-            "held": own[0].held,
             "taken": max(f.taken for f in own),
         }
     return rows

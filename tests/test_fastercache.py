@@ -175,6 +175,7 @@ def test_forecast_of_bytes_is_what_is_held(pipe, sample):
     with accel.apply(pipe, [FasterCache()]) as trace:
         sample(pipe)
     assert 0 < trace.bytes_held <= trace.bytes_forecast <= 1.3 * trace.bytes_held
+    assert trace.holding["fastercache"] == 0  # what nobody asks for again is given back, and counted so
     run = Run(model="m", prompt="p", height=64, width=64, frames=5, steps=20, guidance=4.0, methods={"fastercache": {}})
     assert forecast(run, pipe) == trace.bytes_forecast
 

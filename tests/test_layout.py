@@ -24,8 +24,8 @@ def test_rows_are_held_against_the_first_one(small):
     methods = {"baseline": {}, "fastercache": load_preset("fastercache").methods}
     runs = {name: build_run(home, model="-", prompt="a star", methods=own) for name, own in methods.items()}
     rows = layout.figures(runs, small, home, 2)
-    assert rows["baseline"]["speedup"] == rows["baseline"]["work"] == 1 and rows["baseline"]["held"] == 0
-    assert 0.5 < rows["fastercache"]["work"] < 0.9 and rows["fastercache"]["held"] > 0
+    assert rows["baseline"]["speedup"] == rows["baseline"]["work"] == 1
+    assert 0.5 < rows["fastercache"]["work"] < 0.9 and rows["fastercache"]["taken"] == 0  # on a CPU nobody counts
     low, high = rows["fastercache"]["speedup_range"]
     assert low <= rows["fastercache"]["speedup"] <= high
 
@@ -35,7 +35,8 @@ def test_a_model_in_half_precision_says_so_though_some_layers_are_not(small):
     assert machine(small)["dtype"] == "bfloat16"
 
 
-def test_what_cannot_be_timed_is_refused(tmp_path):
+def test_what_cannot_be_timed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadParameter, match="unknown layout 'wan'; there are wan-1.3b"):
         layout.main(tmp_path / "out", "wan")
     with pytest.raises(BadParameter, match="this needs a GPU"):

@@ -223,6 +223,7 @@ class AsymRnR(Method):
         if memory.carried and not memory.carried.serves(key, step, anchor):  # another method seldom runs this one
             if step.branch == "cond":
                 trace.note("AsymRnR leaves attentions whole that are computed too seldom to carry: raise its interval")
+            trace.hold("asymrnr", memory.held)  # less, if something was forgotten
             return inner(heads)
         queries, matching = self._cut("query", heads, rates[0], site, host, memory)
         keys, more = (queries, 0) if self.plans == "one" else self._cut("kv", heads, rates[1], site, host, memory)

@@ -173,6 +173,7 @@ class FasterCache(Method):
         steps = reused(plans, step.branch)
         if not any(i > step.index for i in steps):  # nobody will ask again
             memory.outputs.pop(key, None)
+            trace.hold("fastercache", memory.held())
         elif step.index >= steps[0] - 2:  # among the last two computed when the first extrapolation comes
             fits = [e for e in entries[-1:] if e[1].shape == out.shape]
             memory.outputs[key] = [*fits, (step.sigma, out)]
@@ -207,6 +208,7 @@ class FasterCache(Method):
             trace.hold("fastercache", memory.held())
         else:
             memory.bands = memory.cond = None
+            trace.hold("fastercache", memory.held())
         return out
 
 

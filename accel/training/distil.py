@@ -82,6 +82,10 @@ class HeldOut:
             ways.append(x)
         self.ways = torch.stack(ways, 1)
 
+    def named(self, k: int) -> str:
+        """What `jump` is the error of."""
+        return f"{k} steps in one" if k > 1 else "a step"
+
     @torch.no_grad()
     def jump(self, model: nn.Module, k: int) -> float:
         """Mean squared error of the velocity of jumps of k base steps, against the teacher's k steps."""
@@ -121,7 +125,7 @@ class Watch:
     def look(self, step: int) -> bool:
         """Measure the student as it stands; whether the stage should end."""
         error = self.held.jump(self.model, self.horizon)
-        what = f"{self.horizon} steps in one" if self.horizon > 1 else "a step"
+        what = self.held.named(self.horizon)
         print(f"held-out error of {what}: {error:.4f} after {step} iterations", file=sys.stderr)
         if not self.errors or error < min(self.errors.values()):
             self.best = [p.detach().cpu().clone() for p in trained(self.model)]

@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from ..files import whole
 
+TOGETHER = 2**26  # numbers in the matrices that take a step together
+
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
     """What all trainers share. `steps` fixes the learning-rate schedule; `--minutes` only cuts a run into chunks."""
@@ -156,7 +158,8 @@ def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
 class Matrices(torch.optim.Muon):
     """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output.
 
-    Matrices of one shape take their steps together: one by one, on a GPU, they would take as long as the network.
+    Matrices of one shape take their steps together, up to `TOGETHER` numbers: one by one, on a GPU, small ones would
+    take as long as the network.
     """
 
     def __init__(self, weights: list[nn.Parameter], **options):
@@ -165,26 +168,29 @@ class Matrices(torch.optim.Muon):
         super().__init__(flat, adjust_lr_fn="match_rms_adamw", **options)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # accelerate hands one on, which is None
         (group,) = self.param_groups
-        alike: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for weight, flat in zip(self.weights, group["params"], strict=True):
             if weight.grad is not None:
                 grad, state = weight.grad.flatten(1), self.state[flat]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(grad)
-                alike.setdefault(tuple(flat.shape), []).append((flat, grad, state["momentum_buffer"]))
+                alike.setdefault(flat.shape, []).append((flat, grad, state["momentum_buffer"]))
         for shape, rows in alike.items():
-            flats, grads, means = map(list, zip(*rows))
-            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            ahead = torch.stack(grads).lerp(torch.stack(means), group["momentum"])  # Nesterov's
-            steps = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            torch._foreach_mul_(flats, 1 - group["lr"] * group["weight_decay"])
-            size = 0.2 * group["lr"] * math.sqrt(max(shape))
-            torch._foreach_add_(flats, list(steps.to(flats[0].dtype)), alpha=-size)
+            most = max(1, TOGETHER // shape.numel())
+            for first in range(0, len(rows), most):
+                self._together(group, *map(list, zip(*rows[first : first + most])))
+
+    def _together(self, group: dict, flats: list[Tensor], grads: list[Tensor], means: list[Tensor]) -> None:
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        ahead = torch.stack(grads).lerp_(torch.stack(means), group["momentum"])  # Nesterov's
+        steps = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        torch._foreach_mul_(flats, 1 - group["lr"] * group["weight_decay"])
+        size = 0.2 * group["lr"] * math.sqrt(max(flats[0].shape))
+        torch._foreach_add_(flats, list(steps.to(flats[0].dtype).contiguous()), alpha=-size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
         for weight in self.weights:
             weight.grad = None
 

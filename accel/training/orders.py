@@ -36,7 +36,7 @@ class Order:
     prompts: Path | None = None
     rank: int | None = None  # of the adapters; 0: full weights
     videos: Path | None = None  # a folder of them, as `accel world sample` writes it, to begin with; None: noise
-    slots: int | None = None  # trajectories under way; of a large model one for each process
+    slots: int | None = None  # trajectories under way; None: of a large model one for each process
 
     def toy(self) -> bool:
         """Whether the model is of the toy world, whose captions are known."""

@@ -25,9 +25,10 @@ from ..weights import marks
 from .distil import distil, remaining, store, totals
 from .fit import Recipe
 from .orders import Order, begin, own_share
-from .predictor import HeldOutWays, Lessons, PredictorTask
+from .predictor import Lessons, PredictorTask
 from .slots import TimedGround
 from .speed import quicken
+from .stretches import HeldOutWays
 from .watched import Watched
 
 ARMS = get_args(Form)

@@ -1,0 +1,38 @@
+"""What only a GPU can show: that the students' training and the timing at a real model's size run on one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="there is no NVIDIA GPU here"),
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    seen = {name: value for name, value in os.environ.items() if (name, value) != ("CUDA_VISIBLE_DEVICES", "")}
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=seen, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("what", ["gpd", "meanflow", "predictor"])
+def test_training_begins_on_a_gpu_and_leaves_what_a_resumed_run_needs(what, tmp_path):
+    done = run("accel", "train", what, "--minutes", "0.2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])[what]
+    assert record["setting"] == "large" and record["device"].startswith("NVIDIA") and not record["finished"]
+    assert list((tmp_path / what).glob("*/state.pt"))
+
+
+def test_presets_are_timed_at_a_real_models_size(tmp_path):
+    done = run("accel.layout", "--out", str(tmp_path), "--steps", "12", "--frames", "9")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows["fastercache"]["work"] < 1 and rows["fastercache"]["taken"] > rows["baseline"]["taken"] > 2e9
