@@ -269,7 +269,9 @@ def test_a_student_that_follows_the_teacher_has_no_held_out_error(pipe):
 
 def test_a_stage_that_diverges_ends_and_its_best_student_goes_on(tmp_path):
     module, errors = torch.nn.Linear(1, 1), iter([5.0, 3.0, 4.0, 10.5])
-    watch = Watch(SimpleNamespace(jump=lambda model, k: next(errors)), module, 1, tmp_path / "watch.pt", False)
+    watch = Watch(
+        SimpleNamespace(jump=lambda model, k: next(errors), named=str), module, 1, tmp_path / "watch.pt", False
+    )
     for step in (25, 50, 75):
         torch.nn.init.constant_(module.weight, step)
         assert watch.look(step) == (step == 75)

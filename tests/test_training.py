@@ -91,7 +91,7 @@ def test_muon_turns_a_kernel_by_orthogonal_steps():
 
 @pytest.mark.parametrize("together", [1, 2**26])
 def test_matrices_of_one_shape_together_take_the_steps_of_each_alone(together, monkeypatch):
-    monkeypatch.setattr("accel.training.fit.TOGETHER", together)
+    monkeypatch.setattr(Matrices, "together", together)
     torch.manual_seed(0)
     shapes = [(6, 4), (4, 6), (6, 4), (5, 5)]
     begin = [torch.randn(shape) for shape in shapes]

@@ -25,8 +25,6 @@ from tqdm import tqdm
 
 from ..files import whole
 
-TOGETHER = 2**26  # numbers in the matrices that take a step together
-
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
     """What all trainers share. `steps` fixes the learning-rate schedule; `--minutes` only cuts a run into chunks."""
@@ -158,9 +156,11 @@ def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
 class Matrices(torch.optim.Muon):
     """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output.
 
-    Matrices of one shape take their steps together, up to `TOGETHER` numbers: one by one, on a GPU, small ones would
-    take as long as the network.
+    Matrices of one shape take their steps together, up to so many numbers: one by one, on a GPU, small ones would take as
+    long as the network.
     """
+
+    together = 2**26
 
     def __init__(self, weights: list[nn.Parameter], **options):
         self.weights = weights
@@ -178,7 +178,7 @@ class Matrices(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(grad)
                 alike.setdefault(flat.shape, []).append((flat, grad, state["momentum_buffer"]))
         for shape, rows in alike.items():
-            most = max(1, TOGETHER // shape.numel())
+            most = max(1, self.together // shape.numel())
             for first in range(0, len(rows), most):
                 self._together(group, *map(list, zip(*rows[first : first + most])))
 
