@@ -98,7 +98,7 @@ def figures(runs: dict[str, Run], pipe, home: Home, repeats: int) -> dict[str, d
 def main(
     out: Annotated[Path, typer.Option(help="Folder for results.json; made if missing.")],
     layout: Annotated[str, typer.Option(help=f"One of {', '.join(LAYOUTS)}.")] = "wan-1.3b",
-    steps: Annotated[int, typer.Option(min=6, help="Denoising steps; the model's own if not given.")] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Denoising steps; the model's own if not given.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of 480x832; the model's own if not given.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times that all rows are generated in turn.")] = 1,
 ) -> None:
