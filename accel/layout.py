@@ -43,6 +43,7 @@ def build(folder: Path, layout: dict, device: str) -> None:
     """A pipeline of random weights in bfloat16; text encoder and autoencoder, which no method touches, are small."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / TINY / "tokenizer")
+    scheduler = UniPCMultistepScheduler.from_pretrained(ROOT / TINY / "scheduler")
     with torch.device(device):
         transformer = WanTransformer3DModel(**layout)
         text = transformer.config.text_dim
@@ -51,7 +52,6 @@ def build(folder: Path, layout: dict, device: str) -> None:
         )
         channels = transformer.config.in_channels
         vae = AutoencoderKLWan(base_dim=8, z_dim=channels, latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     parts = {"transformer": transformer, "text_encoder": encoder, "vae": vae}
     pipe = WanPipeline(tokenizer=tokenizer, scheduler=scheduler, **{k: p.bfloat16() for k, p in parts.items()})
     pipe.save_pretrained(folder)

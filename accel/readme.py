@@ -199,10 +199,10 @@ def layout() -> str:
         "| setting | denoise s | speed-up | work | efficiency | most memory | more than plain |",
         "|---|---|---|---|---|---|---|",
     ]
+    plain = next(iter(found["rows"].values()))["taken"]
     for name, row in found["rows"].items():
         figures = " | ".join(f"{row[key]:.2f}" for key in ("speedup", "work", "efficiency"))
-        taken = row["taken"], row["taken"] - next(iter(found["rows"].values()))["taken"]
-        memory = " | ".join(f"{size / 1e9:.1f} GB" for size in taken)
+        memory = " | ".join(f"{taken / 1e9:.1f} GB" for taken in (row["taken"], row["taken"] - plain))
         lines.append(f"| {name} | {row['seconds']:.1f} | {figures} | {memory} |")
     return "\n".join(lines) + "\n"
 

@@ -172,8 +172,8 @@ class FasterCache(Method):
         out = inner()
         steps = reused(plans, step.branch)
         if not any(i > step.index for i in steps):  # nobody will ask again
-            memory.outputs.pop(key, None)
-            trace.hold("fastercache", memory.held())
+            if memory.outputs.pop(key, None):
+                trace.hold("fastercache", memory.held())
         elif step.index >= steps[0] - 2:  # among the last two computed when the first extrapolation comes
             fits = [e for e in entries[-1:] if e[1].shape == out.shape]
             memory.outputs[key] = [*fits, (step.sigma, out)]

@@ -156,8 +156,8 @@ def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
 class Matrices(torch.optim.Muon):
     """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output.
 
-    Matrices of one shape take their steps together, up to so many numbers: one by one, on a GPU, small ones would take
-    as long as the network.
+    Matrices of one shape take their steps together, up to so many numbers: for tiny-wan's 80 that is a seventh of the
+    operators, and 0.6 of the time on two CPU cores.
     """
 
     together = 2**26

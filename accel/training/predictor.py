@@ -95,7 +95,6 @@ class PredictorTask:
         device = self.slots.x.device
         count = len(self.slots)
         self.cached = torch.zeros(count, tokens[0] * tokens[1] * tokens[2], width, device=device)
-        self._drawn: tuple[list[int], list] = [], []  # the visits to each slot, and their runs
         self.way = self.slots.x.clone()  # where whole passes since the last anchor have led each slot
         judge = Discriminator(width, len(student.layers))
         self.module = Trainee(predictor, judge).to(device)
@@ -156,9 +155,7 @@ class PredictorTask:
 
     def runs(self) -> tuple[Tensor, Tensor]:
         """Of each slot's run: how many levels its step goes on (s,), and whether that is an anchor's (s,)."""
-        if self._drawn[0] != (visits := self.slots.visit.tolist()):  # else they are the same
-            self._drawn = visits, [self.lessons.run(rng) for rng in self.slots.chance("run")]
-        runs = self._drawn[1]
+        runs = [self.lessons.run(rng) for rng in self.slots.chance("run")]
         anchor = [place in anchors for place, (_, anchors) in zip(self.slots.index.tolist(), runs, strict=True)]
         return torch.tensor([stride for stride, _ in runs]), torch.tensor(anchor)
 
@@ -231,4 +228,4 @@ class PredictorTask:
 
 def _over(which: Tensor, x: Tensor) -> Tensor:
     """Truths (b,) in the shape of x (b, ...)."""
-    return which.to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return wide(which, x).bool()

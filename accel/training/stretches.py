@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .predictor import PredictorTask
+
 
 class HeldOutWays:
     """The student's ways from prompts and noises unknown to training, with whole passes at some steps, the anchors."""
 
-    def __init__(self, task, prompts: list[str], anchors: list[int], seed: int = 1):
+    def __init__(self, task: PredictorTask, prompts: list[str], anchors: list[int], seed: int = 1):
         self.task, self.anchors, self.steps = task, anchors, len(task.ground.times)
         self.words = task.ground.encode(prompts)
         noise = torch.Generator().manual_seed(seed)
