@@ -16,16 +16,16 @@ os.environ.setdefault("GRADIO_SSR_MODE", "false")
 import gradio as gr
 
 from accel.methods import METHODS
-from accel.models import ROOT, TINY, resolve
-from accel.presets import load_preset, preset_names
+from accel.runtime.models import ROOT, TINY, resolve
+from accel.runtime.presets import load_preset, preset_names
 from ui import controls
-from ui.code import code
-from ui.maps import maps
-from ui.pair import PairJob, Shelf
+from ui.compare import PairJob, Shelf
+from ui.panels import EMPTY_PANE, about, numbers, pane, pane_waiting
 from ui.player import ABPlayer
-from ui.stored import stored_pairs
+from ui.recorded import stored_pairs
+from ui.snippet import code
 from ui.timeline import timeline
-from ui.view import EMPTY_PANE, about, numbers, pane, pane_waiting
+from ui.token_maps import maps
 from ui.worker import Worker
 
 CSS = (Path(__file__).parent / "ui" / "page.css").read_text()

@@ -5,10 +5,11 @@ with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
 print(trace.summary())
 """
 
-from .apply import apply
+from .core.apply import apply
+from .evaluation.compare import compare
 from .methods import METHODS
-from .models import load_pipeline
-from .presets import Preset, load_preset
-from .run import Run, compare, generate
+from .runtime.generate import Run, generate
+from .runtime.models import load_pipeline
+from .runtime.presets import Preset, load_preset
 
 __all__ = ["METHODS", "Preset", "Run", "apply", "compare", "generate", "load_pipeline", "load_preset"]

@@ -14,7 +14,7 @@ import yaml
 from tqdm import tqdm
 from typer.exceptions import TyperException
 
-from .models import TINY
+from .runtime.models import TINY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 world = typer.Typer(no_args_is_help=True, help="The captioned toy world: sample it, judge videos.")
@@ -56,7 +56,7 @@ def _finish(document: dict) -> None:
 
 def _settings(preset: str, sets: list[str]) -> dict:
     """Methods, steps and guidance of a preset with `--set` changes applied."""
-    from .presets import load_preset
+    from .runtime.presets import load_preset
 
     loaded = load_preset(preset) if preset != "none" else None
     methods = {name: dict(knobs or {}) for name, knobs in (loaded.methods if loaded else {}).items()}
@@ -77,9 +77,9 @@ def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, fra
 
     `apart`: steps and guidance are a's alone where the methods of b demand their own.
     """
-    from .models import home_of, load_pipeline
-    from .presets import demanded
-    from .run import build_run, check_size
+    from .runtime.generate import build_run, check_size
+    from .runtime.models import home_of, load_pipeline
+    from .runtime.presets import demanded
 
     own = _settings(preset, sets)
     needed = demanded(own["methods"]) if apart else {}
@@ -96,9 +96,9 @@ def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, fra
 
 def _repeated(source: Path):
     """Pipeline, its home, and the run whose settings a video holds."""
-    from .models import home_of, load_pipeline
-    from .run import build_run, check_size
-    from .video import read_settings
+    from .runtime.generate import build_run, check_size
+    from .runtime.models import home_of, load_pipeline
+    from .runtime.video import read_settings
 
     stored = read_settings(source)
     if "model" not in stored:
@@ -120,8 +120,8 @@ def run(
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
     """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
-    from .run import generate, machine, outlook, warm_up
-    from .video import write_mp4
+    from .runtime.generate import generate, machine, outlook, warm_up
+    from .runtime.video import write_mp4
 
     if source is not None:
         told = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
@@ -159,9 +159,9 @@ def compare(
     out: Out = Path("runs/compare"),
 ) -> None:  # fmt: skip
     """Generate a (plain) and b (with the preset) from the same noise: a.mp4 b.mp4 a.npy b.npy run.json in --out."""
-    from .run import compare as compare_runs
-    from .run import outlook
-    from .video import write_mp4
+    from .evaluation.compare import compare as compare_runs
+    from .runtime.generate import outlook
+    from .runtime.video import write_mp4
 
     pipe, home, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the results; runs/bench/SUITE if not given.")] = None,
 ) -> None:  # fmt: skip
     """Measure a suite on held-out prompts: results.json, report.md and pareto.png in --out. Resumable."""
-    from .bench import run_suite
+    from .evaluation.bench import run_suite
 
     _finish(run_suite(suite, prompts, seeds, model, out or Path("runs/bench") / suite))
 
@@ -213,7 +213,7 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")] = Path("runs/profile"),
 ) -> None:  # fmt: skip
     """Measure what removing tokens costs in each block: asymrnr.json for AsymRnR, a table and a plot. Resumable."""
-    from .profile import run_profile
+    from .evaluation.asymrnr_profile import run_profile
 
     _finish(run_profile(model, prompts, steps, out))
 
@@ -257,7 +257,7 @@ def sample(
     """Render n captioned scenes: mp4s, captions.json and a contact sheet."""
     import imageio.v3 as iio
 
-    from .video import write_mp4
+    from .runtime.video import write_mp4
     from .world.render import render
     from .world.scene import caption, sample_scene
 

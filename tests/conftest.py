@@ -13,14 +13,14 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from accel.conditioning import IntervalEmbedder
 from accel.families import wan
-from accel.predictor import Predictor
-from accel.training.base import build_tokenizer
-from accel.training.distil import store
-from accel.training.students import Copies
-from accel.training.vae import build_vae
-from accel.weights import marks
+from accel.methods.disca.predictor import Predictor
+from accel.students.interval_embedding import IntervalEmbedder
+from accel.students.weights import marks
+from accel.training.networks import Copies
+from accel.training.stages import store
+from accel.training.tasks.base import build_tokenizer
+from accel.training.tasks.vae import build_vae
 
 torch.set_num_threads(2)
 

@@ -8,15 +8,15 @@ from accelerate import PartialState
 from conftest import build_pipe, random_wan
 from test_teach_meanflow import timed
 
-from accel.conditioning import IntervalEmbedder
 from accel.families import wan
-from accel.predictor import Predictor
+from accel.methods.disca.predictor import Predictor
+from accel.students.interval_embedding import IntervalEmbedder
 from accel.training import part_ways
-from accel.training.fit import Recipe, fit
-from accel.training.meanflow import Course, MeanFlowTask
-from accel.training.predictor import Lessons, PredictorTask
-from accel.training.students import Copies
-from accel.training.watched import Watched
+from accel.training.feature_probe import Watched
+from accel.training.loop import Recipe, fit
+from accel.training.networks import Copies
+from accel.training.tasks.meanflow_distillation import Course, MeanFlowTask
+from accel.training.tasks.predictor_fit import Lessons, PredictorTask
 
 torch.set_num_threads(1)
 

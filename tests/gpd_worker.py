@@ -8,10 +8,10 @@ import torch
 from conftest import build_pipe, words_of
 
 from accel.training import part_ways
-from accel.training.fit import Recipe, fit
-from accel.training.gpd import Curriculum, GpdTask
-from accel.training.slots import Ground
-from accel.training.students import Copies
+from accel.training.loop import Recipe, fit
+from accel.training.networks import Copies
+from accel.training.rollouts import Ground
+from accel.training.tasks.gpd_distillation import Curriculum, GpdTask
 
 torch.set_num_threads(1)
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import accel
-from accel.budget import Profile
+from accel.core.host import Host
+from accel.core.trace import Trace
 from accel.families import family_of
 from accel.families.wan import Projected
-from accel.host import Host
 from accel.methods import METHODS
+from accel.methods.asymrnr.budget import Profile
 from accel.methods.base import Ahead
-from accel.presets import build_methods
-from accel.trace import Trace
+from accel.runtime.presets import build_methods
 
 AsymRnR = METHODS["asymrnr"]
 FIXED = {"schedule": "fixed", "query_rate": 0.3, "kv_rate": 0.5, "start": 0.1, "cell": "1x2x2", "carry": "nothing"}
@@ -71,7 +71,7 @@ def test_queries_alone_and_keys_alone(pipe, sample):
 
 def test_a_plan_is_kept_for_its_window_of_steps_and_its_branch(pipe, sample, monkeypatch):
     """20 steps, the first two whole, windows of 3: 6 windows x 2 branches x 2 blocks x 2 features."""
-    import accel.plans as module
+    import accel.methods.asymrnr.matching as module
 
     calls, real = [], module.match
     monkeypatch.setattr(module, "match", lambda *args: calls.append(1) or real(*args))
@@ -196,7 +196,7 @@ def test_tokens_that_are_not_the_grid_run_unreduced_and_say_so(schedule, pipe, s
 
 
 def test_a_model_with_little_attention_is_left_alone_and_says_so(pipe, sample, monkeypatch):
-    import accel.methods.asymrnr as module
+    import accel.methods.asymrnr.asymrnr as module
 
     monkeypatch.setattr(module, "LEAST_SHARE", 0.9)
     seen, trace = lengths(pipe, sample, AsymRnR())

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from accel import bench
-from accel.bench import SUITES, Row
-from accel.ledger import Ledger
-from accel.models import Home
-from accel.presets import build_methods
-from accel.run import Video
-from accel.student import first_order
-from accel.summary import paired, summarise, table
+from accel.evaluation import bench
+from accel.evaluation.bench import SUITES, Row
+from accel.evaluation.report import paired, summarise, table
+from accel.evaluation.result_log import Ledger
+from accel.runtime.generate import Video
+from accel.runtime.models import Home
+from accel.runtime.presets import build_methods
+from accel.students.scheduler import first_order
 
 
 @pytest.mark.parametrize("suite", SUITES)

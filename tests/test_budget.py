@@ -2,7 +2,7 @@
 
 import pytest
 
-from accel.budget import Profile, allocate, choose, load_profile, work
+from accel.methods.asymrnr.budget import Profile, allocate, choose, load_profile, work
 
 FREE = (0.9, 0.9)
 

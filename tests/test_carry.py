@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import accel
-from accel.carry import Carried
+from accel.core.attention import Heads
+from accel.core.trace import Step
 from accel.families import family_of
 from accel.families.wan import Projected
-from accel.heads import Heads
 from accel.methods import METHODS
+from accel.methods.asymrnr.correction import Carried
 from accel.methods.base import Ahead
-from accel.tokens import match, partition
-from accel.trace import Step
+from accel.ops.tokens import match, partition
 
 AsymRnR = METHODS["asymrnr"]
 FIXED = {"schedule": "fixed", "query_rate": 0.5, "kv_rate": 0.5, "start": 0.1, "cell": "1x2x2", "interval": 3}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from accel.cli import main
-from accel.video import read_settings, write_mp4
+from accel.runtime.video import read_settings, write_mp4
 
 PROMPT = "a large red star spins slowly over a striped navy background"
 

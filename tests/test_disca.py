@@ -6,13 +6,13 @@ from conftest import make_meanflow, make_predictor, random_wan
 from safetensors.torch import load_file
 
 import accel
-from accel.conditioning import TOLD, conditioned
 from accel.families import wan
 from accel.methods import AsymRnR, DisCa, FasterCache, MeanFlow
 from accel.methods.base import Ahead
-from accel.methods.disca import Cache, spread
-from accel.predictor import Predictor, flops
-from accel.student import placed
+from accel.methods.disca.disca import Cache, spread
+from accel.methods.disca.predictor import Predictor, flops
+from accel.students.interval_embedding import TOLD, conditioned
+from accel.students.loading import placed
 
 
 @pytest.mark.parametrize(

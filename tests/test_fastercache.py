@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import accel
+from accel.core.trace import Step
 from accel.methods import FasterCache
 from accel.methods.fastercache import Memory
-from accel.run import Run, forecast
-from accel.spectrum import split
-from accel.trace import Step
+from accel.ops.spectrum import split
+from accel.runtime.generate import Run, forecast
 
 
 def at(index: int, count: int = 20, sigma: float = 0.5) -> Step:

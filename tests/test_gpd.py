@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import words_of
 
-from accel.flow import euler, mean_velocity
-from accel.models import Home
-from accel.spectrum import high_energy, high_pass
-from accel.training.distil import HeldOut, Watch, distil, store
-from accel.training.fit import Recipe, fit
-from accel.training.gpd import Curriculum, GpdTask
-from accel.training.slots import Ground, ground_of
-from accel.training.students import Copies, guided, velocity
-from accel.weights import ADAPTER, load_differences
+from accel.ops.flow import euler, mean_velocity
+from accel.ops.spectrum import high_energy, high_pass
+from accel.runtime.models import Home
+from accel.students.weights import ADAPTER, load_differences
+from accel.training.loop import Recipe, fit
+from accel.training.networks import Copies, guided, velocity
+from accel.training.rollouts import Ground, ground_of
+from accel.training.stages import HeldOut, Watch, distil, store
+from accel.training.tasks.gpd_distillation import Curriculum, GpdTask
 
 SHAPE = (4, 3, 4, 4)
 RECIPE = Recipe(steps=10, lr=1e-3)
@@ -300,7 +300,7 @@ def test_a_signal_in_the_last_iteration_of_a_stage_is_heard_before_the_next_one(
 
 
 def test_a_distillation_that_is_broken_off_ends_as_an_unbroken_one(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("accel.training.distil.EVERY", 1)
+    monkeypatch.setattr("accel.training.stages.EVERY", 1)
     recipes = [Recipe(steps=3, lr=1e-2, warmup=1, ema=0.0)] * 2
 
     def run(folder, minutes, resume):

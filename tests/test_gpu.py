@@ -32,7 +32,7 @@ def test_training_begins_on_a_gpu_and_leaves_what_a_resumed_run_needs(what, tmp_
 
 
 def test_presets_are_timed_at_a_real_models_size(tmp_path):
-    done = run("accel.layout", "--out", str(tmp_path), "--steps", "12", "--frames", "9")
+    done = run("accel.evaluation.gpu", "--out", str(tmp_path), "--steps", "12", "--frames", "9")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows["fastercache"]["work"] < 1 and rows["fastercache"]["taken"] > rows["baseline"]["taken"] > 2e9

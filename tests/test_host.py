@@ -9,12 +9,12 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import accel
+from accel.core.attention import Opened
+from accel.core.flops import count_flops
+from accel.core.host import Host
+from accel.core.trace import Trace
 from accel.families import wan
-from accel.flops import count_flops
-from accel.heads import Opened
-from accel.host import Host
 from accel.methods.base import Method
-from accel.trace import Trace
 
 
 def test_nothing_applied_is_bitwise_the_plain_pipeline(pipe, sample):
@@ -203,7 +203,7 @@ def test_attention_backend_stays_settable(pipe, sample):
 
 def test_work_is_counted_whatever_backend_is_active(pipe, monkeypatch):
     """Some refuse tensors without data, some are not counted: this one would end in an error."""
-    monkeypatch.setattr("accel.flops._COUNTED", {})
+    monkeypatch.setattr("accel.core.flops._COUNTED", {})
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.SAGE)
     given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}
     flops = count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), given)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from typer import BadParameter
 
-from accel import layout
-from accel.models import Home, load_pipeline
-from accel.presets import load_preset
-from accel.run import build_run, machine
+from accel.evaluation import gpu as layout
+from accel.runtime.generate import build_run, machine
+from accel.runtime.models import Home, load_pipeline
+from accel.runtime.presets import load_preset
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "num_layers": 2, "text_dim": 32}
 

@@ -9,11 +9,11 @@ from conftest import make_meanflow, random_wan
 from safetensors.torch import load_file
 
 import accel
-from accel.conditioning import TOLD, IntervalEmbedder, conditioned, packed, unwrapped
-from accel.flow import euler, mean_flow_target, slope_central, slope_exact
 from accel.methods import AsymRnR, MeanFlow
-from accel.training.slots import TimedGround, walk
-from accel.weights import load_differences
+from accel.ops.flow import euler, mean_flow_target, slope_central, slope_exact
+from accel.students.interval_embedding import TOLD, IntervalEmbedder, conditioned, packed, unwrapped
+from accel.students.weights import load_differences
+from accel.training.rollouts import TimedGround, walk
 
 SPREAD = 0.5  # deviation of the data: x0 ~ N(0, SPREAD^2)
 

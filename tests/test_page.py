@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import app
+from accel.core.trace import Step, Trace
 from accel.methods import METHODS
-from accel.models import ROOT, TINY, Home, own_home
-from accel.run import Video, build_run, generate
-from accel.trace import Step, Trace
+from accel.runtime.generate import Video, build_run, generate
+from accel.runtime.models import ROOT, TINY, Home, own_home
 from ui import controls
-from ui.code import code
-from ui.maps import maps
-from ui.pair import PairJob, Shelf
+from ui.compare import PairJob, Shelf
+from ui.panels import numbers
 from ui.player import ABPlayer
+from ui.snippet import code
 from ui.timeline import LOOK, timeline
-from ui.view import numbers
+from ui.token_maps import maps
 from ui.worker import Worker
 
 
@@ -299,6 +299,6 @@ def test_old_videos_leave_the_disk(generated, tmp_path, monkeypatch):
 
 
 def generate_gray(run):
-    from ui import pair
+    from ui import compare as pair
 
     return pair.generate(run, None, None)

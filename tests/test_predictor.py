@@ -9,18 +9,18 @@ from conftest import build_pipe, make_meanflow, random_wan
 from safetensors.torch import load_file
 from test_teach_meanflow import timed
 
-from accel.conditioning import IntervalEmbedder, packed
 from accel.families import wan
-from accel.flow import euler
-from accel.methods.disca import spread
-from accel.predictor import Predictor
-from accel.training import teach_predictor
-from accel.training.fit import Recipe, fit
-from accel.training.orders import Order
-from accel.training.predictor import Lessons, PredictorTask
-from accel.training.students import velocity
-from accel.training.teach_predictor import stage_recipes, train_predictor
-from accel.training.watched import Watched
+from accel.methods.disca.disca import spread
+from accel.methods.disca.predictor import Predictor
+from accel.ops.flow import euler
+from accel.students.interval_embedding import IntervalEmbedder, packed
+from accel.training import predictor_job as teach_predictor
+from accel.training.feature_probe import Watched
+from accel.training.jobs import Order
+from accel.training.loop import Recipe, fit
+from accel.training.networks import velocity
+from accel.training.predictor_job import stage_recipes, train_predictor
+from accel.training.tasks.predictor_fit import Lessons, PredictorTask
 
 STEPS = 6
 
@@ -234,7 +234,7 @@ def test_without_a_student_nothing_is_trained(pipe, tmp_path, monkeypatch):
 
 
 def test_a_trained_predictor_lies_beside_the_model_in_its_form(pipe, tmp_path, monkeypatch):
-    from accel.models import Home
+    from accel.runtime.models import Home
 
     make_meanflow(pipe, tmp_path / "meanflow", (2.0, 5.0))
     file = tmp_path / "meanflow" / "meanflow.json"
@@ -244,7 +244,7 @@ def test_a_trained_predictor_lies_beside_the_model_in_its_form(pipe, tmp_path, m
     monkeypatch.setattr(Order, "pipeline", lambda self, device: pipe)
     monkeypatch.setattr(Order, "beside", lambda self: tmp_path)
     monkeypatch.setattr(teach_predictor, "home_of", lambda *_: home)
-    monkeypatch.setattr("accel.training.orders.LOOKS", 1)
+    monkeypatch.setattr("accel.training.jobs.LOOKS", 1)
     monkeypatch.setattr(teach_predictor, "quicken", lambda blocks, device: None)
     order = Order(arm="plain")
     done = train_predictor(Recipe(steps=3, lr=1e-3, warmup=1), order, "cpu", None, False, tmp_path / "out")

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from accel.models import Home, check_files, load_pipeline
-from accel.presets import Preset, build_methods, load_preset, preset_names
-from accel.run import build_run
+from accel.runtime.generate import build_run
+from accel.runtime.models import Home, check_files, load_pipeline
+from accel.runtime.presets import Preset, build_methods, load_preset, preset_names
 
 HOME = Home(height=64, width=64, frames=17, steps=50, guidance=4.0)
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from accel import profile
-from accel.budget import load_profile
-from accel.models import Home
+from accel.evaluation import asymrnr_profile as profile
+from accel.methods.asymrnr.budget import load_profile
+from accel.runtime.models import Home
 
 SHIFT = {"blocks.0.attn1": 2, "blocks.1.attn1": 4}  # grey levels that a frame is off when a block is reduced
 

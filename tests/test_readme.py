@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from accel.evaluation.docs import fill, pages
 from accel.methods import METHODS
-from accel.models import ROOT
-from accel.presets import preset_names
-from accel.readme import fill, pages
+from accel.runtime.models import ROOT
+from accel.runtime.presets import preset_names
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))

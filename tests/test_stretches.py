@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_predictor import STEPS, task
 
-from accel.methods.disca import spread
-from accel.training.stretches import HeldOutWays
+from accel.methods.disca.disca import spread
+from accel.training.validation import HeldOutWays
 
 
 def test_all_anchors_end_where_the_student_ends_and_reuse_does_not(pipe):

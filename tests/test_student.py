@@ -11,11 +11,11 @@ import accel
 from accel.methods import AsymRnR, FasterCache
 from accel.methods.base import Method
 from accel.methods.gpd import GPD
-from accel.run import Run, outlook
-from accel.tokens import match
-from accel.training.distil import store
-from accel.training.students import Copies
-from accel.weights import load_differences, marks, save_differences
+from accel.ops.tokens import match
+from accel.runtime.generate import Run, outlook
+from accel.students.weights import load_differences, marks, save_differences
+from accel.training.networks import Copies
+from accel.training.stages import store
 
 LEVELS = [1.0, 0.75, 0.6, 0.4, 0.3, 0.1, 0.0]
 TIMES = [999, 750, 600, 400, 300, 100]
@@ -171,7 +171,7 @@ def test_what_cannot_save_anything_is_told_before_the_run(students, pipe):
 def test_a_students_steps_are_too_long_to_share_a_matching(students, pipe, sample, monkeypatch):
     """24 plain steps would share one in three; two blocks, queries and keys."""
     made = []
-    monkeypatch.setattr("accel.plans.match", lambda *a, **k: made.append(1) or match(*a, **k))
+    monkeypatch.setattr("accel.methods.asymrnr.matching.match", lambda *a, **k: made.append(1) or match(*a, **k))
     reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.5, carry="nothing")
     for methods, steps in (([GPD(steps=24)], 12), ([], 4)):
         made.clear()

@@ -16,25 +16,25 @@ from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 import accel
-from accel import bench
-from accel.conditioning import TOLD, IntervalEmbedder, conditioned, packed
+from accel.evaluation import bench
 from accel.families import wan
 from accel.methods import DisCa, MeanFlow
+from accel.methods.disca.predictor import Predictor
 from accel.methods.gpd import GPD
-from accel.predictor import Predictor
-from accel.student import placed
+from accel.students.interval_embedding import TOLD, IntervalEmbedder, conditioned, packed
+from accel.students.loading import placed
+from accel.students.weights import NAME
 from accel.training import RECIPES, train_parts
-from accel.training.adapters import Adapters
-from accel.training.distil import store
-from accel.training.fit import Recipe
-from accel.training.gpd import Curriculum, GpdTask
-from accel.training.meanflow import Course, MeanFlowTask
-from accel.training.predictor import Lessons, PredictorTask
-from accel.training.slots import Ground, TimedGround
-from accel.training.students import Copies, guided, velocity
-from accel.training.teach import ARMS, _tells, cost, masked, stage_recipes
-from accel.training.watched import Watched
-from accel.weights import NAME
+from accel.training.feature_probe import Watched
+from accel.training.gpd_job import ARMS, _tells, cost, masked, stage_recipes
+from accel.training.loop import Recipe
+from accel.training.lora_networks import Adapters
+from accel.training.networks import Copies, guided, velocity
+from accel.training.rollouts import Ground, TimedGround
+from accel.training.stages import store
+from accel.training.tasks.gpd_distillation import Curriculum, GpdTask
+from accel.training.tasks.meanflow_distillation import Course, MeanFlowTask
+from accel.training.tasks.predictor_fit import Lessons, PredictorTask
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -258,7 +258,7 @@ def test_the_mask_of_the_constraint_is_spelled_out():
 
 
 def test_a_model_of_two_transformers_is_refused(two_models, monkeypatch, tmp_path):
-    monkeypatch.setattr("accel.training.orders.load_pipeline", lambda *_: two_models)
+    monkeypatch.setattr("accel.training.jobs.load_pipeline", lambda *_: two_models)
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     with pytest.raises(ValueError, match="with one transformer can be distilled: Wan 2.1, not 2.2"):
         train_parts("gpd", None, False, tmp_path / "out", model="other/model", prompts=tmp_path / "prompts.txt")

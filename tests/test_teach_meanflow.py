@@ -11,19 +11,19 @@ import torch
 from accelerate import Accelerator
 from test_meanflow import instant, mean
 
-from accel.conditioning import IntervalEmbedder, packed
-from accel.models import Home
-from accel.training.clips import Clips
-from accel.training.distil import HeldOut, store
-from accel.training.fit import Recipe, fit
-from accel.training.meanflow import SEEN, Course, MeanFlowTask, longest_step
-from accel.training.orders import share_stages
-from accel.training.slots import Slots, TimedGround, ground_of
-from accel.training.students import Copies, velocity
-from accel.training.teach_meanflow import _tells, has_head_start, start_from
-from accel.training.vae import normalise
-from accel.video import write_mp4
-from accel.weights import marks
+from accel.runtime.models import Home
+from accel.runtime.video import write_mp4
+from accel.students.interval_embedding import IntervalEmbedder, packed
+from accel.students.weights import marks
+from accel.training.jobs import share_stages
+from accel.training.loop import Recipe, fit
+from accel.training.meanflow_job import _tells, has_head_start, start_from
+from accel.training.networks import Copies, velocity
+from accel.training.rollouts import Slots, TimedGround, ground_of
+from accel.training.stages import HeldOut, store
+from accel.training.tasks.meanflow_distillation import SEEN, Course, MeanFlowTask, longest_step
+from accel.training.tasks.vae import normalise
+from accel.training.video_folder import Clips
 
 
 def timed(pipe, steps=4) -> TimedGround:

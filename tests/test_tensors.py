@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from accel.metrics import distance, interval
-from accel.spectrum import low_pass, split
-from accel.trace import Step, Trace
+from accel.core.trace import Step, Trace
+from accel.evaluation.metrics import distance
+from accel.evaluation.stats import interval
+from accel.ops.spectrum import low_pass, split
 
 
 @pytest.mark.parametrize("h, w", [(8, 8), (9, 7), (12, 20), (60, 104)])

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accel.core.attention import folded
 from accel.families import wan
-from accel.heads import folded
 from accel.methods import AsymRnR
 from accel.methods.base import Ahead
-from accel.tokens import match, partition, pooled, size_bias
+from accel.ops.tokens import match, partition, pooled, size_bias
 
 GRID = (3, 5, 4)  # no side but the last is a multiple of the cells below
 

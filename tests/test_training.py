@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from accel.models import TINY
-from accel.training import RECIPES, base, earlier, train_parts
-from accel.training.base import Denoiser, build_models, build_tokenizer
-from accel.training.fit import Matrices, Recipe, fit, rate
-from accel.training.vae import Autoencoder, VaeTask, build_vae, clips, put, without_dead_channels
+from accel.runtime.models import TINY
+from accel.training import RECIPES, earlier, train_parts
+from accel.training.loop import Matrices, Recipe, fit, rate
+from accel.training.tasks import base
+from accel.training.tasks.base import Denoiser, build_models, build_tokenizer
+from accel.training.tasks.vae import Autoencoder, VaeTask, build_vae, clips, put, without_dead_channels
 
 
 @torch.no_grad()
@@ -140,9 +141,9 @@ def test_a_run_that_began_with_fewer_latent_channels_goes_on_with_these(tmp_path
 
 def test_a_training_that_is_stopped_leaves_the_shipped_model_and_its_record_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("accel.training.ROOT", tmp_path)
-    monkeypatch.setattr("accel.training.vae.CURRICULUM", ((1.0, 1, 1),))
+    monkeypatch.setattr("accel.training.tasks.vae.CURRICULUM", ((1.0, 1, 1),))
     finished = []
-    monkeypatch.setattr("accel.training.vae.finish", lambda task, folder: finished.append(folder) or {})
+    monkeypatch.setattr("accel.training.tasks.vae.finish", lambda task, folder: finished.append(folder) or {})
     monkeypatch.setitem(RECIPES["small"], "vae", {"steps": 2, "lr": 1e-3, "warmup": 1})
     (tmp_path / TINY).mkdir(parents=True)
     assert train_parts("vae", 0, False, tmp_path / "out")["vae"]["step"] == 1

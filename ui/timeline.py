@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accel.trace import DENOISER
+from accel.core.trace import DENOISER
 
 LOOK = {  # action -> colour, what it means
     "compute": ("#3b82f6", "computed"),

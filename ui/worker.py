@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from accel.models import home_of, load_pipeline
-from accel.run import Cancelled
+from accel.runtime.generate import Cancelled
+from accel.runtime.models import home_of, load_pipeline
 
 log = logging.getLogger(__name__)
 PATIENCE = 0.3  # seconds between two looks at the line

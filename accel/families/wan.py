@@ -6,8 +6,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from ..heads import Heads
-from ..tokens import Reduction
+from ..core.attention import Heads
+from ..ops.tokens import Reduction
 
 BLOCKS = "blocks"  # the attribute that holds them
 PLAIN = ("WanTransformer3DModel",)  # classes that go from block to block and do nothing between them

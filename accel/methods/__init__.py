@@ -1,8 +1,8 @@
 """The only list of methods."""
 
-from .asymrnr import AsymRnR
+from .asymrnr.asymrnr import AsymRnR
 from .base import Method
-from .disca import DisCa
+from .disca.disca import DisCa
 from .fastercache import FasterCache
 from .gpd import GPD
 from .meanflow import MeanFlow

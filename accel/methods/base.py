@@ -11,9 +11,9 @@ from typing import ClassVar, NamedTuple
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from ..host import Host
-from ..student import bytes_of
-from ..trace import Trace
+from ..core.host import Host
+from ..core.trace import Trace
+from ..students.loading import bytes_of
 
 
 class Ahead(NamedTuple):

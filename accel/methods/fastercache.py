@@ -20,9 +20,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..host import Host
-from ..spectrum import split
-from ..trace import DENOISER, Step, Trace
+from ..core.host import Host
+from ..core.trace import DENOISER, Step, Trace
+from ..ops.spectrum import split
 from .base import Ahead, Method, ahead_of
 
 FEWEST_STEPS = 10  # below, neighbouring steps differ too much to stand for each other

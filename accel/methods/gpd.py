@@ -16,9 +16,11 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from ..host import Host
-from ..student import bytes_of, check_base, gridded, one_branch, placed, read
-from ..trace import Trace
+from ..core.host import Host
+from ..core.trace import Trace
+from ..students.loading import bytes_of, one_branch, placed
+from ..students.manifest import check_base, read
+from ..students.scheduler import gridded
 from .base import Distilled, Offered, place_of, student_knob
 
 

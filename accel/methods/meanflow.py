@@ -17,10 +17,12 @@ from pydantic import BaseModel, Field
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..conditioning import TOLD, conditioned, packed
-from ..host import Host
-from ..student import bytes_of, check_base, gridded, one_branch, placed, read
-from ..trace import Trace
+from ..core.host import Host
+from ..core.trace import Trace
+from ..students.interval_embedding import TOLD, conditioned, packed
+from ..students.loading import bytes_of, one_branch, placed
+from ..students.manifest import check_base, read
+from ..students.scheduler import gridded
 from .base import Distilled, Offered, place_of, student_knob
 
 

@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 
 from ..files import whole
-from ..models import ROOT, TINY
-from .distil import remaining
-from .fit import Recipe, fit
+from ..runtime.models import ROOT, TINY
+from .loop import Recipe, fit
+from .stages import remaining
 
 # The small setting is for CPUs, the large one for a GPU; same code, same layout.
 SETTINGS = {
@@ -109,7 +109,7 @@ def earlier(record: dict | None, folder: Path) -> dict | None:
 
 
 def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
-    from . import vae
+    from .tasks import vae
 
     task, target = vae.VaeTask(recipe, shape["size"], shape["frames"]), ROOT / TINY / "vae"
     if resume and (out / "state.pt").is_file():
@@ -125,8 +125,8 @@ def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, 
 def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
     from diffusers import AutoencoderKLWan
 
-    from . import base
-    from .speed import can_compile
+    from .optimize import can_compile
+    from .tasks import base
 
     target = ROOT / TINY
     if not (target / "vae" / "config.json").is_file():
@@ -153,10 +153,10 @@ TRAINERS = {"vae": _train_vae, "base": _train_base}  # these begin with the weig
 
 def train_students(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
     """Distil a model; raises ValueError if the shipped one is asked for and is not there."""
-    from .orders import Order
-    from .teach import train_gpd
-    from .teach_meanflow import train_meanflow
-    from .teach_predictor import train_predictor
+    from .gpd_job import train_gpd
+    from .jobs import Order
+    from .meanflow_job import train_meanflow
+    from .predictor_job import train_predictor
 
     asked, device = Order(**order), str(PartialState().device)
     if asked.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():

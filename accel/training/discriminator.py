@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..flow import wide
+from ..ops.flow import wide
 
 SCALES = (1, 2, 4)  # of the spatial pooling
 HIDDEN = 64

@@ -1,0 +1,1 @@
+"""Loads pipelines and presets, generates videos and writes them."""

@@ -1,0 +1,71 @@
+"""Puts a student's weights in the denoiser's place and forbids classifier-free guidance while they are there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..core.hooks import instead
+from ..core.host import Host
+from .scheduler import by_student
+from .weights import ADAPTER, adapted, check_adapter, load_differences, replaced
+
+
+def placed(folder: Path, module: nn.Module) -> AbstractContextManager:
+    """A context in which the weights of a student's folder are the module's.
+
+    Raises ValueError for full weights where the module has adapters.
+    """
+    if (folder / ADAPTER).is_file():
+        return adapted(module, folder)
+    if getattr(module, "peft_config", None):
+        raise ValueError(f"student {folder.name!r} replaces all weights, which a LoRA is on: unload the LoRA first")
+    return replaced(module, load_differences(module, folder / "model.safetensors"))
+
+
+def bytes_of(folder: Path, module: nn.Module) -> int:
+    """The weights that wait while a student's are in their place; for an adapter, the adapter."""
+    if (folder / ADAPTER).is_file():
+        return (folder / ADAPTER).stat().st_size
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+@contextmanager
+def one_branch(host: Host) -> Iterator[None]:
+    """Inside, guidance and negative prompts are refused: what they ask for is built into a student, or not in it."""
+
+    def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
+        if host.family.is_guided(host.pipe):
+            raise ValueError("a student has guidance built in, more of it burns the colours: set guidance to 1")
+        if not by_student(host.pipe):
+            solver = type(host.pipe.scheduler).__name__
+            raise ValueError(
+                f"a student gives mean velocities, {solver} takes them for slopes: leave the scheduler alone"
+            )
+        check_adapter(host.models[host.model], (inputs.get("attention_kwargs") or {}).get("scale", 1))
+        return inner(x, **inputs)
+
+    with host.wrap_denoiser(call), _no_negative(host.pipe):
+        yield
+
+
+@contextmanager
+def _no_negative(pipe) -> Iterator[None]:
+    """Inside, a negative prompt is refused: the stock pipeline would drop it without a word, as it runs one branch."""
+    encode = pipe.encode_prompt
+    signature = inspect.signature(encode)
+
+    def refuse(*args, **given):
+        asked = signature.bind(*args, **given).arguments
+        texts = asked.get("negative_prompt") or ""
+        given_one = any([texts] if isinstance(texts, str) else texts) or asked.get("negative_prompt_embeds") is not None
+        if given_one and not asked.get("do_classifier_free_guidance", True):  # with guidance the run is refused anyway
+            raise ValueError("a student has no unconditional branch for a negative prompt to act in: leave it out")
+        return encode(*args, **given)
+
+    with instead(pipe, "encode_prompt", refuse):
+        yield

@@ -1,0 +1,1 @@
+"""What each trainer teaches: a module, its loss and a sample grid."""

@@ -1,0 +1,256 @@
+"""The tiny Wan: text encoder and transformer trained jointly by flow matching on rendered, captioned clips.
+
+The velocity target is eps - x0 on x_sigma = (1 - sigma) x0 + sigma eps (Lipman et al., arXiv 2210.02747).
+Images first, then short clips, then whole ones. Clips are encoded once into a pool of latents.
+
+Two choices serve the model's later life:
+- `WanPipeline` pads the text to a fixed length with zero embeddings that are *not* masked. The number of those
+  padding keys is drawn per batch (`PaddedText`), so that a prompt means the same at any `max_sequence_length`.
+- the time embedding sees low frequencies only (`smooth_time`): the network's derivative in time stays tame,
+  which the average-velocity students need.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from ...files import whole
+from ...world.render import render
+from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
+from ..loop import Recipe
+from ..optimize import DenseAttention
+from .vae import Autoencoder, normalise, put, to_unit
+
+TEXT = 32  # tokens a prompt is padded or cut to
+SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
+# until this share of the steps: latent frames (0: all), clips a batch
+CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
+# this share of the clips spins, three times its part of the grammar: nothing else shows a shape at every angle
+SPINS = 1 / 3
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level tokenizer of the closed vocabulary; unknown words become <unk>, every text ends with </s>."""
+    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Split(Regex(r"[^\w]+"), "removed")]
+    )
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=TEXT, **special)
+
+
+def build_models(words: int, latent: int = 16) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
+    """Fresh text encoder and transformer: 4 heads x 48, 8 blocks, one token per latent pixel."""
+    text = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=words, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
+            pad_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=48, in_channels=latent, out_channels=latent,
+        text_dim=128, freq_dim=128, ffn_dim=512, num_layers=8, cross_attn_norm=True, rope_max_seq_len=64,
+    )  # fmt: skip
+    smooth_time(transformer)
+    return text, transformer
+
+
+def smooth_time(transformer: WanTransformer3DModel, highest: float = 0.012) -> None:
+    """Zero, and keep at zero, the weights from time frequencies above `highest` radians per unit of 0..1000."""
+    half = transformer.config.freq_dim // 2
+    low = (10_000.0 ** (-torch.arange(half) / half) <= highest).float().repeat(2)
+    weight = transformer.condition_embedder.time_embedder.linear_1.weight
+    with torch.no_grad():
+        weight.mul_(low / low.mean().sqrt())
+    weight.register_hook(lambda grad: grad * low.to(grad))
+
+
+class PaddedText:
+    """Attention processor for cross-attention in training: weighs the padding keys as if there were many."""
+
+    def __init__(self):
+        self.bias: Tensor | None = None  # (b, 1, 1, text)
+
+    def weigh(self, mask: Tensor, total: int) -> None:
+        """Let the padding of `mask` (b, text), 1 at words, count as `total` - words keys."""
+        pads = (1 - mask).sum(-1, keepdim=True)
+        more = (total - mask.sum(-1, keepdim=True)) / pads
+        self.bias = ((1 - mask) * more.log())[:, None, None]
+
+    def __call__(self, attn, x: Tensor, text: Tensor, *_) -> Tensor:
+        q = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        k = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        v = attn.to_v(text).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=self.bias.type_as(v))
+        return attn.to_out[0](y.transpose(1, 2).flatten(2))
+
+
+class PickedFrames(nn.Module):
+    """Rotary embedding for some latent frames of a clip, each at its true time."""
+
+    def __init__(self, whole: nn.Module):
+        super().__init__()
+        self.whole, self.frames = whole, [0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.frames[-1] + 1
+        turns = self.whole(x[:, :, :1].expand(-1, -1, f, -1, -1))
+        return tuple(t.unflatten(1, (f, -1))[:, self.frames].flatten(1, 2) for t in turns)
+
+
+class Denoiser(nn.Module):
+    """Text encoder and transformer as one trainable module."""
+
+    def __init__(self, text: UMT5EncoderModel, transformer: WanTransformer3DModel, device: str = "cpu"):
+        super().__init__()
+        self.text, self.transformer = text.to(device), transformer.to(device)
+        self.padded, transformer.rope = PaddedText(), PickedFrames(transformer.rope)
+        for block in transformer.blocks:
+            block.attn2.set_processor(self.padded)
+            if torch.device(device).type == "cpu":
+                block.attn1.set_processor(DenseAttention())
+
+    def forward(self, x: Tensor, frames: list[int], sigma: Tensor, ids: Tensor, mask: Tensor, total: int) -> Tensor:
+        """Velocity (b, c, f, h, w) at noise levels sigma (b,) for token ids (b, text); `frames`: the time of each f."""
+        self.transformer.rope.frames = frames
+        words = self.text(ids, mask).last_hidden_state * mask[..., None]
+        self.padded.weigh(mask.to(words.dtype), total)
+        return self.transformer(x, 1000 * sigma, words, return_dict=False)[0]
+
+
+class Pool:
+    """Normalised latents (n, c, f, h, w) of rendered training clips with their scenes, encoded once and kept."""
+
+    def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device):
+        rng = random.Random(f"pool {seed}")
+        vae = vae.to(device).eval()
+        self.scenes = [training_scene(rng) for _ in range(n)]
+        look = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
+        made = {"of": repr((n, frames, seed, SPINS, look, sum(p.double().sum().item() for p in vae.parameters())))}
+        if not file.is_file() or safe_open(file, "pt").metadata() != made:
+            auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
+            clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            latents = torch.cat([normalise(vae, _encode(auto, c)).half() for c in clips]).contiguous()
+            with whole(file) as part:
+                save_file({"latents": latents}, part, made)
+        self.latents = load_file(file)["latents"].to(device)
+
+    def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[int], list[str]]:
+        """Latents of n clips at their first and `frames` - 1 random later frames; which these are; the captions."""
+        pick = [rng.randrange(len(self.scenes)) for _ in range(n)]
+        times = [0, *sorted(rng.sample(range(1, self.latents.shape[2]), frames - 1))]
+        return self.latents[pick][:, :, times].float(), times, [caption(self.scenes[i], rng) for i in pick]
+
+
+def training_scene(rng: random.Random) -> Scene:
+    """A scene of the combinations that training may see; it spins with probability `SPINS`."""
+    spins = rng.random() < SPINS
+    while True:
+        scene = sample_scene(rng)
+        if (scene.things[0].motion == "spins") == spins:
+            return scene
+
+
+def _encode(auto: Autoencoder, frames: list[Tensor]) -> Tensor:
+    x = torch.stack([to_unit(f) for f in frames])
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        return auto.encode(x)[0].float()
+
+
+class BaseTask:
+    """Flow matching on a pool of latents: first frames, then more and more frames of the clips."""
+
+    def __init__(
+        self, recipe: Recipe, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
+        device: str = "cpu", compiled: bool = False,
+    ):  # fmt: skip
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.vae, self.size, self.frames = recipe, vae, size, frames
+        self.tokenizer = build_tokenizer()
+        self.module = Denoiser(*build_models(len(self.tokenizer), vae.config.z_dim), device)
+        if compiled:
+            self.module.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        self.pool = Pool(vae, clips, frames, size, recipe.seed, folder / "pool.safetensors", device)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of the blocks' linear layers."""
+        return [p for p in self.module.transformer.blocks.parameters() if p.ndim == 2]
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+        rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
+        frames, n = next((f, n) for until, f, n in CURRICULUM if step / self.recipe.steps < until)
+        x0, times, captions = self.pool.draw(n, frames or self.pool.latents.shape[2], rng)
+        captions = ["" if rng.random() < 0.1 else c for c in captions]
+        tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT - 8, return_tensors="pt").to(x0.device)
+        eps = torch.randn(x0.shape, generator=noise).to(x0.device)
+        u = (torch.arange(n) + torch.rand(n, generator=noise)) / n  # stratified: a quieter loss
+        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(x0.device)
+        s = sigma[:, None, None, None, None]
+        words = tokens.input_ids, tokens.attention_mask, rng.choice((TEXT, 512))
+        v = model((1 - s) * x0 + s * eps, times, sigma, *words)
+        return (v.float() - (eps - x0)).square().mean(), {}
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with the weights of a finished pipeline; the schedule and the optimizer start anew.
+
+        So do the first and the last layer where the autoencoder has got another number of latent channels.
+        """
+        text = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+        fresh = self.module.transformer.state_dict()
+        self.module.text.load_state_dict(text.state_dict())
+        self.module.transformer.load_state_dict(
+            {name: w if w.shape == fresh[name].shape else fresh[name] for name, w in transformer.items()}
+        )
+
+    def pipeline(self) -> WanPipeline:
+        """The model as it stands, as a stock pipeline. Its transformer is a copy with stock processors."""
+        transformer = WanTransformer3DModel.from_config(self.module.transformer.config)
+        transformer.load_state_dict(self.module.transformer.state_dict())
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        )
+        return WanPipeline(
+            tokenizer=self.tokenizer, text_encoder=self.module.text, vae=self.vae, scheduler=scheduler,
+            transformer=transformer.to(self.pool.latents.device),
+        )  # fmt: skip
+
+    def sheet(self, path: Path) -> None:
+        """One row of nine frames for each of six held-out prompts, drawn in 12 guided steps."""
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        length = dict(height=self.size, width=self.size, num_frames=self.frames, max_sequence_length=TEXT)
+        noise = torch.Generator().manual_seed(0)
+        out = pipe(held_out_prompts(6, 1), num_inference_steps=12, guidance_scale=4.0, generator=noise, **length)
+        frames = torch.as_tensor(out.frames)[:, :: max(1, self.frames // 8)]
+        iio.imwrite(path, (rearrange(frames, "b f h w c -> (b h) (f w) c") * 255).round().to(torch.uint8).cpu().numpy())
+
+
+def finish(task: BaseTask, folder: Path) -> None:
+    """Write the whole pipeline in diffusers layout, every file under 10 MB."""
+    pipe, made = task.pipeline(), folder.with_name(folder.name + ".part")
+    pipe.transformer.half(), pipe.vae.half()  # half the size on disk; stock loading makes them float32 again
+    pipe.save_pretrained(made, safe_serialization=True, max_shard_size="9MB")
+    for file in made.glob("*/config.json"):  # a part that was loaded remembers from where, on this machine
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    put(made, folder)

@@ -1,0 +1,47 @@
+"""A folder of captioned videos as places to begin, where a student should see more than what its model makes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime.models import Home
+from .tasks.vae import normalise, to_unit
+
+
+class Clips:
+    """Videos of a folder with `captions.json`, {file: caption}, as `accel world sample` writes it."""
+
+    def __init__(self, folder: Path, pipe, home: Home):
+        """Raises ValueError if there are no captions, or a video they name is not there."""
+        file = folder / "captions.json"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: it maps each video of the folder to its caption")
+        self.captions: dict[str, str] = json.loads(file.read_text())
+        if missing := [name for name in self.captions if not (folder / name).is_file()]:
+            raise ValueError(f"{folder} has no {missing[0]}, which captions.json names")
+        if not self.captions:
+            raise ValueError(f"{file} names no videos")
+        self.folder, self.vae = folder, pipe.vae
+        self.shape = (home.frames, home.height, home.width)
+
+    def draw(self, rng: random.Random) -> tuple[str, Tensor]:
+        """A caption, and normalised latents (c, f, h, w) of its video's first frames at the model's size.
+
+        Raises ValueError for a video that is too short.
+        """
+        name = rng.choice(sorted(self.captions))
+        f, *size = self.shape
+        frames = torch.from_numpy(iio.imread(self.folder / name))[:f, ..., :3]
+        if len(frames) < f:
+            raise ValueError(f"{self.folder / name} has {len(frames)} frames, {f} are needed")
+        x = F.interpolate(to_unit(frames).transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
+        with torch.no_grad():
+            z = self.vae.encode(x[None].to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return self.captions[name], normalise(self.vae, z).float()[0]

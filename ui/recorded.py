@@ -1,0 +1,38 @@
+"""Recorded pairs from `examples/runs`: they play before anything is computed, and say so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from accel.runtime.models import ROOT
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A recorded pair: the player's value, its report, and the ribbon that says what it is."""
+
+    value: dict
+    report: dict
+    ribbon: str
+
+
+def stored_pairs(folder: Path = ROOT / "examples" / "runs") -> list[Stored]:
+    """All recorded pairs, in the order of their names."""
+    return [_read(file) for file in sorted(folder.glob("*/run.json"))]
+
+
+def _read(file: Path) -> Stored:
+    report, home = json.loads(file.read_text()), file.parent
+    report = {"measured": "earlier", **report}
+    value = {
+        "a": str(home / "a.mp4"), "b": str(home / "b.mp4"), "fps": report.get("fps", 8), "frames": report["frames"],
+        "label_a": f"baseline, {report['steps_a']} steps (recorded)",
+        "label_b": f"{', '.join(report['methods'])}, {report['steps']} steps (recorded)",
+    }  # fmt: skip
+    measured = f"measured {report['measured']} on {report['device']}, {report['threads']} threads"
+    text = f"Recorded pair: “{escape(report['prompt'])}”, {escape(measured)}. Press Run for a live one."
+    ribbon = f'<div class="note">{text}</div>'
+    return Stored(value, report, ribbon)
