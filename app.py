@@ -19,13 +19,13 @@ from accel.methods import METHODS
 from accel.runtime.models import ROOT, TINY, resolve
 from accel.runtime.presets import load_preset, preset_names
 from ui import controls
-from ui.compare import PairJob, Shelf
-from ui.panels import EMPTY_PANE, about, numbers, pane, pane_waiting
+from ui.compare import CompareJob, VideoCache
+from ui.panels import EMPTY_PANE, about, metric_cards, pane, pane_waiting
 from ui.player import ABPlayer
-from ui.recorded import stored_pairs
-from ui.snippet import code
+from ui.recorded import recorded_pairs
+from ui.snippet import snippet
 from ui.timeline import timeline
-from ui.token_maps import maps
+from ui.token_maps import token_maps
 from ui.worker import Worker
 
 CSS = (Path(__file__).parent / "ui" / "page.css").read_text()
@@ -38,8 +38,8 @@ class Page:
 
     def __init__(self, model: str):
         self.worker, self.model = Worker(model), model
-        self.shelf = Shelf()
-        self.offered = {name: method.offered(resolve(model)) for name, method in METHODS.items()}
+        self.shelf = VideoCache()
+        self.available_values = {name: method.available_values(resolve(model)) for name, method in METHODS.items()}
         self.running: dict[str, object] = {}  # a visitor's job
 
     def build(self) -> gr.Blocks:
@@ -58,16 +58,18 @@ class Page:
             outputs = self._results()
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
-                    steps, guidance, preset, lacking, also = self._run_settings()
+                    steps, guidance, preset, preset_warning, same_steps_baseline = self._run_settings()
                 with gr.Column(scale=3):
                     widgets = self._method_settings()
             gr.Markdown(about())
-            event = dict(fn=self.run_pair, inputs=[prompt, seed, steps, guidance, also, *widgets], outputs=outputs)
+            event = dict(
+                fn=self.run_pair, inputs=[prompt, seed, steps, guidance, same_steps_baseline, *widgets], outputs=outputs
+            )
             gr.on(
                 [run.click, prompt.submit], **event, concurrency_limit=None, show_progress="hidden", api_name="run_pair"
             )
             stop.click(self.stop, None, outputs[0], queue=False, show_progress="hidden", api_name="stop")
-            loaded = [lacking, steps, guidance, *widgets]
+            loaded = [preset_warning, steps, guidance, *widgets]
             preset.change(self.load, preset, loaded, queue=False, api_visibility="private")
             for button in pick:
                 button.click(lambda text: text, button, prompt, queue=False, api_visibility="private")
@@ -75,22 +77,22 @@ class Page:
 
     def _results(self) -> list[gr.components.Component]:
         """Message, two live panes, player, the rival's player, figures, timeline, maps, code; first a recorded pair."""
-        stored = stored_pairs()
-        first = stored[0] if stored else None
+        recorded = recorded_pairs()
+        first = recorded[0] if recorded else None
         spoken = '<div role="status">${value || ""}</div>'  # read out when it changes
-        message = gr.HTML(first.ribbon if first else "", elem_id="message", html_template=spoken)
+        message = gr.HTML(first.banner if first else "", elem_id="message", html_template=spoken)
         with gr.Row():
             live = [gr.HTML(EMPTY_PANE, elem_id=f"live-{p}") for p in "ab"]
         player = ABPlayer(first.value if first else None, elem_id="player")
-        rival = ABPlayer(visible=False, elem_id="rival")
-        figures = gr.HTML(numbers(first.report) if first else "", elem_id="numbers")
+        same_steps_baseline = ABPlayer(visible=False, elem_id="rival")
+        figures = gr.HTML(metric_cards(first.report) if first else "", elem_id="numbers")
         steps_shown = gr.HTML(timeline(first.report["trace"]) if first else "", elem_id="timeline")
-        rates_shown = gr.HTML(maps(first.report["trace"]) if first else "", elem_id="maps")
+        rates_shown = gr.HTML(token_maps(first.report["trace"]) if first else "", elem_id="maps")
         shown_code = gr.Code(
-            code(first.report) if first else "", language="python", label="This setting in your own code",
+            snippet(first.report) if first else "", language="python", label="This setting in your own code",
             interactive=False, elem_id="code",
         )  # fmt: skip
-        return [message, *live, player, rival, figures, steps_shown, rates_shown, shown_code]
+        return [message, *live, player, same_steps_baseline, figures, steps_shown, rates_shown, shown_code]
 
     def _run_settings(self) -> tuple[gr.components.Component, ...]:
         """Steps, guidance, preset, what this model lacks for it, and whether to show the third pane."""
@@ -103,27 +105,27 @@ class Page:
             info="Strength of the prompt, but of a student, whose own is built in; 1 and less runs one branch.",
         )  # fmt: skip
         preset = gr.Dropdown(preset_names(), value=FIRST, label="preset", info="Sets the knobs.", elem_id="preset")
-        lacking = gr.HTML("", elem_id="lacking")
-        also = gr.Checkbox(
+        preset_warning = gr.HTML("", elem_id="lacking")
+        same_steps_baseline = gr.Checkbox(
             False, label="third pane: fewer plain steps", elem_id="also",
             info="What the plain model makes in as few steps as the accelerated side takes.",
         )  # fmt: skip
-        return steps, guidance, preset, lacking, also
+        return steps, guidance, preset, preset_warning, same_steps_baseline
 
     def _method_settings(self) -> list[gr.components.Component]:
         """A switch for each method, then the knobs of each; one for which nothing was trained is switched off."""
-        switches, knobs, on = [], [], {type(m): m for m in load_preset(FIRST)}
+        switches, parameters, on = [], [], {type(m): m for m in load_preset(FIRST)}
         for name, method in METHODS.items():
             gr.Markdown(f"### {method.title} · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
-            can = all(self.offered[name].values())
+            can = all(self.available_values[name].values())
             switch = gr.Checkbox(
                 method in on, label=f"use {method.title}", elem_id=f"use-{name}", interactive=can,
                 info=None if can else "Nothing was trained for this model yet: see the README.",
             )  # fmt: skip
             switches.append(switch)
             with gr.Row():
-                knobs += controls.widgets(on.get(method) or method(), self.offered[name]).values()
-        return [*switches, *knobs]
+                parameters += controls.widgets(on.get(method) or method(), self.available_values[name]).values()
+        return [*switches, *parameters]
 
     def load(self, name: str) -> list:
         """Widget values of a preset: what this model lacks for it, steps, guidance, switches, knobs."""
@@ -131,11 +133,11 @@ class Page:
         chosen = {type(m): m for m in preset}
         switched, values, lacks = [], [], []
         for own, method in METHODS.items():
-            offered, asked = self.offered[own], chosen.get(method)
-            switched.append(asked is not None and all(offered.values()))
-            for knob in method.knobs():
+            available_values, asked = self.available_values[own], chosen.get(method)
+            switched.append(asked is not None and all(available_values.values()))
+            for knob in method.parameters():
                 wanted = getattr(asked or method(), knob)
-                values.append(controls.possible(wanted, offered.get(knob)))
+                values.append(controls.nearest_available(wanted, available_values.get(knob)))
                 if asked and switched[-1] and values[-1] != wanted:
                     lacks.append(f"{method.title}'s {knob.replace('_', ' ')} {wanted}, {values[-1]} is set instead")
             if asked and not switched[-1]:
@@ -152,20 +154,20 @@ class Page:
         job.stop.set()
         return gr.skip()
 
-    def run_pair(self, request: gr.Request, prompt, seed, steps, guidance, also, *values):
+    def run_pair(self, request: gr.Request, prompt, seed, steps, guidance, same_steps_baseline, *values):
         """Generate a pair and report on it while it grows."""
         switches, rest = dict(zip(METHODS, values)), list(values[len(METHODS) :])
         methods = {}
         for name, method in METHODS.items():
-            own = {knob: rest.pop(0) for knob in method.knobs()}
+            own = {knob: rest.pop(0) for knob in method.parameters()}
             if switches[name]:
                 methods[name] = controls.settings(method, own)
         asked = dict(prompt=prompt, seed=seed, steps=steps, guidance=guidance, methods=methods)
-        work = PairJob(self.model, asked, self.shelf, also)
+        work = CompareJob(self.model, asked, self.shelf, same_steps_baseline)
         job = self.worker.submit(work)
         self.running[request.session_hash] = job
         try:
-            for kind, data in self.worker.follow(job):
+            for kind, data in self.worker.stream(job):
                 yield self._show(kind, data)
                 if kind in ("refused", "failed"):
                     gr.Warning(_sentence(kind, data))
@@ -189,7 +191,7 @@ class Page:
             return [keep, *shown, *rest]
         if kind == "pair":
             facts, hidden = data["report"], gr.update(visible=False)
-            told = [numbers(facts), timeline(facts["trace"]), maps(facts["trace"]), code(facts)]
+            told = [metric_cards(facts), timeline(facts["trace"]), token_maps(facts["trace"]), snippet(facts)]
             return [data["note"], EMPTY_PANE, EMPTY_PANE, data["player"], hidden, *told]
         if kind == "rival":
             return [keep, EMPTY_PANE, EMPTY_PANE, keep, gr.update(value=data["player"], visible=True), *[keep] * 4]

@@ -59,7 +59,7 @@ def _settings(preset: str, sets: list[str]) -> dict:
     from .runtime.presets import load_preset
 
     loaded = load_preset(preset) if preset != "none" else None
-    methods = {name: dict(knobs or {}) for name, knobs in (loaded.methods if loaded else {}).items()}
+    methods = {name: dict(parameters or {}) for name, parameters in (loaded.methods if loaded else {}).items()}
     for change in sets or []:
         target, _, value = change.partition("=")
         name, _, knob = target.partition(".")
@@ -78,36 +78,36 @@ def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, fra
     `apart`: steps and guidance are a's alone where the methods of b demand their own.
     """
     from .runtime.generate import build_run, check_size
-    from .runtime.models import home_of, load_pipeline
-    from .runtime.presets import demanded
+    from .runtime.models import load_pipeline, model_defaults
+    from .runtime.presets import required_settings
 
     own = _settings(preset, sets)
-    needed = demanded(own["methods"]) if apart else {}
+    needed = required_settings(own["methods"]) if apart else {}
     pipe = load_pipeline(model)
-    home = home_of(pipe, model)
+    defaults = model_defaults(pipe, model)
     common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
-    a = build_run(home, **common, steps=steps, guidance=guidance)
+    a = build_run(defaults, **common, steps=steps, guidance=guidance)
     given = {"steps": steps, "guidance": guidance}
     asked = {key: own[key] if value is None else value for key, value in given.items() if key not in needed}
-    b = build_run(home, **common, methods=own["methods"], **asked)
+    b = build_run(defaults, **common, methods=own["methods"], **asked)
     check_size(pipe, b)
-    return pipe, home, a, b
+    return pipe, defaults, a, b
 
 
 def _repeated(source: Path):
     """Pipeline, its home, and the run whose settings a video holds."""
     from .runtime.generate import build_run, check_size
-    from .runtime.models import home_of, load_pipeline
+    from .runtime.models import load_pipeline, model_defaults
     from .runtime.video import read_settings
 
     stored = read_settings(source)
     if "model" not in stored:
         raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
     pipe = load_pipeline(stored["model"])
-    home = home_of(pipe, stored["model"])
-    b = build_run(home, **stored)
+    defaults = model_defaults(pipe, stored["model"])
+    b = build_run(defaults, **stored)
     check_size(pipe, b)
-    return pipe, home, b
+    return pipe, defaults, b
 
 
 @app.command()
@@ -120,7 +120,7 @@ def run(
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
     """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
-    from .runtime.generate import generate, machine, outlook, warm_up
+    from .runtime.generate import environment, generate, preflight, warm_up
     from .runtime.video import write_mp4
 
     if source is not None:
@@ -129,25 +129,36 @@ def run(
             raise ValueError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
         if source.resolve() == (out / "video.mp4").resolve():
             raise ValueError(f"{source} would be replaced by what is made from it: give another --out")
-        pipe, home, b = _repeated(source)
+        pipe, defaults, b = _repeated(source)
     elif prompt is None:
         raise ValueError("give a --prompt, or a video to repeat with --from")
     else:
-        pipe, home, _, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=False)
+        pipe, defaults, _, b = _pair(
+            prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=False
+        )
     out.mkdir(parents=True, exist_ok=True)
-    print("\n".join(told := outlook(b, pipe)))
-    warm_up(b, pipe, home)
+    print("\n".join(told := preflight(b, pipe)))
+    warm_up(b, pipe, defaults)
     with tqdm(total=b.steps, desc="denoising") as bar:
-        video = generate(b, pipe, home, lambda *_: bar.update())
-    video.seconds["encode"] = write_mp4(out / "video.mp4", video.frames, home.fps, b.model_dump())
+        video = generate(b, pipe, defaults, lambda *_: bar.update())
+    video.seconds["encode"] = write_mp4(out / "video.mp4", video.frames, defaults.fps, b.model_dump())
     np.save(out / "frames.npy", video.frames)
-    document = {**b.model_dump(), **machine(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
+    document = {**b.model_dump(), **environment(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
     (out / "run.json").write_text(json.dumps(document, indent=1))
-    for note in video.trace.notes:
+    for note in video.trace.messages:
         if note not in told:
             print(note)
-    print(f"{video.seconds['denoise']:.2f} s of denoising, {video.trace.summary()['work']:.0%} of the work -> {out}")
-    _finish({**b.model_dump(), "seconds": video.seconds, "work": video.trace.summary()["work"], "out": str(out)})
+    print(
+        f"{video.seconds['denoise']:.2f} s of denoising, {video.trace.summary()['flops_ratio']:.0%} of the work -> {out}"
+    )
+    _finish(
+        {
+            **b.model_dump(),
+            "seconds": video.seconds,
+            "flops_ratio": video.trace.summary()["flops_ratio"],
+            "out": str(out),
+        }
+    )
 
 
 @app.command()
@@ -160,32 +171,32 @@ def compare(
 ) -> None:  # fmt: skip
     """Generate a (plain) and b (with the preset) from the same noise: a.mp4 b.mp4 a.npy b.npy run.json in --out."""
     from .evaluation.compare import compare as compare_runs
-    from .runtime.generate import outlook
+    from .runtime.generate import preflight
     from .runtime.video import write_mp4
 
-    pipe, home, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=True)
+    pipe, defaults, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=True)
     out.mkdir(parents=True, exist_ok=True)
     runs = {"a": a, "b": b}
 
     def write(pane: str, video) -> None:
-        video.seconds["encode"] = write_mp4(out / f"{pane}.mp4", video.frames, home.fps, runs[pane].model_dump())
+        video.seconds["encode"] = write_mp4(out / f"{pane}.mp4", video.frames, defaults.fps, runs[pane].model_dump())
         np.save(out / f"{pane}.npy", video.frames)
 
-    print("\n".join(told := outlook(b, pipe)))
+    print("\n".join(told := preflight(b, pipe)))
     with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
-        pair = compare_runs(a, b, pipe, home, repeats, lambda *_: bar.update(), write)
+        pair = compare_runs(a, b, pipe, defaults, repeats, lambda *_: bar.update(), write)
     (out / "run.json").write_text(json.dumps(pair.report, indent=1))
     r = pair.report
-    likeness = (
+    similarity = (
         "bit-equal"
         if r["bit_equal"]
         else f"PSNR {r['psnr']:.1f} dB, SSIM {r['ssim']:.4f} (worst {r['ssim_worst']:.4f})"
     )
     low, high = r["speedup_range"]
     print(f"denoise {r['speedup_denoise']:.2f}x [{low:.2f}, {high:.2f}], total {r['speedup_total']:.2f}x, "
-          f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {likeness}")  # fmt: skip
+          f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {similarity}")  # fmt: skip
     print(f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; a against a: {r['noise_a']:.2f}x")
-    for note in pair.b.trace.notes:
+    for note in pair.b.trace.messages:
         if note not in told:
             print(note)
     _finish(r)
@@ -228,8 +239,10 @@ def train(
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA, or 0: full weights. [64]")] = None,
     videos: Annotated[Path, typer.Option(help="meanflow alone: a folder of videos with captions.json.")] = None,
-    slots: Annotated[int, typer.Option(min=1, help="With --model: trajectories under way, over all processes.")] = None,
-    arm: Annotated[
+    trajectories: Annotated[
+        int, typer.Option(min=1, help="With --model: trajectories under way, over all processes.")
+    ] = None,
+    ablation: Annotated[
         str,
         typer.Option(
             help="A rival. gpd: no-constraint, annealed, halving, direct, guidance-only; meanflow: even, exact, "
@@ -241,11 +254,11 @@ def train(
 
     With --model, distil another Wan pipeline; its students go beside it, or into --out for a hub id.
     """
-    from .training import part_ways, train_parts
+    from .training import shutdown_distributed, train_parts
 
-    given = dict(model=model, prompts=prompts, rank=rank, videos=videos, slots=slots, arm=arm)
+    given = dict(model=model, prompts=prompts, rank=rank, videos=videos, trajectories=trajectories, ablation=ablation)
     _finish(train_parts(what, minutes, resume, out, **given))
-    part_ways()
+    shutdown_distributed()
 
 
 @world.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """A path beside a file to write to; once that is done without an error, it takes the file's place."""
     part = file.with_name(file.name + ".part")
     yield part

@@ -1,23 +1,17 @@
-"""Who may import whom: tensors <- records <- host <- methods <- runs <- cli, ui, app; methods never each other."""
+"""Which package may import which, read from the folders of `accel/`."""
 
 import ast
-import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
-LAYERS = [
-    {"files", "spectrum", "tokens", "plans", "budget", "flow"},
-    {"trace", "carry", "metrics", "video", "ledger", "weights", "conditioning", "predictor"},
-    {"flops", "families", "heads", "hooks", "host", "schedule", "student"},
-    {"methods"},
-    {"presets", "models", "apply", "world"},
-    {"run", "bench", "summary", "profile", "layout"},
-    {"training"},
-    {"cli", "readme", "__main__", "__init__"},
-]
+# A package imports what stands before it or in its own group.
+ORDER = [("files",), ("ops",), ("core", "families"), ("methods", "students"), ("world",), ("runtime",), ("evaluation",)]
+ORDER += [("training",), ("cli", "__main__", "__init__")]
+WORLD_USERS = {"world", "evaluation", "training", "cli"}
 
 
 def imports(file: Path) -> set[str]:
@@ -33,44 +27,43 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def part(name: str) -> str | None:
+def package_of(name: str) -> str | None:
     """accel.methods.base.Method -> methods"""
-    pieces = name.split(".")
-    return pieces[1] if pieces[0] == "accel" and len(pieces) > 1 else None
+    parts = name.split(".")
+    return parts[1] if parts[0] == "accel" and len(parts) > 1 and (ACCEL / parts[1]).is_dir() else None
 
 
-@pytest.mark.parametrize("file", sorted(ACCEL.rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
-def test_a_file_imports_only_what_lies_below(file):
+def rank(package: str) -> int:
+    return next(i for i, group in enumerate(ORDER) if package in group)
+
+
+FILES = sorted(ACCEL.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_package_imports_only_those_below(file):
     own = file.relative_to(ACCEL).parts[0].removesuffix(".py")
-    level = next(i for i, layer in enumerate(LAYERS) if own in layer)
     for name in imports(file):
         assert not name.startswith(("gradio", "ui", "app")), f"{own} imports {name}"
-        below = next((i for i, layer in enumerate(LAYERS) if part(name) in layer), None)
-        if below is not None and part(name) != own:
-            assert below <= level, f"{own} imports {name}"
-
-
-def test_only_the_command_line_imports_training():
-    users = {
-        f.name
-        for f in ACCEL.rglob("*.py")
-        if "training" not in f.parts and any(part(i) == "training" for i in imports(f))
-    }
-    assert users <= {"cli.py"}
+        other = package_of(name)
+        assert other is None or rank(other) <= rank(own), f"{own} imports {name}"
+        assert other != "world" or own in WORLD_USERS, f"{own} imports {name}"
+        assert other != "training" or own in ("training", "cli"), f"{own} imports {name}"
 
 
 def test_methods_never_import_each_other():
-    names = {f.stem for f in (ACCEL / "methods").glob("*.py")} - {"__init__", "base"}
-    for file in (ACCEL / "methods").glob("*.py"):
-        if file.stem in names:
-            others = {i for i in imports(file) if re.match(rf"accel\.methods\.({'|'.join(names - {file.stem})})\b", i)}
-            assert names == {file.stem} or not others
+    methods = ACCEL / "methods"
+    names = {p.stem for p in methods.iterdir()} - {"__init__", "base", "__pycache__"}
+    for file in methods.rglob("*.py"):
+        own = file.relative_to(methods).parts[0].removesuffix(".py")
+        for name in imports(file) if own in names else ():
+            parts = name.split(".")
+            other = parts[2] if parts[:2] == ["accel", "methods"] else own
+            assert other in (own, "base"), f"{file.name} imports {name}"
 
 
-def test_files_stay_small():
-    long = {
-        str(f): n
-        for f in (*ACCEL.rglob("*.py"), *(ROOT / "ui").glob("*.py"))
-        if (n := len(f.read_text().splitlines())) > 300
-    }
-    assert long == {}
+def test_no_module_name_stands_for_two_things():
+    files = [f for f in (*FILES, *(ROOT / "ui").glob("*.py")) if f.stem not in ("__init__", "__main__", "base")]
+    stems = [f.stem for f in FILES if f in files]
+    assert len(stems) == len(set(stems))
+    assert not {f.stem for f in files} & (sys.stdlib_module_names - {"trace"})

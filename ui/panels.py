@@ -26,7 +26,7 @@ def pane(title: str, done: int, steps: int, ms: float, work: float, image: str, 
     )
 
 
-def numbers(report: dict) -> str:
+def metric_cards(report: dict) -> str:
     """The figures of a pair as cards."""
     r = report
     when = r.get("baseline_from")

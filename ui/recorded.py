@@ -11,20 +11,20 @@ from accel.runtime.models import ROOT
 
 
 @dataclass(frozen=True)
-class Stored:
+class Recorded:
     """A recorded pair: the player's value, its report, and the ribbon that says what it is."""
 
     value: dict
     report: dict
-    ribbon: str
+    banner: str
 
 
-def stored_pairs(folder: Path = ROOT / "examples" / "runs") -> list[Stored]:
+def recorded_pairs(folder: Path = ROOT / "examples" / "runs") -> list[Recorded]:
     """All recorded pairs, in the order of their names."""
     return [_read(file) for file in sorted(folder.glob("*/run.json"))]
 
 
-def _read(file: Path) -> Stored:
+def _read(file: Path) -> Recorded:
     report, home = json.loads(file.read_text()), file.parent
     report = {"measured": "earlier", **report}
     value = {
@@ -34,5 +34,5 @@ def _read(file: Path) -> Stored:
     }  # fmt: skip
     measured = f"measured {report['measured']} on {report['device']}, {report['threads']} threads"
     text = f"Recorded pair: “{escape(report['prompt'])}”, {escape(measured)}. Press Run for a live one."
-    ribbon = f'<div class="note">{text}</div>'
-    return Stored(value, report, ribbon)
+    banner = f'<div class="note">{text}</div>'
+    return Recorded(value, report, banner)

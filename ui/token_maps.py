@@ -6,9 +6,9 @@ CELL, GAP, LEFT = 12, 2, 78
 NAMES = {"query": "queries", "kv": "keys and values"}
 
 
-def maps(trace: dict) -> str:
+def token_maps(trace: dict) -> str:
     """HTML for each method of a trace (`Trace.to_json()`) that tells of rates; empty where none does."""
-    return "".join(_told(told, trace) for told in trace.get("extras", {}).values() if told.get("kept"))
+    return "".join(_told(told, trace) for told in trace.get("method_data", {}).values() if told.get("kept_tokens"))
 
 
 def _told(told: dict, trace: dict) -> str:
@@ -20,8 +20,8 @@ def _told(told: dict, trace: dict) -> str:
     if told["overhead_ms"] is not None:
         took = lambda key: f"{told[key]:.0f} ms, {told[key] / spent:.1%} of the denoising"
         words += f" Matching, gathering and restoring took {took('overhead_ms')}."
-        if told.get("beside_ms"):  # a recorded run may be older
-            words += f" Reduced attentions beside whole ones, to see what they miss, took {took('beside_ms')}."
+        if told.get("full_attention_ms"):  # a recorded run may be older
+            words += f" Reduced attentions beside whole ones, to see what they miss, took {took('full_attention_ms')}."
     rates = "".join(_rates(told["rates"], i) for i in range(len(NAMES)))
     return f'<div class="maps"><div class="words">{words}</div>{rates}{_kept(told)}</div>'
 
@@ -29,9 +29,9 @@ def _told(told: dict, trace: dict) -> str:
 def _rates(rates: dict[str, list], which: int) -> str:
     """SVG: a column per step, a row per block, the shade is the rate of one feature."""
     cells, name = [], f"{list(NAMES.values())[which]} removed"
-    for row, (site, steps) in enumerate(rates.items()):
+    for row, (layer, steps) in enumerate(rates.items()):
         for column, pair in enumerate(steps):
-            hint = f"step {column + 1}, {site}: {pair[which]:.0%} {name}"
+            hint = f"step {column + 1}, {layer}: {pair[which]:.0%} {name}"
             cells.append(
                 f'<rect x="{LEFT + column * CELL}" y="{row * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
                 f'fill="#10b981" fill-opacity="{0.08 + 0.92 * pair[which]:.2f}"><title>{hint}</title></rect>'
@@ -43,9 +43,9 @@ def _rates(rates: dict[str, list], which: int) -> str:
 
 def _kept(told: dict) -> str:
     """SVG: the tokens of the middle frame, those that stay filled, in the block with the highest rates."""
-    site = max(told["kept"], key=lambda s: max(sum(pair) for pair in told["rates"][s]))
+    layer = max(told["kept_tokens"], key=lambda s: max(sum(pair) for pair in told["rates"][s]))
     pictures, x = [], 0
-    for feature, rows in told["kept"][site].items():
+    for feature, rows in told["kept_tokens"][layer].items():
         pictures.append(f'<text x="{x}" y="9" class="name">{NAMES[feature]}</text>')
         for i, row in enumerate(rows):
             pictures += [
@@ -54,8 +54,8 @@ def _kept(told: dict) -> str:
                 for j, stays in enumerate(row)
             ]
         x += max(len(rows[0]) * CELL, 130) + 24
-    size = x, 14 + max(len(rows) for rows in told["kept"][site].values()) * CELL
-    title = f"tokens of the middle frame that stay in {site}, when first reduced"
+    size = x, 14 + max(len(rows) for rows in told["kept_tokens"][layer].values()) * CELL
+    title = f"tokens of the middle frame that stay in {layer}, when first reduced"
     return _figure(title, "#3b82f6", "tokens that stay", size, "".join(pictures))
 
 

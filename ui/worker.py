@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accel.runtime.generate import Cancelled
-from accel.runtime.models import home_of, load_pipeline
+from accel.runtime.models import load_pipeline, model_defaults
 
 log = logging.getLogger(__name__)
-PATIENCE = 0.3  # seconds between two looks at the line
-LINE = 20  # most jobs that wait; a visitor's event holds one of the server's 40 threads meanwhile
+POLL_SECONDS = 0.3  # seconds between two looks at the line
+MAX_QUEUE = 20  # most jobs that wait; a visitor's event holds one of the server's 40 threads meanwhile
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Job:
     stop: threading.Event = field(default_factory=threading.Event)
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
-    def tell(self, kind: str, **data: Any) -> None:
+    def emit(self, kind: str, **data: Any) -> None:
         """Send an event; raises Cancelled if the visitor has asked to stop."""
         self.events.put((kind, data))
         self.check()
@@ -43,8 +43,8 @@ class Worker:
     """Loads a pipeline in the background and runs jobs on it, one after the other."""
 
     def __init__(self, model: str):
-        self.model, self.pipe, self.home = model, None, None
-        self.problem: str | None = None  # why the model cannot be used
+        self.model, self.pipe, self.defaults = model, None, None
+        self.load_error: str | None = None  # why the model cannot be used
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._numbers, self._done = itertools.count(1), 0
         threading.Thread(target=self._serve, name="pipeline", daemon=True).start()
@@ -56,22 +56,22 @@ class Worker:
 
     def submit(self, work: Callable[[Job, Any, Any], None]) -> Job:
         """Put work(job, pipe, home) in the line, or refuse it where that is too long."""
-        if self._jobs.qsize() >= LINE:
+        if self._jobs.qsize() >= MAX_QUEUE:
             job = Job(work)
-            job.events.put(("refused", {"why": f"{LINE} runs are waiting already: try again later"}))
+            job.events.put(("refused", {"why": f"{MAX_QUEUE} runs are waiting already: try again later"}))
             return job
         job = Job(work, next(self._numbers))
         self._jobs.put(job)
         return job
 
-    def follow(self, job: Job) -> Iterator[tuple[str, dict]]:
+    def stream(self, job: Job) -> Iterator[tuple[str, dict]]:
         """Events of a job until it ends, with ("waiting", ahead, loading) in between; closing it stops the job."""
         try:
             while True:
                 try:
-                    kind, data = job.events.get(timeout=PATIENCE)
+                    kind, data = job.events.get(timeout=POLL_SECONDS)
                 except queue.Empty:
-                    loading, ahead = not (self.ready or self.problem), max(0, job.number - self._done - 1)
+                    loading, ahead = not (self.ready or self.load_error), max(0, job.number - self._done - 1)
                     if job.stop.is_set() and (ahead or loading):  # it has not begun, and will not
                         yield "stopped", {}
                         return
@@ -90,27 +90,27 @@ class Worker:
     def _serve(self) -> None:
         try:
             self.pipe = load_pipeline(self.model)
-            self.home = home_of(self.pipe, self.model)
+            self.defaults = model_defaults(self.pipe, self.model)
         except (ValueError, OSError) as error:
-            self.problem = str(error)
+            self.load_error = str(error)
         except Exception as error:
             log.exception("the model could not be loaded")
-            self.problem = f"{self.model} could not be loaded ({type(error).__name__}); the server's log says more"
+            self.load_error = f"{self.model} could not be loaded ({type(error).__name__}); the server's log says more"
         while True:
             job = self._jobs.get()
             try:
-                self._do(job)
+                self._run_job(job)
             finally:
                 self._done = job.number
 
-    def _do(self, job: Job) -> None:
-        if self.problem:
-            job.events.put(("refused", {"why": self.problem}))
+    def _run_job(self, job: Job) -> None:
+        if self.load_error:
+            job.events.put(("refused", {"why": self.load_error}))
             return
         try:
             if job.stop.is_set():
                 raise Cancelled
-            job.work(job, self.pipe, self.home)
+            job.work(job, self.pipe, self.defaults)
             job.events.put(("done", {}))
         except Cancelled:
             job.events.put(("stopped", {}))

@@ -19,15 +19,15 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from ..ops.tokens import Reduction
-from .trace import Stopwatch
+from .trace import Timer
 
-_OPEN: dict[int, Opened] = {}  # by layer number, for the operators
+_OPEN: dict[int, InterceptedProcessor] = {}  # by layer number, for the operators
 _NUMBERS = count()
 
 
 @torch.library.custom_op("accel::core", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _core(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
-    return _OPEN[int(number)].run(Heads(q, k, v)).contiguous()
+    return _OPEN[int(number)].run(QKV(q, k, v)).contiguous()
 
 
 @_core.register_fake
@@ -46,7 +46,7 @@ def _(x: Tensor, rope: list[Tensor], number: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class Heads:
+class QKV:
     """Queries, keys and values (b, n, h, d) of a self-attention, after norm and rotary embedding.
 
     `bias` (b, 1 or h, 1, keys) is added to the logits. `query`, `key` and `value` give all tokens, or a reduction of
@@ -56,7 +56,7 @@ class Heads:
 
     def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, bias: Tensor | None = None):
         self.q, self.k, self.v, self.bias = q, k, v, bias
-        self.spared, self.watch = 0, Stopwatch()
+        self.saved_flops, self.timer = 0, Timer()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,33 +65,33 @@ class Heads:
 
     def query(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
         """Queries (b, n, h, d), or those that a cut leaves."""
-        return self.shorten(self.q, cut, mean)
+        return self.reduce(self.q, cut, mean)
 
     def key(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
         """Keys, likewise."""
-        return self.shorten(self.k, cut, mean)
+        return self.reduce(self.k, cut, mean)
 
     def value(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
         """Values, likewise."""
-        return self.shorten(self.v, cut, mean)
+        return self.reduce(self.v, cut, mean)
 
-    def shorten(self, x: Tensor, cut: Reduction | None, mean: bool = False) -> Tensor:
+    def reduce(self, x: Tensor, cut: Reduction | None, mean: bool = False) -> Tensor:
         """x (b, n, h, d) as (b, m, h, d)."""
         if cut is None:
             return x
-        with self.watch:
+        with self.timer:
             return cut.reduce(x, mean)
 
-    def restore(self, y: Tensor, cut: Reduction | None, missed: Tensor | None = None) -> Tensor:
+    def restore(self, y: Tensor, cut: Reduction | None, residual: Tensor | None = None) -> Tensor:
         """The attention's output (b, m, h, d) at full length, and what the reduction `missed` added to it, in place.
 
         A family may put both off until after its projection.
         """
-        with self.watch:
+        with self.timer:
             y = y if cut is None else cut.restore(y)
-            return y if missed is None else y.add_(missed)
+            return y if residual is None else y.add_(residual)
 
-    def missed(self, whole: Tensor, short: Tensor, cut: Reduction | None) -> Tensor:
+    def residual(self, whole: Tensor, short: Tensor, cut: Reduction | None) -> Tensor:
         """What `restore` would have to add to the shortened output (b, m, h, d) to make it the whole (b, n, h, d)."""
         return whole - self.restore(short, cut)
 
@@ -101,7 +101,7 @@ def _of_stock(name: str) -> property:
     return property(lambda self: getattr(self.stock, name, None), lambda self, value: setattr(self.stock, name, value))
 
 
-class Opened:
+class InterceptedProcessor:
     """Attention processor: the stock one within `outside(call)`; or the family's with `around(inner, heads)` in it."""
 
     _attention_backend = _of_stock("_attention_backend")
@@ -109,8 +109,8 @@ class Opened:
 
     def __init__(self, attn: nn.Module, family: ModuleType):
         self.attn, self.stock, self.family = attn, attn.processor, family
-        self.around: Callable | None = None
-        self.outside: Callable | None = None
+        self.core_wrapper: Callable | None = None
+        self.output_wrapper: Callable | None = None
         self.encloses = False  # whether anything is outside: a compiler may look at it, as it is the same in all blocks
         self.number = torch.tensor(next(_NUMBERS))
 
@@ -119,70 +119,72 @@ class Opened:
             return self.whole(attn, x, text, mask, rope)
         if self.encloses:
             return torch.ops.accel.attention(x, list(rope or ()), self.number)
-        return self.family.attend(attn, self._compiled, x, text, mask, rope)
+        return self.family.run_attention(attn, self._compiled, x, text, mask, rope)
 
     def whole(self, attn: nn.Module, *inputs) -> Tensor:
         """The attention's output, with what was asked for around it and in it."""
-        if self.around is None:
+        if self.core_wrapper is None:
             call = partial(self.stock, attn, *inputs)
         else:
-            call = partial(self.family.attend, attn, self.run, *inputs)
-        return self.outside(call) if self.outside else call()
+            call = partial(self.family.run_attention, attn, self.run, *inputs)
+        return self.output_wrapper(call) if self.output_wrapper else call()
 
-    def _compiled(self, heads: Heads) -> Tensor:
-        return torch.ops.accel.core(heads.query(), heads.key(), heads.value(), self.number)
+    def _compiled(self, qkv: QKV) -> Tensor:
+        return torch.ops.accel.core(qkv.query(), qkv.key(), qkv.value(), self.number)
 
-    def run(self, heads: Heads) -> Tensor:
+    def run(self, qkv: QKV) -> Tensor:
         """What the attention gives, with what was asked for around its core."""
-        return self.around(self.inner, heads)
+        return self.core_wrapper(self.inner, qkv)
 
-    def inner(self, heads: Heads) -> Tensor:
+    def inner(self, qkv: QKV) -> Tensor:
         """Softmax attention (b, n, h, d) on the backend that was chosen."""
-        q, k, v, bias = heads.query(), heads.key(), heads.value(), heads.bias
+        q, k, v, bias = qkv.query(), qkv.key(), qkv.value(), qkv.bias
         backend, d = self._attention_backend, q.shape[-1]
         name = str(getattr(backend, "value", backend))
         if bias is not None and "sage" in name:
             raise ValueError(f"attention backend {name} takes no bias: switch the size bias off or choose another")
         if bias is not None and q.is_cuda:
-            return dispatch_attention_fn(*folded(q, k, v, bias), scale=d**-0.5, backend=backend)[..., :d]
+            return dispatch_attention_fn(*fold_bias_into_channels(q, k, v, bias), scale=d**-0.5, backend=backend)[
+                ..., :d
+            ]
         bias = bias if bias is None else bias.to(q.dtype)
         return dispatch_attention_fn(q, k, v, attn_mask=bias, backend=backend)
 
 
-def folded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fold_bias_into_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Heads with eight more channels whose product is the bias: flash kernels take no mask. The scale stays that of d.
 
     The result's first d channels are those of attention with `bias` (b, 1 or h, 1, keys) added to its logits.
     """
     b, n, h, d = k.shape
     logits = (bias.squeeze(2) * d**0.5).expand(b, h, n).transpose(1, 2)
-    wide = [F.pad(x, (0, 8)) for x in (q, k, v)]
-    wide[0][..., d], wide[1][..., d] = 1, logits.to(k.dtype)
-    return tuple(wide)
+    expand_like = [F.pad(x, (0, 8)) for x in (q, k, v)]
+    expand_like[0][..., d], expand_like[1][..., d] = 1, logits.to(k.dtype)
+    return tuple(expand_like)
 
 
 @contextmanager
-def opened(
-    module: nn.Module, family: ModuleType, around: Callable | None = None, outside: Callable | None = None
+def intercept_attention(
+    module: nn.Module, family: ModuleType, core_wrapper: Callable | None = None, output_wrapper: Callable | None = None
 ) -> Iterator[None]:
     """The attention module with a function in it, or outside. Raises ValueError where it would not do the same."""
-    with nullcontext() if isinstance(module.processor, Opened) else _replaced(module, family):
+    with nullcontext() if isinstance(module.processor, InterceptedProcessor) else _replaced(module, family):
         mine = module.processor
-        before = mine.around, mine.outside, mine.encloses
-        if around:
+        before = mine.core_wrapper, mine.output_wrapper, mine.encloses
+        if core_wrapper:
             _check(mine.stock)
-            mine.around = around
-        if outside:
-            mine.outside, mine.encloses = outside, True
+            mine.core_wrapper = core_wrapper
+        if output_wrapper:
+            mine.output_wrapper, mine.encloses = output_wrapper, True
         try:
             yield
         finally:
-            mine.around, mine.outside, mine.encloses = before
+            mine.core_wrapper, mine.output_wrapper, mine.encloses = before
 
 
 @contextmanager
 def _replaced(module: nn.Module, family: ModuleType) -> Iterator[None]:
-    mine = Opened(module, family)
+    mine = InterceptedProcessor(module, family)
     _OPEN[int(mine.number)] = mine
     module.processor = mine
     try:

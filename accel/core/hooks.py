@@ -10,17 +10,17 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch import nn
 
 
-class Around(ModelHook):
+class ForwardHook(ModelHook):
     """Runs `around(hook, *args, **kwargs)` in place of a module's forward; knows the pipeline's cache context."""
 
     _is_stateful = True
 
-    def __init__(self, around: Callable):
+    def __init__(self, wrapper: Callable):
         super().__init__()
-        self.around, self.states = around, StateManager(BaseState)
+        self.wrapper, self.states = wrapper, StateManager(BaseState)
 
     def new_forward(self, module: nn.Module, *args, **kwargs):
-        return self.around(self, *args, **kwargs)
+        return self.wrapper(self, *args, **kwargs)
 
     @property
     def original(self) -> Callable:
@@ -33,7 +33,7 @@ class Around(ModelHook):
 
 
 @contextmanager
-def hooked(module: nn.Module, around: Callable) -> Iterator[None]:
+def wrapped_forward(module: nn.Module, wrapper: Callable) -> Iterator[None]:
     """The module with a hook around its forward; afterwards it has just the attributes it had before.
 
     Raises ValueError where offloading would take the hook off in the module's first call.
@@ -42,7 +42,7 @@ def hooked(module: nn.Module, around: Callable) -> Iterator[None]:
     if had_registry and module._diffusers_hook.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING):
         raise ValueError("group offloading with streams finds its order in a first run: make one before accel.apply")
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(Around(around), "accel")
+    registry.register_hook(ForwardHook(wrapper), "accel")
     registry.invalidate_child_registries_cache()
     try:
         yield
@@ -56,7 +56,7 @@ def hooked(module: nn.Module, around: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def kept(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def reattach_after_offload(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Inside, the hooks are on the pipeline's models; where these are offloaded, put back after each of its calls.
 
     For then the pipeline takes all hooks off its models, whoever put them there, and only its own on again.
@@ -74,12 +74,12 @@ def kept(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
             finally:
                 stack.enter_context(hooks())
 
-        with instead(pipe, "maybe_free_model_hooks", free_and_put_back):
+        with patched_method(pipe, "maybe_free_model_hooks", free_and_put_back):
             yield
 
 
 @contextmanager
-def instead(pipe, name: str, fn: Callable) -> Iterator[None]:
+def patched_method(pipe, name: str, fn: Callable) -> Iterator[None]:
     """Inside, a function stands in for a method of the pipeline; afterwards it has just the attributes it had."""
     before = vars(pipe).get(name)
     setattr(pipe, name, fn)

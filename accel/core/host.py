@@ -24,15 +24,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ..families import family_of
-from .attention import Heads, opened
+from .attention import QKV, intercept_attention
 from .flops import count_flops
-from .hooks import Around, hooked, kept
+from .hooks import ForwardHook, reattach_after_offload, wrapped_forward
 from .trace import DENOISER, Step, Trace
 
 T = TypeVar("T")
 
 
-class _AsOne(nn.ModuleList):
+class BlockStack(nn.ModuleList):
     """The same blocks under the same names, of which whoever goes through them sees one function.
 
     No hook is on the blocks themselves, so compiled ones stay as they were compiled.
@@ -51,67 +51,69 @@ class Host:
 
     def __init__(self, pipe, trace: Trace):
         self.pipe, self.trace, self.family = pipe, trace, family_of(pipe)
-        self.models = self.family.denoisers(pipe)
-        if any(hasattr(model, "_orig_mod") for model in self.models):
+        self.denoisers = self.family.denoisers(pipe)
+        if any(hasattr(model, "_orig_mod") for model in self.denoisers):
             raise ValueError(
                 "a transformer that is compiled as a whole has no places to wrap: compile its blocks, by "
                 "pipe.transformer.compile_repeated_blocks()"
             )
-        self.signatures = [inspect.signature(type(model).forward) for model in self.models]
-        self.attentions = [self.family.attentions(model) for model in self.models]
-        self.depths = [len(self.family.blocks(model)) for model in self.models]
+        self.signatures = [inspect.signature(type(model).forward) for model in self.denoisers]
+        self.attentions = [self.family.attentions(model) for model in self.denoisers]
+        self.num_blocks = [len(self.family.blocks(model)) for model in self.denoisers]
         self.step: Step | None = None
-        self.model = 0
+        self.active_index = 0
         self.latents: Tensor | None = None  # the input of the call that runs, (b, c, f, h, w)
-        self.run = 0
-        self.anchors: set[int] = set()  # steps of this run whose outputs others are built from: to be exact in
+        self.run_id = 0
+        self.exact_steps: set[int] = set()  # steps of this run whose outputs others are built from: to be exact in
         self._seen: set[tuple[int, str]] = set()
-        self._loose = _Loose()
+        self._loose = CallTracker()
         self._denoiser: list[Callable] = []
         self._blocks: list[Callable] = []
         self._attention: list[Callable] = []
-        self._heads: list[Callable] = []
+        self._qkv: list[Callable] = []
 
     @contextmanager
     def attached(self) -> Iterator[Host]:
         """Inside, the pipeline's calls pass through the host."""
-        hooks = lambda: _all(hooked(model, partial(self._denoise, i)) for i, model in enumerate(self.models))
-        with kept(self.pipe, hooks):
+        hooks = lambda: enter_all(
+            wrapped_forward(model, partial(self._denoise, i)) for i, model in enumerate(self.denoisers)
+        )
+        with reattach_after_offload(self.pipe, hooks):
             yield self
 
     def wrap_denoiser(self, fn: Callable) -> AbstractContextManager:
         """Let `fn(inner, x, **inputs)` stand around each transformer call; returns (b, c, f, h, w)."""
-        return _listed(self._denoiser, fn)
+        return _registered(self._denoiser, fn)
 
     def wrap_blocks(self, fn: Callable) -> AbstractContextManager:
         """Let `fn(inner, hidden, *inputs)` stand around the whole stack of blocks; returns (b, n, d)."""
-        return _listed(self._blocks, fn, self._open_blocks)
+        return _registered(self._blocks, fn, self._open_blocks)
 
     def wrap_attention(self, fn: Callable) -> AbstractContextManager:
         """Let `fn(inner, site)` stand around each video self-attention; returns its output (b, n, d)."""
-        return _listed(self._attention, fn, self._open_attentions)
+        return _registered(self._attention, fn, self._open_attentions)
 
-    def wrap_heads(self, fn: Callable) -> AbstractContextManager:
+    def wrap_qkv(self, fn: Callable) -> AbstractContextManager:
         """Let `fn(inner, heads, site)` stand around each video self-attention's core; returns (b, n, h, d).
 
         `heads` are a `Heads`, after norm and rotary embedding; `inner(heads)` takes any lengths. What `heads.restore`
         gave may be returned though it is shorter (b, m, h, d): the attention restores it after its projection.
         """
-        return _listed(self._heads, fn, self._open_heads)
+        return _registered(self._qkv, fn, self._open_qkv)
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Tokens (f, h, w) of the call that runs."""
-        return self.family.grid(self.models[self.model], self.latents)
+        return self.family.grid(self.denoisers[self.active_index], self.latents)
 
     def _open_blocks(self) -> AbstractContextManager:
-        return _all(self._as_one(i) for i in range(len(self.models)))
+        return enter_all(self._as_one(i) for i in range(len(self.denoisers)))
 
     @contextmanager
     def _as_one(self, index: int) -> Iterator[None]:
         """Let a model find one block where its blocks are: the wrapped stack of them."""
-        model, blocks = self.models[index], self.family.blocks(self.models[index])
-        if type(model).__name__ not in self.family.PLAIN:
+        model, blocks = self.denoisers[index], self.family.blocks(self.denoisers[index])
+        if type(model).__name__ not in self.family.STACKABLE:
             raise ValueError(
                 f"{type(model).__name__} adds to what its blocks give between them: they are not one stack"
             )
@@ -121,20 +123,25 @@ class Host:
                 hidden = block(hidden, *inputs, **named)
             return hidden
 
-        whole = lambda *inputs, **named: _nest(stack, self._blocks)(*inputs, **named)
-        setattr(model, self.family.BLOCKS, _AsOne(blocks, whole))
+        whole = lambda *inputs, **named: compose(stack, self._blocks)(*inputs, **named)
+        setattr(model, self.family.BLOCKS_ATTR, BlockStack(blocks, whole))
         try:
             yield
         finally:
-            setattr(model, self.family.BLOCKS, blocks)
+            setattr(model, self.family.BLOCKS_ATTR, blocks)
 
     def _open_attentions(self) -> AbstractContextManager:
-        return _all(opened(m, self.family, outside=partial(self._attend, site)) for site, m in self._sites())
+        return enter_all(
+            intercept_attention(m, self.family, output_wrapper=partial(self._attend, layer))
+            for layer, m in self._layers()
+        )
 
-    def _open_heads(self) -> AbstractContextManager:
-        return _all(opened(m, self.family, around=partial(self._core, site)) for site, m in self._sites())
+    def _open_qkv(self) -> AbstractContextManager:
+        return enter_all(
+            intercept_attention(m, self.family, core_wrapper=partial(self._core, layer)) for layer, m in self._layers()
+        )
 
-    def _sites(self) -> Iterator[tuple[str, nn.Module]]:
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         return (item for attentions in self.attentions for item in attentions.items())
 
     def per_run(self, factory: Callable[[], T]) -> Callable[[], T]:
@@ -142,32 +149,32 @@ class Host:
         runs: dict[int, T] = {}
 
         def get() -> T:
-            if self.run not in runs:
+            if self.run_id not in runs:
                 runs.clear()
-                runs[self.run] = factory()
-            return runs[self.run]
+                runs[self.run_id] = factory()
+            return runs[self.run_id]
 
         return get
 
-    def _denoise(self, model: int, hook: Around, *args, **kwargs):
+    def _denoise(self, model: int, hook: ForwardHook, *args, **kwargs):
         inputs = self.signatures[model].bind(None, *args, **kwargs).arguments
         del inputs["self"]
         return_dict, x = inputs.pop("return_dict", True), inputs.pop("hidden_states")
-        began = clock(x.device)
-        self._enter(model, hook, x, inputs)
+        began = synchronized_time(x.device)
+        self._track_call(model, hook, x, inputs)
         step = self.step
 
         def call(x: Tensor, **inputs) -> Tensor:
-            for site in (DENOISER, *self.attentions[model]):
-                self.trace.record(step, site, "compute")
+            for layer in (DENOISER, *self.attentions[model]):
+                self.trace.record(step, layer, "compute")
             return hook.original(hidden_states=x, **inputs, return_dict=False)[0]
 
-        y = _nest(call, self._denoiser)(x, **inputs)
-        spent = 1000 * (clock(x.device) - began)
+        y = compose(call, self._denoiser)(x, **inputs)
+        spent = 1000 * (synchronized_time(x.device) - began)
         self.trace.milliseconds[step.index] = self.trace.milliseconds.get(step.index, 0.0) + spent
         return Transformer2DModelOutput(sample=y) if return_dict else (y,)
 
-    def _enter(self, model: int, hook: Around, x: Tensor, inputs: dict[str, Any]) -> None:
+    def _track_call(self, model: int, hook: ForwardHook, x: Tensor, inputs: dict[str, Any]) -> None:
         """Find out which step and branch this call is, and whether it opens a new run."""
         context = hook.states._context
         scheduler = self.pipe.scheduler
@@ -181,31 +188,31 @@ class Host:
             index, branch, count, skipped = context.step_index, context.name, context.num_inference_steps, 0
         opens = self.step is None or index < self.step.index or (index, branch) in self._seen
         if opens:
-            self.run += 1
+            self.run_id += 1
             self.trace.begin()
             self._seen.clear()
-            self.anchors.clear()
+            self.exact_steps.clear()
             self.trace.started = time.perf_counter()
         self._seen.add((index, branch))
         sigma, sigma_next = map(float, scheduler.sigmas[skipped + index : skipped + index + 2])
         self.step = Step(index, count, sigma, sigma_next, branch)
-        if opens or model != self.model:  # shapes do not change within a run
-            self.trace.flops = count_flops(self.models[model], x, inputs)
-        self.model, self.latents = model, x
+        if opens or model != self.active_index:  # shapes do not change within a run
+            self.trace.flops = count_flops(self.denoisers[model], x, inputs)
+        self.active_index, self.latents = model, x
         self.trace.sigmas[index] = self.step.sigma
 
-    def _attend(self, site: str, call: Callable) -> Tensor:
+    def _attend(self, layer: str, call: Callable) -> Tensor:
         for fn in self._attention:
-            call = partial(fn, call, site)
+            call = partial(fn, call, layer)
         return call()
 
-    def _core(self, site: str, inner: Callable, heads: Heads) -> Tensor:
-        for fn in self._heads:
-            inner = partial(fn, inner, site=site)
-        return inner(heads)
+    def _core(self, layer: str, inner: Callable, qkv: QKV) -> Tensor:
+        for fn in self._qkv:
+            inner = partial(fn, inner, layer=layer)
+        return inner(qkv)
 
 
-class _Loose:
+class CallTracker:
     """Step and branch where the pipeline does not tell: a step is a new timestep, a branch a text embedding."""
 
     def __init__(self):
@@ -225,14 +232,14 @@ class _Loose:
         return self.index, "cond" if text is self.texts[0] else "uncond"
 
 
-def _nest(call: Callable, wrappers: list[Callable]) -> Callable:
+def compose(call: Callable, wrappers: list[Callable]) -> Callable:
     for fn in wrappers:
         call = partial(fn, call)
     return call
 
 
 @contextmanager
-def _all(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
+def enter_all(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
@@ -240,7 +247,7 @@ def _all(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
 
 
 @contextmanager
-def _listed(wrappers: list[Callable], fn: Callable, place: Callable = nullcontext) -> Iterator[None]:
+def _registered(wrappers: list[Callable], fn: Callable, place: Callable = nullcontext) -> Iterator[None]:
     """The wrapper in its list; the first to come opens the place and, as contexts nest, is the last to leave it."""
     with nullcontext() if wrappers else place():
         wrappers.append(fn)
@@ -250,7 +257,7 @@ def _listed(wrappers: list[Callable], fn: Callable, place: Callable = nullcontex
             wrappers.remove(fn)
 
 
-def clock(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds, with the device's queue drained first."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

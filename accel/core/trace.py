@@ -32,19 +32,19 @@ class Event:
 
     step: int
     branch: str
-    site: str
+    layer: str
     action: Action
-    kept: float
+    compute_fraction: float
 
 
 @dataclass
-class Stopwatch:
+class Timer:
     """Adds up the seconds spent inside it; on a GPU these are the launches alone."""
 
     seconds: float = 0.0
     began: float = 0.0
 
-    def __enter__(self) -> Stopwatch:
+    def __enter__(self) -> Timer:
         self.began = time.perf_counter()
         return self
 
@@ -59,85 +59,94 @@ class Trace:
     events: dict[tuple[int, str, str], Event] = field(default_factory=dict)
     sigmas: dict[int, float] = field(default_factory=dict)
     milliseconds: dict[int, float] = field(default_factory=dict)  # of the transformer, per step
-    notes: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     flops: dict[str, int] = field(default_factory=dict)  # of one full call, by site
-    extras: dict[str, dict] = field(default_factory=dict)  # what a method alone has to tell, JSON-ready, by its name
+    method_data: dict[str, dict] = field(
+        default_factory=dict
+    )  # what a method alone has to tell, JSON-ready, by its name
     started: float = 0.0  # clock reading at the first transformer call
-    bytes_forecast: int = 0
-    bytes_held: int = 0  # the most that was held at once
-    holding: dict[str, int] = field(default_factory=dict)  # now, by method
+    estimated_bytes: int = 0
+    peak_bytes: int = 0  # the most that was held at once
+    memory_by_method: dict[str, int] = field(default_factory=dict)  # now, by method
 
     def begin(self) -> None:
         """Forget the last run: a new one starts."""
-        for record in (self.events, self.sigmas, self.milliseconds, self.notes, self.extras, self.holding):
+        for record in (
+            self.events,
+            self.sigmas,
+            self.milliseconds,
+            self.messages,
+            self.method_data,
+            self.memory_by_method,
+        ):
             record.clear()
-        self.bytes_forecast = self.bytes_held = 0
+        self.estimated_bytes = self.peak_bytes = 0
 
-    def record(self, step: Step, site: str, action: Action, kept: float | None = None) -> None:
+    def record(self, step: Step, layer: str, action: Action, compute_fraction: float | None = None) -> None:
         """Note what was done. A computation is noted by the host, unless a method has said more about it."""
-        key, plain = (step.index, step.branch, site), action == "compute"
-        if not plain or kept is not None or key not in self.events:
-            self.events[key] = Event(*key, action, float(plain) if kept is None else kept)
+        key, plain = (step.index, step.branch, layer), action == "compute"
+        if not plain or compute_fraction is not None or key not in self.events:
+            self.events[key] = Event(*key, action, float(plain) if compute_fraction is None else compute_fraction)
 
-    def note(self, text: str) -> None:
+    def add_message(self, text: str) -> None:
         """Something the user should read, once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        if text not in self.messages:
+            self.messages.append(text)
 
-    def hold(self, method: str, held: int) -> None:
+    def set_memory(self, method: str, held: int) -> None:
         """Bytes that a method holds now; what counts is the most that all held at once."""
-        self.holding[method] = held
-        self.bytes_held = max(self.bytes_held, sum(self.holding.values()))
+        self.memory_by_method[method] = held
+        self.peak_bytes = max(self.peak_bytes, sum(self.memory_by_method.values()))
 
-    def expect(self, method: str, held: int) -> None:
+    def reserve_memory(self, method: str, held: int) -> None:
         """Bytes that a method holds for the whole run, known before it starts."""
-        self.bytes_forecast += held
-        self.hold(method, held)
+        self.estimated_bytes += held
+        self.set_memory(method, held)
 
-    def drop(self, step: Step, sites: Iterable[str]) -> None:
+    def discard(self, step: Step, layers: Iterable[str]) -> None:
         """Forget what was noted of sites that this step did not reach."""
-        for site in sites:
-            self.events.pop((step.index, step.branch, site), None)
+        for layer in layers:
+            self.events.pop((step.index, step.branch, layer), None)
 
-    def work(self) -> tuple[int, int]:
+    def flops_computed_and_full(self) -> tuple[int, int]:
         """FLOPs computed, and FLOPs of the same calls without any method."""
-        calls = [e for e in self.events.values() if e.site == DENOISER]
+        calls = [e for e in self.events.values() if e.layer == DENOISER]
         whole = self.flops.get(DENOISER, 0)
-        saved = sum((1 - e.kept) * self.flops.get(e.site, 0) for e in self.events.values())
+        saved = sum((1 - e.compute_fraction) * self.flops.get(e.layer, 0) for e in self.events.values())
         return round(len(calls) * whole - saved), len(calls) * whole
 
     def summary(self) -> dict:
         """Counts by action, computed share of the work, bytes, notes: JSON-ready."""
-        computed, full = self.work()
+        computed, full = self.flops_computed_and_full()
         return {
             "steps": len(self.sigmas),
-            "calls": dict(Counter(e.action for e in self.events.values() if e.site == DENOISER)),
-            "attention": dict(Counter(e.action for e in self.events.values() if e.site != DENOISER)),
+            "calls": dict(Counter(e.action for e in self.events.values() if e.layer == DENOISER)),
+            "attention": dict(Counter(e.action for e in self.events.values() if e.layer != DENOISER)),
             "flops": computed,
             "flops_full": full,
-            "work": computed / full if full else 1.0,
-            "bytes_forecast": self.bytes_forecast,
-            "bytes_held": self.bytes_held,
-            "notes": list(self.notes),
+            "flops_ratio": computed / full if full else 1.0,
+            "estimated_bytes": self.estimated_bytes,
+            "peak_bytes": self.peak_bytes,
+            "messages": list(self.messages),
         }
 
     def to_json(self) -> dict:
         """Everything, JSON-ready: the summary, one row per step and one per event that was not plain computing."""
         return {
             "summary": self.summary(),
-            "extras": self.extras,
-            "sites": sorted({e.site for e in self.events.values()} - {DENOISER}, key=_natural),
+            "method_data": self.method_data,
+            "layers": sorted({e.layer for e in self.events.values()} - {DENOISER}, key=_natural),
             "steps": [
                 {"index": i, "sigma": round(s, 5), "ms": round(self.milliseconds.get(i, 0.0), 2)}
                 for i, s in sorted(self.sigmas.items())
             ],
             "events": [
-                [e.step, e.branch, e.site, e.action, round(e.kept, 4)]
+                [e.step, e.branch, e.layer, e.action, round(e.compute_fraction, 4)]
                 for e in self.events.values()
-                if e.action != "compute" or e.site == DENOISER
+                if e.action != "compute" or e.layer == DENOISER
             ],
         }
 
 
-def _natural(site: str) -> tuple:
-    return tuple(int(part) if part.isdigit() else part for part in site.split("."))
+def _natural(layer: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else part for part in layer.split("."))

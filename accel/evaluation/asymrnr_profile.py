@@ -16,17 +16,17 @@ from tqdm import tqdm
 from ..families import family_of
 from ..methods import AsymRnR
 from ..methods.asymrnr.budget import PROFILE, Profile, Table
-from ..runtime.generate import Run, build_run, generate, grid, machine, warm_up
-from ..runtime.models import ROOT, Home, home_of, load_pipeline, resolve, weights
+from ..runtime.generate import Run, build_run, environment, generate, grid, warm_up
+from ..runtime.models import ROOT, ModelDefaults, load_pipeline, model_defaults, resolve, weights
 from ..world.judge import score
 from ..world.scene import held_out_prompts
 from .metrics import distance
-from .result_log import Ledger, digest
-from .stats import interval, spell
+from .result_log import ResultLog, config_hash
+from .stats import format_interval, interval
 
 RATE, SPANS = 0.5, 5
-ALONE = {"schedule": "fixed", "carry": "nothing"}  # reduction as it is: nothing hides what it misses
-CARRIED = "both, what is missed carried,"
+ALONE = {"schedule": "fixed", "correction": "none"}  # reduction as it is: nothing hides what it misses
+CARRIED = "both, with correction,"
 LATE = 0.2  # share of the steps before the first reduced one, where all blocks are reduced at once
 MERGES = [(merge, bias) for merge in ("mean", "values", "replace") for bias in (True, False)]
 RATES = (0.2, 0.4, 0.6, 0.8)
@@ -37,25 +37,27 @@ PROMPT_SEED = 7  # other prompts than those figures are reported on
 def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     """Costs of a model, after writing asymrnr.json, profile.md and profile.png; a local model gets its asymrnr.json."""
     pipe = load_pipeline(model)
-    home = home_of(pipe, model)
-    if (count := home.steps if steps is None else steps) <= SPANS:
+    defaults = model_defaults(pipe, model)
+    if (count := defaults.steps if steps is None else steps) <= SPANS:
         raise ValueError(f"{count} steps are too few: each of the {SPANS} spans needs one beside the first step")
     out.mkdir(parents=True, exist_ok=True)
-    sites = list(family_of(pipe).attentions(pipe.transformer))
-    settings = _everywhere() | _merges() | _single(sites)
-    texts = held_out_prompts(prompts, PROMPT_SEED) if home.captions else _examples(prompts)
-    runs = [build_run(home, model=model, prompt=text, seed=i, steps=steps) for i, text in enumerate(texts)]
+    layers = list(family_of(pipe).attentions(pipe.transformer))
+    settings = _everywhere() | _merges() | _single(layers)
+    texts = held_out_prompts(prompts, PROMPT_SEED) if defaults.toy_world else _examples(prompts)
+    runs = [build_run(defaults, model=model, prompt=text, seed=i, steps=steps) for i, text in enumerate(texts)]
     others = [pair for pair in weights(model) if pair[0] != PROFILE]
     asked = runs[0].model_dump(exclude={"prompt", "seed"})
-    ledger = Ledger(out / "profile.jsonl", digest(settings, AsymRnR().model_dump(), others, asked, machine(pipe)))
-    done = {(line["prompt"], line["name"]) for line in ledger.lines}
-    warm_up(runs[0], pipe, home)
+    result_log = ResultLog(
+        out / "profile.jsonl", config_hash(settings, AsymRnR().model_dump(), others, asked, environment(pipe))
+    )
+    done = {(line["prompt"], line["name"]) for line in result_log.lines}
+    warm_up(runs[0], pipe, defaults)
     with tqdm(total=len(runs) * len(settings), desc="profile") as bar:
         for run in runs:
-            _measure(run, settings, done, ledger, pipe, home, bar)
-    wanted = [line for line in ledger.lines if line["prompt"] in texts]
-    costs = _costs(wanted, sites)
-    about = {"model": model, "prompts": prompts, "steps": runs[0].steps, **machine(pipe)}
+            _measure(run, settings, done, result_log, pipe, defaults, bar)
+    wanted = [line for line in result_log.lines if line["prompt"] in texts]
+    costs = _costs(wanted, layers)
+    about = {"model": model, "prompts": prompts, "steps": runs[0].steps, **environment(pipe)}
     (out / "profile.md").write_text(_report(wanted, costs, about))
     _plot(wanted, costs, out / "profile.png")
     profile = Profile(grid=grid(pipe, runs[0]), steps=runs[0].steps, rate=RATE, costs=costs)
@@ -67,7 +69,7 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
 
 def _everywhere() -> dict[str, dict]:
     """Settings that remove one feature's tokens, or both's, in all blocks, by name."""
-    names = {"query": {"kv_rate": 0.0}, "kv": {"query_rate": 0.0}, "both": {}, CARRIED: {"carry": "line"}}
+    names = {"query": {"kv_rate": 0.0}, "kv": {"query_rate": 0.0}, "both": {}, CARRIED: {"correction": "linear"}}
     return {
         f"{name} {rate}": {**ALONE, "start": LATE, "query_rate": rate, "kv_rate": rate, **other}
         for name, other in names.items()
@@ -82,13 +84,13 @@ def _merges() -> dict[str, dict]:
     return {f"both {RATE}, {merge}, {weighed[bias]}": {**both, "merge": merge, "bias": bias} for merge, bias in MERGES}
 
 
-def _single(sites: list[str]) -> dict[str, dict]:
+def _single(layers: list[str]) -> dict[str, dict]:
     """Settings that remove one feature's tokens in one block during one span, by name."""
     pair = {"query": (RATE, 0.0), "kv": (0.0, RATE)}
     spans = lambda span, feature: [pair[feature] if s == span else (0.0, 0.0) for s in range(SPANS)]
     return {
-        f"{site} {span} {feature}": {**ALONE, "start": 0.0, "rates": {site: spans(span, feature)}}
-        for site in sites
+        f"{layer} {span} {feature}": {**ALONE, "start": 0.0, "rates": {layer: spans(span, feature)}}
+        for layer in layers
         for span in range(SPANS)
         for feature in FEATURES
     }
@@ -101,33 +103,35 @@ def _examples(n: int) -> list[str]:
     return lines[:n]
 
 
-def _measure(run: Run, settings: dict[str, dict], done: set, ledger: Ledger, pipe, home: Home, bar: tqdm) -> None:
+def _measure(
+    run: Run, settings: dict[str, dict], done: set, result_log: ResultLog, pipe, defaults: ModelDefaults, bar: tqdm
+) -> None:
     """One prompt through all settings that were not measured yet, each against the plain run."""
     todo = [name for name in settings if (run.prompt, name) not in done]
     bar.update(len(settings) - len(todo))
-    plain = generate(run, pipe, home) if todo else None
+    plain = generate(run, pipe, defaults) if todo else None
     for name in todo:
-        video = generate(run.model_copy(update={"methods": {"asymrnr": settings[name]}}), pipe, home)
-        if video.trace.notes:  # with fixed rates only about what keeps it from acting
-            raise ValueError(f"nothing to measure: {video.trace.notes[0]}")
+        video = generate(run.model_copy(update={"methods": {"asymrnr": settings[name]}}), pipe, defaults)
+        if video.trace.messages:  # with fixed rates only about what keeps it from acting
+            raise ValueError(f"nothing to measure: {video.trace.messages[0]}")
         error = (plain.frames.astype(np.float64) - video.frames) / 255
-        marks = [score(v.frames, run.prompt).get("mean") if home.captions else None for v in (plain, video)]
-        ledger.add(
-            prompt=run.prompt, name=name, mse=float(np.square(error).mean()), marks=marks,
-            ssim=distance(plain.frames, video.frames)["ssim"], work=video.trace.summary()["work"],
+        marks = [score(v.frames, run.prompt).get("mean") if defaults.toy_world else None for v in (plain, video)]
+        result_log.add(
+            prompt=run.prompt, name=name, mse=float(np.square(error).mean()), adherence=marks,
+            ssim=distance(plain.frames, video.frames)["ssim"], flops_ratio=video.trace.summary()["flops_ratio"],
         )  # fmt: skip
         bar.update()
 
 
-def _costs(lines: list[dict], sites: list[str]) -> Table:
+def _costs(lines: list[dict], layers: list[str]) -> Table:
     """Mean squared errors, in parts of the largest."""
     by_name: dict[str, list[float]] = {}
     for line in lines:
         by_name.setdefault(line["name"], []).append(line["mse"])
     mean = lambda *key: float(np.mean(by_name[" ".join(map(str, key))]))
-    costs = {site: [tuple(mean(site, s, f) for f in FEATURES) for s in range(SPANS)] for site in sites}
+    costs = {layer: [tuple(mean(layer, s, f) for f in FEATURES) for s in range(SPANS)] for layer in layers}
     most = max(cost for spans in costs.values() for pair in spans for cost in pair)
-    return {site: [tuple(round(c / most, 5) for c in pair) for pair in spans] for site, spans in costs.items()}
+    return {layer: [tuple(round(c / most, 5) for c in pair) for pair in spans] for layer, spans in costs.items()}
 
 
 def _report(lines: list[dict], costs: Table, about: dict) -> str:
@@ -139,15 +143,15 @@ def _report(lines: list[dict], costs: Table, about: dict) -> str:
     )
     for name in _everywhere() | _merges():
         own = [line for line in lines if line["name"] == name]
-        work = np.mean([line["work"] for line in own])
-        lost = [line["marks"][1] - line["marks"][0] for line in own if line["marks"][0] is not None]
-        ssim = spell(interval([line["ssim"] for line in own]), 4)
-        text += f"| {name} | {work:.2f} | {ssim} | {spell(interval(lost)) if lost else '-'} |\n"
+        work = np.mean([line["flops_ratio"] for line in own])
+        lost = [line["adherence"][1] - line["adherence"][0] for line in own if line["adherence"][0] is not None]
+        ssim = format_interval(interval([line["ssim"] for line in own]), 4)
+        text += f"| {name} | {work:.2f} | {ssim} | {format_interval(interval(lost)) if lost else '-'} |\n"
     names = [f"{feature}, span {s + 1}" for s in range(SPANS) for feature in FEATURES]
     text += f"\nCost of each block alone at rate {RATE}, in parts of the largest, by fifth of the steps\n\n"
     text += f"| block | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
-    for site, spans in costs.items():
-        text += f"| {site} | {' | '.join(f'{cost:.4f}' for pair in spans for cost in pair)} |\n"
+    for layer, spans in costs.items():
+        text += f"| {layer} | {' | '.join(f'{cost:.4f}' for pair in spans for cost in pair)} |\n"
     return text
 
 

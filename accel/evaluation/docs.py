@@ -12,35 +12,35 @@ from pathlib import Path
 
 from ..methods import METHODS
 from ..runtime.models import ROOT
-from .bench import ARMS, MEANS, PAIRS
+from .bench import ABLATIONS, MEANS, PAIRS
 from .metrics import RATIOS
 from .report import BRIEF, COLUMNS, paired, table
-from .stats import spell
+from .stats import format_interval
 
 RESULTS = ROOT / "docs" / "results"
 NOT_YET = "Not measured yet.\n"
 OVERVIEW = (  # suite, row, and what it is called where all are together
     ("fastercache", "fastercache", "`fastercache`"),
-    ("fastercache", "fewer steps: 30", "30 plain steps"),
+    ("fastercache", "baseline, 30 steps", "30 plain steps"),
     ("asymrnr", "asymrnr", "`asymrnr`"),
-    ("asymrnr", "fewer steps: 38", "38 plain steps"),
+    ("asymrnr", "baseline, 38 steps", "38 plain steps"),
     ("balanced", "fastercache + asymrnr", "`balanced`"),
-    ("balanced", "fewer steps: 24", "24 plain steps"),
+    ("balanced", "baseline, 24 steps", "24 plain steps"),
     ("meanflow", "meanflow, 20 steps", "`meanflow`, 20 steps"),
-    ("meanflow", "fewer steps: 10", "10 plain steps"),
+    ("meanflow", "baseline, 10 steps", "10 plain steps"),
     ("disca", "disca", "`disca`"),
     ("disca", "meanflow, 10 steps", "`meanflow`, 10 steps"),
-    ("disca", "5 steps by Euler", "5 plain steps by Euler's rule"),
+    ("disca", "Euler, 5 steps", "5 plain steps by Euler's rule"),
     ("gpd", "gpd, 6 steps", "`gpd`"),
-    ("gpd", "equal calls: 3 steps", "3 plain steps"),
+    ("gpd", "baseline, 3 steps (equal NFE)", "3 plain steps"),
     ("disca", "turbo", "`turbo`"),
     ("disca", "meanflow, 6 steps", "`meanflow`, 6 steps"),
 )
-MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", *ARMS, *MEANS, "disca")
+MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", *ABLATIONS, *MEANS, "disca")
 CARD = ROOT / "models" / "tiny-wan" / "README.md"
 
 
-def knobs() -> str:
+def parameters() -> str:
     """One row per knob of each method."""
     rows = ["| knob | default | allowed | what it costs |", "|---|---|---|---|"]
     for name, method in METHODS.items():
@@ -94,7 +94,7 @@ def details(name: str) -> str:
     heads = [*(f"{n} ratio" for n in RATIOS), *read]
     lines = [f"| setting | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for setting, row in rows.items():
-        cells = [*(spell(row[n]) for n in RATIOS), *(f"{row['attributes'][n][0]:.2f}" for n in read)]
+        cells = [*(format_interval(row[n]) for n in RATIOS), *(f"{row['attributes'][n][0]:.2f}" for n in read)]
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n" + "; ".join(f"{n}: {what}" for n, what in RATIOS.items()) + "\n"
 
@@ -113,7 +113,7 @@ def students() -> str:
     ]
     made = [json.loads(file.read_text()) for file in CARD.parent.glob("gpd-N*/gpd.json")]
     for facts in sorted(made, key=lambda f: -f["steps"]):
-        held = facts["held_out"]
+        held = facts["validation"]
         cells = (facts["steps"], facts["horizon"], _kept(held), f"{held['seconds'] / 60:.0f}",
                  f"{held['jump']:.3f}", f"{held['end']:.3f}")  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -122,8 +122,8 @@ def students() -> str:
 
 def _kept(held: dict) -> str:
     """Whose weights a stage left, of how many: where its looks saw the smallest error, or else the last one's."""
-    seen = held.get("watched", {})
-    best = [step for step, error in seen.items() if error == held["jump"]]
+    seen = held.get("validation_curve", {})
+    best = [step for step, error in seen.items() if error == held["velocity_mse"]]
     return f"{best[0] if best else held['step']} of {held['steps']}"
 
 
@@ -179,7 +179,7 @@ def training() -> str:
 
 def _runs(record: dict) -> list[dict]:
     """A run and those whose weights it began with, the first one first."""
-    return [*(_runs(record["after"]) if "after" in record else []), record]
+    return [*(_runs(record["parent_run"]) if "parent_run" in record else []), record]
 
 
 def _reconstruction(r: dict) -> str:
@@ -200,10 +200,12 @@ def layout() -> str:
         "| setting | denoise s | speed-up | work | efficiency | most memory | more than plain |",
         "|---|---|---|---|---|---|---|",
     ]
-    plain = next(iter(found["rows"].values()))["taken"]
+    plain = next(iter(found["rows"].values()))["peak_memory_bytes"]
     for name, row in found["rows"].items():
         figures = " | ".join(f"{row[key]:.2f}" for key in ("speedup", "work", "efficiency"))
-        memory = " | ".join(f"{taken / 1e9:.1f} GB" for taken in (row["taken"], row["taken"] - plain))
+        memory = " | ".join(
+            f"{taken / 1e9:.1f} GB" for taken in (row["peak_memory_bytes"], row["peak_memory_bytes"] - plain)
+        )
         lines.append(f"| {name} | {row['seconds']:.1f} | {figures} | {memory} |")
     return "\n".join(lines) + "\n"
 
@@ -211,14 +213,14 @@ def layout() -> str:
 PARTS = {
     "overview": overview,
     "layout": layout,
-    "knobs": knobs,
+    "knobs": parameters,
     "attributes": attributes,
     "training": training,
     "students": students,
     "disca-training": disca,
 }
 PARTS |= {name: partial(suite, name) for name in MEASURED}
-PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", *ARMS, *MEANS, "disca")}
+PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", *ABLATIONS, *MEANS, "disca")}
 PARTS |= {f"{name}-pairs": partial(pairs, name) for name in PAIRS}
 
 

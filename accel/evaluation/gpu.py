@@ -20,9 +20,9 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tqdm import tqdm
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from ..files import whole
-from ..runtime.generate import Run, build_run, generate, machine
-from ..runtime.models import ROOT, TINY, Home, load_pipeline
+from ..files import atomic_write
+from ..runtime.generate import Run, build_run, environment, generate
+from ..runtime.models import ROOT, TINY, ModelDefaults, load_pipeline
 from ..runtime.presets import load_preset
 
 LAYOUTS = {"wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
@@ -31,7 +31,7 @@ PROMPT = "a large red star spins slowly over a striped navy background"
 
 
 @dataclass(frozen=True)
-class Figures:
+class Measurement:
     """One run: seconds of denoising, FLOPs, and the most bytes of the GPU that were taken meanwhile (0 on a CPU)."""
 
     seconds: float
@@ -57,7 +57,7 @@ def build(folder: Path, layout: dict, device: str) -> None:
     pipe.save_pretrained(folder)
 
 
-def measure(run: Run, pipe, home: Home) -> Figures:
+def measure(run: Run, pipe, defaults: ModelDefaults) -> Measurement:
     """The figures of one run."""
     on_gpu, taken = torch.cuda.is_available(), 0
 
@@ -68,17 +68,17 @@ def measure(run: Run, pipe, home: Home) -> Figures:
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    video = generate(run, pipe, home, note)
-    return Figures(video.seconds["denoise"], video.trace.work()[0], taken)
+    video = generate(run, pipe, defaults, note)
+    return Measurement(video.seconds["denoise"], video.trace.flops_computed_and_full()[0], taken)
 
 
-def figures(runs: dict[str, Run], pipe, home: Home, repeats: int) -> dict[str, dict]:
+def figures(runs: dict[str, Run], pipe, defaults: ModelDefaults, repeats: int) -> dict[str, dict]:
     """Of each run, in turn, after two steps of each that nobody times: medians, and the speed-up over the first one."""
     for run in runs.values():
-        generate(run.model_copy(update={"steps": 2}), pipe, home)
-    made: dict[str, list[Figures]] = {name: [] for name in runs}
+        generate(run.model_copy(update={"steps": 2}), pipe, defaults)
+    made: dict[str, list[Measurement]] = {name: [] for name in runs}
     for name in tqdm(list(runs) * repeats, desc="runs"):
-        made[name].append(measure(runs[name], pipe, home))
+        made[name].append(measure(runs[name], pipe, defaults))
     plain = next(iter(made.values()))
     rows = {}
     for name, own in made.items():
@@ -90,7 +90,7 @@ def figures(runs: dict[str, Run], pipe, home: Home, repeats: int) -> dict[str, d
             "speedup_range": [min(speeds), max(speeds)],
             "work": work,
             "efficiency": speed * work,
-            "taken": max(f.taken for f in own),
+            "peak_memory_bytes": max(f.taken for f in own),
         }
     return rows
 
@@ -110,15 +110,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), LAYOUTS[layout], "cuda")
         pipe = load_pipeline(folder)
-    home = Home()
+    defaults = ModelDefaults()
     given = {"model": layout, "prompt": PROMPT, "steps": steps, "frames": frames}
     methods = {name: {} if name == ROWS[0] else load_preset(name).methods for name in ROWS}
-    runs = {name: build_run(home, **given, methods=own) for name, own in methods.items()}
-    rows = figures(runs, pipe, home, repeats)
+    runs = {name: build_run(defaults, **given, methods=own) for name, own in methods.items()}
+    rows = figures(runs, pipe, defaults, repeats)
     asked = {key: getattr(runs[ROWS[0]], key) for key in ("height", "width", "frames", "steps", "guidance")}
     out.mkdir(parents=True, exist_ok=True)
-    with whole(out / "results.json") as part:
-        part.write_text(json.dumps({"layout": layout, "n": repeats, **asked, **machine(pipe), "rows": rows}, indent=1))
+    with atomic_write(out / "results.json") as part:
+        part.write_text(
+            json.dumps({"layout": layout, "n": repeats, **asked, **environment(pipe), "rows": rows}, indent=1)
+        )
     print(json.dumps(rows, indent=1), file=sys.stderr)
 
 

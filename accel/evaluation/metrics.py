@@ -9,10 +9,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from ..ops.spectrum import high_energy
 
 RATIOS = {  # of a video to another one of the same noise
-    "latent": "squared error of the final latents, in parts of the other's mean square",
-    "motion": "mean change from frame to frame",
-    "detail": "energy of the latents' high spatial frequencies",
-    "dynamics": "energy of the latents' high temporal frequencies",
+    "latent_nmse": "squared error of the final latents, in parts of the other's mean square",
+    "motion_ratio": "mean change from frame to frame",
+    "spatial_hf": "energy of the latents' high spatial frequencies",
+    "temporal_hf": "energy of the latents' high temporal frequencies",
 }
 
 
@@ -31,7 +31,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> dict:
     }
 
 
-def ratios(plain: tuple[torch.Tensor, np.ndarray], other: tuple[torch.Tensor, np.ndarray]) -> dict[str, float]:
+def relative_metrics(
+    plain: tuple[torch.Tensor, np.ndarray], other: tuple[torch.Tensor, np.ndarray]
+) -> dict[str, float]:
     """The `RATIOS` of another video to a plain one; each is its latents (1, c, f, h, w) and frames (f, h, w, c)."""
     (x, frames_x), (y, frames_y) = plain, other
     x, y = x.float(), y.float()

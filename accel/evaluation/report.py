@@ -9,12 +9,12 @@ import numpy as np
 
 from ..world.scene import ATTRIBUTES
 from .metrics import RATIOS
-from .stats import interval, spell
+from .stats import format_interval, interval
 
-MARKS: dict[str, Callable[[dict], float]] = {  # what rows are held against each other by
+PAIRED_METRICS: dict[str, Callable[[dict], float]] = {  # what rows are held against each other by
     "adherence": lambda r: r["adherence"]["mean"],
     "ssim": lambda r: r["ssim"],
-    "latent": lambda r: r["latent"],
+    "latent_nmse": lambda r: r["latent_nmse"],
 }
 
 COLUMNS: dict[str, Callable[[dict], str]] = {  # of a table: how a row's figures are spelled
@@ -22,11 +22,11 @@ COLUMNS: dict[str, Callable[[dict], str]] = {  # of a table: how a row's figures
     "speed-up": lambda r: "{:.2f} [{:.2f}, {:.2f}]".format(r["speedup"], *r["speedup_range"]),
     "work": lambda r: f"{r['work']:.2f}",
     "efficiency": lambda r: f"{r['efficiency']:.2f}",
-    "SSIM": lambda r: spell(r["ssim"], 4),
+    "SSIM": lambda r: format_interval(r["ssim"], 4),
     "worst": lambda r: f"{r['ssim_worst']:.3f}",
-    "PSNR dB": lambda r: spell(r["psnr"], 1) if r["psnr"] else "equal",
-    "adherence": lambda r: spell(r["adherence"]) if "adherence" in r else "-",
-    "- baseline": lambda r: spell(r["difference"]) if "difference" in r else "-",
+    "PSNR dB": lambda r: format_interval(r["psnr"], 1) if r["psnr"] else "equal",
+    "adherence": lambda r: format_interval(r["adherence"]) if "adherence" in r else "-",
+    "- baseline": lambda r: format_interval(r["difference"]) if "difference" in r else "-",
 }
 BRIEF = ("denoise s", "speed-up", "efficiency", "SSIM", "adherence", "- baseline")
 
@@ -71,8 +71,8 @@ def _row(groups: list[list[dict]], name: str, first: str) -> dict:
     for ratio in [key for key in RATIOS if all(key in r for r in own)]:
         row[ratio] = mean(lambda r, ratio=ratio: r[ratio])
     if own[0]["adherence"]:
-        row["adherence"] = mean(MARKS["adherence"])
-        row["difference"] = _less(groups, name, first, MARKS["adherence"])
+        row["adherence"] = mean(PAIRED_METRICS["adherence"])
+        row["difference"] = _less(groups, name, first, PAIRED_METRICS["adherence"])
         row["attributes"] = {a: mean(lambda r, a=a: r["adherence"][a]) for a in ATTRIBUTES}
     return row
 
@@ -91,7 +91,7 @@ def _less(groups: list[list[dict]], a: str, b: str, value: Callable[[dict], floa
 
 def _held(groups: list[list[dict]], a: str, b: str) -> dict:
     """Row a less row b by each of the marks that both have."""
-    marks = {mark: value for mark, value in MARKS.items() if groups[0][0][a].get(mark) not in (None, {})}
+    marks = {mark: value for mark, value in PAIRED_METRICS.items() if groups[0][0][a].get(mark) not in (None, {})}
     less = {mark: _less(groups, a, b, value) for mark, value in marks.items()}
     faster = float(np.median([rows[b]["denoise"] / rows[a]["denoise"] for group in groups for rows in group]))
     return {"a": a, "b": b, "speed": faster, **less}
@@ -120,7 +120,7 @@ def paired(summary: dict) -> str:
     """The pairs as a Markdown table; an interval without 0 is a difference that these prompts show."""
     lines = ["| this | less that | its speed | adherence | SSIM | latent error |", "|---|---|---|---|---|---|"]
     for pair in summary["pairs"]:
-        marks = " | ".join(spell(pair[mark]) if mark in pair else "-" for mark in MARKS)
+        marks = " | ".join(format_interval(pair[mark]) if mark in pair else "-" for mark in PAIRED_METRICS)
         lines.append(f"| {pair['a']} | {pair['b']} | {pair['speed']:.2f} | {marks} |")
     return "\n".join(lines) + "\n"
 

@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..files import whole
+from ..files import atomic_write
 
 
-class Ledger:
+class ResultLog:
     """The lines of a file that belong to `key`; those of another key stay in the file and are not counted in."""
 
     def __init__(self, file: Path, key: str):
@@ -17,7 +17,7 @@ class Ledger:
         text = file.read_text() if file.is_file() else ""
         lines = text[: text.rfind("\n") + 1]
         if lines != text:  # a kill cut the last one short
-            with whole(file) as part:
+            with atomic_write(file) as part:
                 part.write_text(lines)
         self.lines = [line for line in map(json.loads, lines.splitlines()) if line["key"] == key]
 
@@ -28,6 +28,6 @@ class Ledger:
             log.write(json.dumps(self.lines[-1]) + "\n")
 
 
-def digest(*what) -> str:
+def config_hash(*what) -> str:
     """A short name of anything JSON can hold: equal for equal settings only."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

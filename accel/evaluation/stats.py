@@ -14,6 +14,6 @@ def interval(values: list[float], seed: int = 0, draws: int = 2000) -> tuple[flo
     return float(data.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
 
 
-def spell(found: Sequence[float], digits: int = 3) -> str:
+def format_interval(found: Sequence[float], digits: int = 3) -> str:
     """An `interval` as text: mean [low, high]."""
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*found, d=digits)

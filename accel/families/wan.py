@@ -6,11 +6,11 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from ..core.attention import Heads
+from ..core.attention import QKV
 from ..ops.tokens import Reduction
 
-BLOCKS = "blocks"  # the attribute that holds them
-PLAIN = ("WanTransformer3DModel",)  # classes that go from block to block and do nothing between them
+BLOCKS_ATTR = "blocks"  # the attribute that holds them
+STACKABLE = ("WanTransformer3DModel",)  # classes that go from block to block and do nothing between them
 
 
 def denoisers(pipe) -> list[nn.Module]:
@@ -32,7 +32,9 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 def new_block(model: nn.Module) -> WanTransformerBlock:
     """A block of the model's kind with weights of its own."""
     c = model.config
-    return WanTransformerBlock(width(model), c.ffn_dim, c.num_attention_heads, c.qk_norm, c.cross_attn_norm, c.eps)
+    return WanTransformerBlock(
+        hidden_size(model), c.ffn_dim, c.num_attention_heads, c.qk_norm, c.cross_attn_norm, c.eps
+    )
 
 
 def grid(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
@@ -45,18 +47,20 @@ def is_guided(pipe) -> bool:
     return bool(pipe.do_classifier_free_guidance)
 
 
-def width(model: nn.Module) -> int:
+def hidden_size(model: nn.Module) -> int:
     """Channels of a token inside the blocks."""
     return model.config.num_attention_heads * model.config.attention_head_dim
 
 
-def attend(attn: nn.Module, core, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def run_attention(
+    attn: nn.Module, core, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """A self-attention (b, n, d) with `core(heads)` (b, n or m, h, d) for its softmax; else as the stock one."""
-    heads = Projected(attn, x, rope)
-    return heads.finish(core(heads))
+    qkv = LazyQKV(attn, x, rope)
+    return qkv.project_out(core(qkv))
 
 
-class Projected(Heads):
+class LazyQKV(QKV):
     """Heads over hidden x (b, n, d), projected when they are asked for, and then only for the tokens that stay.
 
     Norm and rotary embedding work on each token alone, values and outputs are linear: the result is the same, and the
@@ -88,37 +92,37 @@ class Projected(Heads):
             return self._split(self._narrow(self.attn.to_v, cut, mean))
         if self.v is None:
             self.v = self._split(self.attn.to_v(self.x))
-        return self.shorten(self.v, cut, mean)
+        return self.reduce(self.v, cut, mean)
 
-    def restore(self, y: Tensor, cut: Reduction | None, missed: Tensor | None = None) -> Tensor:
+    def restore(self, y: Tensor, cut: Reduction | None, residual: Tensor | None = None) -> Tensor:
         if not self._waits(cut):
-            return super().restore(y, cut, missed)
-        self.late = cut, missed
+            return super().restore(y, cut, residual)
+        self.late = cut, residual
         if cut is not None:
             self._spare(cut)
         return y
 
-    def missed(self, whole: Tensor, short: Tensor, cut: Reduction | None) -> Tensor:
+    def residual(self, whole: Tensor, short: Tensor, cut: Reduction | None) -> Tensor:
         if not self._waits(cut):
-            return super().missed(whole, short, cut)
+            return super().residual(whole, short, cut)
         self.whole = whole, self._out(whole)
-        self.spared -= 2 * short[:, :, 0, 0].numel() * self.x.shape[2] ** 2
+        self.saved_flops -= 2 * short[:, :, 0, 0].numel() * self.x.shape[2] ** 2
         return self.whole[1] - self._long(self._out(short), cut)
 
-    def finish(self, y: Tensor) -> Tensor:
+    def project_out(self, y: Tensor) -> Tensor:
         """The projected output (b, n, d) of what the core gave."""
         out = self.whole[1] if y is self.whole[0] else self._out(y)
-        cut, missed = self.late
-        if cut is None and missed is None:
+        cut, residual = self.late
+        if cut is None and residual is None:
             return out
-        return self._long(out, cut, missed)
+        return self._long(out, cut, residual)
 
     def _out(self, y: Tensor) -> Tensor:
         return self.attn.to_out[1](self.attn.to_out[0](y.flatten(2, 3).type_as(self.x)))
 
-    def _long(self, y: Tensor, cut: Reduction | None, missed: Tensor | None = None) -> Tensor:
+    def _long(self, y: Tensor, cut: Reduction | None, residual: Tensor | None = None) -> Tensor:
         """`Heads.restore` of a projected output (b, m, d)."""
-        return super().restore(y[:, :, None], cut, None if missed is None else missed[:, :, None]).squeeze(2)
+        return super().restore(y[:, :, None], cut, None if residual is None else residual[:, :, None]).squeeze(2)
 
     def _waits(self, cut: Reduction | None) -> bool:
         """Whether restoring may wait until after the projection."""
@@ -135,18 +139,18 @@ class Projected(Heads):
         if whole is None:
             whole = self._turned(norm(layer(self.x)))
             setattr(self, name, whole)
-        return self.shorten(whole, cut, mean)
+        return self.reduce(whole, cut, mean)
 
     def _narrow(self, layer: nn.Module, cut: Reduction, mean: bool = False) -> Tensor:
         """A projection (b, m, d) of the tokens that stay."""
         self._spare(cut)
         if (id(cut), mean) not in self.short:
-            self.short[id(cut), mean] = self.shorten(self.x[:, :, None], cut, mean).squeeze(2)
+            self.short[id(cut), mean] = self.reduce(self.x[:, :, None], cut, mean).squeeze(2)
         return layer(self.short[id(cut), mean])
 
     def _spare(self, cut: Reduction) -> None:
         b, n, d = self.x.shape
-        self.spared += 2 * b * (n - cut.keep.shape[1]) * d**2
+        self.saved_flops += 2 * b * (n - cut.keep.shape[1]) * d**2
 
     def _split(self, y: Tensor) -> Tensor:
         return y.unflatten(2, self.shape[2:])
@@ -157,7 +161,7 @@ class Projected(Heads):
         if cut is None:  # in the stock attention's own operations: bitwise the same on every device
             (a, b), (cos, sin) = pairs.unbind(-1), (table[..., i::2] for i, table in enumerate(self.rope))
             return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(y)
-        with self.watch:
+        with self.timer:
             cos, sin = (table[0][cut.keep] for table in self.rope)
         at_least = torch.promote_types(torch.float32, cos.dtype)  # there are no complex numbers of two bfloat16
         pairs = pairs.to(torch.promote_types(y.dtype, at_least)).contiguous()

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.host import Host
 from ..core.trace import DENOISER, Step, Trace
 from ..ops.spectrum import split
-from .base import Ahead, Method, ahead_of
+from .base import Method, RunSpec, run_spec
 
 FEWEST_STEPS = 10  # below, neighbouring steps differ too much to stand for each other
 
@@ -68,7 +68,7 @@ class FasterCache(Method):
     attention_start: float = Field(
         0.14, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first extrapolated one."
     )
-    weight: Literal["linear", "sigma"] = Field(
+    extrapolation: Literal["linear", "sigma"] = Field(
         "linear", description="Strength of the extrapolation: rising from 0 to 1, or by the distance in noise level."
     )
     guidance: bool = Field(True, description="Rebuild the unconditional branch between full steps.")
@@ -84,7 +84,7 @@ class FasterCache(Method):
     gain_high: float = Field(
         0.0, ge=-0.5, le=0.5, multiple_of=0.01, description="Extra guidance on fine detail, later half only."
     )
-    compound: bool = Field(
+    compound_gain: bool = Field(
         False, description="Let the gains grow with each rebuilt step, as the authors' code does and the paper not."
     )
 
@@ -105,16 +105,16 @@ class FasterCache(Method):
 
     def gains(self, step: Step, since_full: int) -> tuple[float, float]:
         """Weights of the low and high band (eq. 11): (1 + gain_low, 1) in the first half, then (1, 1 + gain_high)."""
-        power = since_full if self.compound else 1
+        power = since_full if self.compound_gain else 1
         early = step.index < step.count / 2
         return (1 + self.gain_low) ** power if early else 1.0, 1.0 if early else (1 + self.gain_high) ** power
 
-    def forecast(self, ahead: Ahead) -> int:
+    def estimate_memory(self, spec: RunSpec) -> int:
         """Two outputs per attention and branch, and of the latents' size two float32 bands and one cond output."""
-        model, family, latents, count, guided, sites, _ = ahead
+        model, family, latents, count, guided, layers, _ = spec
         plans = self._switched(count, guided)
         tokens = math.prod(family.grid(model, latents)) * len(latents)
-        outputs = 2 * sites * tokens * family.width(model) * latents.element_size()
+        outputs = 2 * layers * tokens * family.hidden_size(model) * latents.element_size()
         branches = [b for b in ("cond", "uncond")[: 1 + guided] if reused(plans, b)]
         cached = any(not p.guidance for p in plans)
         velocity = latents.numel() // latents.shape[1] * model.config.out_channels
@@ -125,8 +125,8 @@ class FasterCache(Method):
         """Wrap the attentions and the denoiser for the time of the context."""
         memory, plans = host.per_run(Memory), host.per_run(lambda: self._plans(host, trace))
 
-        def attend(inner: Callable[[], Tensor], site: str) -> Tensor:
-            return self._attend(inner, site, host, trace, memory(), plans())
+        def attend(inner: Callable[[], Tensor], layer: str) -> Tensor:
+            return self._attend(inner, layer, host, trace, memory(), plans())
 
         def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
             return self._denoise(inner, x, inputs, host, trace, memory(), plans())
@@ -140,50 +140,50 @@ class FasterCache(Method):
             return [Plan(True, True)] * count
         return (self if guided else self.model_copy(update={"guidance": False})).plan(count)
 
-    def idle(self, ahead: Ahead) -> str:
+    def inactive_reason(self, spec: RunSpec) -> str:
         """Where there are too few steps to find two alike, or all are to be computed."""
-        if ahead.count < FEWEST_STEPS:
-            return f"FasterCache is off: {ahead.count} steps are too few, it needs at least {FEWEST_STEPS}"
-        if all(p == Plan(True, True) for p in self._switched(ahead.count, ahead.guided)):
+        if spec.count < FEWEST_STEPS:
+            return f"FasterCache is off: {spec.count} steps are too few, it needs at least {FEWEST_STEPS}"
+        if all(p == Plan(True, True) for p in self._switched(spec.count, spec.guided)):
             return "FasterCache does nothing: at these settings every step is computed in full"
         return ""
 
     def _plans(self, host: Host, trace: Trace) -> list[Plan]:
         """The run's plan; what keeps it from acting, and what it will hold, goes to the trace."""
-        ahead = ahead_of(host)
-        plans = self._switched(ahead.count, ahead.guided)
-        if idle := self.idle(ahead):
-            trace.note(idle)
-        elif self.guidance and not ahead.guided:
-            trace.note("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
-        trace.bytes_forecast += self.forecast(ahead)
-        host.anchors |= {i for i, (now, then) in enumerate(pairwise(plans)) if now.guidance and not then.guidance}
+        spec = run_spec(host)
+        plans = self._switched(spec.count, spec.guided)
+        if inactive_reason := self.inactive_reason(spec):
+            trace.add_message(inactive_reason)
+        elif self.guidance and not spec.guided:
+            trace.add_message("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
+        trace.estimated_bytes += self.estimate_memory(spec)
+        host.exact_steps |= {i for i, (now, then) in enumerate(pairwise(plans)) if now.guidance and not then.guidance}
         return plans
 
-    def _attend(self, inner, site: str, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:
-        step, key = host.step, (host.model, site, host.step.branch)
-        if memory.model != host.model:  # Wan 2.2 has changed to its second transformer
+    def _attend(self, inner, layer: str, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:
+        step, key = host.step, (host.active_index, layer, host.step.branch)
+        if memory.model != host.active_index:  # Wan 2.2 has changed to its second transformer
             memory.outputs.clear()
-            memory.model = host.model
+            memory.model = host.active_index
         entries = memory.outputs.get(key, [])
         if not plans[step.index].attention and len(entries) == 2:
-            trace.record(step, site, "reuse")
+            trace.record(step, layer, "reuse")
             return self._extrapolate(entries, step, plans)
         out = inner()
         steps = reused(plans, step.branch)
         if not any(i > step.index for i in steps):  # nobody will ask again
             if memory.outputs.pop(key, None):
-                trace.hold("fastercache", memory.held())
+                trace.set_memory("fastercache", memory.held())
         elif step.index >= steps[0] - 2:  # among the last two computed when the first extrapolation comes
             fits = [e for e in entries[-1:] if e[1].shape == out.shape]
             memory.outputs[key] = [*fits, (step.sigma, out)]
-            trace.hold("fastercache", memory.held())
+            trace.set_memory("fastercache", memory.held())
         return out
 
     def _extrapolate(self, entries: list[tuple[float, Tensor]], step: Step, plans: list[Plan]) -> Tensor:
         """F_last + w (F_last - F_prev), eq. 5."""
         (before, previous), (last, latest) = entries
-        if self.weight == "sigma":
+        if self.extrapolation == "sigma":
             w = (step.sigma - last) / (last - before)
         else:
             steps = reused(plans, "cond")
@@ -194,7 +194,7 @@ class FasterCache(Method):
         if all(p.guidance for p in plans):
             return inner(x, **inputs)
         step, bands, cond = host.step, memory.bands, memory.cond
-        fits = bands is not None and cond is not None and bands[0] == host.model and bands[1].shape == cond.shape
+        fits = bands is not None and cond is not None and bands[0] == host.active_index and bands[1].shape == cond.shape
         if step.branch == "uncond" and fits and not plans[step.index].guidance:
             memory.since_full += 1
             low, high = self.gains(step, memory.since_full)
@@ -204,11 +204,11 @@ class FasterCache(Method):
         if step.branch == "cond":
             memory.cond = out
         elif cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
-            memory.bands, memory.since_full = (host.model, *split(out.float() - cond.float())), 0
-            trace.hold("fastercache", memory.held())
+            memory.bands, memory.since_full = (host.active_index, *split(out.float() - cond.float())), 0
+            trace.set_memory("fastercache", memory.held())
         else:
             memory.bands = memory.cond = None
-            trace.hold("fastercache", memory.held())
+            trace.set_memory("fastercache", memory.held())
         return out
 
 

@@ -18,22 +18,22 @@ from torch import Tensor
 
 from ..core.host import Host
 from ..core.trace import Trace
-from ..students.loading import bytes_of, one_branch, placed
-from ..students.manifest import check_base, read
-from ..students.scheduler import gridded
-from .base import Distilled, Offered, place_of, student_knob
+from ..students.loading import forbid_cfg, load_student, weight_bytes
+from ..students.manifest import check_base, load_manifest
+from ..students.scheduler import use_scheduler
+from .base import Choices, StudentMethod, model_path, student_field
 
 
 class Student(BaseModel, frozen=True):
     """What `gpd.json` says of a student, as far as running it goes."""
 
     steps: int = Field(ge=1)
-    levels: Annotated[list[float], Field(min_length=2)]  # steps + 1 of them, from 1 to 0
-    times: Annotated[list[float], Field(min_length=1)]
-    base: list[float]  # marks of the transformer it was made from
+    sigmas: Annotated[list[float], Field(min_length=2)]  # steps + 1 of them, from 1 to 0
+    timesteps: Annotated[list[float], Field(min_length=1)]
+    base_fingerprint: list[float]  # marks of the transformer it was made from
 
 
-class GPD(Distilled):
+class GPD(StudentMethod):
     """Runs the student of a number of steps in place of the denoiser."""
 
     title: ClassVar[str] = "GPD"
@@ -43,25 +43,25 @@ class GPD(Distilled):
     steps: Literal[0, 6, 8, 12, 16, 24, 48] = Field(
         6, description="Steps of the student (0: no student); fewer lose fine detail first."
     )
-    student: str = student_knob()
+    student: str = student_field()
 
     @classmethod
-    def offered(cls, model: str | Path) -> dict[str, Offered]:
+    def available_values(cls, model: str | Path) -> dict[str, Choices]:
         """Step counts of the students beside a model."""
         found = [
-            n for n in get_args(cls.model_fields["steps"].annotation) if (_beside(model, n) / "gpd.json").is_file()
+            n for n in get_args(cls.model_fields["steps"].annotation) if (_default_dir(model, n) / "gpd.json").is_file()
         ]
         return {"steps": [0, *found] if found else []}
 
-    def beside(self, model: str | Path) -> Path:
+    def default_dir(self, model: str | Path) -> Path:
         """The student of that many steps."""
-        return _beside(model, self.steps)
+        return _default_dir(model, self.steps)
 
-    def demands(self) -> dict[str, float]:
+    def required_settings(self) -> dict[str, float]:
         """The student's number of steps, and one branch: guidance is built in."""
         if not self.steps:
             return {}
-        return {"steps": _read(Path(self.student)).steps if self.student else self.steps, "guidance": 1.0}
+        return {"steps": _load_manifest(Path(self.student)).steps if self.student else self.steps, "guidance": 1.0}
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
@@ -69,24 +69,24 @@ class GPD(Distilled):
         if not self.steps:
             yield
             return
-        folder, model = self.folder(place_of(host)), host.models[0]
-        told = host.per_run(lambda: trace.expect("gpd", bytes_of(folder, model)))
+        weights_dir, model = self.weights_dir(model_path(host)), host.denoisers[0]
+        told = host.per_run(lambda: trace.reserve_memory("gpd", weight_bytes(weights_dir, model)))
 
         def call(inner, x: Tensor, **inputs) -> Tensor:
             told()
             return inner(x, **inputs)
 
-        student = _read(folder)
-        check_base(folder, student.base, host.pipe)
-        with placed(folder, model), host.wrap_denoiser(call), one_branch(host):
-            with gridded(host.pipe, student.levels, student.times):
+        student = _load_manifest(weights_dir)
+        check_base(weights_dir, student.base_fingerprint, host.pipe)
+        with load_student(weights_dir, model), host.wrap_denoiser(call), forbid_cfg(host):
+            with use_scheduler(host.pipe, student.sigmas, student.timesteps):
                 yield
 
 
-def _beside(model: str | Path, steps: int) -> Path:
+def _default_dir(model: str | Path, steps: int) -> Path:
     """The folder of a model's student of so many steps."""
     return Path(model) / f"gpd-N{steps}"
 
 
-def _read(folder: Path) -> Student:
-    return read(folder, "gpd.json", Student, "gpd.student", "train gpd makes them")
+def _load_manifest(weights_dir: Path) -> Student:
+    return load_manifest(weights_dir, "gpd.json", Student, "gpd.student", "train gpd makes them")

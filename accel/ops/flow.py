@@ -13,7 +13,7 @@ from torch import Tensor
 
 def euler(x: Tensor, v: Tensor, now: Tensor, then: Tensor) -> Tensor:
     """x (b, ...) carried from level `now` (b,) to `then` (b,) along its velocity, first order."""
-    return x + wide(then - now, x) * v
+    return x + expand_like(then - now, x) * v
 
 
 def mean_velocity(velocities: list[Tensor], levels: list[Tensor]) -> Tensor:
@@ -24,7 +24,7 @@ def mean_velocity(velocities: list[Tensor], levels: list[Tensor]) -> Tensor:
     """
     widths = torch.stack([now - then for now, then in zip(levels, levels[1:])])
     shares = (widths / widths.sum(0)).to(velocities[0])
-    return sum(wide(share, v) * v for share, v in zip(shares, velocities))
+    return sum(expand_like(share, v) * v for share, v in zip(shares, velocities))
 
 
 def mean_flow_target(v: Tensor, slope: Tensor, now: Tensor, then: Tensor) -> Tensor:
@@ -33,23 +33,23 @@ def mean_flow_target(v: Tensor, slope: Tensor, now: Tensor, then: Tensor) -> Ten
     v is the velocity at `now`, `slope` the change of the mean with the level along the path. MeanFlow (Geng et al.,
     arXiv 2505.13447, eq. 6).
     """
-    return v - wide(now - then, v) * slope
+    return v - expand_like(now - then, v) * slope
 
 
-def slope_exact(u: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, v: Tensor) -> Tensor:
+def jvp_exact(u: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, v: Tensor) -> Tensor:
     """du/dt (b, ...) of a mean velocity u(x, now) along the path with velocity v, by forward differentiation."""
     return torch.func.jvp(u, (x, now), (v, torch.ones_like(now)))[1]
 
 
-def slope_central(
+def jvp_central(
     u: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, v: Tensor, then: Tensor, reach: float
 ) -> Tensor:
     """The same from two calls, `reach` above and below; from one side where the other lies beyond `then` or 1."""
     high, low = (now + reach).clamp(max=1), torch.maximum(now - reach, then)
-    above, below = (u(x + wide(level - now, x) * v, level) for level in (high, low))
-    return (above - below) / wide(high - low, x)
+    above, below = (u(x + expand_like(level - now, x) * v, level) for level in (high, low))
+    return (above - below) / expand_like(high - low, x)
 
 
-def wide(s: Tensor, x: Tensor) -> Tensor:
+def expand_like(s: Tensor, x: Tensor) -> Tensor:
     """A number a sample (b,) in the shape and dtype of x (b, ...)."""
     return s.to(x).view(-1, *[1] * (x.ndim - 1))

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 Metric = Literal["euclidean", "cosine", "dot"]
-MEMORY = 256 * 2**20  # bytes that global matching may use at a time
+MAX_MATCHING_BYTES = 256 * 2**20  # bytes that global matching may use at a time
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def partition(grid: tuple[int, int, int], cell: tuple[int, int, int], seed: int,
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """Sources from the most to the least alike their destination, found once; any rate is a cut of it."""
 
     part: Partition
     order: Tensor  # (g, s) int32: token index of the sources, most alike first
     owner: Tensor  # (g, s) int32: index into `part.destinations` of the destination of each of them
-    likeness: Tensor  # (g,) 0: as unlike as random tokens, 1: the same
+    similarity: Tensor  # (g,) 0: as unlike as random tokens, 1: the same
 
     def cut(self, rate: float) -> Reduction:
         """The reduction that removes the share `rate` of all tokens. Raises ValueError beyond the partition."""
@@ -109,7 +109,7 @@ class Reduction:
 
     def reduce(self, x: Tensor, mean: bool = False) -> Tensor:
         """x (b, n, h, d) shortened to (b, m, h, d): kept tokens as they are, or the mean of those they stand for."""
-        rows = _rows(x, len(self.keep))
+        rows = _features(x, len(self.keep))
         if not mean:
             return _tokens(_take(rows, self.keep), x.shape)
         return _tokens(self._mean(rows), x.shape)
@@ -122,19 +122,19 @@ class Reduction:
 
     def restore(self, x: Tensor) -> Tensor:
         """x (b, m, h, d) at full length (b, n, h, d): each token gets the row of the one that stands for it."""
-        return _tokens(_take(_rows(x, len(self.place)), self.place), x.shape)
+        return _tokens(_take(_features(x, len(self.place)), self.place), x.shape)
 
 
 def match(
-    x: Tensor, part: Partition, metric: Metric = "euclidean", everywhere: bool = False, shared: bool = True,
-    memory: int = MEMORY,
-) -> Plan:  # fmt: skip
+    x: Tensor, part: Partition, metric: Metric = "euclidean", global_search: bool = False, shared: bool = True,
+    memory: int = MAX_MATCHING_BYTES,
+) -> MergePlan:  # fmt: skip
     """The plan for features x (b, n, h, d), centred on their mean.
 
     A source's destination is that of its own cell (linear cost), or the best of all (`everywhere`: a matrix product
     never whole). About `memory` bytes are used at a time. `shared`: one plan for all heads.
     """
-    rows = _rows(x, len(x) if shared else len(x) * x.shape[2])
+    rows = _features(x, len(x) if shared else len(x) * x.shape[2])
     g, _, width = rows.shape
     middle = rows.mean(1, keepdim=True, dtype=torch.float32)
 
@@ -143,7 +143,7 @@ def match(
 
     def piece(place: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sources, owner = ready(rows.index_select(1, place)), cell.expand(g, -1)
-        if everywhere:
+        if global_search:
             owner = _nearest(sources, rows, part.destinations.split(columns), ready, metric)
         own = ready(_take(rows, part.destinations[owner]))
         unlike = None if metric == "euclidean" else (own * sources).sum(-1).neg_()
@@ -151,20 +151,20 @@ def match(
         return apart if unlike is None else unlike, owner, sources.square_().sum((1, 2)), apart.sum(1)
 
     columns = max(1, memory // (32 * g * width))  # destinations at a time: a quarter of the memory
-    lines = max(1, 3 * memory // (16 * g * (5 * width + 2 * columns * everywhere)))
+    lines = max(1, 3 * memory // (16 * g * (5 * width + 2 * columns * global_search)))
     pieces = [piece(*chunk) for chunk in zip(part.sources.split(lines), part.cell.split(lines))]
     distance, owner = (torch.cat([p[i] for p in pieces], 1) for i in (0, 1))
     spread, apart = (torch.stack([p[i] for p in pieces]).sum(0) for i in (2, 3))
     order = distance.argsort(dim=1, stable=True)
-    likeness = (1 - apart / (2 * spread).clamp_min(1e-12)).clamp(0, 1)  # two random sources are 2 x spread apart
-    return Plan(part, part.sources[order].int(), owner.gather(1, order).int(), likeness)
+    similarity = (1 - apart / (2 * spread).clamp_min(1e-12)).clamp(0, 1)  # two random sources are 2 x spread apart
+    return MergePlan(part, part.sources[order].int(), owner.gather(1, order).int(), similarity)
 
 
-def pooled(part: Partition, groups: int) -> Plan:
+def grid_plan(part: Partition, groups: int) -> MergePlan:
     """The plan without matching: sources go to their own cells, in an order drawn once: not the first frames first."""
     shuffled = torch.randperm(len(part.sources), generator=torch.Generator().manual_seed(0)).to(part.sources.device)
     order, owner = part.sources[shuffled].expand(groups, -1), part.cell[shuffled].expand(groups, -1)
-    return Plan(part, order.int(), owner.int(), torch.ones(groups, device=order.device))
+    return MergePlan(part, order.int(), owner.int(), torch.ones(groups, device=order.device))
 
 
 def _nearest(sources: Tensor, rows: Tensor, chunks: tuple[Tensor, ...], ready: Callable, metric: Metric) -> Tensor:
@@ -183,7 +183,7 @@ def _nearest(sources: Tensor, rows: Tensor, chunks: tuple[Tensor, ...], ready: C
     return owner
 
 
-def _rows(x: Tensor, g: int) -> Tensor:
+def _features(x: Tensor, g: int) -> Tensor:
     """x (b, n, h, d) as (g, n, h d / ...): heads side by side if they share a plan, else each a group."""
     return x.flatten(2) if g == len(x) else rearrange(x, "b n h d -> (b h) n d")
 

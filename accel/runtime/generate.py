@@ -11,13 +11,13 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ..core.apply import apply
-from ..core.host import clock
+from ..core.host import synchronized_time
 from ..core.trace import Trace
 from ..families import family_of
 from ..methods import METHODS
-from ..methods.base import Ahead
-from .models import Home, resolve
-from .presets import build_methods, demanded, explain
+from ..methods.base import RunSpec
+from .models import ModelDefaults, resolve
+from .presets import build_methods, explain, required_settings
 from .video import warm_encoder
 
 LONGEST_PROMPT = 2000
@@ -46,20 +46,20 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         return prompt.strip()
 
 
-def build_run(home: Home, **settings) -> Run:
+def build_run(defaults: ModelDefaults, **settings) -> Run:
     """A checked run; what is not given (or None) is what its methods demand, or the model's own.
 
     Raises ValueError in one sentence.
     """
     given = {k: v for k, v in settings.items() if v is not None}
-    needed = demanded(given.get("methods", {}))
+    needed = required_settings(given.get("methods", {}))
     for key, value in needed.items():
         if given.get(key, value) != value:
             names = " + ".join(given["methods"])
-            knobs = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
-            hint = f"; set {' or '.join(knobs)} instead" if knobs else ""
+            parameters = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
+            hint = f"; set {' or '.join(parameters)} instead" if parameters else ""
             raise ValueError(f"{key} = {given[key]} is not possible with {names}: it makes {key} = {value:g}{hint}")
-    own = {k: getattr(home, k) for k in ("height", "width", "frames", "steps", "guidance")} | needed
+    own = {k: getattr(defaults, k) for k in ("height", "width", "frames", "steps", "guidance")} | needed
     try:
         run = Run(**{**own, **given})
     except ValidationError as error:
@@ -81,7 +81,7 @@ def check_size(pipe, run: Run) -> None:
         raise ValueError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time_step}")
 
 
-def latents(run: Run, pipe) -> torch.Tensor:
+def latent_spec(run: Run, pipe) -> torch.Tensor:
     """Latents (1, c, f, h, w) of a run, on the meta device: a shape and a dtype."""
     model, space = pipe.transformer, pipe.vae_scale_factor_spatial
     frames = (run.frames - 1) // pipe.vae_scale_factor_temporal + 1
@@ -91,29 +91,29 @@ def latents(run: Run, pipe) -> torch.Tensor:
 
 def grid(pipe, run: Run) -> tuple[int, int, int]:
     """Tokens (f, h, w) of a run."""
-    return family_of(pipe).grid(pipe.transformer, latents(run, pipe))
+    return family_of(pipe).grid(pipe.transformer, latent_spec(run, pipe))
 
 
-def _ahead(run: Run, pipe) -> Ahead:
+def _ahead(run: Run, pipe) -> RunSpec:
     family, model = family_of(pipe), pipe.transformer
     sites = len(family.attentions(model))
-    return Ahead(model, family, latents(run, pipe), run.steps, run.guidance > 1, sites, resolve(run.model))
+    return RunSpec(model, family, latent_spec(run, pipe), run.steps, run.guidance > 1, sites, resolve(run.model))
 
 
-def forecast(run: Run, pipe) -> int:
+def estimate_memory(run: Run, pipe) -> int:
     """Bytes that the methods will hold at most during a run, known before it starts."""
-    ahead = _ahead(run, pipe)
-    return sum(method.forecast(ahead) for method in build_methods(run.methods))
+    spec = _ahead(run, pipe)
+    return sum(method.estimate_memory(spec) for method in build_methods(run.methods))
 
 
-def outlook(run: Run, pipe) -> list[str]:
+def preflight(run: Run, pipe) -> list[str]:
     """What can be said of a run before it starts: what its methods will hold, and which cannot save anything."""
-    ahead = _ahead(run, pipe)
-    idle = (method.idle(ahead) for method in build_methods(run.methods))
-    return [f"The methods will hold up to {forecast(run, pipe) / 2**20:.1f} MiB", *filter(None, idle)]
+    spec = _ahead(run, pipe)
+    inactive_reason = (method.inactive_reason(spec) for method in build_methods(run.methods))
+    return [f"The methods will hold up to {estimate_memory(run, pipe) / 2**20:.1f} MiB", *filter(None, inactive_reason)]
 
 
-def machine(pipe) -> dict:
+def environment(pipe) -> dict:
     """Where a pipeline runs: device, threads, dtype."""
     model = pipe.transformer  # whose dtype is not that of the layers which stay in float32
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
@@ -134,7 +134,9 @@ class Cancelled(Exception):
     """Raised from a step callback to stop a run."""
 
 
-def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None) -> Video:
+def generate(
+    run: Run, pipe, defaults: ModelDefaults, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None
+) -> Video:
     """The video of a run. `on_step(steps done, trace, latents)` is called after each step, outside the timing."""
     check_size(pipe, run)
     device = next(pipe.transformer.parameters()).device
@@ -142,23 +144,23 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
 
     def step_end(_, index: int, t, tensors: dict[str, Any]) -> dict:
         nonlocal paused, denoised, final
-        now = clock(device)
+        now = synchronized_time(device)
         if index + 1 == pipe.num_timesteps:
             denoised, final = now - paused, tensors["latents"]
         if on_step:
             on_step(index + 1, trace, tensors["latents"])
-        paused += clock(device) - now
+        paused += synchronized_time(device) - now
         return {}
 
-    asked = clock(device)
+    asked = synchronized_time(device)
     with apply(pipe, build_methods(run.methods)) as trace:
-        began = clock(device)
+        began = synchronized_time(device)
         out = pipe(
             prompt=run.prompt, height=run.height, width=run.width, num_frames=run.frames,
-            num_inference_steps=run.steps, guidance_scale=run.guidance, max_sequence_length=home.text_length,
+            num_inference_steps=run.steps, guidance_scale=run.guidance, max_sequence_length=defaults.text_length,
             generator=torch.Generator("cpu").manual_seed(run.seed), output_type="np", callback_on_step_end=step_end,
         )  # fmt: skip
-        ended = clock(device) - paused
+        ended = synchronized_time(device) - paused
     frames = (np.asarray(out.frames[0]) * 255).round().astype(np.uint8)
     stages = {"text": trace.started - began, "denoise": denoised - trace.started, "decode": ended - denoised}
     if run.methods:
@@ -166,7 +168,9 @@ def generate(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Te
     return Video(frames, final, stages, trace)
 
 
-def warm_up(run: Run, pipe, home: Home, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None) -> None:
+def warm_up(
+    run: Run, pipe, defaults: ModelDefaults, on_step: Callable[[int, Trace, torch.Tensor], None] | None = None
+) -> None:
     """Two steps whose time nobody counts, and the encoder's first start."""
-    generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, home, on_step)
+    generate(run.model_copy(update={"steps": 2, "methods": {}}), pipe, defaults, on_step)
     warm_encoder()

@@ -19,7 +19,7 @@ TINY = "models/tiny-wan"
 STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of other models, that lie beside one
 
 
-class Home(BaseModel, frozen=True):
+class ModelDefaults(BaseModel, frozen=True):
     """A model's own settings: what it generates when nothing else is asked for."""
 
     height: int = 480
@@ -29,7 +29,7 @@ class Home(BaseModel, frozen=True):
     guidance: float = 5.0
     fps: int = 16
     text_length: int = 512
-    captions: bool = False  # trained on the toy world, so that prompts can be judged
+    toy_world: bool = False  # trained on the toy world, so that prompts can be judged
 
 
 def resolve(model: str) -> str:
@@ -43,12 +43,12 @@ def resolve(model: str) -> str:
 def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dtype | None = None):
     """The diffusers pipeline of a folder or hub id, on the best device. ValueError for missing or damaged weights."""
     path, device = resolve(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    home = own_home(model)
+    defaults = read_defaults(model)
     if Path(path).is_dir():
         check_files(Path(path))
     elif model.startswith((".", "/", "models/")) or model.count("/") != 1:
         raise ValueError(f"no model folder {model!r}; the shipped model is {TINY!r}, or give a Hugging Face id")
-    large = torch.device(device).type == "cuda" and not (home and home.captions)
+    large = torch.device(device).type == "cuda" and not (defaults and defaults.toy_world)
     dtype = dtype or (torch.bfloat16 if large else torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,8 +81,8 @@ def _check_part(folder: Path, part: Path) -> None:
         if not file.is_file():
             raise ValueError(f"{file} is missing; {_remedy(folder)}")
         try:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
+            with safe_open(file, "pt") as intercept_attention:
+                intercept_attention.keys()
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
 
@@ -107,29 +107,29 @@ def weights(model: str) -> list[tuple[str, str]]:
 
 def hash_of(file: Path) -> str:
     """SHA-256 of a file."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with open(file, "rb") as intercept_attention:
+        return hashlib.file_digest(intercept_attention, "sha256").hexdigest()
 
 
 def _remedy(folder: Path) -> str:
     return f"restore it with `git checkout -- {folder.name}` there, or train it with `python -m accel train all`"
 
 
-def own_home(model: str) -> Home | None:
+def read_defaults(model: str) -> ModelDefaults | None:
     """The settings in a local model's `accel.json`, if it has one."""
     file = Path(resolve(model)) / "accel.json"
     try:
-        return Home.model_validate_json(file.read_text()) if file.is_file() else None
+        return ModelDefaults.model_validate_json(file.read_text()) if file.is_file() else None
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def home_of(pipe, model: str) -> Home:
+def model_defaults(pipe, model: str) -> ModelDefaults:
     """The settings a model is made for: its own, else the defaults of its pipeline's call."""
-    if own := own_home(model):
+    if own := read_defaults(model):
         return own
     names = {"height": "height", "width": "width", "num_frames": "frames"}
     names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
     defaults = {ours: inspect.signature(pipe.__call__).parameters[name].default for name, ours in names.items()}
-    return Home(**{k: v for k, v in defaults.items() if v is not None})
+    return ModelDefaults(**{k: v for k, v in defaults.items() if v is not None})

@@ -28,19 +28,21 @@ class Preset(BaseModel, frozen=True, extra="forbid"):
 def build_methods(settings: dict[str, dict]) -> list[Method]:
     """The methods of {name: {knob: value}}. Raises ValueError naming the unknown name or the knob and its range."""
     built = []
-    for name, knobs in settings.items():
+    for name, parameters in settings.items():
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
         try:
-            built.append(METHODS[name](**(knobs or {})))
+            built.append(METHODS[name](**(parameters or {})))
         except ValidationError as error:
             raise ValueError(explain(error, METHODS[name], f"{name}.")) from None
     return built
 
 
-def demanded(settings: dict[str, dict]) -> dict[str, float]:
+def required_settings(settings: dict[str, dict]) -> dict[str, float]:
     """What the methods demand of a run's `steps` and `guidance`. Raises ValueError naming two that do."""
-    asked = {name: own for name, method in zip(settings, build_methods(settings)) if (own := method.demands())}
+    asked = {
+        name: own for name, method in zip(settings, build_methods(settings)) if (own := method.required_settings())
+    }
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} do not go together: each runs a student in the model's place")
     return next(iter(asked.values()), {})
@@ -55,11 +57,11 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     where, knob = where or "?", str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
         return f"unknown setting {prefix}{knob}; known are {', '.join(model.model_fields)}"
-    may_be = allowed(model, knob) if where == knob else first["msg"]
+    may_be = describe_range(model, knob) if where == knob else first["msg"]
     return f"{prefix}{where} = {first['input']!r} is not allowed: {may_be}"
 
 
-def allowed(model: type[BaseModel], knob: str) -> str:
+def describe_range(model: type[BaseModel], knob: str) -> str:
     """The values a field takes, in words."""
     schema = model.model_json_schema()["properties"].get(knob, {})
     schema = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)

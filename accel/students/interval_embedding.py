@@ -15,18 +15,18 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-TOLD = "told.safetensors"
+INTERVAL_EMBEDDER = "interval_embedder.safetensors"
 # Radians of the fastest sinusoid, per unit of what is told (1000 times a level, 1000 times a guidance). The stock
 # embedding's 1 makes the derivative of a small network in its time so steep that training on it diverges.
-FASTEST = {"end": 0.01, "guidance": 0.001}
+MAX_FREQUENCY = {"end": 0.01, "guidance": 0.001}
 
 
-def packed(now: Tensor, then: Tensor, guidance: Tensor) -> Tensor:
+def pack_timestep(now: Tensor, then: Tensor, guidance: Tensor) -> Tensor:
     """The timestep (3b,) of a jump from levels `now` (b,) to `then` (b,) at a guidance (b,)."""
     return 1000 * torch.cat([now, then, guidance])
 
 
-class Told(nn.Module):
+class ScalarEmbedding(nn.Module):
     """A number as an addition to the time embedding (b, d); zero at first."""
 
     def __init__(self, frequencies: int, width: int, fastest: float):
@@ -47,27 +47,27 @@ class IntervalEmbedder(nn.Module):
         super().__init__()
         self.base = base
         first, width = base.time_embedder.linear_1, base.time_embedder.linear_2.out_features
-        told = {name: Told(first.in_features, width, fastest) for name, fastest in FASTEST.items()}
-        self.told = nn.ModuleDict(told).to(first.weight.device, torch.float32)
+        scalars = {name: ScalarEmbedding(first.in_features, width, fastest) for name, fastest in MAX_FREQUENCY.items()}
+        self.scalars = nn.ModuleDict(scalars).to(first.weight.device, torch.float32)
 
     def forward(self, timestep: Tensor, text: Tensor, image: Tensor | None = None, timestep_seq_len: int | None = None):
         if len(timestep) == len(text) or timestep_seq_len is not None:
             return self.base(timestep, text, image, timestep_seq_len=timestep_seq_len)
         now, then, guidance = timestep.chunk(3)
-        base, told = self.base, self.told["end"](then) + self.told["guidance"](guidance)
+        base, scalars = self.base, self.scalars["end"](then) + self.scalars["guidance"](guidance)
         waves = base.timesteps_proj(now).to(next(base.time_embedder.parameters()).dtype)
-        time = (base.time_embedder(waves) + told).type_as(text)
+        time = (base.time_embedder(waves) + scalars).type_as(text)
         image = None if image is None else base.image_embedder(image)
         return time, base.time_proj(base.act_fn(time)), base.text_embedder(text), image
 
 
 @contextmanager
-def conditioned(transformer: nn.Module, told: dict[str, Tensor]) -> Iterator[None]:
+def with_interval_embedder(transformer: nn.Module, scalars: dict[str, Tensor]) -> Iterator[None]:
     """Inside, a Wan transformer takes packed timesteps, with the weights of an `IntervalEmbedder`'s additions."""
     plain = transformer.condition_embedder
     with torch.random.fork_rng(devices=()):  # its first weights are not the caller's business
         transformer.condition_embedder = IntervalEmbedder(plain)
-    transformer.condition_embedder.told.load_state_dict(told)
+    transformer.condition_embedder.scalars.load_state_dict(scalars)
     try:
         yield
     finally:
@@ -85,8 +85,10 @@ def unwrapped(transformer: nn.Module) -> Iterator[None]:
         transformer.condition_embedder = own
 
 
-def save_told(transformer: nn.Module, folder: Path) -> None:
+def save_interval_embedder(transformer: nn.Module, folder: Path) -> None:
     """The weights of a wrapped embedder's additions, as a file; nothing for a stock one."""
     if isinstance(transformer.condition_embedder, IntervalEmbedder):
-        told = transformer.condition_embedder.told.state_dict()
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in told.items()}, folder / TOLD)
+        scalars = transformer.condition_embedder.scalars.state_dict()
+        save_file(
+            {name: weight.detach().cpu().contiguous() for name, weight in scalars.items()}, folder / INTERVAL_EMBEDDER
+        )

@@ -9,25 +9,25 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..core.hooks import instead
+from ..core.hooks import patched_method
 from ..core.host import Host
-from .scheduler import by_student
-from .weights import ADAPTER, adapted, check_adapter, load_differences, replaced
+from .scheduler import is_student_run
+from .weights import ADAPTER, check_adapter, load_int8_delta, swapped_parameters, with_lora
 
 
-def placed(folder: Path, module: nn.Module) -> AbstractContextManager:
+def load_student(folder: Path, module: nn.Module) -> AbstractContextManager:
     """A context in which the weights of a student's folder are the module's.
 
     Raises ValueError for full weights where the module has adapters.
     """
     if (folder / ADAPTER).is_file():
-        return adapted(module, folder)
+        return with_lora(module, folder)
     if getattr(module, "peft_config", None):
         raise ValueError(f"student {folder.name!r} replaces all weights, which a LoRA is on: unload the LoRA first")
-    return replaced(module, load_differences(module, folder / "model.safetensors"))
+    return swapped_parameters(module, load_int8_delta(module, folder / "model.safetensors"))
 
 
-def bytes_of(folder: Path, module: nn.Module) -> int:
+def weight_bytes(folder: Path, module: nn.Module) -> int:
     """The weights that wait while a student's are in their place; for an adapter, the adapter."""
     if (folder / ADAPTER).is_file():
         return (folder / ADAPTER).stat().st_size
@@ -35,18 +35,18 @@ def bytes_of(folder: Path, module: nn.Module) -> int:
 
 
 @contextmanager
-def one_branch(host: Host) -> Iterator[None]:
+def forbid_cfg(host: Host) -> Iterator[None]:
     """Inside, guidance and negative prompts are refused: what they ask for is built into a student, or not in it."""
 
     def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
         if host.family.is_guided(host.pipe):
             raise ValueError("a student has guidance built in, more of it burns the colours: set guidance to 1")
-        if not by_student(host.pipe):
+        if not is_student_run(host.pipe):
             solver = type(host.pipe.scheduler).__name__
             raise ValueError(
                 f"a student gives mean velocities, {solver} takes them for slopes: leave the scheduler alone"
             )
-        check_adapter(host.models[host.model], (inputs.get("attention_kwargs") or {}).get("scale", 1))
+        check_adapter(host.denoisers[host.active_index], (inputs.get("attention_kwargs") or {}).get("scale", 1))
         return inner(x, **inputs)
 
     with host.wrap_denoiser(call), _no_negative(host.pipe):
@@ -67,5 +67,5 @@ def _no_negative(pipe) -> Iterator[None]:
             raise ValueError("a student has no unconditional branch for a negative prompt to act in: leave it out")
         return encode(*args, **given)
 
-    with instead(pipe, "encode_prompt", refuse):
+    with patched_method(pipe, "encode_prompt", refuse):
         yield

@@ -7,18 +7,18 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from .scheduler import by_student
-from .weights import bears
+from .scheduler import is_student_run
+from .weights import matches_fingerprint
 
 S = TypeVar("S", bound=BaseModel)
 
 
-def read(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
+def load_manifest(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
     """What the file `name` says of what was trained in a folder.
 
     Raises ValueError if there is none: `knob` names another folder, `command` makes one.
     """
-    file, what = folder / name, knob.partition(".")[2]
+    file, what = folder / name, knob.partition(".")[2].removesuffix("_dir")
     if not file.is_file():
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{name}")) or [f"none: python -m accel {command}"]
         raise ValueError(
@@ -32,9 +32,9 @@ def read(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
 
 def check_base(folder: Path, base: list[float], pipe) -> None:
     """Raise ValueError if the student in a folder was made from another transformer than the pipeline's."""
-    if by_student(pipe):
+    if is_student_run(pipe):
         raise ValueError(f"student {folder.name!r} and another one do not go together: each replaces the whole model")
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError(f"student {folder.name!r} replaces one transformer, this pipeline has two")
-    if not bears(pipe.transformer, base):
+    if not matches_fingerprint(pipe.transformer, base):
         raise ValueError(f"student {folder.name!r} was made from another base model: train it from this one")

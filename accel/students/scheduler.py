@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops.flow import euler
 
 
-class Grid(SchedulerMixin, ConfigMixin):
+class FixedSigmaEuler(SchedulerMixin, ConfigMixin):
     """Given noise levels, first order, as a scheduler of the stock pipeline."""
 
     order = 1
@@ -44,24 +44,24 @@ class Grid(SchedulerMixin, ConfigMixin):
 
 
 @contextmanager
-def gridded(pipe, levels: list[float], times: list[float]) -> Iterator[None]:
+def use_scheduler(pipe, levels: list[float], times: list[float]) -> Iterator[None]:
     """Inside, the pipeline takes its steps on these levels, by Euler."""
     own = pipe.scheduler
-    pipe.scheduler = Grid(tuple(levels), tuple(times))
+    pipe.scheduler = FixedSigmaEuler(tuple(levels), tuple(times))
     try:
         yield
     finally:
         pipe.scheduler = own
 
 
-def by_student(pipe) -> bool:
+def is_student_run(pipe) -> bool:
     """Whether the pipeline takes a student's steps now."""
-    return isinstance(pipe.scheduler, Grid)
+    return isinstance(pipe.scheduler, FixedSigmaEuler)
 
 
 @contextmanager
-def first_order(pipe, steps: int) -> Iterator[None]:
+def euler_sampling(pipe, steps: int) -> Iterator[None]:
     """Inside, the pipeline takes so many steps by Euler, on the noise levels and times of its own solver."""
     pipe.scheduler.set_timesteps(steps)
-    with gridded(pipe, pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps.tolist()):
+    with use_scheduler(pipe, pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps.tolist()):
         yield

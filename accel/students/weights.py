@@ -15,7 +15,7 @@ NAME = "accel-student"  # of the adapter while it is on
 SCALE = ".scale"  # ends the name of what a parameter's whole numbers are multiplied by, row by row
 
 
-def marks(module: nn.Module) -> list[float]:
+def fingerprint(module: nn.Module) -> list[float]:
     """One weight of each parameter, in their order: tells models of one architecture apart, in any dtype.
 
     Adapters on the module do not count.
@@ -24,13 +24,13 @@ def marks(module: nn.Module) -> list[float]:
     return [float(f"{p[len(p) // 2].item():.4g}") for p in own]
 
 
-def bears(module: nn.Module, known: list[float]) -> bool:
+def matches_fingerprint(module: nn.Module, known: list[float]) -> bool:
     """Whether a module has these `marks`, up to the rounding of half precision."""
-    own = marks(module)
+    own = fingerprint(module)
     return len(own) == len(known) and torch.allclose(torch.tensor(own), torch.tensor(known), rtol=0.01, atol=1e-4)
 
 
-def save_differences(module: nn.Module, base: nn.Module, file: Path) -> None:
+def save_int8_delta(module: nn.Module, base: nn.Module, file: Path) -> None:
     """What a module's parameters add to its base's, a byte each: whole numbers up to 127 and a scale for each row."""
     kept: dict[str, Tensor] = {}
     for (name, own), other in zip(module.named_parameters(), base.parameters(), strict=True):
@@ -40,7 +40,7 @@ def save_differences(module: nn.Module, base: nn.Module, file: Path) -> None:
     save_file(kept, file)
 
 
-def load_differences(base: nn.Module, file: Path) -> dict[str, Tensor]:
+def load_int8_delta(base: nn.Module, file: Path) -> dict[str, Tensor]:
     """The parameters of a module whose differences from its base a file holds, on the base's device, in its dtype.
 
     Raises ValueError if the file has other names or shapes.
@@ -50,14 +50,14 @@ def load_differences(base: nn.Module, file: Path) -> dict[str, Tensor]:
     if {name: (w.numel(), kept[name + SCALE].numel()) for name, w in kept.items() if name + SCALE in kept} != shapes:
         raise ValueError(f"{file.name} in {file.parent.name} holds weights of another architecture")
 
-    made = _side_by_side(own)
+    made = allocate_contiguous(own)
     for name, p in own.items():
         added = kept[name].float() * kept[name + SCALE].unsqueeze(-1)
         made[name].copy_(p.detach().float() + added.view(p.shape).to(p.device))
     return made
 
 
-def _side_by_side(like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def allocate_contiguous(like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Empty tensors like these, in one piece of memory for each dtype and device.
 
     In as many pieces as there are parameters they leave a heap of which the C library gives memory back, and takes it
@@ -73,7 +73,7 @@ def _side_by_side(like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def replaced(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
+def swapped_parameters(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the parameters hold other tensors; afterwards, bitwise, what they held before."""
     before = [(p, p.data) for p in module.parameters()]
     for name, p in module.named_parameters():
@@ -86,7 +86,7 @@ def replaced(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def adapted(module: nn.Module, folder: Path) -> Iterator[None]:
+def with_lora(module: nn.Module, folder: Path) -> Iterator[None]:
     """Inside, a diffusers model runs with the LoRA of a folder, beside those that it has; afterwards as before."""
     had = bool(getattr(module, "peft_config", None))
     learnt = [(p, p.requires_grad) for p in module.parameters()]

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..files import whole
+from ..files import atomic_write
 from ..runtime.models import ROOT, TINY
-from .loop import Recipe, fit
+from .loop import OptimConfig, fit
 from .stages import remaining
 
 # The small setting is for CPUs, the large one for a GPU; same code, same layout.
@@ -20,7 +20,7 @@ SETTINGS = {
     "large": {"size": 96, "frames": 33, "fps": 12, "clips": 40_000},
 }
 _STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # no average: a stage is short
-RECIPES = {
+OPTIM_CONFIGS = {
     "small": {
         "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
         "base": {"steps": 4600, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 3},
@@ -45,15 +45,15 @@ STUDENTS = ("gpd", "meanflow", "predictor")  # what is made of a model that is t
 PARTS = ("vae", "base", *STUDENTS)
 
 
-def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
+def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **job) -> dict:
     """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how.
 
     What was stopped before its last step stays in `out`, for `resume`. `minutes` are for all parts together.
     `order`, for students alone: the fields of `orders.Order`. Only what belongs to the shipped model is recorded.
     """
-    if order := _given(what, order):
-        folder = out / order.get("arm", what) / Path(order.get("model", "")).name
-        return {what: train_students(what, minutes, resume, folder, **order)}
+    if job := _given(what, job):
+        folder = out / job.get("arm", what) / Path(job.get("model", "")).name
+        return {what: train_students(what, minutes, resume, folder, **job)}
     state = PartialState()
     device = str(state.device)
     setting = "large" if state.device.type == "cuda" else "small"
@@ -63,29 +63,29 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
     began = time.monotonic()
     for part in PARTS if what == "all" else (what,):
         left = remaining(minutes, began)
-        recipe = Recipe(**RECIPES[setting][part])
-        after = earlier(record.get(part), out / part) if resume and part in TRAINERS else None
+        optim = OptimConfig(**OPTIM_CONFIGS[setting][part])
+        after = parent_run(record.get(part), out / part) if resume and part in TRAINERS else None
         if part in TRAINERS:
-            done = TRAINERS[part](recipe, SETTINGS[setting], device, left, resume, out / part)
+            done = TRAINERS[part](optim, SETTINGS[setting], device, left, resume, out / part)
         else:
             done = train_students(part, left, resume, out / part)
         stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
-        record[part] = {"setting": setting, "device": name, **done, "recipe": recipe.model_dump()}
+        record[part] = {"setting": setting, "device": name, **done, "optim": optim.model_dump()}
         if after:
-            record[part]["after"] = after
+            record[part]["parent_run"] = after
         if state.is_main_process and finished:
-            with whole(file) as made:
+            with atomic_write(file) as made:
                 made.write_text(json.dumps(record, indent=1) + "\n")
         if stopped or not finished:  # the next part is made from a whole one
             break
     return record
 
 
-def _given(what: str, order: dict) -> dict:
+def _given(what: str, job: dict) -> dict:
     """What is given of an order. Raises ValueError for a part that there is not, or what is not for it."""
     if what not in (*PARTS, "all"):
         raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
-    given = {key: value for key, value in order.items() if value is not None}
+    given = {key: value for key, value in job.items() if value is not None}
     if given.get("arm") == what:  # no rival, the method itself
         del given["arm"]
     if "videos" in given and what != "meanflow":
@@ -95,23 +95,23 @@ def _given(what: str, order: dict) -> dict:
     return given
 
 
-def part_ways() -> None:
+def shutdown_distributed() -> None:
     """End the connection of the processes that trained together: left to the interpreter's end it can abort one."""
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
 
 
-def earlier(record: dict | None, folder: Path) -> dict | None:
+def parent_run(record: dict | None, folder: Path) -> dict | None:
     """The record of the finished run whose weights this one begins with, if it does."""
     chunk = (folder / "state.pt").is_file()  # of this run: it keeps the beginning it had
-    return (record or {}).get("after") if chunk else record
+    return (record or {}).get("parent_run") if chunk else record
 
 
-def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
+def _train_vae(optim: OptimConfig, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
     from .tasks import vae
 
-    task, target = vae.VaeTask(recipe, shape["size"], shape["frames"]), ROOT / TINY / "vae"
+    task, target = vae.VaeTask(optim, shape["size"], shape["frames"]), ROOT / TINY / "vae"
     if resume and (out / "state.pt").is_file():
         task.shape_as(out / "state.pt")
     elif resume and target.is_dir():
@@ -122,7 +122,7 @@ def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, 
     return {**summary, **vae.finish(task, target)}
 
 
-def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
+def _train_base(optim: OptimConfig, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
     from diffusers import AutoencoderKLWan
 
     from .optimize import can_compile
@@ -134,7 +134,7 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
     with PartialState().main_process_first():  # which encodes the pool that the others load
         task = base.BaseTask(
-            recipe, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, can_compile(device)
+            optim, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, can_compile(device)
         )
     if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
         task.start_from(target)
@@ -142,25 +142,25 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary
     base.finish(task, target)
-    home = {"height": shape["size"], "width": shape["size"], "frames": shape["frames"], "fps": shape["fps"]}
-    home |= {"steps": 50, "guidance": 4.0, "text_length": base.TEXT, "captions": True}
-    (target / "accel.json").write_text(json.dumps(home, indent=1) + "\n")
+    defaults = {"height": shape["size"], "width": shape["size"], "frames": shape["frames"], "fps": shape["fps"]}
+    defaults |= {"steps": 50, "guidance": 4.0, "text_length": base.MAX_TOKENS, "toy_world": True}
+    (target / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
     return summary
 
 
 TRAINERS = {"vae": _train_vae, "base": _train_base}  # these begin with the weights that they replace
 
 
-def train_students(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
+def train_students(what: str, minutes: float | None, resume: bool, out: Path, **job) -> dict:
     """Distil a model; raises ValueError if the shipped one is asked for and is not there."""
     from .gpd_job import train_gpd
-    from .jobs import Order
+    from .jobs import DistillJob
     from .meanflow_job import train_meanflow
     from .predictor_job import train_predictor
 
-    asked, device = Order(**order), str(PartialState().device)
+    asked, device = DistillJob(**job), str(PartialState().device)
     if asked.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise ValueError("the base model comes first: python -m accel train base")
-    kind = "others" if not asked.toy() else "large" if device.startswith("cuda") else "small"
+    kind = "others" if not asked.is_toy() else "large" if device.startswith("cuda") else "small"
     trainer = {"gpd": train_gpd, "meanflow": train_meanflow, "predictor": train_predictor}[what]
-    return trainer(Recipe(**RECIPES[kind][what]), asked, device, minutes, resume, out)
+    return trainer(OptimConfig(**OPTIM_CONFIGS[kind][what]), asked, device, minutes, resume, out)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..ops.flow import wide
+from ..ops.flow import expand_like
 
 SCALES = (1, 2, 4)  # of the spatial pooling
 HIDDEN = 64
@@ -32,7 +32,7 @@ class Discriminator(nn.Module):
         logits = []
         for head, feature in zip(self.heads, features, strict=True):
             x = feature.float().transpose(1, 2).unflatten(2, grid)
-            x = x / wide(x.detach().flatten(1).std(1).clamp(min=1e-6), x)  # layers differ in size by orders
+            x = x / expand_like(x.detach().flatten(1).std(1).clamp(min=1e-6), x)  # layers differ in size by orders
             for scale in SCALES:
                 if scale <= min(grid[1:]):
                     logits.append(head(F.avg_pool3d(x, (1, scale, scale))).flatten(1))
@@ -48,6 +48,6 @@ def hinge(logits: list[Tensor], real: bool, shares: Tensor) -> Tensor:
     return torch.stack([(F.relu(1 + sign * own).mean(1) * shares).sum() for own in logits]).mean()
 
 
-def right(logits: list[Tensor], real: bool, shares: Tensor) -> float:
+def accuracy(logits: list[Tensor], real: bool, shares: Tensor) -> float:
     """How many of the logits are on the right side of zero, over samples by their shares (b,)."""
     return (torch.cat([((own > 0) == real).float() for own in logits], 1).mean(1) * shares).sum().item()

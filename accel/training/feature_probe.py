@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .networks import velocity
 
 
-class Stack(nn.Module):
+class RecordingBlocks(nn.Module):
     """A transformer's blocks as one: it keeps what they give, or gives what a function does instead of them."""
 
     def __init__(self, blocks: nn.ModuleList, spare: bool):
@@ -32,12 +32,12 @@ class Stack(nn.Module):
         return hidden
 
 
-class Watched:
+class FeatureProbe:
     """A frozen student whose features can be read, and its passes predicted."""
 
     def __init__(self, transformer: nn.Module, spare: bool = False):
         """`spare` memory for a large one, at the cost of time."""
-        self.stack = Stack(transformer.blocks, spare)
+        self.stack = RecordingBlocks(transformer.blocks, spare)
         self.transformer = transformer.eval().requires_grad_(False)
         transformer.blocks = nn.ModuleList([self.stack])
         count = len(self.stack.blocks)

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..evaluation.result_log import digest
-from ..runtime.models import TINY, Home, home_of, load_pipeline, own_home, resolve
+from ..evaluation.result_log import config_hash
+from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
-from .loop import Recipe
-from .networks import Copies, Networks
-from .rollouts import Ground, ground_of
-from .stages import Distillation, HeldOut
-from .video_folder import Clips
+from .loop import OptimConfig
+from .networks import FullNetworks, Networks
+from .rollouts import RolloutContext, rollout_context
+from .stages import StagedTask, TrajectoryValidator
+from .video_folder import VideoFolder
 
 RANK = 64  # of adapters if none is given
 TOY_SLOTS = {"cpu": 16, "cuda": 64}  # as many cost a GPU hardly more time than 16
@@ -28,39 +28,39 @@ PROMPT_SEED = 11  # of the former; figures are reported on others
 
 
 @dataclass(frozen=True)
-class Order:
+class DistillJob:
     """What is asked for. The toy world's own model needs neither prompts (a file of one a line) nor adapters."""
 
     model: str = TINY
-    arm: str | None = None  # a rival or variant of the method; None: the method itself
+    ablation: str | None = None  # a rival or variant of the method; None: the method itself
     prompts: Path | None = None
     rank: int | None = None  # of the adapters; 0: full weights
     videos: Path | None = None  # a folder of them, as `accel world sample` writes it, to begin with; None: noise
-    slots: int | None = None  # trajectories under way; None: of a large model one for each process
+    trajectories: int | None = None  # trajectories under way; None: of a large model one for each process
 
-    def toy(self) -> bool:
+    def is_toy(self) -> bool:
         """Whether the model is of the toy world, whose captions are known."""
-        home = own_home(self.model)
-        return home is not None and home.captions
+        defaults = read_defaults(self.model)
+        return defaults is not None and defaults.toy_world
 
     def adapters(self) -> bool:
         """Whether the students are adapters: for every model but the toy world's, unless full weights are asked for."""
-        return not self.toy() and self.own_rank() > 0
+        return not self.is_toy() and self.own_rank() > 0
 
     def own_rank(self) -> int:
         """Of the adapters, whether given or not."""
         return RANK if self.rank is None else self.rank
 
-    def lines(self, arms: Collection[str]) -> list[str]:
+    def lines(self, ablations: Collection[str]) -> list[str]:
         """The prompts of the file. Raises ValueError for an order that cannot be carried out."""
-        if self.arm is not None and self.arm not in arms:
-            raise ValueError(f"unknown arm {self.arm!r}; there are {', '.join(arms)}")
-        if self.toy():
+        if self.ablation is not None and self.ablation not in ablations:
+            raise ValueError(f"unknown arm {self.ablation!r}; there are {', '.join(ablations)}")
+        if self.is_toy():
             if self.prompts:
                 raise ValueError("this model is trained on captions of its own world: leave --prompts out")
             if self.rank is not None:
                 raise ValueError("this model is small, its students are whole: leave --rank out")
-            if self.slots is not None:
+            if self.trajectories is not None:
                 raise ValueError("how many trajectories this model's students learn on is settled: leave --slots out")
             return []
         if self.prompts is None or not self.prompts.is_file():
@@ -74,7 +74,7 @@ class Order:
 
     def told(self, lines: list[str]) -> dict:
         """What a folder remembers of it, so that nothing else is resumed there."""
-        given = {"prompts": digest(lines)} if lines else {}
+        given = {"prompts": config_hash(lines)} if lines else {}
         given |= {"videos": str(self.videos)} if self.videos else {}
         return {"rank": self.own_rank(), **given}
 
@@ -85,68 +85,70 @@ class Order:
             raise ValueError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
         return pipe
 
-    def trajectories(self) -> int:
+    def num_trajectories(self) -> int:
         """How many are under way, over all processes."""
         state = PartialState()
-        return self.slots or (TOY_SLOTS.get(state.device.type, TOY_SLOTS["cpu"]) if self.toy() else state.num_processes)
+        return self.trajectories or (
+            TOY_SLOTS.get(state.device.type, TOY_SLOTS["cpu"]) if self.is_toy() else state.num_processes
+        )
 
-    def ground(self, pipe, home: Home, base_steps: int, lines: list[str]) -> Ground:
+    def context(self, pipe, defaults: ModelDefaults, base_steps: int, lines: list[str]) -> RolloutContext:
         """Where trajectories run: over the file's prompts, or captions of the toy world."""
         draw = (lambda rng: rng.choice(lines[:-HELD])) if lines else (lambda rng: caption(sample_scene(rng), rng))
-        ground = ground_of(pipe, home, base_steps, draw)
+        context = rollout_context(pipe, defaults, base_steps, draw)
         if self.videos:
-            ground = replace(ground, clips=Clips(self.videos, pipe, home).draw)
-        return ground if self.toy() else replace(ground, decode=None)  # a sheet of a large model takes minutes
+            context = replace(context, clips=VideoFolder(self.videos, pipe, defaults).draw)
+        return context if self.is_toy() else replace(context, decode=None)  # a sheet of a large model takes minutes
 
     def networks(self, transformer, seed: int, device: str) -> Networks:
         """Teacher and students of a transformer."""
-        if self.toy():
-            return Copies(transformer, device)
+        if self.is_toy():
+            return FullNetworks(transformer, device)
         if not self.adapters():
-            nets = Copies(transformer)
+            nets = FullNetworks(transformer)
             nets.module.enable_gradient_checkpointing()
             return nets
-        from .lora_networks import Adapters
+        from .lora_networks import LoRANetworks
 
         torch.manual_seed(seed)
-        return Adapters(transformer, self.own_rank())
+        return LoRANetworks(transformer, self.own_rank())
 
     def beside(self) -> Path | None:
         """The folder of a local model, where its students go."""
         folder = Path(resolve(self.model))
         return folder if folder.is_dir() else None
 
-    def sibling(self, out: Path, what: str) -> Path:
+    def other_job_dir(self, out: Path, what: str) -> Path:
         """The folder in which the same model was trained for something else, beside `out` of this order."""
         return out.parent / what if self.model == TINY else out.parent.parent / what / out.name
 
-    def looks(self, lines: list[str]) -> list[str]:
+    def validation_prompts(self, lines: list[str]) -> list[str]:
         """The prompts that a training is looked at with."""
         return lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
 
-    def held_out(self, task: Distillation, pipe, lines: list[str]) -> HeldOut:
+    def held_out(self, task: StagedTask, pipe, lines: list[str]) -> TrajectoryValidator:
         """The teacher's ways from these."""
-        return HeldOut(task, self.looks(lines), home_of(pipe, self.model).guidance)
+        return TrajectoryValidator(task, self.validation_prompts(lines), model_defaults(pipe, self.model).guidance)
 
 
-def own_share() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """Which process this is, of how many."""
     return PartialState().process_index, PartialState().num_processes
 
 
-def begin(out: Path, resume: bool, recipes: Sequence[Recipe], order: dict) -> None:
+def prepare_dir(out: Path, resume: bool, optims: Sequence[OptimConfig], job: dict) -> None:
     """Leave in a folder what is trained there, and by which recipes; without `resume`, empty it of earlier stages.
 
     Raises ValueError if what is to be resumed is something else.
     """
-    file, order = out / "order.json", {**order, "recipes": [r.model_dump(mode="json") for r in recipes]}
-    if resume and file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(order)):
+    file, job = out / "order.json", {**job, "optims": [r.model_dump(mode="json") for r in optims]}
+    if resume and file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(job)):
         raise ValueError(f"{out} holds another training (see its order.json): start without --resume, or give --out")
     if PartialState().is_main_process:
         for stage in [] if resume else {file.parent for file in (*out.glob("*/state.pt"), *out.glob("*/done.json"))}:
             shutil.rmtree(stage)
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(order) + "\n")
+        file.write_text(json.dumps(job) + "\n")
     PartialState().wait_for_everyone()
 
 

@@ -23,10 +23,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..files import whole
+from ..files import atomic_write
 
 
-class Recipe(BaseModel, frozen=True, extra="forbid"):
+class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     """What all trainers share. `steps` fixes the learning-rate schedule; `--minutes` only cuts a run into chunks."""
 
     steps: int = Field(ge=1)
@@ -44,12 +44,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 class Task(Protocol):
     """What a trainer brings: one module to train, its loss, and a picture of how far it is."""
 
-    recipe: Recipe
+    optim: OptimConfig
     module: nn.Module
 
     def matrices(self) -> list[nn.Parameter]: ...  # that Muon trains; AdamW trains the rest
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]: ...
-    def sheet(self, path: Path) -> None: ...
+    def sample_grid(self, path: Path) -> None: ...
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -57,11 +57,11 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def rate(step: int, recipe: Recipe) -> float:
+def rate(step: int, optim: OptimConfig) -> float:
     """Share of the peak learning rate at a step: linear warm-up, constant, linear decay."""
-    start = recipe.decay_from * recipe.steps
-    decay = min(1.0, (recipe.steps - step) / max(1.0, recipe.steps - start))
-    return min(1.0, (step + 1) / recipe.warmup) * decay
+    start = optim.decay_from * optim.steps
+    decay = min(1.0, (optim.steps - step) / max(1.0, optim.steps - start))
+    return min(1.0, (step + 1) / optim.warmup) * decay
 
 
 def fit(
@@ -73,36 +73,36 @@ def fit(
     `look(steps done)` is called every so many steps while the module has its averaged weights; if it is true in any
     process, the run ends in all alike, and the summary has "ended". After Ctrl-C it has "stopped".
     """
-    recipe = task.recipe
+    optim = task.optim
     _prepare(folder, resume)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(optim.seed)
     accelerator = Accelerator(mixed_precision="bf16")
     task.module.to(accelerator.device)  # before `Matrices` takes its views
     optimizers = _optimizers(task)
-    ema = EMAModel(trained(task.module), decay=recipe.ema, use_ema_warmup=True, power=0.8, foreach=True)
+    ema = EMAModel(trained(task.module), decay=optim.ema, use_ema_warmup=True, power=0.8, foreach=True)
     step, spent, ended = _load(folder, task, optimizers, ema) if resume else (0, 0.0, False)
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
-    with _journal(folder, accelerator, step, recipe.steps) as note, _stop_on_signal() as stopped:
-        while step < recipe.steps and not ended:
+    with _journal(folder, accelerator, step, optim.steps) as note, _stop_on_signal() as stopped:
+        while step < optim.steps and not ended:
             logs = _step(task, accelerator, model, optimizers, ema, step)
             step, now = step + 1, time.monotonic()
             note(step, spent + now - began, logs)
             if step % every == 0:
-                with averaged(task.module, ema):
-                    ended = anyone(look(step))
-            over = anyone(stopped() or (minutes is not None and now - began > 60 * minutes))
-            if ended or step == recipe.steps or anyone(over or now - saved > save_every):
-                stand = {"step": step, "seconds": spent + now - began, "ended": ended}
-                _checkpoint(folder, task, accelerator, model, optimizers, ema, stand)
+                with ema_weights(task.module, ema):
+                    ended = any_process(look(step))
+            over = any_process(stopped() or (minutes is not None and now - began > 60 * minutes))
+            if ended or step == optim.steps or any_process(over or now - saved > save_every):
+                progress = {"step": step, "seconds": spent + now - began, "ended": ended}
+                _checkpoint(folder, task, accelerator, model, optimizers, ema, progress)
                 saved = time.monotonic()
             if over:
                 break
-        halted = anyone(stopped())
+        halted = any_process(stopped())
     ema.copy_to(trained(task.module))
     told = {name: True for name, so in (("ended", ended), ("stopped", halted)) if so}
-    return {"step": step, "steps": recipe.steps, "seconds": round(spent + time.monotonic() - began, 1), **told}
+    return {"step": step, "steps": optim.steps, "seconds": round(spent + time.monotonic() - began, 1), **told}
 
 
 def _prepare(folder: Path, resume: bool) -> None:
@@ -130,13 +130,13 @@ def _journal(folder: Path, accelerator: Accelerator, step: int, steps: int):
         yield note
 
 
-def _checkpoint(folder: Path, task, accelerator, model, optimizers, ema: EMAModel, stand: dict) -> None:
+def _checkpoint(folder: Path, task, accelerator, model, optimizers, ema: EMAModel, progress: dict) -> None:
     """Put all that a resumed run needs into the folder, with where it stands, and the picture."""
     carried = _carried(task, accelerator)
     if accelerator.is_main_process:
-        _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, stand)
-        with averaged(task.module, ema):
-            task.sheet(folder / "sheet.png")
+        _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, progress)
+        with ema_weights(task.module, ema):
+            task.sample_grid(folder / "sheet.png")
 
 
 def _carried(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -147,13 +147,13 @@ def _carried(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:
 
 def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
     """Muon for the task's matrices if it has any, AdamW for the rest."""
-    recipe, hidden = task.recipe, task.matrices()
+    optim, hidden = task.optim, task.matrices()
     rest = [p for p in trained(task.module) if all(p is not m for m in hidden)]
-    adam = torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    return [adam, *([Matrices(hidden, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay)] if hidden else [])]
+    adam = torch.optim.AdamW(rest, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    return [adam, *([BatchedMuon(hidden, lr=optim.matrix_lr, weight_decay=optim.weight_decay)] if hidden else [])]
 
 
-class Matrices(torch.optim.Muon):
+class BatchedMuon(torch.optim.Muon):
     """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output.
 
     Matrices of one shape take their steps together, up to so many numbers: for tiny-wan's 80 that is a seventh of the
@@ -185,7 +185,7 @@ class Matrices(torch.optim.Muon):
     def _together(self, group: dict, flats: list[Tensor], grads: list[Tensor], means: list[Tensor]) -> None:
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         ahead = torch.stack(grads).lerp_(torch.stack(means), group["momentum"])  # Nesterov's
-        steps = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        steps = newton_schulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
         torch._foreach_mul_(flats, 1 - group["lr"] * group["weight_decay"])
         size = 0.2 * group["lr"] * math.sqrt(max(flats[0].shape))
         torch._foreach_add_(flats, list(steps.to(flats[0].dtype).contiguous()), alpha=-size)
@@ -195,7 +195,7 @@ class Matrices(torch.optim.Muon):
             weight.grad = None
 
 
-def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Matrices (k, m, n) with their singular values brought near 1, by Newton-Schulz iterations in bfloat16."""
     a, b, c = coefficients
     y = x.bfloat16()
@@ -208,7 +208,7 @@ def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, 
     return y.mT if tall else y
 
 
-def anyone(mine: bool) -> bool:
+def any_process(mine: bool) -> bool:
     """True in all processes if it is true in one: they must leave a loop together."""
     state = PartialState()
     if state.num_processes == 1:
@@ -217,17 +217,17 @@ def anyone(mine: bool) -> bool:
 
 
 def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, float]:
-    recipe = task.recipe
-    for optimizer, peak in zip(optimizers, (recipe.lr, recipe.matrix_lr)):
+    optim = task.optim
+    for optimizer, peak in zip(optimizers, (optim.lr, optim.matrix_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(step, recipe)
-    seed = (recipe.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
+            group["lr"] = peak * rate(step, optim)
+    seed = (optim.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
     with accelerator.autocast():
         loss, logs = task.loss(model, step, seed)
     if not math.isfinite(loss.item()):
         raise RuntimeError(f"the loss became {loss.item()} at step {step}: lower the learning rate and resume")
     accelerator.backward(loss)
-    logs["grad"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
+    logs["grad"] = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -237,18 +237,18 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     return {"loss": loss.item(), **logs}
 
 
-def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, stand: dict) -> None:
+def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, progress: dict) -> None:
     lasting = module.state_dict().keys()
     buffers = {name: b for name, b in module.named_buffers() if name in lasting}
     learnt = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     state = {"module": {**buffers, **learnt}, "ema": ema.state_dict(), "carried": carried}
     state["optimizers"] = [o.state_dict() for o in optimizers]
-    save_whole({**state, **stand}, folder / "state.pt")
+    save_atomically({**state, **progress}, folder / "state.pt")
 
 
-def save_whole(state: dict, file: Path) -> None:
+def save_atomically(state: dict, file: Path) -> None:
     """Save it in place of what is there, whole or not at all."""
-    with whole(file) as part:
+    with atomic_write(file) as part:
         torch.save(state, part)
 
 
@@ -270,7 +270,7 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, flo
 
 
 @contextmanager
-def averaged(module: nn.Module, ema: EMAModel):
+def ema_weights(module: nn.Module, ema: EMAModel):
     """Inside, the module holds the averaged weights."""
     ema.store(trained(module))
     ema.copy_to(trained(module))

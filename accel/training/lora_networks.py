@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..students.interval_embedding import IntervalEmbedder, save_told, unwrapped
+from ..students.interval_embedding import IntervalEmbedder, save_interval_embedder, unwrapped
 from ..students.weights import ADAPTER
 from .networks import guided, velocity
 
@@ -23,7 +23,7 @@ TARGETS += ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"]
 PREVIOUS, CURRENT = "previous", "current"
 
 
-class Adapters:
+class LoRANetworks:
     """The networks of a large model; only the current adapter learns, in float32 whatever the model's dtype."""
 
     def __init__(self, transformer: nn.Module, rank: int):
@@ -36,8 +36,8 @@ class Adapters:
                 weight.data = weight.data.float()
         transformer.enable_gradient_checkpointing()
         if isinstance(transformer.condition_embedder, IntervalEmbedder):
-            transformer.condition_embedder.told.requires_grad_(True)
-        self._told = deepcopy(getattr(transformer.condition_embedder, "told", None))  # the previous student's
+            transformer.condition_embedder.scalars.requires_grad_(True)
+        self._told = deepcopy(getattr(transformer.condition_embedder, "scalars", None))  # the previous student's
         self._turn_on(CURRENT)
 
     def matrices(self) -> list[nn.Parameter]:
@@ -71,19 +71,19 @@ class Adapters:
                     factors[PREVIOUS].weight.copy_(factors[CURRENT].weight)
 
         if self._told is not None:
-            self._told.load_state_dict(self.module.condition_embedder.told.state_dict())
+            self._told.load_state_dict(self.module.condition_embedder.scalars.state_dict())
 
     def save(self, folder: Path) -> None:
         """The current adapter as a LoRA file that diffusers loads too."""
         with unwrapped(self.module):
             self.module.save_lora_adapter(folder, adapter_name=CURRENT, weight_name=ADAPTER)
-        save_told(self.module, folder)
+        save_interval_embedder(self.module, folder)
 
     def _swap_told(self) -> None:
         """The other of the two sets of additions to the time embedding, if the model has any."""
         embedder = self.module.condition_embedder
         if self._told is not None:
-            embedder.told, self._told = self._told, embedder.told
+            embedder.scalars, self._told = self._told, embedder.scalars
 
     def _turn_on(self, name: str) -> None:
         """Run with one adapter; the current one alone ever learns, and the host of a distributed run may watch it."""

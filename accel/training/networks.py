@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..ops.flow import wide
-from ..students.interval_embedding import save_told, unwrapped
-from ..students.weights import save_differences
-from .optimize import quicken
+from ..ops.flow import expand_like
+from ..students.interval_embedding import save_interval_embedder, unwrapped
+from ..students.weights import save_int8_delta
+from .optimize import optimize_blocks
 
 
 class Networks(Protocol):
@@ -29,14 +29,14 @@ class Networks(Protocol):
     def save(self, folder: Path) -> None: ...  # the student's weights, by their difference from the teacher's
 
 
-class Copies:
+class FullNetworks:
     """Three copies of a small transformer, quickened if a device is given."""
 
     def __init__(self, transformer: nn.Module, device: str | None = None):
         self.module = deepcopy(transformer).float().train()  # what is learnt would drown in half precision
         self._teacher, self._previous = (deepcopy(transformer).eval().requires_grad_(False) for _ in range(2))
         for net in (self.module, self._teacher, self._previous) if device else ():
-            quicken(net.blocks, device)
+            optimize_blocks(net.blocks, device)
 
     def matrices(self) -> list[nn.Parameter]:
         """Weights of the blocks that are matrices."""
@@ -61,8 +61,8 @@ class Copies:
         with ExitStack() as stack:
             for net in (self.module, self._teacher):
                 stack.enter_context(unwrapped(net))
-            save_differences(self.module, self._teacher, folder / "model.safetensors")
-        save_told(self.module, folder)
+            save_int8_delta(self.module, self._teacher, folder / "model.safetensors")
+        save_interval_embedder(self.module, folder)
 
 
 def velocity(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, fine: bool = False) -> Tensor:
@@ -82,7 +82,7 @@ def guided(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, empty: Tensor,
     """Guided velocity as `WanPipeline` forms it: uncond + guidance (cond - uncond); a number, or one a sample (b,)."""
     cond = velocity(model, x, t, words)
     if isinstance(guidance, Tensor):
-        guidance = wide(guidance, x)
+        guidance = expand_like(guidance, x)
     elif guidance == 1:
         return cond
     uncond = velocity(model, x, t, empty.expand(len(x), -1, -1))

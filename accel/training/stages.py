@@ -14,21 +14,21 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from .loop import Recipe, Task, anyone, fit, save_whole, trained
+from .loop import OptimConfig, Task, any_process, fit, save_atomically, trained
 from .networks import Networks, velocity
-from .rollouts import Ground, Slots, walk
+from .rollouts import RolloutContext, TrajectoryPool, rollout
 
 POINTS = 6  # places on the way at which a jump is compared with the teacher's
 DIVERGED = 2.0  # times the error that a stage began with, at which it is ended
 EVERY = 25  # iterations between looks
 
 
-class Distillation(Task, Protocol):
+class StagedTask(Task, Protocol):
     """A task of several stages, each of which teaches the student that the one before left."""
 
     stage: int
     nets: Networks
-    ground: Ground
+    context: RolloutContext
     empty: Tensor  # the embedding (1, n, d) of no words
 
     @property
@@ -37,17 +37,19 @@ class Distillation(Task, Protocol):
     def best(self) -> bool: ...  # whether the best student seen is the one to keep
     @property
     def diverged(self) -> bool: ...  # whether the stage should end for a reason of the task's own
-    def stagger(self) -> None: ...  # before the first iteration of all
+    def spread_timesteps(self) -> None: ...  # before the first iteration of all
 
 
-class Taught:
+class StudentTask:
     """What the tasks share whose student is taught by a guided teacher, at slots that a process has its share of."""
 
-    def __init__(self, recipe: Recipe, nets: Networks, ground: Ground, slots: int, share: tuple[int, int]):
+    def __init__(
+        self, optim: OptimConfig, nets: Networks, context: RolloutContext, trajectories: int, share: tuple[int, int]
+    ):
         """`slots`: over all processes; `share`: which process this is, of how many."""
-        self.recipe, self.nets, self.ground, self.stage = recipe, nets, ground, 0
-        self.empty = ground.encode([""])
-        self.slots = Slots(ground, slots, share, recipe.seed)
+        self.optim, self.nets, self.context, self.stage = optim, nets, context, 0
+        self.empty = context.encode([""])
+        self.trajectories = TrajectoryPool(context, trajectories, share, optim.seed)
 
     @property
     def module(self) -> nn.Module:
@@ -60,25 +62,25 @@ class Taught:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the weights: the slots."""
-        return self.slots.state_dict()
+        return self.trajectories.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse, from the slots of all processes."""
-        self.slots.load_state_dict(state)
+        self.trajectories.load_state_dict(state)
 
 
-class HeldOut:
+class TrajectoryValidator:
     """The guided teacher's ways (p, N + 1, c, f, h, w) from prompts and noises unknown to training, walked once."""
 
-    def __init__(self, task: Distillation, prompts: list[str], guidance: float, seed: int = 1):
-        ground, nets = task.ground, task.nets
-        self.task, self.words = task, ground.encode(prompts)
+    def __init__(self, task: StagedTask, prompts: list[str], guidance: float, seed: int = 1):
+        context, nets = task.context, task.nets
+        self.task, self.words = task, context.encode(prompts)
         noise = torch.Generator().manual_seed(seed)
-        x = torch.randn(len(prompts), *ground.shape, generator=noise).to(self.words.device)
+        x = torch.randn(len(prompts), *context.shape, generator=noise).to(self.words.device)
         ways = [x]
-        for i, t in enumerate(ground.times):
+        for i, t in enumerate(context.times):
             v = nets.teacher(x, t.expand(len(x)).to(x.device), self.words, task.empty, guidance)
-            x = ground.jump(x, v, i, i + 1)
+            x = context.jump(x, v, i, i + 1)
             ways.append(x)
         self.ways = torch.stack(ways, 1)
 
@@ -89,30 +91,30 @@ class HeldOut:
     @torch.no_grad()
     def jump(self, model: nn.Module, k: int) -> float:
         """Mean squared error of the velocity of jumps of k base steps, against the teacher's k steps."""
-        places = range(0, len(self.task.ground.times), k)
+        places = range(0, len(self.task.context.times), k)
         places = places[:: max(1, math.ceil(len(places) / POINTS))]
         return sum(self._jump(model, i, k) for i in places) / len(places)
 
     def _jump(self, model: nn.Module, i: int, k: int) -> float:
-        ground, x = self.task.ground, self.ways[:, i]
-        j = min(i + k, len(ground.times))
-        whole = (self.ways[:, j] - x) / float(ground.levels[j] - ground.levels[i])
-        return (velocity(model, x, ground.told(x, i, j), self.words) - whole).square().mean().item()
+        context, x = self.task.context, self.ways[:, i]
+        j = min(i + k, len(context.times))
+        whole = (self.ways[:, j] - x) / float(context.levels[j] - context.levels[i])
+        return (velocity(model, x, context.told(x, i, j), self.words) - whole).square().mean().item()
 
     @torch.no_grad()
     def end(self, model: nn.Module, k: int) -> float:
         """Squared error of the student's video latents, in parts of the teacher's mean square."""
-        x, goal = walk(model, self.task.ground, self.ways[:, 0], self.words, k), self.ways[:, -1]
+        x, goal = rollout(model, self.task.context, self.ways[:, 0], self.words, k), self.ways[:, -1]
         return ((x - goal).square().mean() / goal.square().mean()).item()
 
 
-class Watch:
+class StageMonitor:
     """Looks at the held-out error of a stage, keeps the best student seen, and ends a stage that diverges.
 
     What it has seen is in a file, so that a resumed stage goes on looking where it stood.
     """
 
-    def __init__(self, held: HeldOut, model: nn.Module, horizon: int, file: Path, resume: bool):
+    def __init__(self, held: TrajectoryValidator, model: nn.Module, horizon: int, file: Path, resume: bool):
         self.held, self.model, self.horizon, self.file = held, model, horizon, file
         self.errors: dict[int, float] = {}
         self.best: list[Tensor] = []
@@ -131,7 +133,7 @@ class Watch:
             self.best = [p.detach().cpu().clone() for p in trained(self.model)]
         self.errors[step] = error
         if PartialState().is_main_process:
-            save_whole({"errors": self.errors, "best": self.best}, self.file)
+            save_atomically({"errors": self.errors, "best": self.best}, self.file)
         if self.diverged:
             print(f"that is over {DIVERGED:g} times what it began with: the stage ends", file=sys.stderr)
         return self.diverged
@@ -158,7 +160,7 @@ def store(nets: Networks, folder: Path, name: str, facts: dict) -> None:
 
 
 def distil(
-    task: Distillation, held: HeldOut, recipes: Sequence[Recipe], out: Path, keep: Callable[[dict], None],
+    task: StagedTask, held: TrajectoryValidator, optims: Sequence[OptimConfig], out: Path, keep: Callable[[dict], None],
     minutes: float | None = None, resume: bool = False,
 ) -> dict:  # fmt: skip
     """Train all stages, or as far as the time goes; what each came to. `keep(facts)` stores a stage's student.
@@ -168,14 +170,14 @@ def distil(
     """
     began, stages, stopped = time.monotonic(), {}, {}
     for stage, (name, horizon) in enumerate(task.stages.items()):
-        task.stage, task.recipe, folder = stage, recipes[stage], out / name
+        task.stage, task.optim, folder = stage, optims[stage], out / name
         done = folder / "done.json"
         if resume and done.is_file():
             _restore(task, folder)
             stages[name] = json.loads(done.read_text())
         else:
             left = remaining(minutes, began)
-            if anyone(left is not None and left <= 0):
+            if any_process(left is not None and left <= 0):
                 break
             done_now, stopped = _train(task, horizon, held, folder, left, resume)
             if done_now is None:
@@ -191,7 +193,7 @@ def distil(
 
 
 def _train(
-    task, horizon: int, held: HeldOut, folder: Path, minutes: float | None, resume: bool
+    task, horizon: int, held: TrajectoryValidator, folder: Path, minutes: float | None, resume: bool
 ) -> tuple[dict | None, dict]:
     """Train one stage, and leave its student in the task and in `student.pt`; whether it was stopped, as {"stopped"}.
 
@@ -199,9 +201,9 @@ def _train(
     """
     begun = resume and (folder / "state.pt").is_file()
     if task.stage == 0 and not begun:
-        task.stagger()
+        task.spread_timesteps()
     folder.mkdir(parents=True, exist_ok=True)
-    watch = Watch(held, task.module, horizon, folder / "watch.pt", begun)
+    watch = StageMonitor(held, task.module, horizon, folder / "watch.pt", begun)
     over = lambda step: watch.look(step) or task.diverged
     summary = fit(task, folder, minutes=minutes, resume=resume, look=over, every=EVERY)
     stopped = {"stopped": True} if summary.pop("stopped", False) else {}
@@ -213,12 +215,12 @@ def _train(
         watch.restore()
     if PartialState().is_main_process:
         torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")
-    errors = {"jump": held.jump(task.module, horizon), "end": held.end(task.module, horizon)}
-    return {**summary, **errors, "watched": watch.errors}, stopped
+    errors = {"velocity_mse": held.jump(task.module, horizon), "final_latent_error": held.end(task.module, horizon)}
+    return {**summary, **errors, "validation_curve": watch.errors}, stopped
 
 
 @torch.no_grad()
-def _restore(task: Distillation, folder: Path) -> None:
+def _restore(task: StagedTask, folder: Path) -> None:
     """The student that a finished stage left, and its slots."""
     for weight, kept in zip(trained(task.module), torch.load(folder / "student.pt", weights_only=True), strict=True):
         weight.copy_(kept)
@@ -230,7 +232,7 @@ def remaining(minutes: float | None, began: float) -> float | None:
     return None if minutes is None else minutes - (time.monotonic() - began) / 60
 
 
-def totals(recipes: Sequence[Recipe], done: dict) -> dict:
+def totals(optims: Sequence[OptimConfig], done: dict) -> dict:
     """What `distil` did, and the sums over its stages: iterations made and planned, seconds."""
     spent = {key: sum(stage[key] for stage in done["stages"].values()) for key in ("step", "seconds")}
-    return {**spent, "steps": sum(r.steps for r in recipes), **done}
+    return {**spent, "steps": sum(r.steps for r in optims), **done}

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from .tasks.predictor_fit import PredictorTask
 
 
-class HeldOutWays:
+class CachedRolloutValidator:
     """The student's ways from prompts and noises unknown to training, with whole passes at some steps, the anchors."""
 
     def __init__(self, task: PredictorTask, prompts: list[str], anchors: list[int], seed: int = 1):
-        self.task, self.anchors, self.steps = task, anchors, len(task.ground.times)
-        self.words = task.ground.encode(prompts)
+        self.task, self.anchors, self.steps = task, anchors, len(task.context.times)
+        self.words = task.context.encode(prompts)
         noise = torch.Generator().manual_seed(seed)
-        x = torch.randn(len(prompts), *task.ground.shape, generator=noise).to(self.words.device)
+        x = torch.randn(len(prompts), *task.context.shape, generator=noise).to(self.words.device)
         self.ways = [x]
         for i in range(self.steps):
-            x = task.ground.jump(x, self._whole(x, i)[0], i, i + 1)
+            x = task.context.jump(x, self._whole(x, i)[0], i, i + 1)
             self.ways.append(x)
 
     def named(self, _: int) -> str:
@@ -51,14 +51,14 @@ class HeldOutWays:
                 v, cached = self._whole(x, i)
             else:
                 v = self._predicted(model, cached, x, i)
-            x = self.task.ground.jump(x, v, i, i + 1)
+            x = self.task.context.jump(x, v, i, i + 1)
         return x
 
     @torch.no_grad()
     def _whole(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        return self.task.student.whole(x, self.task.ground.told(x, i, i + 1), self.words)
+        return self.task.student.whole(x, self.task.context.told(x, i, i + 1), self.words)
 
     @torch.no_grad()
     def _predicted(self, model: nn.Module, cached: Tensor, x: Tensor, i: int) -> Tensor:
-        time = self.task.ground.told(x, i, i + 1)
+        time = self.task.context.told(x, i, i + 1)
         return self.task.student.predicted(model.predictor, cached, x, time, self.words)[0]

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.models import Home
-from .tasks.vae import normalise, to_unit
+from ..runtime.models import ModelDefaults
+from .tasks.vae import normalize, to_unit
 
 
-class Clips:
+class VideoFolder:
     """Videos of a folder with `captions.json`, {file: caption}, as `accel world sample` writes it."""
 
-    def __init__(self, folder: Path, pipe, home: Home):
+    def __init__(self, folder: Path, pipe, defaults: ModelDefaults):
         """Raises ValueError if there are no captions, or a video they name is not there."""
         file = folder / "captions.json"
         if not file.is_file():
@@ -29,7 +29,7 @@ class Clips:
         if not self.captions:
             raise ValueError(f"{file} names no videos")
         self.folder, self.vae = folder, pipe.vae
-        self.shape = (home.frames, home.height, home.width)
+        self.shape = (defaults.frames, defaults.height, defaults.width)
 
     def draw(self, rng: random.Random) -> tuple[str, Tensor]:
         """A caption, and normalised latents (c, f, h, w) of its video's first frames at the model's size.
@@ -44,4 +44,4 @@ class Clips:
         x = F.interpolate(to_unit(frames).transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
         with torch.no_grad():
             z = self.vae.encode(x[None].to(self.vae.device, self.vae.dtype)).latent_dist.mode()
-        return self.captions[name], normalise(self.vae, z).float()[0]
+        return self.captions[name], normalize(self.vae, z).float()[0]

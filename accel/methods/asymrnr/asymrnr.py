@@ -24,15 +24,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...core.attention import Heads
+from ...core.attention import QKV
 from ...core.host import Host
-from ...core.trace import DENOISER, Stopwatch, Trace
+from ...core.trace import DENOISER, Timer, Trace
 from ...ops.tokens import Metric, Reduction
-from ...students.scheduler import by_student
-from ..base import Ahead, Method, ahead_of, place_of
-from .correction import DEPTH, Carried, Carry, Cuts
+from ...students.scheduler import is_student_run
+from ..base import Method, RunSpec, model_path, run_spec
+from .correction import DEPTH, Correction, Cuts, ResidualCache
 from .matching import Matching, PlanCache
-from .schedule import Schedule
+from .schedule import RateSchedule
 
 LEAST_SHARE = 0.15  # of the attention cores in the work, below which too little can be won
 NEVER = 10**9
@@ -44,12 +44,12 @@ class Memory:
     """What one run holds: when and how much to reduce, the plans, and what reduced attentions missed."""
 
     plans: PlanCache
-    schedule: Schedule
+    schedule: RateSchedule
     interval: int  # steps that share a plan
-    carried: Carried | None  # if anything is
+    carried: ResidualCache | None  # if anything is
     model: int = 0  # the transformer of which things are held
-    watch: Stopwatch = field(default_factory=Stopwatch)  # on matching, cutting, shortening and restoring
-    beside: Stopwatch = field(default_factory=Stopwatch)  # on reduced attentions beside whole ones
+    timer: Timer = field(default_factory=Timer)  # on matching, cutting, shortening and restoring
+    beside: Timer = field(default_factory=Timer)  # on reduced attentions beside whole ones
 
     def turn_to(self, model: int) -> None:
         """Forget what is held of another transformer: Wan 2.2 changes to its second one."""
@@ -66,8 +66,8 @@ class Memory:
 
     def milliseconds(self) -> dict[str, float]:
         """What the reduction cost so far, for the trace."""
-        watches = {"overhead_ms": self.watch, "beside_ms": self.beside}
-        return {name: round(1000 * watch.seconds, 2) for name, watch in watches.items()}
+        watches = {"overhead_ms": self.timer, "full_attention_ms": self.beside}
+        return {name: round(1000 * timer.seconds, 2) for name, timer in watches.items()}
 
 
 class AsymRnR(Method):
@@ -77,8 +77,8 @@ class AsymRnR(Method):
     paper: ClassVar[str] = "arXiv 2412.11706"
     neutral: ClassVar[dict] = {"budget": 1.0}
 
-    schedule: Literal["measured", "judged", "fixed"] = Field(
-        "measured", description="Spread the budget by measured cost per block, or by likeness; or fixed rates."
+    schedule: Literal["profiled", "similarity", "fixed"] = Field(
+        "profiled", description="Spread the budget by measured cost per block, or by likeness; or fixed rates."
     )
     budget: float = Field(
         0.75, ge=0.2, le=1, multiple_of=0.01, description="Share of the attention cores' work; lower blurs first."
@@ -103,15 +103,15 @@ class AsymRnR(Method):
     )
     metric: Metric = Field("euclidean", description="How likeness is measured.")
     heads: Literal["shared", "separate"] = Field("shared", description="One plan for all heads, or one for each.")
-    plans: Literal["asymmetric", "one"] = Field(
+    pairing: Literal["asymmetric", "one"] = Field(
         "asymmetric", description="Queries and keys matched on their own, or the queries' plan for all."
     )
     merge: Literal["mean", "values", "replace"] = Field(
         "values", description="Removed tokens are averaged into the one that stays, only their values are, or dropped."
     )
     bias: bool = Field(True, description="Weigh a merged key by its size; without it, merged regions fade.")
-    carry: Carry = Field(
-        "line", description="What reduction misses is added back: as last seen, or along a line (twice the memory)."
+    correction: Correction = Field(
+        "linear", description="What reduction misses is added back: as last seen, or along a line (twice the memory)."
     )
     interval: int = Field(
         0,
@@ -142,126 +142,136 @@ class AsymRnR(Method):
     def _cell(self) -> tuple[int, ...]:
         return tuple(int(n) for n in self.cell.split("x"))
 
-    def forecast(self, ahead: Ahead) -> int:
+    def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of the plans and reductions, if every attention had one for queries and one for keys at a low rate.
 
         And of what they missed, if all of them are reduced.
         """
-        model, family, latents, count, guided, sites, _ = ahead
-        n, branches = math.prod(family.grid(model, latents)), sites * (1 + guided)
+        model, family, latents, count, guided, layers, _ = spec
+        n, branches = math.prod(family.grid(model, latents)), layers * (1 + guided)
         n *= len(latents)
         indices = 6 * n * (1 if self.heads == "shared" else model.config.num_attention_heads)
         plans = 4 * indices * 2 * branches  # at most: order, owner and the four of a `Reduction`
-        depth = DEPTH[self.carry] if self._interval(count) > 1 else 0
-        return plans + depth * branches * n * family.width(model) * latents.element_size()
+        depth = DEPTH[self.correction] if self._interval(count) > 1 else 0
+        return plans + depth * branches * n * family.hidden_size(model) * latents.element_size()
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the attentions' cores for the time of the context."""
         memory = host.per_run(lambda: self._begin(host, trace))
 
-        def core(inner: Callable, heads: Heads, site: str) -> Tensor:
-            return self._core(inner, heads, site, host, trace, memory())
+        def core(inner: Callable, qkv: QKV, layer: str) -> Tensor:
+            return self._core(inner, qkv, layer, host, trace, memory())
 
-        with host.wrap_heads(core):
+        with host.wrap_qkv(core):
             yield
 
     def _interval(self, count: int, student: bool = False) -> int:
         """Steps between matchings, or whole attentions: the more steps, the less each changes."""
-        if self.carry == "nothing":
+        if self.correction == "none":
             return self.interval or (1 if count <= 8 or student else 3 if count <= 30 else 5)
         return self.interval or (2 if count <= 8 else 3 if count <= 30 else 4)
 
     def _begin(self, host: Host, trace: Trace) -> Memory:
         """The run's memory; what keeps it from acting goes to the trace."""
-        ahead, sites = ahead_of(host), list(host.attentions[host.model])
-        count = ahead.count
+        spec, layers = run_spec(host), list(host.attentions[host.active_index])
+        count = spec.count
         plans = PlanCache(self._cell(), self.matching, self.metric, self.heads == "shared")
-        interval = self._interval(count, by_student(host.pipe))
-        carried = Carried(DEPTH[self.carry], interval) if self.carry != "nothing" and interval > 1 else None
-        schedule = Schedule(self, host, plans, self._first(count), 1 / interval if carried else 0.0)
-        trace.bytes_forecast += self.forecast(ahead)
-        share = core_flops(host) * len(sites) / trace.flops[DENOISER]
+        interval = self._interval(count, is_student_run(host.pipe))
+        carried = (
+            ResidualCache(DEPTH[self.correction], interval) if self.correction != "none" and interval > 1 else None
+        )
+        schedule = RateSchedule(self, host, plans, self._first(count), 1 / interval if carried else 0.0)
+        trace.estimated_bytes += self.estimate_memory(spec)
+        share = core_flops(host) * len(layers) / trace.flops[DENOISER]
         if share < LEAST_SHARE:
-            trace.note(f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size")
+            trace.add_message(f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size")
             schedule.first = NEVER
-        elif idle := self.idle(ahead):
-            trace.note(idle)
+        elif inactive_reason := self.inactive_reason(spec):
+            trace.add_message(inactive_reason)
             schedule.first = NEVER
-        elif self.schedule == "measured":
-            schedule.read(place_of(host))
-        none = {site: [[0.0, 0.0]] * count for site in sites}
-        told = {"core_share": round(share, 4), "rates": none, "kept": {}, "overhead_ms": None, "beside_ms": None}
-        trace.extras["asymrnr"] = told
+        elif self.schedule == "profiled":
+            schedule.read(model_path(host))
+        none = {layer: [[0.0, 0.0]] * count for layer in layers}
+        told = {
+            "core_share": round(share, 4),
+            "rates": none,
+            "kept_tokens": {},
+            "overhead_ms": None,
+            "full_attention_ms": None,
+        }
+        trace.method_data["asymrnr"] = told
         return Memory(plans, schedule, interval, carried)
 
     def _first(self, count: int) -> int:
         """The first step that is not protected."""
         return max(1, round(self.start * count))
 
-    def idle(self, ahead: Ahead) -> str:
+    def inactive_reason(self, spec: RunSpec) -> str:
         """Where all steps are protected, or no rate is above zero."""
         pairs = [pair for spans in self.rates.values() for pair in spans] or [(self.query_rate, self.kv_rate)]
         asked = max(map(max, pairs)) and (self.schedule == "fixed" or self.budget < 1)
-        if asked and self._first(ahead.count) < ahead.count:
+        if asked and self._first(spec.count) < spec.count:
             return ""
         return "AsymRnR does nothing: at these settings no token is removed"
 
-    def _core(self, inner: Callable, heads: Heads, site: str, host: Host, trace: Trace, memory: Memory) -> Tensor:
+    def _core(self, inner: Callable, qkv: QKV, layer: str, host: Host, trace: Trace, memory: Memory) -> Tensor:
         step, schedule = host.step, memory.schedule
-        if schedule.first == NEVER or heads.bias is not None:  # of another method: it says which keys these are
-            return inner(heads)
-        if heads.shape[1] != math.prod(host.grid):
-            trace.note(f"AsymRnR is off: {heads.shape[1]} tokens are not the grid of {host.grid}")
-            return inner(heads)
-        heads.watch = memory.watch
-        if not schedule.acts(heads, site) or not max(rates := schedule.rates(site)):
-            return inner(heads)
-        memory.turn_to(host.model)
-        key, n = (site, step.branch), heads.shape[1]
-        anchor = step.index in host.anchors  # where the branches' difference is taken, and errors with it
+        if schedule.first == NEVER or qkv.bias is not None:  # of another method: it says which keys these are
+            return inner(qkv)
+        if qkv.shape[1] != math.prod(host.grid):
+            trace.add_message(f"AsymRnR is off: {qkv.shape[1]} tokens are not the grid of {host.grid}")
+            return inner(qkv)
+        qkv.timer = memory.timer
+        if not schedule.acts(qkv, layer) or not max(rates := schedule.rates(layer)):
+            return inner(qkv)
+        memory.turn_to(host.active_index)
+        key, n = (layer, step.branch), qkv.shape[1]
+        anchor = step.index in host.exact_steps  # where the branches' difference is taken, and errors with it
         if memory.carried and not memory.carried.serves(key, step, anchor):  # another method seldom runs this one
             if step.branch == "cond":
-                trace.note("AsymRnR leaves attentions whole that are computed too seldom to carry: raise its interval")
-            trace.hold("asymrnr", memory.held)  # less, if something was forgotten
-            return inner(heads)
-        queries, matching = self._cut("query", heads, rates[0], site, host, memory)
-        keys, more = (queries, 0) if self.plans == "one" else self._cut("kv", heads, rates[1], site, host, memory)
+                trace.add_message(
+                    "AsymRnR leaves attentions whole that are computed too seldom to carry: raise its interval"
+                )
+            trace.set_memory("asymrnr", memory.held)  # less, if something was forgotten
+            return inner(qkv)
+        queries, matching = self._cut("query", qkv, rates[0], layer, host, memory)
+        keys, more = (queries, 0) if self.pairing == "one" else self._cut("kv", qkv, rates[1], layer, host, memory)
         cuts = queries, keys
         m = [len(cut.keep[0]) if cut else n for cut in cuts]
         work, spent = m[0] * m[1] / n**2 * core_flops(host), matching + more
         if memory.carried and memory.carried.due(key, step, cuts, anchor):
-            y = self._whole(inner, heads, cuts, key, host, memory)
-            trace.record(step, site, "compute", 1 + (work - heads.spared + spent) / trace.flops[site])
+            y = self._whole(inner, qkv, cuts, key, host, memory)
+            trace.record(step, layer, "compute", 1 + (work - qkv.saved_flops + spent) / trace.flops[layer])
         else:
-            missed = memory.carried.now(key, step) if memory.carried else None
-            y = heads.restore(inner(self._shortened(heads, *cuts)), queries, missed)
-            left = work - core_flops(host) - heads.spared + spent
-            trace.record(step, site, "reduce", 1 + left / trace.flops[site])
-            trace.extras["asymrnr"]["rates"][site][step.index] = [*rates]
-        trace.hold("asymrnr", memory.held)
+            residual = memory.carried.now(key, step) if memory.carried else None
+            y = qkv.restore(inner(self._shortened(qkv, *cuts)), queries, residual)
+            left = work - core_flops(host) - qkv.saved_flops + spent
+            trace.record(step, layer, "reduce", 1 + left / trace.flops[layer])
+            trace.method_data["asymrnr"]["rates"][layer][step.index] = [*rates]
+        trace.set_memory("asymrnr", memory.held)
         if host.latents.device.type != "cuda":  # where this clock would only see the launches
-            trace.extras["asymrnr"] |= memory.milliseconds()
+            trace.method_data["asymrnr"] |= memory.milliseconds()
         return y
 
-    def _whole(self, inner: Callable, heads: Heads, cuts: Cuts, key: tuple, host: Host, memory: Memory) -> Tensor:
+    def _whole(self, inner: Callable, qkv: QKV, cuts: Cuts, key: tuple, host: Host, memory: Memory) -> Tensor:
         """The attention as it is, and beside it reduced, to learn what that misses."""
-        y = inner(Heads(heads.query(), heads.key(), heads.value()))
-        shortened = self._shortened(heads, *cuts)
+        y = inner(QKV(qkv.query(), qkv.key(), qkv.value()))
+        shortened = self._shortened(qkv, *cuts)
         with memory.beside:
             reduced = inner(shortened)
-        missed = heads.missed(y, reduced, cuts[0])
-        memory.carried.add(key, host.step, cuts, missed)
+        residual = qkv.residual(y, reduced, cuts[0])
+        memory.carried.add(key, host.step, cuts, residual)
         return y
 
-    def _shortened(self, heads: Heads, queries: Reduction | None, keys: Reduction | None) -> Heads:
+    def _shortened(self, qkv: QKV, queries: Reduction | None, keys: Reduction | None) -> QKV:
         rows = self.merge == "mean"
-        q, k = heads.query(queries, rows), heads.key(keys, rows)
-        bias = keys.bias(heads.shape[0], heads.shape[2]) if keys and self.bias else None
-        return Heads(q, k, heads.value(keys, self.merge != "replace"), bias)
+        q, k = qkv.query(queries, rows), qkv.key(keys, rows)
+        bias = keys.bias(qkv.shape[0], qkv.shape[2]) if keys and self.bias else None
+        return QKV(q, k, qkv.value(keys, self.merge != "replace"), bias)
 
     def _cut(
-        self, feature: str, heads: Heads, rate: float, site: str, host: Host, memory: Memory
+        self, feature: str, qkv: QKV, rate: float, layer: str, host: Host, memory: Memory
     ) -> tuple[Reduction | None, int]:
         """The reduction of a feature at its rate, none at rate 0, and the FLOPs of matching."""
         if not rate:
@@ -269,20 +279,20 @@ class AsymRnR(Method):
         part = memory.plans.partition(feature, host.grid, host.latents.device)
         # What is carried was missed by these cuts: while it is, one plan holds for the whole run.
         window = 0 if memory.carried else (host.step.index - memory.schedule.first) // memory.interval
-        key, flops = (site, host.step.branch, feature), 0
-        if memory.plans.due(key, window, heads.shape):
-            x = heads.query() if feature == "query" else heads.value()
-            with memory.watch:
+        key, flops = (layer, host.step.branch, feature), 0
+        if memory.plans.due(key, window, qkv.shape):
+            x = qkv.query() if feature == "query" else qkv.value()
+            with memory.timer:
                 flops = memory.plans.match(key, window, x, part)
-        with memory.watch:
+        with memory.timer:
             cut = memory.plans.cut(key, rate)
         if host.step.branch == "cond":
-            self._show(feature, cut, site, host)
+            self._show(feature, cut, layer, host)
         return cut, flops
 
-    def _show(self, feature: str, cut: Reduction, site: str, host: Host) -> None:
+    def _show(self, feature: str, cut: Reduction, layer: str, host: Host) -> None:
         """Which tokens of the middle frame stay when a block is cut first: rows of 0 and 1 for the page to draw."""
-        shown = host.trace.extras["asymrnr"]["kept"].setdefault(site, {})
+        shown = host.trace.method_data["asymrnr"]["kept_tokens"].setdefault(layer, {})
         if feature not in shown:
             f, h, w = host.grid
             stays = torch.zeros(f * h * w, dtype=torch.bool).index_fill(0, cut.keep[0].long().cpu(), True)
@@ -291,4 +301,6 @@ class AsymRnR(Method):
 
 def core_flops(host: Host) -> int:
     """Work of one whole attention core: the products of queries with keys, and of weights with values."""
-    return 4 * len(host.latents) * math.prod(host.grid) ** 2 * host.family.width(host.models[host.model])
+    return (
+        4 * len(host.latents) * math.prod(host.grid) ** 2 * host.family.hidden_size(host.denoisers[host.active_index])
+    )

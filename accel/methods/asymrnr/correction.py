@@ -18,8 +18,8 @@ from torch import Tensor
 from ...core.trace import Step
 from ...ops.tokens import Reduction
 
-Carry = Literal["nothing", "last", "line"]
-DEPTH = {"nothing": 0, "last": 1, "line": 2}  # differences held for each attention and branch
+Correction = Literal["none", "last", "linear"]
+DEPTH = {"none": 0, "last": 1, "linear": 2}  # differences held for each attention and branch
 Cuts = tuple[Reduction | None, Reduction | None]  # of queries, of keys and values
 
 
@@ -38,7 +38,7 @@ class Missed:
 
 
 @dataclass
-class Carried:
+class ResidualCache:
     """The last differences of one run, by whatever key tells attentions and branches apart."""
 
     depth: int

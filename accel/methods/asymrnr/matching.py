@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...ops.tokens import Metric, Partition, Plan, Reduction, match, partition, pooled
+from ...ops.tokens import MergePlan, Metric, Partition, Reduction, grid_plan, match, partition
 
 Matching = Literal["cell", "global", "grid"]
 SEEDS = {"query": 0, "kv": 1}  # of the partitions, shared by both guidance branches
@@ -23,8 +23,8 @@ class PlanCache:
     metric: Metric
     shared: bool  # one plan for all heads
     partitions: dict[tuple, Partition] = field(default_factory=dict)
-    plans: dict[tuple, tuple[int, Plan]] = field(default_factory=dict)  # with the window they are of
-    cuts: dict[tuple, tuple[Plan, float, Reduction]] = field(default_factory=dict)
+    plans: dict[tuple, tuple[int, MergePlan]] = field(default_factory=dict)  # with the window they are of
+    cuts: dict[tuple, tuple[MergePlan, float, Reduction]] = field(default_factory=dict)
     held: int = 0  # bytes of all plans and reductions; counted when one changes, not at every attention
 
     def partition(self, feature: str, grid: tuple[int, int, int], device: torch.device) -> Partition:
@@ -53,10 +53,10 @@ class PlanCache:
             self.held = self._bytes()
         return cut
 
-    def likeness(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> tuple[float, int]:
+    def similarity(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> tuple[float, int]:
         """How alike features are to what they would merge into (0: as random, 1: the same), and the FLOPs of it."""
         part = self.partition(feature, grid, x.device)
-        return self._match(x, part).likeness.mean().item(), self._flops(x, part)
+        return self._match(x, part).similarity.mean().item(), self._flops(x, part)
 
     def clear(self) -> None:
         """Forget all plans: another transformer takes over."""
@@ -71,9 +71,9 @@ class PlanCache:
     def _groups(self, shape: tuple[int, ...]) -> int:
         return shape[0] if self.shared else shape[0] * shape[2]
 
-    def _match(self, x: Tensor, part: Partition) -> Plan:
+    def _match(self, x: Tensor, part: Partition) -> MergePlan:
         if self.matching == "grid":
-            return pooled(part, self._groups(x.shape))
+            return grid_plan(part, self._groups(x.shape))
         return match(x, part, self.metric, self.matching == "global", self.shared)
 
     def _flops(self, x: Tensor, part: Partition) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Form = Literal["residual", "plain"]
+PredictorForm = Literal["residual", "paper"]
 
 
 class Predictor(nn.Module):
@@ -18,9 +18,9 @@ class Predictor(nn.Module):
     feature: it starts exactly as reuse.
     """
 
-    def __init__(self, family: ModuleType, model: nn.Module, form: Form, depth: int):
+    def __init__(self, family: ModuleType, model: nn.Module, form: PredictorForm, depth: int):
         super().__init__()
-        d = family.width(model)
+        d = family.hidden_size(model)
         self.fuse = nn.Sequential(nn.Linear(2 * d, d), nn.SiLU(), nn.Linear(d, d))
         self.blocks = nn.ModuleList(family.new_block(model) for _ in range(depth))
         self.out = nn.Linear(d, d) if form == "residual" else None

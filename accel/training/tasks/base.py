@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ...files import whole
+from ...files import atomic_write
 from ...world.render import render
 from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
-from ..loop import Recipe
+from ..loop import OptimConfig
 from ..optimize import DenseAttention
-from .vae import Autoencoder, normalise, put, to_unit
+from .vae import Autoencoder, normalize, replace_files, to_unit
 
-TEXT = 32  # tokens a prompt is padded or cut to
+MAX_TOKENS = 32  # tokens a prompt is padded or cut to
 SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
 # until this share of the steps: latent frames (0: all), clips a batch
 CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=TEXT, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=MAX_TOKENS, **special)
 
 
 def build_models(words: int, latent: int = 16) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
@@ -82,7 +82,7 @@ def smooth_time(transformer: WanTransformer3DModel, highest: float = 0.012) -> N
     weight.register_hook(lambda grad: grad * low.to(grad))
 
 
-class PaddedText:
+class PaddingWeightedAttention:
     """Attention processor for cross-attention in training: weighs the padding keys as if there were many."""
 
     def __init__(self):
@@ -102,16 +102,16 @@ class PaddedText:
         return attn.to_out[0](y.transpose(1, 2).flatten(2))
 
 
-class PickedFrames(nn.Module):
+class SubsampledRoPE(nn.Module):
     """Rotary embedding for some latent frames of a clip, each at its true time."""
 
-    def __init__(self, whole: nn.Module):
+    def __init__(self, atomic_write: nn.Module):
         super().__init__()
-        self.whole, self.frames = whole, [0]
+        self.atomic_write, self.frames = atomic_write, [0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f = self.frames[-1] + 1
-        turns = self.whole(x[:, :, :1].expand(-1, -1, f, -1, -1))
+        turns = self.atomic_write(x[:, :, :1].expand(-1, -1, f, -1, -1))
         return tuple(t.unflatten(1, (f, -1))[:, self.frames].flatten(1, 2) for t in turns)
 
 
@@ -121,7 +121,7 @@ class Denoiser(nn.Module):
     def __init__(self, text: UMT5EncoderModel, transformer: WanTransformer3DModel, device: str = "cpu"):
         super().__init__()
         self.text, self.transformer = text.to(device), transformer.to(device)
-        self.padded, transformer.rope = PaddedText(), PickedFrames(transformer.rope)
+        self.padded, transformer.rope = PaddingWeightedAttention(), SubsampledRoPE(transformer.rope)
         for block in transformer.blocks:
             block.attn2.set_processor(self.padded)
             if torch.device(device).type == "cpu":
@@ -135,7 +135,7 @@ class Denoiser(nn.Module):
         return self.transformer(x, 1000 * sigma, words, return_dict=False)[0]
 
 
-class Pool:
+class LatentDataset:
     """Normalised latents (n, c, f, h, w) of rendered training clips with their scenes, encoded once and kept."""
 
     def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device):
@@ -148,8 +148,8 @@ class Pool:
             auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
             file.parent.mkdir(parents=True, exist_ok=True)
-            latents = torch.cat([normalise(vae, _encode(auto, c)).half() for c in clips]).contiguous()
-            with whole(file) as part:
+            latents = torch.cat([normalize(vae, _encode(auto, c)).half() for c in clips]).contiguous()
+            with atomic_write(file) as part:
                 save_file({"latents": latents}, part, made)
         self.latents = load_file(file)["latents"].to(device)
 
@@ -179,16 +179,16 @@ class BaseTask:
     """Flow matching on a pool of latents: first frames, then more and more frames of the clips."""
 
     def __init__(
-        self, recipe: Recipe, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
+        self, optim: OptimConfig, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
         device: str = "cpu", compiled: bool = False,
     ):  # fmt: skip
-        torch.manual_seed(recipe.seed)
-        self.recipe, self.vae, self.size, self.frames = recipe, vae, size, frames
+        torch.manual_seed(optim.seed)
+        self.optim, self.vae, self.size, self.frames = optim, vae, size, frames
         self.tokenizer = build_tokenizer()
         self.module = Denoiser(*build_models(len(self.tokenizer), vae.config.z_dim), device)
         if compiled:
             self.module.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.pool = Pool(vae, clips, frames, size, recipe.seed, folder / "pool.safetensors", device)
+        self.pool = LatentDataset(vae, clips, frames, size, optim.seed, folder / "pool.safetensors", device)
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of the blocks' linear layers."""
@@ -196,15 +196,17 @@ class BaseTask:
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
-        frames, n = next((f, n) for until, f, n in CURRICULUM if step / self.recipe.steps < until)
+        frames, n = next((f, n) for until, f, n in CURRICULUM if step / self.optim.steps < until)
         x0, times, captions = self.pool.draw(n, frames or self.pool.latents.shape[2], rng)
         captions = ["" if rng.random() < 0.1 else c for c in captions]
-        tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT - 8, return_tensors="pt").to(x0.device)
+        tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS - 8, return_tensors="pt").to(
+            x0.device
+        )
         eps = torch.randn(x0.shape, generator=noise).to(x0.device)
         u = (torch.arange(n) + torch.rand(n, generator=noise)) / n  # stratified: a quieter loss
         sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(x0.device)
         s = sigma[:, None, None, None, None]
-        words = tokens.input_ids, tokens.attention_mask, rng.choice((TEXT, 512))
+        words = tokens.input_ids, tokens.attention_mask, rng.choice((MAX_TOKENS, 512))
         v = model((1 - s) * x0 + s * eps, times, sigma, *words)
         return (v.float() - (eps - x0)).square().mean(), {}
 
@@ -233,11 +235,11 @@ class BaseTask:
             transformer=transformer.to(self.pool.latents.device),
         )  # fmt: skip
 
-    def sheet(self, path: Path) -> None:
+    def sample_grid(self, path: Path) -> None:
         """One row of nine frames for each of six held-out prompts, drawn in 12 guided steps."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        length = dict(height=self.size, width=self.size, num_frames=self.frames, max_sequence_length=TEXT)
+        length = dict(height=self.size, width=self.size, num_frames=self.frames, max_sequence_length=MAX_TOKENS)
         noise = torch.Generator().manual_seed(0)
         out = pipe(held_out_prompts(6, 1), num_inference_steps=12, guidance_scale=4.0, generator=noise, **length)
         frames = torch.as_tensor(out.frames)[:, :: max(1, self.frames // 8)]
@@ -253,4 +255,4 @@ def finish(task: BaseTask, folder: Path) -> None:
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")
-    put(made, folder)
+    replace_files(made, folder)

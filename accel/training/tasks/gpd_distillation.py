@@ -18,33 +18,35 @@ from torch import Tensor, nn
 
 from ...ops.flow import euler, mean_velocity
 from ...ops.spectrum import high_energy
-from ..loop import Recipe
+from ..loop import OptimConfig
 from ..networks import Networks, velocity
-from ..rollouts import Ground, sheet
-from ..stages import Taught
+from ..rollouts import RolloutContext, sample_grid
+from ..stages import StudentTask
 
-PIECES = {  # who goes how far on the way of k base steps
+TARGET_SCHEMES = {  # who goes how far on the way of k base steps
     "online": lambda k: [("previous", k - 1)] * (k > 1) + [("teacher", 1)],
     "halving": lambda k: [("previous", k // 2), ("previous", k - k // 2)] if k > 1 else [("teacher", 1)],
     "direct": lambda k: [("teacher", 1)] * k,
 }
 
 
-class Curriculum(BaseModel, frozen=True, extra="forbid"):
+class GpdConfig(BaseModel, frozen=True, extra="forbid"):
     """What a distillation does, apart from its optimizer."""
 
     base_steps: int = Field(48, ge=1)
     horizons: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    way: Literal["online", "halving", "direct"] = "online"
+    target_scheme: Literal["online", "halving", "direct"] = "online"
     guidance_start: float = Field(4.0, ge=1)
     guidance_end: float = Field(4.0, ge=1)
     guidance_anneal: Literal["none", "stage", "iteration"] = "none"
-    slots: int = Field(16, ge=1)  # trajectories that are carried, over all processes
+    trajectories: int = Field(16, ge=1)  # trajectories that are carried, over all processes
     advance: Literal["target", "student"] = "target"
     off_grid: float = Field(0.25, ge=0, le=1)  # share of the jumps that stop where the last piece begins
-    hop: int = Field(16, ge=1)  # most base steps a slot moves on in one iteration: short stages see more prompts so
-    space: float = Field(0.0, ge=0)  # weight of high spatial frequencies in the last stage
-    time: float = Field(0.0, ge=0)  # of high temporal ones
+    max_stride: int = Field(
+        16, ge=1
+    )  # most base steps a slot moves on in one iteration: short stages see more prompts so
+    spatial_weight: float = Field(0.0, ge=0)  # weight of high spatial frequencies in the last stage
+    temporal_weight: float = Field(0.0, ge=0)  # of high temporal ones
 
     def guidance(self, stage: int, share: float) -> float:
         """The teacher's guidance at a share of the iterations of a stage (counted from 0)."""
@@ -53,50 +55,57 @@ class Curriculum(BaseModel, frozen=True, extra="forbid"):
         return self.guidance_start + (self.guidance_end - self.guidance_start) * done[self.guidance_anneal]
 
 
-class GpdTask(Taught):
+class GpdTask(StudentTask):
     """A stage at a time; a process carries the slots first .. first + count of all."""
 
     def __init__(
-        self, recipe: Recipe, curriculum: Curriculum, nets: Networks, ground: Ground, share: tuple[int, int] = (0, 1)
+        self,
+        optim: OptimConfig,
+        config: GpdConfig,
+        nets: Networks,
+        context: RolloutContext,
+        share: tuple[int, int] = (0, 1),
     ):
         """`share`: which process this is, of how many."""
-        super().__init__(recipe, nets, ground, curriculum.slots, share)
-        self.curriculum = curriculum
+        super().__init__(optim, nets, context, config.trajectories, share)
+        self.config = config
 
     @property
     def horizon(self) -> int:
         """Base steps that a call of this stage goes."""
-        return self.curriculum.horizons[self.stage]
+        return self.config.horizons[self.stage]
 
     @property
     def stages(self) -> dict[str, int]:
         """Names of the stages, and the horizons that their students are looked at with."""
-        return {f"k{k}": k for k in self.curriculum.horizons}
+        return {f"k{k}": k for k in self.config.horizons}
 
     @property
     def best(self) -> bool:
         """Whether the best student seen is the one to keep: not if what is looked at is not what is taught."""
-        return self.curriculum.guidance_anneal == "none"
+        return self.config.guidance_anneal == "none"
 
     diverged = False  # by itself; what is looked at tells
 
     @property
     def last(self) -> bool:
         """Whether this is the last stage."""
-        return self.stage == len(self.curriculum.horizons) - 1
+        return self.stage == len(self.config.horizons) - 1
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The student's error at the slots, which then move on."""
-        slots, device = self.slots, self.slots.x.device
-        guidance = self.curriculum.guidance(self.stage, step / self.recipe.steps)
-        target, stops, calls = self.way(slots.x, slots.index, slots.words, guidance)
-        v = velocity(model, slots.x, self.ground.tell(slots.index, stops[-1]).to(device), slots.words)
+        trajectories, device = self.trajectories, self.trajectories.x.device
+        guidance = self.config.guidance(self.stage, step / self.optim.steps)
+        target, stops, calls = self.way(trajectories.x, trajectories.index, trajectories.words, guidance)
+        v = velocity(
+            model, trajectories.x, self.context.tell(trajectories.index, stops[-1]).to(device), trajectories.words
+        )
         error, logs = v - target, {"calls": calls, "guidance": guidance}
         loss = error.square().mean()
-        if self.last and (self.curriculum.space or self.curriculum.time):
+        if self.last and (self.config.spatial_weight or self.config.temporal_weight):
             logs["space"], logs["time"] = high_energy(error)
-            loss = loss + self.curriculum.space * logs["space"] + self.curriculum.time * logs["time"]
-        self._move(target if self.curriculum.advance == "target" else v.detach(), stops, step)
+            loss = loss + self.config.spatial_weight * logs["space"] + self.config.temporal_weight * logs["time"]
+        self._move(target if self.config.advance == "target" else v.detach(), stops, step)
         return loss, {name: float(torch.as_tensor(value).detach()) for name, value in logs.items()}
 
     def way(self, x: Tensor, index: Tensor, words: Tensor, guidance: float) -> tuple[Tensor, list[Tensor], int]:
@@ -104,51 +113,51 @@ class GpdTask(Taught):
 
         Where fewer base steps are left than the horizon has, the first pieces are cut short.
         """
-        pieces, n = PIECES[self.curriculum.way](self.horizon), self.curriculum.base_steps
+        pieces, n = TARGET_SCHEMES[self.config.target_scheme](self.horizon), self.config.base_steps
         at, velocities, stops, calls = index, [], [index], 0
         for place, (who, _) in enumerate(pieces):
             far = sum(length for _, length in pieces[: place + 1])
             later = sum(length for _, length in pieces[place + 1 :])
             stop = torch.maximum(index, torch.minimum(index + far, n - torch.tensor(later)))
-            t = self.ground.times[at.clamp(max=n - 1)].to(x.device)
+            t = self.context.times[at.clamp(max=n - 1)].to(x.device)
             if who == "teacher":
                 v = self.nets.teacher(x, t, words, self.empty, guidance)
             else:
                 v = self.nets.previous(x, t, words)
             calls += 1 + (who == "teacher" and guidance != 1)
-            x = euler(x, v, self.ground.levels[at], self.ground.levels[stop])
+            x = euler(x, v, self.context.levels[at], self.context.levels[stop])
             velocities.append(v)
             stops.append(stop)
             at = stop
-        return mean_velocity(velocities, [self.ground.levels[s] for s in stops]), stops, calls
+        return mean_velocity(velocities, [self.context.levels[s] for s in stops]), stops, calls
 
     def _move(self, v: Tensor, stops: list[Tensor], step: int) -> None:
         """Carry the slots to the end of their jump or beyond; some stop a piece earlier: all phases are visited.
 
         In the last stage none does either, unless its horizon is 1: a slot that began in it is on the student's grid.
         """
-        slots, n = self.slots, self.curriculum.base_steps
+        trajectories, n = self.trajectories, self.config.base_steps
         end = stops[-1].clone()
         for i, number in enumerate(() if self.last and self.horizon > 1 else self._own()):
-            rng = random.Random(f"{self.recipe.seed} {self.stage} {step} {number}")
-            early = rng.random() < self.curriculum.off_grid
-            far = rng.randint(0, max(0, self.curriculum.hop - self.horizon))
-            end[i] = stops[-2][i] if early and stops[-2][i] > slots.index[i] else min(n, int(end[i]) + far)
-        slots.move(v, end)
+            rng = random.Random(f"{self.optim.seed} {self.stage} {step} {number}")
+            early = rng.random() < self.config.off_grid
+            far = rng.randint(0, max(0, self.config.max_stride - self.horizon))
+            end[i] = stops[-2][i] if early and stops[-2][i] > trajectories.index[i] else min(n, int(end[i]) + far)
+        trajectories.move(v, end)
 
     def _own(self) -> range:
         """The numbers of this process's slots among all."""
-        return range(self.slots.first, self.slots.first + len(self.slots))
+        return range(self.trajectories.first, self.trajectories.first + len(self.trajectories))
 
-    def stagger(self) -> None:
+    def spread_timesteps(self) -> None:
         """Let the guided teacher carry each slot to a base step of its own."""
 
         def guided(now: Tensor) -> Tensor:
-            at, guidance = self.ground.times[now].to(self.slots.x.device), self.curriculum.guidance(0, 0)
-            return self.nets.teacher(self.slots.x, at, self.slots.words, self.empty, guidance)
+            at, guidance = self.context.times[now].to(self.trajectories.x.device), self.config.guidance(0, 0)
+            return self.nets.teacher(self.trajectories.x, at, self.trajectories.words, self.empty, guidance)
 
-        self.slots.stagger(guided, self.curriculum.hop)
+        self.trajectories.spread_timesteps(guided, self.config.max_stride)
 
-    def sheet(self, path: Path) -> None:
+    def sample_grid(self, path: Path) -> None:
         """Four prompts, from noise to the end in the student's own steps."""
-        sheet(self.module, self.ground, self.horizon, path)
+        sample_grid(self.module, self.context, self.horizon, path)

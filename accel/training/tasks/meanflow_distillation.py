@@ -19,40 +19,40 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...ops.flow import mean_flow_target, slope_central, slope_exact
-from ...students.interval_embedding import packed
-from ..loop import Recipe
+from ...ops.flow import jvp_central, jvp_exact, mean_flow_target
+from ...students.interval_embedding import pack_timestep
+from ..loop import OptimConfig
 from ..networks import Networks, velocity
-from ..rollouts import TimedGround, sheet
-from ..stages import Taught
+from ..rollouts import MeanFlowContext, sample_grid
+from ..stages import StudentTask
 
 SEEN = 25  # iterations that the size of the correction is averaged over
 GROWN = 20.0  # times its first size, at which it is too much
 
 
-class Course(BaseModel, frozen=True, extra="forbid"):
+class MeanFlowConfig(BaseModel, frozen=True, extra="forbid"):
     """What both stages do, apart from their optimizers."""
 
     base_steps: int = Field(60, ge=1)  # of the grid that trajectories run on
     steps: tuple[int, ...] = (20, 10)  # numbers of steps that the student is made for
     guidance: tuple[float, float] = (2.0, 5.0)
-    longest: float = Field(gt=0, le=1)  # R
-    follow: bool = True  # at most as far as the schedule of the fewest steps goes from that level
-    equal: float = Field(0.5, ge=0, lt=1)  # share of the slots with r = t
+    max_interval: float = Field(gt=0, le=1)  # R
+    limit_to_schedule: bool = True  # at most as far as the schedule of the fewest steps goes from that level
+    zero_interval_fraction: float = Field(0.5, ge=0, lt=1)  # share of the slots with r = t
     source: Literal["student", "base"] = "student"  # of the second stage's velocities: the first's, or the guided base
-    slope: Literal["central", "exact"] = "central"
-    reach: float = Field(5e-3, gt=0, lt=0.5)  # of the central difference
+    jvp: Literal["central", "exact"] = "central"
+    eps: float = Field(5e-3, gt=0, lt=0.5)  # of the central difference
     warm: int = Field(100, ge=1)  # iterations in which the correction comes in
-    slots: int = Field(16, ge=1)  # trajectories that are carried, over all processes
-    hop: int = Field(12, ge=1)  # most base steps a slot moves on in one iteration
+    trajectories: int = Field(16, ge=1)  # trajectories that are carried, over all processes
+    max_stride: int = Field(12, ge=1)  # most base steps a slot moves on in one iteration
 
     @property
     def stages(self) -> dict[str, int]:
-        """Names, and the longest jump that each one's student is looked at with."""
-        return {"guidance": 1, "average": self.base_steps // min(self.steps)}
+        """Names, and the max_interval jump that each one's student is looked at with."""
+        return {"guidance": 1, "mean_velocity": self.base_steps // min(self.steps)}
 
 
-def longest_step(scheduler, steps: tuple[int, ...]) -> float:
+def max_step_width(scheduler, steps: tuple[int, ...]) -> float:
     """The widest interval between noise levels that a pipeline's scheduler makes in these numbers of steps: R."""
     widths = []
     for n in steps:
@@ -61,15 +61,20 @@ def longest_step(scheduler, steps: tuple[int, ...]) -> float:
     return max(widths)
 
 
-class MeanFlowTask(Taught):
+class MeanFlowTask(StudentTask):
     """Both stages; a process carries its share of the slots."""
 
     def __init__(
-        self, recipe: Recipe, course: Course, nets: Networks, ground: TimedGround, share: tuple[int, int] = (0, 1)
+        self,
+        optim: OptimConfig,
+        config: MeanFlowConfig,
+        nets: Networks,
+        context: MeanFlowContext,
+        share: tuple[int, int] = (0, 1),
     ):
         """`share`: which process this is, of how many."""
-        super().__init__(recipe, nets, ground, course.slots, share)
-        self.course = course
+        super().__init__(optim, nets, context, config.trajectories, share)
+        self.config = config
         self.sizes = torch.zeros(3)  # of the correction: how many were seen, the mean of the first, and of the latest
         _keep_zeros(nets.module.condition_embedder.base.time_embedder)
 
@@ -82,12 +87,12 @@ class MeanFlowTask(Taught):
 
     @stage.setter
     def stage(self, stage: int) -> None:
-        self._stage, self.ground = stage, replace(self.ground, instant=stage == 0)
+        self._stage, self.context = stage, replace(self.context, guidance_only=stage == 0)
 
     @property
     def stages(self) -> dict[str, int]:
         """Names of the stages, and the jumps that their students are looked at with."""
-        return self.course.stages
+        return self.config.stages
 
     @property
     def diverged(self) -> bool:
@@ -97,18 +102,20 @@ class MeanFlowTask(Taught):
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The student's error at the slots, which then move on."""
-        slots = self.slots
-        now = self.ground.levels[slots.index].float()
-        w = slots.uniform(*self.course.guidance, "guidance")
-        if self.stage == 0 or self.course.source == "base":
-            v = self.nets.teacher(slots.x, 1000 * now.to(slots.x.device), slots.words, self.empty, w)
+        trajectories = self.trajectories
+        now = self.context.levels[trajectories.index].float()
+        w = trajectories.uniform(*self.config.guidance, "guidance")
+        if self.stage == 0 or self.config.source == "base":
+            v = self.nets.teacher(
+                trajectories.x, 1000 * now.to(trajectories.x.device), trajectories.words, self.empty, w
+            )
         else:
-            v = self.nets.previous(slots.x, self._told(now, now, w), slots.words)
+            v = self.nets.previous(trajectories.x, self._told(now, now, w), trajectories.words)
         then, target, logs = now, v, {}
         if self.stage == 1:
             then = self.ends(now, step)
             target, logs = self._corrected(v, now, then, w, step)
-        u = velocity(model, slots.x, self._told(now, then, w), slots.words)
+        u = velocity(model, trajectories.x, self._told(now, then, w), trajectories.words)
         self._move(v, step)
         return (u - target).square().mean(), logs
 
@@ -118,15 +125,15 @@ class MeanFlowTask(Taught):
         A shifted schedule makes short steps where there is much noise, where guided velocities change most: there R is
         the step that it makes, or the correction would be many times the velocity.
         """
-        farthest = (now - self.course.longest).clamp(min=0)
-        if self.course.follow:
-            beyond = (self.slots.index + self.stages["average"]).clamp(max=self.course.base_steps)
-            farthest = torch.maximum(farthest, self.ground.levels[beyond].float())
-        shares = self.slots.uniform(0, 1, "length", step)
-        moving = len(now) * (1 - self.course.equal)
-        first, *_ = self.slots.chance("count", step)
+        farthest = (now - self.config.max_interval).clamp(min=0)
+        if self.config.limit_to_schedule:
+            beyond = (self.trajectories.index + self.stages["mean_velocity"]).clamp(max=self.config.base_steps)
+            farthest = torch.maximum(farthest, self.context.levels[beyond].float())
+        shares = self.trajectories.uniform(0, 1, "length", step)
+        moving = len(now) * (1 - self.config.zero_interval_fraction)
+        first, *_ = self.trajectories.rngs("count", step)
         count = int(moving) + (first.random() < moving % 1)  # always the same where it is whole
-        order = self.slots.uniform(0, 1, "end", step).argsort()
+        order = self.trajectories.uniform(0, 1, "end", step).argsort()
         shares[order[count:]] = 0
         return now - shares * (now - farthest)
 
@@ -136,11 +143,11 @@ class MeanFlowTask(Taught):
         if not len(moving):
             return v, {}
         slope = self.slope(v[moving], now[moving], then[moving], w[moving], moving)
-        warm = min(1.0, (step + 1) / self.course.warm)
+        warm = min(1.0, (step + 1) / self.config.warm)
         target = v.clone()
         target[moving] = mean_flow_target(v[moving], warm * slope, now[moving], then[moving])
         size = (target - v)[moving].square().mean().item() / warm**2
-        if step >= self.course.warm:
+        if step >= self.config.warm:
             self._watch(size)
         return target, {"correction": size, "velocity": v.square().mean().item()}
 
@@ -159,45 +166,45 @@ class MeanFlowTask(Taught):
     @torch.no_grad()
     def slope(self, v: Tensor, now: Tensor, then: Tensor, w: Tensor, which: Tensor) -> Tensor:
         """du/dt (m, ...) of the student as it stands, along the path, at some of the slots."""
-        x, words = self.slots.x[which], self.slots.words[which]
+        x, words = self.trajectories.x[which], self.trajectories.words[which]
         now, then, w = (a.to(x.device) for a in (now, then, w))
-        u = lambda x, level: velocity(self.module, x, packed(level, then, w), words, fine=True)
-        if self.course.slope == "central":
-            return slope_central(u, x, now, v, then, self.course.reach)
+        u = lambda x, level: velocity(self.module, x, pack_timestep(level, then, w), words, fine=True)
+        if self.config.jvp == "central":
+            return jvp_central(u, x, now, v, then, self.config.eps)
         with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-            return slope_exact(u, x, now, v)
+            return jvp_exact(u, x, now, v)
 
     def _told(self, now: Tensor, then: Tensor, w: Tensor) -> Tensor:
-        return packed(now, then, w).to(self.slots.x.device)
+        return pack_timestep(now, then, w).to(self.trajectories.x.device)
 
     def _move(self, v: Tensor, step: int) -> None:
         """Carry each slot some base steps on, along the teacher's velocity."""
-        far = [rng.randint(1, self.course.hop) for rng in self.slots.chance("move", step)]
-        self.slots.move(v, (self.slots.index + torch.tensor(far)).clamp(max=self.course.base_steps))
+        far = [rng.randint(1, self.config.max_stride) for rng in self.trajectories.rngs("move", step)]
+        self.trajectories.move(v, (self.trajectories.index + torch.tensor(far)).clamp(max=self.config.base_steps))
 
-    def stagger(self) -> None:
+    def spread_timesteps(self) -> None:
         """Let the guided teacher carry each slot to a place of its own."""
-        slots, middle = self.slots, sum(self.course.guidance) / 2
+        trajectories, middle = self.trajectories, sum(self.config.guidance) / 2
 
         def guided(now: Tensor) -> Tensor:
-            time = 1000 * self.ground.levels[now].float().to(slots.x.device)
-            return self.nets.teacher(slots.x, time, slots.words, self.empty, middle)
+            time = 1000 * self.context.levels[now].float().to(trajectories.x.device)
+            return self.nets.teacher(trajectories.x, time, trajectories.words, self.empty, middle)
 
-        slots.stagger(guided, self.course.hop)
+        trajectories.spread_timesteps(guided, self.config.max_stride)
 
-    def sheet(self, path: Path) -> None:
+    def sample_grid(self, path: Path) -> None:
         """Four prompts, from noise to the end in the fewest steps that the student is made for."""
-        sheet(self.module, self.ground, self.stages["average"], path)
+        sample_grid(self.module, self.context, self.stages["mean_velocity"], path)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the weights: the slots, and what was seen of the correction."""
-        return {**super().state_dict(), "sizes": self.sizes.expand(len(self.slots), -1)}
+        return {**super().state_dict(), "sizes": self.sizes.expand(len(self.trajectories), -1)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse, from the slots of all processes."""
         super().load_state_dict(state)
         if "sizes" in state:
-            self.sizes = state["sizes"][self.slots.first].clone()
+            self.sizes = state["sizes"][self.trajectories.first].clone()
 
 
 def _keep_zeros(layer: nn.Module) -> None:

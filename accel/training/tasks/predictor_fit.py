@@ -20,17 +20,17 @@ from pydantic import BaseModel, Field, computed_field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...methods.disca.disca import spread, widest
+from ...methods.disca.disca import max_gap, select_full_steps
 from ...methods.disca.predictor import Predictor
-from ...ops.flow import euler, wide
-from ...students.interval_embedding import packed
-from ..discriminator import Discriminator, hinge, right
-from ..feature_probe import Watched
-from ..loop import Recipe
-from ..rollouts import Slots, TimedGround
+from ...ops.flow import euler, expand_like
+from ...students.interval_embedding import pack_timestep
+from ..discriminator import Discriminator, accuracy, hinge
+from ..feature_probe import FeatureProbe
+from ..loop import OptimConfig
+from ..rollouts import MeanFlowContext, TrajectoryPool
 
 
-class Lessons(BaseModel, frozen=True, extra="forbid"):
+class PredictorConfig(BaseModel, frozen=True, extra="forbid"):
     """What both stages do, apart from their optimizers."""
 
     steps: int = Field(20, ge=2)  # of the student, when it is served
@@ -39,10 +39,10 @@ class Lessons(BaseModel, frozen=True, extra="forbid"):
     guidance: tuple[float, float]
     feature: float = Field(0.1, ge=0)  # weight of the error to the feature of the whole pass beside, by its variance
     sharpen: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
-    slots: int = Field(16, ge=1)
+    trajectories: int = Field(16, ge=1)
 
     @model_validator(mode="after")
-    def _predicts(self) -> Lessons:
+    def _predicts(self) -> PredictorConfig:
         for stride in self.strides:
             if self.steps % stride or self._counts(stride)[1] >= self.steps // stride:
                 raise ValueError(f"runs of {self.steps} steps, {stride} in one, leave nothing to predict")
@@ -55,25 +55,27 @@ class Lessons(BaseModel, frozen=True, extra="forbid"):
 
     @computed_field
     @property
-    def served(self) -> dict[int, int]:
+    def supported_runs(self) -> dict[int, int]:
         """The runs that come up: by their steps, how many of these lie from an anchor to the next at most."""
         counts = {self.steps // stride: self._counts(stride)[0] for stride in self.strides}
-        return {count: widest(spread(full, count)) for count, full in counts.items()}
+        return {count: max_gap(select_full_steps(full, count)) for count, full in counts.items()}
 
     def run(self, rng: random.Random) -> tuple[int, list[int]]:
         """How many levels each step of a run goes on, and the run's anchors, as places on the grid of all steps."""
         stride = rng.choice(self.strides)
-        return stride, [stride * step for step in spread(rng.randint(*self._counts(stride)), self.steps // stride)]
+        return stride, [
+            stride * step for step in select_full_steps(rng.randint(*self._counts(stride)), self.steps // stride)
+        ]
 
 
-class Trainee(nn.Module):
+class PredictorWithDiscriminator(nn.Module):
     """All that learns. Its forward is a whole lesson, so that with several processes gradients meet."""
 
     def __init__(self, predictor: Predictor, judge: Discriminator):
         super().__init__()
         self.predictor, self.judge = predictor, judge
 
-    def forward(self, lesson: Callable[[Trainee], Tensor]) -> Tensor:
+    def forward(self, lesson: Callable[[PredictorWithDiscriminator], Tensor]) -> Tensor:
         return lesson(self)
 
 
@@ -81,23 +83,23 @@ class PredictorTask:
     """Both stages; a process carries its share of the slots."""
 
     diverged = False
-    stages = {"match": 1, "sharpen": 1}
+    stages = {"regression": 1, "adversarial": 1}
 
     def __init__(
-        self, recipe: Recipe, lessons: Lessons, student: Watched, predictor: Predictor, ground: TimedGround,
+        self, optim: OptimConfig, config: PredictorConfig, student: FeatureProbe, predictor: Predictor, context: MeanFlowContext,
         tokens: tuple[int, int, int], share: tuple[int, int] = (0, 1),
     ):  # fmt: skip
         """`tokens`: the student's grid of them; `share`: which process this is, of how many."""
-        self.recipe, self.lessons, self.student, self.ground = recipe, lessons, student, ground
+        self.optim, self.config, self.student, self.context = optim, config, student, context
         self.tokens, self.nets = tokens, self
         width = predictor.fuse[-1].out_features
-        self.slots = Slots(ground, lessons.slots, share, recipe.seed)
-        device = self.slots.x.device
-        count = len(self.slots)
+        self.trajectories = TrajectoryPool(context, config.trajectories, share, optim.seed)
+        device = self.trajectories.x.device
+        count = len(self.trajectories)
         self.cached = torch.zeros(count, tokens[0] * tokens[1] * tokens[2], width, device=device)
-        self.way = self.slots.x.clone()  # where whole passes since the last anchor have led each slot
+        self.way = self.trajectories.x.clone()  # where whole passes since the last anchor have led each slot
         judge = Discriminator(width, len(student.layers))
-        self.module = Trainee(predictor, judge).to(device)
+        self.module = PredictorWithDiscriminator(predictor, judge).to(device)
         self.stage = 0
 
     @property
@@ -129,19 +131,21 @@ class PredictorTask:
             self._move(v, v, feature)
         return model(lambda own: self._lesson(own, logs)), logs
 
-    def _lesson(self, own: Trainee, logs: dict[str, float]) -> Tensor:
-        slots, (_, anchor) = self.slots, self.runs()
-        x, words, (now, then, time, after) = slots.x, slots.words, self._time()
+    def _lesson(self, own: PredictorWithDiscriminator, logs: dict[str, float]) -> Tensor:
+        trajectories, (_, anchor) = self.trajectories, self.runs()
+        x, words, (now, then, time, after) = trajectories.x, trajectories.words, self._time()
         v, feature = self._whole()
         u, guess = self.student.predicted(own.predictor, self.cached, x, time, words)
-        served = (~anchor).to(u)  # at anchors nothing is predicted
-        shares = served / reduce(served.sum(), "mean")  # over processes, as gradients are: each slot counts as much
+        supported_runs = (~anchor).to(u)  # at anchors nothing is predicted
+        shares = supported_runs / reduce(
+            supported_runs.sum(), "mean"
+        )  # over processes, as gradients are: each slot counts as much
         each = lambda y: y.flatten(1).square().mean(1)
-        aim = v + (self.way - x) / wide(then - now, x)  # from where the slot is to where the whole pass leads
+        aim = v + (self.way - x) / expand_like(then - now, x)  # from where the slot is to where the whole pass leads
         error = (shares * each(u - aim) / each(v)).sum()
-        likeness = (shares * each(guess - feature) / feature.flatten(1).var(1)).sum()
-        logs |= {"velocity": error.item(), "feature": likeness.item()}
-        loss = error + self.lessons.feature * likeness
+        similarity = (shares * each(guess - feature) / feature.flatten(1).var(1)).sum()
+        logs |= {"velocity": error.item(), "feature": similarity.item()}
+        loss = error + self.config.feature * similarity
         if self.stage == 1:
             ends = [euler(x, way, now, then) for way in (aim, u)]
             loss = loss + self._judged(own.judge, ends, after, words, shares, logs)
@@ -151,20 +155,20 @@ class PredictorTask:
     @torch.no_grad()
     def _whole(self) -> tuple[Tensor, Tensor]:
         """The student's velocities and last features on the ways of whole passes; at anchors the slots are there."""
-        return self.student.whole(self.way, self._time()[2], self.slots.words)
+        return self.student.whole(self.way, self._time()[2], self.trajectories.words)
 
     def runs(self) -> tuple[Tensor, Tensor]:
         """Of each slot's run: how many levels its step goes on (s,), and whether that is an anchor's (s,)."""
-        runs = [self.lessons.run(rng) for rng in self.slots.chance("run")]
-        anchor = [place in anchors for place, (_, anchors) in zip(self.slots.index.tolist(), runs, strict=True)]
+        runs = [self.config.run(rng) for rng in self.trajectories.rngs("run")]
+        anchor = [place in anchors for place, (_, anchors) in zip(self.trajectories.index.tolist(), runs, strict=True)]
         return torch.tensor([stride for stride, _ in runs]), torch.tensor(anchor)
 
     def _time(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Levels of the slots' steps, now and then, and what the student is told of these, and of the place behind."""
-        place = self.slots.index
-        now, then = (self.ground.levels[i].float() for i in (place, place + self.runs()[0]))
-        w = self.slots.uniform(*self.lessons.guidance, "guidance")
-        return now, then, *(packed(start, then, w).to(self.slots.x.device) for start in (now, then))
+        place = self.trajectories.index
+        now, then = (self.context.levels[i].float() for i in (place, place + self.runs()[0]))
+        w = self.trajectories.uniform(*self.config.guidance, "guidance")
+        return now, then, *(pack_timestep(start, then, w).to(self.trajectories.x.device) for start in (now, then))
 
     def _judged(self, judge: Discriminator, ends: list[Tensor], after, words, shares: Tensor, logs: dict) -> Tensor:
         """The discriminator's loss, and the predictor's for being told apart, from features at the true and its end.
@@ -175,34 +179,36 @@ class PredictorTask:
             real = self.student.features(ends[0], after, words)
         told = self.student.features(ends[1], after, words)
         judge.requires_grad_(False)
-        fooled = hinge(judge(told, self.tokens), True, shares)
+        generator_loss = hinge(judge(told, self.tokens), True, shares)
         judge.requires_grad_(True)
         kinds = ((real, True), ([f.detach() for f in told], False))
         logits = [(judge(features, self.tokens), kind) for features, kind in kinds]
-        logs["fooled"], logs["judge right"] = fooled.item(), sum(right(*pair, shares) for pair in logits) / 2
-        return self.lessons.sharpen * fooled + sum(hinge(*pair, shares) for pair in logits)
+        logs["fooled"], logs["judge right"] = generator_loss.item(), sum(accuracy(*pair, shares) for pair in logits) / 2
+        return self.config.sharpen * generator_loss + sum(hinge(*pair, shares) for pair in logits)
 
     def _move(self, u: Tensor, v: Tensor, feature: Tensor) -> None:
         """Slots at an anchor refresh their caches and go on by the whole pass, the others as predicted."""
-        slots, (stride, anchor) = self.slots, self.runs()
+        trajectories, (stride, anchor) = self.trajectories, self.runs()
         self._refresh(anchor, feature)
-        goal = euler(self.way, v, *(self.ground.levels[place] for place in (slots.index, slots.index + stride)))
-        slots.move(torch.where(_over(anchor, u), v, u), slots.index + stride)
-        self.way = torch.where(_over(self.runs()[1], u), slots.x, goal)  # a beginning is an anchor too
+        goal = euler(
+            self.way, v, *(self.context.levels[place] for place in (trajectories.index, trajectories.index + stride))
+        )
+        trajectories.move(torch.where(_over(anchor, u), v, u), trajectories.index + stride)
+        self.way = torch.where(_over(self.runs()[1], u), trajectories.x, goal)  # a beginning is an anchor too
 
     def _refresh(self, which: Tensor, feature: Tensor) -> None:
         self.cached = torch.where(_over(which, feature), feature, self.cached)
 
     @torch.no_grad()
-    def stagger(self) -> None:
+    def spread_timesteps(self) -> None:
         """Let the student carry each slot to a step of its own, with the anchor before in its cache."""
-        slots, (stride, _) = self.slots, self.runs()
-        goal = torch.tensor([rng.randrange(self.lessons.steps) for rng in slots.chance("goal")]) // stride * stride
-        while (on := slots.index < goal).any():
+        trajectories, (stride, _) = self.trajectories, self.runs()
+        goal = torch.tensor([rng.randrange(self.config.steps) for rng in trajectories.rngs("goal")]) // stride * stride
+        while (on := trajectories.index < goal).any():
             v, feature = self._whole()
             self._refresh(on & self.runs()[1], feature)
-            slots.move(v, slots.index + on * stride)
-            self.way = slots.x.clone()
+            trajectories.move(v, trajectories.index + on * stride)
+            self.way = trajectories.x.clone()
 
     def next_stage(self) -> None:
         """Nothing: the predictor goes on from where it is."""
@@ -212,20 +218,20 @@ class PredictorTask:
         weights = self.module.predictor.state_dict()
         save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors")
 
-    def sheet(self, path: Path) -> None:
+    def sample_grid(self, path: Path) -> None:
         """Nothing to see: a predictor makes no videos alone."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the weights: the slots and their caches."""
-        return {**self.slots.state_dict(), "cached": self.cached, "way": self.way}
+        return {**self.trajectories.state_dict(), "cached": self.cached, "way": self.way}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse, from the slots of all processes."""
-        own = slice(self.slots.first, self.slots.first + len(self.slots))
+        own = slice(self.trajectories.first, self.trajectories.first + len(self.trajectories))
         self.cached, self.way = (state[name][own].to(self.cached.device) for name in ("cached", "way"))
-        self.slots.load_state_dict(state)
+        self.trajectories.load_state_dict(state)
 
 
 def _over(which: Tensor, x: Tensor) -> Tensor:
     """Truths (b,) in the shape of x (b, ...)."""
-    return wide(which, x).bool()
+    return expand_like(which, x).bool()

@@ -24,12 +24,14 @@ from ...evaluation.metrics import distance
 from ...world.judge import read
 from ...world.render import render
 from ...world.scene import ATTRIBUTES, Scene, sample_scene
-from ..loop import Recipe
+from ..loop import OptimConfig
 
 # until this share of the steps: frames (0: all), clips a batch
 CURRICULUM = ((0.08, 1, 48), (0.16, 5, 16), (0.95, 9, 10), (1.0, 0, 5))
 
-ALIVE = 0.1  # deviation of a latent channel's mean below which it carries nothing; the dead have 0.01, the others 0.7
+MIN_CHANNEL_STD = (
+    0.1  # deviation of a latent channel's mean below which it carries nothing; the dead have 0.01, the others 0.7
+)
 
 
 def build_vae(base_dim: int = 32, z_dim: int = 48) -> AutoencoderKLWan:
@@ -121,9 +123,9 @@ def from_unit(x: Tensor) -> Tensor:
 class VaeTask:
     """L1 + MSE reconstruction with a light pull of the latents towards a unit Gaussian."""
 
-    def __init__(self, recipe: Recipe, size: int = 64, frames: int = 17, kl: float = 1e-3):
-        torch.manual_seed(recipe.seed)
-        self.recipe, self.size, self.frames, self.kl = recipe, size, frames, kl
+    def __init__(self, optim: OptimConfig, size: int = 64, frames: int = 17, kl: float = 1e-3):
+        torch.manual_seed(optim.seed)
+        self.optim, self.size, self.frames, self.kl = optim, size, frames, kl
         self.module = Autoencoder(build_vae())
 
     def start_from(self, folder: Path) -> None:
@@ -142,7 +144,7 @@ class VaeTask:
         return [p for p in self.module.parameters() if p.ndim > 3 and min(p.shape[:2]) > 1]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        share = step / self.recipe.steps
+        share = step / self.optim.steps
         frames, n = next((f or self.frames, n) for until, f, n in CURRICULUM if share < until)
         device = next(model.parameters()).device
         x = clips(n, frames, self.size, seed, device=device)
@@ -156,7 +158,7 @@ class VaeTask:
         return error.abs().mean() + 4 * mse + self.kl * kl, {"psnr": psnr.item(), "kl": kl.item()}
 
     @torch.no_grad()
-    def sheet(self, path: Path) -> None:
+    def sample_grid(self, path: Path) -> None:
         x = clips(6, 9, self.size, 1, held_out=True, device=next(self.module.parameters()).device)
         y = self.module.decode(self.module.encode(x)[0])
         rows = rearrange(torch.stack([x, y]), "s b c f h w -> c 1 (b s h) (f w)")
@@ -178,13 +180,13 @@ def finish(task: VaeTask, folder: Path) -> dict:
     vae = without_dead_channels(vae)
     made = folder.with_name(folder.name + ".part")
     vae.half().save_pretrained(made, max_shard_size="9MB")  # half the size on disk; loads as float32
-    put(made, folder)
+    replace_files(made, folder)
     vae.float()
     rng = random.Random("held-out reconstructions")
-    marks = [_mark(vae, sample_scene(rng, held_out=True), task.frames, task.size) for _ in range(64)]
-    psnr = torch.tensor([p for p, _ in marks])
+    fingerprint = [_mark(vae, sample_scene(rng, held_out=True), task.frames, task.size) for _ in range(64)]
+    psnr = torch.tensor([p for p, _ in fingerprint])
     half = 1.96 * psnr.std().item() / len(psnr) ** 0.5
-    seen = {a: round(sum(right[a] for _, right in marks) / len(marks), 3) for a in ATTRIBUTES}
+    seen = {a: round(sum(right[a] for _, right in fingerprint) / len(fingerprint), 3) for a in ATTRIBUTES}
     return {"psnr": round(psnr.mean().item(), 2), "interval": round(half, 2), "n": len(psnr), "read": seen}
 
 
@@ -197,7 +199,7 @@ def without_dead_channels(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     their neighbours; at the borders, where those pad with zeros, a trace of their bias is lost (0.2 dB).
     """
     z, mean = vae.config.z_dim, torch.tensor(vae.config.latents_mean, device=vae.device)
-    alive = [i for i, deviation in enumerate(vae.config.latents_std) if deviation > ALIVE]
+    alive = [i for i, deviation in enumerate(vae.config.latents_std) if deviation > MIN_CHANNEL_STD]
     if len(alive) == z:
         return vae
     state, rows = vae.state_dict(), torch.tensor(alive + [z + i for i in alive])
@@ -232,13 +234,13 @@ def _mark(vae: AutoencoderKLWan, scene: Scene, frames: int, size: int) -> tuple[
     return distance(x, y)["psnr"], {a: seen[a] == value for a, value in scene.attributes.items()}
 
 
-def normalise(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
+def normalize(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
     """Latents (b, z, f, h, w) with mean 0 and deviation 1 per channel, as the pipeline expects them."""
     mean, std = _statistics(vae, z)
     return (z - mean) / std
 
 
-def raw(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
+def denormalize(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
     """The inverse of `normalise`: latents as the decoder takes them."""
     mean, std = _statistics(vae, z)
     return z * std + mean
@@ -250,7 +252,7 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def put(made: Path, folder: Path) -> None:
+def replace_files(made: Path, folder: Path) -> None:
     """Let the files of a finished folder, and of the folders in it, take the place of those of another.
 
     Weights there go first: shards of another count would stay beside the new ones.

@@ -1,0 +1,215 @@
+"""The host on its own: step and branch, nesting, three places, pipelines that tell less."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+import accel
+from accel.core.attention import InterceptedProcessor
+from accel.core.flops import count_flops
+from accel.core.host import Host
+from accel.core.trace import Trace
+from accel.families import wan
+from accel.methods.base import Method
+
+
+def test_nothing_applied_is_bitwise_the_plain_pipeline(pipe, sample):
+    plain = sample(pipe)
+    with accel.apply(pipe, []) as trace:
+        assert torch.equal(sample(pipe), plain)
+    assert trace.summary()["flops_ratio"] == 1.0 and trace.summary()["calls"] == {"compute": 40}
+
+
+def test_an_attention_backend_that_takes_no_bias_is_refused_by_its_name():
+    q, intercept_attention = (
+        torch.zeros(1, 3, 2, 4),
+        InterceptedProcessor(SimpleNamespace(processor=SimpleNamespace()), wan),
+    )
+    intercept_attention._attention_backend = AttentionBackendName.SAGE
+    with pytest.raises(ValueError, match="attention backend sage takes no bias"):
+        intercept_attention.inner(
+            SimpleNamespace(query=lambda: q, key=lambda: q, value=lambda: q, bias=torch.zeros(1, 1, 1, 3))
+        )
+
+
+def test_step_and_branch_come_from_the_pipeline(pipe, sample):
+    seen = []
+    host = Host(pipe, Trace())
+
+    def spy(inner, x, **inputs):
+        seen.append((host.step.index, host.step.branch, host.step.sigma, host.step.sigma_next))
+        return inner(x, **inputs)
+
+    with host.attached(), host.wrap_denoiser(spy):
+        sample(pipe, steps=3)
+    assert [s[:2] for s in seen] == [(i, b) for i in range(3) for b in ("cond", "uncond")]
+    assert seen[0][2] > seen[0][3] == seen[2][2] and seen[-1][3] == 0
+
+
+def test_step_and_branch_without_a_cache_context(pipe, sample, monkeypatch):
+    """As in WanVideoToVideoPipeline: a step is a new timestep, a branch a text embedding."""
+
+    @contextmanager
+    def silent(*args, **kwargs):
+        yield
+
+    monkeypatch.setattr(type(pipe.transformer), "cache_context", silent)
+    with accel.apply(pipe, []) as trace:
+        sample(pipe, steps=4)
+        sample(pipe, steps=4)
+    assert sorted({e[:2] for e in trace.events}) == [(i, b) for i in range(4) for b in ("cond", "uncond")]
+
+
+def loose(pipe, time: torch.Tensor, text: torch.Tensor) -> None:
+    """A transformer call of a pipeline that does not say where it is."""
+    pipe.transformer(hidden_states=torch.zeros(1, 4, 3, 8, 8), timestep=time, encoder_hidden_states=text)
+
+
+def test_a_run_that_begins_with_a_video_has_fewer_steps_at_the_lower_levels(pipe):
+    """As in WanVideoToVideoPipeline: the first two of five steps are left out."""
+    pipe.scheduler.set_timesteps(5)
+    pipe._num_timesteps, text = 3, torch.zeros(1, 6, 16)
+    host, seen = Host(pipe, Trace()), []
+    with (
+        host.attached(),
+        host.wrap_denoiser(lambda inner, x, **inputs: (seen.append(host.step), inner(x, **inputs))[1]),
+    ):
+        for time in pipe.scheduler.timesteps[2:]:
+            loose(pipe, time[None], text)
+    levels = pipe.scheduler.sigmas[2:].tolist()
+    assert [(s.index, s.count, s.sigma) for s in seen] == [(i, 3, levels[i]) for i in range(3)] and seen[
+        -1
+    ].sigma_next == 0
+
+
+def test_steps_are_told_apart_where_tokens_of_a_given_frame_have_time_zero(pipe):
+    """As Wan 2.2 makes a video from an image: a time for each token, 0 for those of the image."""
+    pipe.scheduler.set_timesteps(3)
+    text, n = torch.zeros(1, 6, 16), 3 * 4 * 4
+    with accel.apply(pipe, []) as trace:
+        for time in pipe.scheduler.timesteps:
+            loose(pipe, (time * (torch.arange(n) >= 16))[None], text)
+    assert len(trace.sigmas) == 3
+
+
+def test_the_host_stays_on_models_that_are_offloaded_after_each_call(pipe, sample):
+    from accel.methods import METHODS
+
+    plain = sample(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")  # to where they are: what counts is that all hooks are taken off
+    forward = pipe.transformer.forward
+    with accel.apply(pipe, [METHODS["fastercache"]()]) as trace:
+        first, once = sample(pipe), trace.summary()
+        second, twice = sample(pipe, seed=1), trace.summary()
+        assert torch.equal(sample(pipe), first) and not torch.equal(first, plain)
+    assert once["flops_ratio"] == twice["flops_ratio"] < 1 and not torch.equal(first, second)
+    assert torch.equal(sample(pipe), plain) and "maybe_free_model_hooks" not in vars(pipe)
+    assert type(pipe.transformer.forward) is type(forward)
+
+
+def test_group_offloading_that_is_about_to_change_hooks_is_refused(pipe):
+    registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    registry.register_hook(ModelHook(), "lazy_prefetch_group_offloading")
+    with pytest.raises(ValueError, match="make one before accel.apply"):
+        with accel.apply(pipe, []):
+            pass
+
+
+def test_a_transformer_that_is_compiled_as_a_whole_is_refused(pipe):
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ValueError, match="compile its blocks"):
+        with accel.apply(pipe, []):
+            pass
+
+
+class Plus(Method):
+    """Adds to an attention's output; two of them tell whether wrappers nest."""
+
+    value: float
+
+    @contextmanager
+    def apply(self, host, trace):
+        with host.wrap_attention(lambda inner, layer: inner() * 2 + self.value):
+            yield
+
+
+def test_wrappers_nest_and_order_matters(pipe):
+    attention = pipe.transformer.blocks[0].attn1
+    x = torch.randn(1, 8, 24, generator=torch.Generator().manual_seed(0))
+    plain = attention(x)
+    with accel.apply(pipe, [Plus(value=1.0), Plus(value=10.0)]) as trace:
+        host_step(pipe, trace)
+        torch.testing.assert_close(attention(x), (plain * 2 + 1) * 2 + 10)
+    assert torch.equal(attention(x), plain)
+
+
+def host_step(pipe, trace):
+    """One transformer call, so that the host knows where it is."""
+    pipe.scheduler.set_timesteps(5)
+    x = torch.randn(1, 4, 3, 8, 8)
+    with pipe.transformer.cache_context("cond", step_index=0, sigma=1.0, num_inference_steps=5):
+        pipe.transformer(hidden_states=x, timestep=torch.tensor([999]), encoder_hidden_states=torch.randn(1, 6, 16))
+
+
+def test_the_stack_of_blocks_can_be_wrapped(pipe, sample):
+    plain, calls = sample(pipe), []
+    host = Host(pipe, Trace())
+
+    def stack(inner, hidden, *inputs):
+        calls.append(hidden.shape)
+        return inner(hidden, *inputs)
+
+    with host.attached(), host.wrap_blocks(stack):
+        assert torch.equal(sample(pipe), plain)
+    assert len(calls) == 40
+    with host.attached(), host.wrap_blocks(lambda inner, hidden, *inputs: hidden):
+        assert not torch.equal(sample(pipe), plain)
+
+
+def test_blocks_between_which_a_model_adds_something_are_no_stack(pipe):
+    pipe.transformer.__class__ = type("WanVACETransformer3DModel", (type(pipe.transformer),), {})
+    host = Host(pipe, Trace())
+    with pytest.raises(ValueError, match="WanVACETransformer3DModel adds to what its blocks give"):
+        with host.wrap_blocks(lambda inner, *inputs: inner(*inputs)):
+            pass
+
+
+def test_work_is_counted_as_torch_counts_it(pipe, sample):
+    """Two blocks of width 24 on 48 tokens with 6 words: the sum by hand of all matrix products."""
+    with accel.apply(pipe, []) as trace:
+        sample(pipe, steps=1)
+    n, d, words = 3 * 4 * 4, 24, 6
+    attention = 4 * 2 * n * d * d + 2 * 2 * n * n * d
+    assert trace.flops["blocks.0.attn1"] == attention
+    cross = 2 * 2 * n * d * d + 2 * 2 * words * d * d + 2 * 2 * n * words * d
+    assert trace.flops["blocks.0"] == attention + cross + 2 * 2 * n * d * 48
+
+
+def test_unknown_pipeline_is_refused_by_name():
+    class StableDiffusionPipeline:
+        pass
+
+    with pytest.raises(ValueError, match="StableDiffusionPipeline is not supported"):
+        with accel.apply(StableDiffusionPipeline(), []):
+            pass
+
+
+def test_attention_backend_stays_settable(pipe, sample):
+    plain = sample(pipe)
+    with accel.apply(pipe, []):
+        pipe.transformer.set_attention_backend("_native_math")
+        torch.testing.assert_close(sample(pipe), plain, rtol=1e-4, atol=1e-4)
+    pipe.transformer.reset_attention_backend()
+
+
+def test_work_is_counted_whatever_backend_is_active(pipe, monkeypatch):
+    """Some refuse tensors without data, some are not counted: this one would end in an error."""
+    monkeypatch.setattr("accel.core.flops._COUNTED", {})
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.SAGE)
+    given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}
+    flops = count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), given)
+    assert flops["blocks.0.attn1"] == 4 * 2 * 48 * 24 * 24 + 2 * 2 * 48 * 48 * 24

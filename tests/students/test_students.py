@@ -1,0 +1,190 @@
+"""A student in place of the denoiser: its grid, its weights, and the runs that it refuses."""
+
+import json
+from contextlib import contextmanager
+from copy import deepcopy
+
+import pytest
+import torch
+
+import accel
+from accel.methods import AsymRnR, FasterCache
+from accel.methods.base import Method
+from accel.methods.gpd import GPD
+from accel.ops.tokens import match
+from accel.runtime.generate import Run, preflight
+from accel.students.weights import fingerprint, load_int8_delta, save_int8_delta
+from accel.training.networks import FullNetworks
+from accel.training.stages import store
+
+LEVELS = [1.0, 0.75, 0.6, 0.4, 0.3, 0.1, 0.0]
+TIMES = [999, 750, 600, 400, 300, 100]
+
+
+@pytest.fixture
+def student(pipe, tmp_path) -> GPD:
+    """A student of 6 steps beside the pipeline's model: the base with its last projection halved."""
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    facts = {"steps": 6, "sigmas": LEVELS, "timesteps": TIMES, "base_fingerprint": fingerprint(pipe.transformer)}
+    nets = FullNetworks(pipe.transformer)
+    nets.module.proj_out.weight.data.mul_(0.5)
+    store(nets, tmp_path / "gpd-N6", "gpd.json", facts)
+    return GPD(steps=6)
+
+
+def test_six_calls_at_the_students_own_levels_and_nothing_stays_behind(student, pipe, sample):
+    plain, scheduler = sample(pipe), pipe.scheduler
+    with accel.apply(pipe, [student]) as trace:
+        sample(pipe, steps=6, guidance=1.0)
+    assert trace.summary()["calls"] == {"compute": 6}
+    assert [trace.sigmas[i] for i in range(6)] == pytest.approx(LEVELS[:-1])
+    assert pipe.scheduler is scheduler and torch.equal(sample(pipe), plain)
+
+
+def test_the_way_is_euler_with_the_students_velocity(student, pipe, sample):
+    """Each state is the one before, carried by the velocity of one call at that level's own timestep."""
+    seen = []
+
+    class Spy(Method):
+        @contextmanager
+        def apply(self, host, trace):
+            def spy(inner, x, **inputs):
+                v = inner(x, **inputs)
+                seen.append((x, v, inputs["timestep"].item()))
+                return v
+
+            with host.wrap_denoiser(spy):
+                yield
+
+    with accel.apply(pipe, [student, Spy()]):
+        end = sample(pipe, steps=6, guidance=1.0)
+    states = [*(x for x, _, _ in seen[1:]), end]
+    for (x, v, time), then, now, level, t in zip(seen, states, LEVELS, LEVELS[1:], TIMES, strict=False):
+        torch.testing.assert_close(then, x + (level - now) * v)
+        assert time == t
+
+
+def test_runs_that_a_student_cannot_make_are_refused_with_the_reason(student, pipe, sample):
+    plain = sample(pipe)
+    for asked, reason in (
+        (dict(steps=20, guidance=1.0), "this student makes 6 steps, not 20: set steps to 6, or choose another student"),
+        (dict(steps=6, guidance=4.0), "a student has guidance built in, .*: set guidance to 1"),
+    ):
+        with pytest.raises(ValueError, match=reason), accel.apply(pipe, [student]):
+            sample(pipe, **asked)
+    assert torch.equal(sample(pipe), plain)
+
+
+def test_a_negative_prompt_is_refused_as_the_pipeline_would_drop_it(student, pipe, monkeypatch):
+    words = torch.randn(1, 6, 16)
+
+    def encode(
+        self, prompt, negative_prompt=None, do_classifier_free_guidance=True, negative_prompt_embeds=None, **_
+    ):  # fmt: skip
+        return words, words
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", encode)
+    given = dict(height=64, width=64, num_frames=5, num_inference_steps=6, guidance_scale=1.0, output_type="latent")
+    with accel.apply(pipe, [student]):
+        pipe("a star", **given)
+        pipe("a star", negative_prompt=[""], **given)
+        for negative in (dict(negative_prompt="blurry"), dict(negative_prompt_embeds=words)):
+            with pytest.raises(ValueError, match="no unconditional branch for a negative prompt"):
+                pipe("a star", **negative, **given)
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_students_that_are_missing_strange_or_of_another_base_are_refused(student, pipe, tmp_path):
+    def refuses(method, reason):
+        with pytest.raises(ValueError, match=reason), accel.apply(pipe, [method]):
+            pass
+
+    refuses(GPD(steps=12), "there is no student 'gpd-N12' in that place .*; there are gpd-N6")
+    file = tmp_path / "gpd-N6" / "gpd.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "base_fingerprint": [m + 1 for m in facts["base_fingerprint"]]}))
+    refuses(student, "student 'gpd-N6' was made from another base model: train it from this one")
+    file.write_text(json.dumps({"steps": 6}))
+    refuses(student, "gpd.json is no student: Field required")
+
+
+def test_a_base_is_known_again_in_half_precision(student, pipe):
+    pipe.transformer.to(torch.bfloat16)
+    with accel.apply(pipe, [student]):
+        assert pipe.transformer.proj_out.weight.dtype == torch.bfloat16
+
+
+def test_differences_are_kept_to_a_hundredth_of_the_largest_of_their_row(pipe, tmp_path):
+    base, other = pipe.transformer, deepcopy(pipe.transformer)
+    for p in other.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.01)
+    save_int8_delta(other, base, tmp_path / "w.safetensors")
+    for (name, found), p, q in zip(
+        load_int8_delta(base, tmp_path / "w.safetensors").items(), other.parameters(), base.parameters(), strict=True
+    ):
+        rows = (p - q).flatten(min(1, p.ndim - 1)).abs().amax(-1, keepdim=True)
+        assert ((found - p).flatten(min(1, p.ndim - 1)).abs() <= 0.005 * rows + 1e-6).all(), name
+    assert (tmp_path / "w.safetensors").stat().st_size < 2.5 * sum(p.numel() for p in base.parameters())
+
+
+def test_a_students_weights_lie_in_one_piece_of_memory_for_each_dtype(pipe, tmp_path):
+    base = pipe.transformer.to(torch.bfloat16)
+    base.proj_out.float()
+    save_int8_delta(base, base, tmp_path / "w.safetensors")
+    made, own = load_int8_delta(base, tmp_path / "w.safetensors"), dict(base.named_parameters())
+    assert made.keys() == own.keys() and all(
+        w.equal(own[name]) and w.dtype == own[name].dtype for name, w in made.items()
+    )
+    assert len({w.untyped_storage().data_ptr() for w in made.values()}) == 2
+
+
+def test_differences_from_a_model_of_another_shape_are_refused(pipe, tmp_path):
+    base, other = pipe.transformer.proj_out, torch.nn.Linear(3, 2)
+    save_int8_delta(other, other, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="holds weights of another architecture"):
+        load_int8_delta(base, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_attention_is_reused_under_a_student_of_24_steps_and_off_under_one_of_6(order, students, pipe, sample):
+    for steps, acts in ((24, True), (6, False)):
+        with accel.apply(pipe, [GPD(steps=steps), FasterCache()][::order]) as trace:
+            sample(pipe, steps=steps, guidance=1.0)
+        told = trace.summary()
+        assert told["calls"] == {"compute": steps} and (told["flops_ratio"] < 0.95) == acts
+        assert any("6 steps are too few" in note for note in told["messages"]) != acts
+
+
+def test_what_cannot_save_anything_is_told_before_the_run(students, pipe):
+    methods = {"gpd": {"steps": 6}, "fastercache": {}, "asymrnr": {"start": 1.0}, "disca": {"predictor": "reuse"}}
+    size = {"height": 64, "width": 64, "frames": 5}
+    run = Run(model=pipe.name_or_path, prompt="p", **size, steps=6, guidance=1.0, methods=methods)
+    held, *inactive_reason = preflight(run, pipe)
+    assert held.startswith("The methods will hold up to ")
+    assert inactive_reason == [
+        "FasterCache is off: 6 steps are too few, it needs at least 10",
+        "AsymRnR does nothing: at these settings no token is removed",
+        "DisCa does nothing: all 6 steps are full passes at this setting",
+    ]
+
+
+def test_a_students_steps_are_too_long_to_share_a_matching(students, pipe, sample, monkeypatch):
+    """24 plain steps would share one in three; two blocks, queries and keys."""
+    made = []
+    monkeypatch.setattr("accel.methods.asymrnr.matching.match", lambda *a, **k: made.append(1) or match(*a, **k))
+    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.5, correction="none")
+    for methods, steps in (([GPD(steps=24)], 12), ([], 4)):
+        made.clear()
+        with accel.apply(pipe, [*methods, reduction]):
+            sample(pipe, steps=24, guidance=1.0)
+        assert len(made) == steps * 2 * 2
+
+
+@pytest.mark.parametrize(("correction", "reduced"), [("none", 4), ("linear", 2)])
+def test_tokens_are_reduced_under_a_student_of_few_steps(correction, reduced, students, pipe, sample):
+    """From the third of 6 steps on, in two blocks; where misses are carried, every second attention runs whole."""
+    reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.3, correction=correction)
+    with accel.apply(pipe, [GPD(steps=6), reduction]) as trace:
+        sample(pipe, steps=6, guidance=1.0)
+    assert trace.summary()["attention"]["reduce"] == 2 * reduced
+    assert trace.summary()["calls"] == {"compute": 6}

@@ -1,0 +1,128 @@
+"""Small random models of the real classes and other things that several tests build."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
+
+from accel.families import wan
+from accel.methods.disca.predictor import Predictor
+from accel.runtime.models import ModelDefaults
+from accel.students.interval_embedding import IntervalEmbedder
+from accel.students.weights import fingerprint
+from accel.training.feature_probe import FeatureProbe
+from accel.training.loop import OptimConfig
+from accel.training.networks import FullNetworks
+from accel.training.rollouts import MeanFlowContext, rollout_context
+from accel.training.stages import store
+from accel.training.tasks.base import build_tokenizer
+from accel.training.tasks.predictor_fit import PredictorConfig, PredictorTask
+from accel.training.tasks.vae import build_vae
+
+SPREAD = 0.5  # deviation of the data in a Gaussian toy problem: x0 ~ N(0, SPREAD^2)
+PREDICTOR_STEPS = 6
+
+
+def random_wan(seed: int = 0) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    return model.eval()
+
+
+def words_of(texts: list[str]) -> torch.Tensor:
+    """Embeddings of texts that depend on their lengths, whatever else is embedded with them."""
+    return torch.stack([torch.randn(6, 16, generator=torch.Generator().manual_seed(len(t))) for t in texts])
+
+
+def build_pipe(**more) -> WanPipeline:
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    torch.manual_seed(0)
+    pipe = WanPipeline(
+        tokenizer=build_tokenizer(), text_encoder=None, vae=build_vae(8, 4).eval(), scheduler=scheduler,
+        transformer=random_wan(), **more,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_meanflow(pipe, folder, guidance=(1.0, 20.0)) -> None:
+    """A random MeanFlow student of a pipeline's transformer."""
+    whole = deepcopy(pipe.transformer)
+    whole.condition_embedder = IntervalEmbedder(whole.condition_embedder)
+    nets = FullNetworks(whole)
+    nets.module.proj_out.weight.data.mul_(0.5)
+    for told in nets.module.condition_embedder.scalars.values():
+        torch.nn.init.normal_(told.mlp.linear_2.weight)
+    store(
+        nets,
+        folder,
+        "meanflow.json",
+        {"guidance": guidance, "max_interval": 0.3, "base_fingerprint": fingerprint(pipe.transformer)},
+    )
+
+
+def make_predictor(pipe, folder, form) -> None:
+    """A random predictor for the model that the pipeline has now."""
+    predictor = Predictor(wan, pipe.transformer, form, 1)
+    if predictor.out is not None:
+        torch.nn.init.normal_(predictor.out.weight)
+    folder.mkdir(parents=True)
+    save_file(predictor.state_dict(), folder / "model.safetensors")
+    facts = {"form": form, "depth": 1, "student_fingerprint": fingerprint(pipe.transformer)}
+    facts["config"] = {"supported_runs": {8: 3}}
+    (folder / "predictor.json").write_text(json.dumps(facts))
+
+
+def deviation(t):
+    """Of x at level t, for data and noise that are Gaussian."""
+    return ((1 - t) ** 2 * SPREAD**2 + t**2).sqrt()
+
+
+def instant(x, t):
+    """The velocity: the logarithmic derivative of the deviation, times x."""
+    return x * (t - (1 - t) * SPREAD**2) / deviation(t) ** 2
+
+
+def mean(x, t, r):
+    """The mean velocity from t to r: states keep their place among the others, so x_r / x_t is known."""
+    return x * (1 - deviation(r) / deviation(t)) / (t - r)
+
+
+def timed(pipe, steps=4) -> MeanFlowContext:
+    defaults = ModelDefaults(height=32, width=32, frames=5, steps=4, guidance=3.0, text_length=6)
+    pipe.encode_prompt = lambda texts, **_: (torch.stack([torch.full((6, 16), len(t) / 9) for t in texts]),)
+    return MeanFlowContext(
+        **vars(rollout_context(pipe, defaults, steps, lambda rng: "a" * rng.randrange(1, 9))), guidance=3.0
+    )
+
+
+def predictor_task(pipe, form="residual", **config) -> PredictorTask:
+    if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
+        pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
+    torch.manual_seed(0)
+    predictor = Predictor(wan, pipe.transformer, form, 1)
+    stack = pipe.transformer.blocks[0]
+    pipe.transformer.blocks = getattr(stack, "blocks", pipe.transformer.blocks)
+    given = {
+        "steps": PREDICTOR_STEPS,
+        "guidance": (2.0, 5.0),
+        "trajectories": 4,
+        "full": (3, 3),
+        "strides": (1,),
+    } | config
+    optim = OptimConfig(steps=3, lr=1e-3, warmup=1, ema=0.0)
+    return PredictorTask(
+        optim,
+        PredictorConfig(**given),
+        FeatureProbe(pipe.transformer),
+        predictor,
+        timed(pipe, PREDICTOR_STEPS),
+        (3, 2, 2),
+    )

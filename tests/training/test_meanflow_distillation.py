@@ -1,0 +1,349 @@
+"""Training Restricted MeanFlow: intervals, targets, divergence, head starts, and trajectories from videos."""
+
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from support import instant, mean, timed
+
+from accel.runtime.models import ModelDefaults
+from accel.runtime.video import write_mp4
+from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
+from accel.students.weights import fingerprint
+from accel.training.jobs import share_stages
+from accel.training.loop import OptimConfig, fit
+from accel.training.meanflow_job import _stage_config, has_head_start, start_from
+from accel.training.networks import FullNetworks, velocity
+from accel.training.rollouts import TrajectoryPool
+from accel.training.stages import TrajectoryValidator, store
+from accel.training.tasks.meanflow_distillation import SEEN, MeanFlowConfig, MeanFlowTask, max_step_width
+from accel.training.tasks.vae import normalize
+from accel.training.video_folder import VideoFolder
+
+
+def task(pipe, **config) -> MeanFlowTask:
+    if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
+        pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
+    given = {
+        "base_steps": 4,
+        "steps": (4, 2),
+        "guidance": (2.0, 5.0),
+        "max_interval": 0.5,
+        "trajectories": 4,
+        "max_stride": 1,
+        "warm": 1,
+    }
+    return MeanFlowTask(
+        OptimConfig(steps=4, lr=1e-3), MeanFlowConfig(**given | config), FullNetworks(pipe.transformer), timed(pipe)
+    )
+
+
+def test_intervals_are_spread_evenly_up_to_r_and_a_share_is_empty(pipe):
+    many = task(pipe, trajectories=64, limit_to_schedule=False, max_interval=0.2)
+    lengths = torch.cat([(now := torch.rand(64)) - many.ends(now, step) for step in range(40)])
+    assert (lengths == 0).sum() == 40 * 32 and lengths.min() >= 0 and lengths.max() <= 0.2
+    inner = lengths[lengths > 0] / 0.2
+    assert abs(inner.mean() - 0.5) < 0.05 and (inner > 0.95).float().mean() < 0.1  # nothing piles up at R
+    now = torch.full((64,), 0.05)
+    assert many.ends(now, 0).min() >= 0
+
+
+def test_intervals_follow_the_schedule_of_the_fewest_steps(pipe):
+    some = task(pipe, max_interval=1.0)
+    some.trajectories.index = torch.tensor([0, 1, 2, 3])
+    now = some.context.levels[some.trajectories.index].float()
+    ends = torch.stack([some.ends(now, step) for step in range(50)])
+    farthest = some.context.levels[torch.tensor([2, 3, 4, 4])].float()
+    assert (ends >= farthest - 1e-6).all() and (ends.min(0).values < 0.5 * (now + farthest)).all()
+
+
+def test_r_is_the_widest_step_of_the_schedules(pipe):
+    pipe.scheduler.set_timesteps(10)
+    widest = float((pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).max())
+    assert max_step_width(pipe.scheduler, (20, 10)) == pytest.approx(widest)
+
+
+def test_the_first_stage_teaches_guided_velocities_at_each_slots_own_guidance(pipe):
+    mean = task(pipe)
+    trajectories = mean.trajectories
+    w = torch.tensor([2 + 3 * rng.random() for rng in trajectories.rngs("guidance")])
+    x, words, time = (
+        trajectories.x.clone(),
+        trajectories.words.clone(),
+        1000 * mean.context.levels[trajectories.index].float(),
+    )
+    cond, uncond = (velocity(pipe.transformer, x, time, text) for text in (words, mean.empty.expand(4, -1, -1)))
+    target = uncond + w.view(-1, 1, 1, 1, 1) * (cond - uncond)
+    loss, _ = mean.loss(mean.module, 0, 0)
+    assert loss.item() == pytest.approx((cond - target).square().mean().item(), rel=1e-3)
+    assert len(w.unique()) == 4 and (trajectories.index == 1).all()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_student_is_told_its_slots_own_guidance_in_both_stages(stage, pipe):
+    mean, told = task(pipe), []
+    mean.stage, w = stage, mean.trajectories.uniform(2, 5, "guidance")
+    for model in (mean.nets.module, mean.nets._previous):
+        model.register_forward_pre_hook(lambda _, args: told.append(args[1].view(3, -1)[2]))
+    mean.loss(mean.module, 0, 0)
+    assert len(told) == 1 + stage
+    for given in told:
+        torch.testing.assert_close(given, pack_timestep(w, w, w).view(3, -1)[2])
+
+
+class Known(torch.nn.Module):
+    """A network that knows the mean velocity of Gaussian data, or a multiple of it."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.patch_embedding, self.factor = torch.nn.Linear(1, 1), factor
+        self.condition_embedder = SimpleNamespace(base=SimpleNamespace(time_embedder=torch.nn.Linear(1, 1)))
+
+    def forward(self, x, told, words, return_dict):
+        now, then = told.view(3, -1, 1, 1, 1, 1)[:2] / 1000
+        return (self.factor * torch.where(then < now, mean(x, now, then), instant(x, now)),)
+
+
+def test_the_second_stages_loss_is_nothing_for_the_known_mean_velocity_and_only_for_it(pipe):
+    losses = []
+    for factor in (1.0, 1.1, -1.0):
+        nets = SimpleNamespace(module=Known(factor), previous=lambda x, told, words: Known(1.0)(x, told, words, 0)[0])
+        config = MeanFlowConfig(
+            base_steps=4,
+            steps=(4, 2),
+            guidance=(2, 5),
+            max_interval=0.5,
+            trajectories=16,
+            zero_interval_fraction=0.5,
+            warm=1,
+        )
+        known = MeanFlowTask(OptimConfig(steps=4, lr=1e-3), config, nets, timed(pipe))
+        known.stage = 1
+        known.trajectories.index = torch.arange(16) % 4
+        losses.append(known.loss(nets.module, 0, 0)[0].item())
+    assert losses[0] < 1e-4 and losses[1] > 3e-3 and losses[2] > 0.5
+
+
+def test_the_second_stage_can_learn_the_means_of_the_guided_bases_velocities(pipe):
+    asked = []
+
+    def teacher(x, time, words, empty, w):
+        asked.append(w)
+        return instant(x, time.view(-1, 1, 1, 1, 1) / 1000)
+
+    nets = SimpleNamespace(module=Known(1.0), teacher=teacher)
+    config = MeanFlowConfig(
+        base_steps=4, steps=(4, 2), guidance=(2, 5), max_interval=0.5, trajectories=16, warm=1, source="base"
+    )
+    known = MeanFlowTask(OptimConfig(steps=4, lr=1e-3), config, nets, timed(pipe))
+    known.stage, known.trajectories.index = 1, torch.arange(16) % 4
+    w = known.trajectories.uniform(2, 5, "guidance")
+    assert known.loss(nets.module, 0, 0)[0].item() < 1e-4 and torch.equal(asked[0], w)
+
+
+def test_the_first_student_is_looked_at_as_it_is_taught_and_the_second_as_it_is_served(pipe):
+    learn, now, then = task(pipe), torch.tensor([0]), torch.tensor([2])
+    w, levels = torch.tensor([3.0]), learn.context.levels.float()
+    assert torch.equal(learn.context.tell(now, then), pack_timestep(levels[now], levels[now], w))
+    learn.stage = 1
+    assert torch.equal(learn.context.tell(now, then), pack_timestep(levels[now], levels[then], w))
+
+
+def test_looks_go_along_from_stage_to_stage(pipe):
+    learn, told = task(pipe), []
+    held = TrajectoryValidator(learn, ["a"], 3.0)
+
+    def watched(x, time, words, **_):
+        told.append(time)
+        return (torch.zeros_like(x),)
+
+    learn.module.forward = watched
+    for stage in (0, 1):
+        learn.stage = stage
+        held.jump(learn.module, 2)
+        held.end(learn.module, 2)
+    starts, ends = zip(*((time[0].item(), time[1].item()) for time in told))
+    levels = (1000 * learn.context.levels).tolist()
+    assert starts == pytest.approx(4 * [levels[0], levels[2]])
+    assert ends == pytest.approx([*starts[:4], *(2 * [levels[2], levels[4]])], abs=1e-3)
+
+
+def test_both_slopes_agree_on_a_transformer(pipe):
+    mean = task(pipe)
+    for told in mean.module.condition_embedder.scalars.values():
+        torch.nn.init.normal_(told.mlp.linear_2.weight, std=0.1)
+    mean.module.condition_embedder.base.timesteps_proj.scale = 0.01  # as smooth as the shipped model's
+    now, then, w, v = (
+        torch.tensor([0.8, 0.5]),
+        torch.tensor([0.7, 0.2]),
+        torch.tensor([4.0, 3.0]),
+        torch.randn(2, 4, 3, 4, 4),
+    )
+    given = (v, now, then, w, torch.tensor([0, 1]))
+    central = mean.slope(*given)
+    mean.config = mean.config.model_copy(update={"jvp": "exact"})
+    torch.testing.assert_close(central, mean.slope(*given), rtol=0.02, atol=2e-3)
+
+
+def test_the_second_stage_corrects_the_frozen_first_students_velocity(pipe):
+    mean = task(pipe)
+    mean.stage = 1
+    before = [p.clone() for p in mean.nets._previous.parameters()]
+    loss, logs = mean.loss(mean.module, 0, 0)
+    loss.backward()
+    assert logs["correction"] > 0 and all(torch.equal(a, b) for a, b in zip(before, mean.nets._previous.parameters()))
+    embedder = mean.module.condition_embedder
+    assert embedder.scalars["end"].mlp.linear_2.weight.grad.abs().sum() > 0
+
+
+def test_the_correction_comes_in_over_the_warm_up(pipe):
+    mean = task(pipe, warm=4)
+    mean.stage = 1
+    now, then, w = torch.full((4,), 0.8), torch.full((4,), 0.5), torch.full((4,), 3.0)
+    v = torch.randn_like(mean.trajectories.x)
+    (first, logs), (last, told) = (mean._corrected(v, now, then, w, step) for step in (0, 3))
+    torch.testing.assert_close(4 * (first - v), last - v, rtol=1e-3, atol=1e-4)
+    assert logs["correction"] == pytest.approx(told["correction"], rel=1e-3)  # as large as it is without warm-up
+
+
+def test_a_correction_that_grows_many_times_ends_the_stage(pipe, capsys):
+    mean = task(pipe)
+    for _ in range(2 * SEEN):
+        mean._watch(1.0)
+    assert mean.sizes.tolist() == pytest.approx([2 * SEEN, 1, 1]) and not mean.diverged
+    again = task(pipe)
+    again.load_state_dict(mean.state_dict())
+    for _ in range(3 * SEEN):
+        again._watch(25.0)
+    assert again.diverged and "has grown 20-fold" in capsys.readouterr().err
+
+
+def test_time_frequencies_that_the_base_does_not_see_stay_unseen(pipe):
+    weight = pipe.transformer.condition_embedder.time_embedder.linear_1.weight
+    weight.data[:, ::2] = 0
+    mean = task(pipe)
+    mean.loss(mean.module, 0, 0)[0].backward()
+    own = mean.module.condition_embedder.base.time_embedder.linear_1.weight
+    assert (own.grad[:, ::2] == 0).all() and (own.grad[:, 1::2] != 0).any()
+
+
+def test_a_resumed_stage_ends_with_the_averaged_weights_of_an_unbroken_one(pipe, tmp_path):
+    optim = OptimConfig(steps=3, lr=1e-3, warmup=1, ema=0.5)
+    tasks = [task(pipe) for _ in range(3)]
+    for one in tasks:
+        one.stage, one.optim = 1, optim
+    whole, first, second = tasks
+    fit(whole, tmp_path / "whole", minutes=None, resume=False)
+    assert fit(first, tmp_path / "parts", minutes=0, resume=False)["step"] == 1
+    fit(second, tmp_path / "parts", minutes=None, resume=True)
+    for one, two in zip(whole.module.parameters(), second.module.parameters()):
+        assert torch.equal(one, two)
+
+
+def test_a_rival_begins_with_the_first_stage_of_the_method(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    share = lambda: share_stages(other, own, ["guidance", "mean_velocity"], _stage_config)
+    assert not share()
+    for stage in ("guidance", "mean_velocity"):
+        (other / stage).mkdir(parents=True)
+        (other / stage / "done.json").write_text("{}")
+    own.mkdir()
+    order = {
+        "base_fingerprint": [0.5],
+        "init_from": None,
+        "rank": 64,
+        "config": {"trajectories": 4, "limit_to_schedule": True},
+        "optims": [{"steps": 3}],
+    }
+    (own / "order.json").write_text(json.dumps(order))
+    for change in (
+        {"base_fingerprint": [0.6]},
+        {"prompts": "of another file"},
+        {"config": {"trajectories": 2, "limit_to_schedule": True}},
+    ):
+        (other / "order.json").write_text(json.dumps({**order, **change}))
+        assert not share() and not (own / "guidance").exists()
+    change = {"config": {"trajectories": 4, "limit_to_schedule": False}, "optims": [{"steps": 3}, {"steps": 9}]}
+    (other / "order.json").write_text(json.dumps({**order, **change}))
+    assert share() and (own / "guidance" / "done.json").is_file() and not (own / "mean_velocity").exists()
+
+
+def test_a_head_start_of_an_earlier_base_is_none(pipe, tmp_path, capsys):
+    assert not has_head_start(tmp_path, pipe.transformer)
+    store(
+        FullNetworks(pipe.transformer),
+        tmp_path / "gpd-N48",
+        "gpd.json",
+        {"base_fingerprint": fingerprint(pipe.transformer)},
+    )
+    assert has_head_start(tmp_path, pipe.transformer)
+    with torch.no_grad():
+        for weight in pipe.transformer.parameters():
+            weight.add_(0.1)
+    assert not has_head_start(tmp_path, pipe.transformer) and "another base" in capsys.readouterr().err
+
+
+def test_a_head_start_keeps_zeros_of_the_time_embedding(pipe, tmp_path):
+    base = pipe.transformer
+    nets = FullNetworks(base)
+    for p in nets.module.parameters():
+        p.data.add_(0.1)
+    nets.save(tmp_path)
+    weight = base.condition_embedder.time_embedder.linear_1.weight
+    weight.data[:, ::2] = 0
+    base.condition_embedder = IntervalEmbedder(base.condition_embedder)
+    student = FullNetworks(base).module
+    start_from(student, base, tmp_path)
+    own = student.condition_embedder.base.time_embedder.linear_1.weight
+    assert (own[:, ::2] == 0).all() and torch.allclose(own[:, 1::2], weight[:, 1::2] + 0.1, atol=2e-3)
+    assert torch.allclose(student.proj_out.weight, base.proj_out.weight + 0.1, atol=2e-3)
+
+
+def test_slopes_are_fine_inside_the_loop_that_trains(pipe):
+    """accelerate wraps the module's forward in an autocast of its own: differences of bfloat16 would be noise."""
+    mean = task(pipe)
+    given = torch.tensor([0.8]), torch.tensor([0.7]), torch.tensor([4.0]), torch.tensor([0])
+    v = torch.randn(1, 4, 3, 4, 4)
+    alone = mean.slope(v, *given)
+    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator.prepare(mean.module)
+    with accelerator.autocast():
+        assert torch.equal(mean.slope(v, *given), alone)
+
+
+def test_trajectories_can_begin_between_noise_and_a_video(pipe, tmp_path):
+    """At level s a slot is (1 - s) of the video's latents and s of noise, with the video's caption."""
+    clip = torch.full((4, 3, 4, 4), 5.0)
+    context = replace(timed(pipe, 10), clips=lambda rng: ("a" * 9, clip))
+    trajectories = TrajectoryPool(context, 64, (0, 1), 0)
+    levels = context.levels[trajectories.index].float()
+    assert len(trajectories.index.unique()) > 5 and (trajectories.words == 1).all()
+    torch.testing.assert_close(trajectories.x.mean((1, 2, 3, 4)), 5 * (1 - levels), atol=0.5, rtol=0)
+    began = trajectories.index.clone()
+    trajectories.spread_timesteps(lambda now: torch.zeros_like(trajectories.x), 3)
+    assert (trajectories.index >= began).all() and (trajectories.index > began).any()
+
+
+def test_clips_are_a_folders_videos_as_latents_of_the_models_size(pipe, tmp_path):
+    defaults = ModelDefaults(height=32, width=32, frames=5, steps=4, guidance=3.0)
+    wrongs = ((None, "captions.json is missing"), ({"a.mp4": "x"}, "has no a.mp4"), ({}, "names no videos"))
+    for wrong, reason in wrongs:
+        if wrong is not None:
+            (tmp_path / "captions.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=reason):
+            VideoFolder(tmp_path, pipe, defaults)
+    (tmp_path / "captions.json").write_text(json.dumps({"a.mp4": "a red star"}))
+    write_mp4(tmp_path / "a.mp4", np.full((6, 64, 64, 3), 200, np.uint8), 8)
+    caption, z = VideoFolder(tmp_path, pipe, defaults).draw(random.Random(0))
+    with torch.no_grad():
+        x = torch.full((1, 3, 5, 32, 32), 200 / 127.5 - 1)
+        expected = normalize(pipe.vae, pipe.vae.encode(x).latent_dist.mode())[0]
+    assert caption == "a red star"
+    torch.testing.assert_close(z, expected, atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="a.mp4 has 6 frames, 9 are needed"):
+        VideoFolder(tmp_path, pipe, defaults.model_copy(update={"frames": 9})).draw(random.Random(0))
