@@ -184,7 +184,8 @@ def compare(
 
     print("\n".join(told := preflight(b, pipe)))
     with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
-        pair = compare_runs(a, b, pipe, defaults, repeats, lambda *_: bar.update(), write)
+        count = lambda pane, *_: bar.update(pane != "warm-up")
+        pair = compare_runs(a, b, pipe, defaults, repeats, count, write)
     (out / "run.json").write_text(json.dumps(pair.report, indent=1))
     r = pair.report
     similarity = (
@@ -195,7 +196,9 @@ def compare(
     low, high = r["speedup_range"]
     print(f"denoise {r['speedup_denoise']:.2f}x [{low:.2f}, {high:.2f}], total {r['speedup_total']:.2f}x, "
           f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {similarity}")  # fmt: skip
-    print(f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; a against a: {r['noise_a']:.2f}x")
+    print(
+        f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; slowest over fastest baseline: {r['baseline_jitter']:.2f}"
+    )
     for note in pair.b.trace.messages:
         if note not in told:
             print(note)

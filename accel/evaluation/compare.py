@@ -1,9 +1,10 @@
-"""Two runs from the same noise, generated in turn: their speed, work and how far apart their videos are."""
+"""Compares two runs from the same noise, generated in turn: speed, work and the difference of their videos."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from .metrics import distance
 
 @dataclass
 class Comparison:
-    """Two runs of the same noise: the videos of the last repeat, and the report that becomes `run.json`."""
+    """A baseline a and an accelerated run b of the same noise: their last videos, and the content of `run.json`."""
 
     a: Video
     b: Video
@@ -25,22 +26,29 @@ class Comparison:
 
 
 def compare(
-    a: Run, b: Run, pipe, defaults: ModelDefaults, repeats: int = 1,
+    a: Run,
+    b: Run,
+    pipe,
+    defaults: ModelDefaults,
+    repeats: int = 1,
     on_step: Callable[[str, int, Trace, torch.Tensor], None] | None = None,
     on_video: Callable[[str, Video], None] | None = None,
-) -> Comparison:  # fmt: skip
-    """Generate a and b in turn, `repeats` times, after a warm-up, and measure speed, work and likeness.
+    baseline: Video | None = None,
+) -> Comparison:
+    """Generate runs a and b in turn, `repeats` times, after a warm-up; measure speed, work and quality of b against a.
 
-    `on_step(pane, steps done, trace, latents)` hears of both, `on_video(pane, video)` of each result, to whose seconds
-    it may add a stage; the pane is "a" or "b". `noise_a` is the slowest over the fastest of equal plain runs.
+    `on_step(pane, steps done, trace, latents)` is called after each step; the pane is "warm-up", "a" or "b".
+    `on_video(pane, video)` is called for each generated video and may add a stage to `video.seconds`.
+    `baseline`: a video of run a that was generated before, with its seconds; run a is then not generated again.
     """
-    seconds: dict[str, list[dict[str, float]]] = {"a": [], "b": []}
-    videos: dict[str, Video] = {}
-    warm_up(b, pipe, defaults)
+    videos: dict[str, Video] = {} if baseline is None else {"a": baseline}
+    seconds = {"a": [video.seconds for video in videos.values()], "b": []}
+    runs = {"a": a, "b": b} if baseline is None else {"b": b}
+    callback = lambda pane: (lambda *step: on_step(pane, *step)) if on_step else None
+    warm_up(b, pipe, defaults, callback("warm-up"))
     for _ in range(repeats):
-        for pane, run in (("a", a), ("b", b)):
-            hear = (lambda *args, pane=pane: on_step(pane, *args)) if on_step else None
-            videos[pane] = generate(run, pipe, defaults, hear)
+        for pane, run in runs.items():
+            videos[pane] = generate(run, pipe, defaults, callback(pane))
             if on_video:
                 on_video(pane, videos[pane])
             seconds[pane].append(videos[pane].seconds)
@@ -48,7 +56,11 @@ def compare(
 
 
 def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, defaults: ModelDefaults) -> dict:
-    """All that is known of a pair, JSON-ready. Times are lists, one entry a repeat; speeds are of their medians."""
+    """Everything measured on a pair, JSON-ready.
+
+    `seconds`: {"a": [...], "b": [...]}, a {stage: seconds} for each repeat; a baseline measured once has one entry.
+    Speed-ups are ratios of medians; `baseline_jitter` is the slowest over the fastest baseline.
+    """
     stages = {p: {s: [round(r[s], 4) for r in seconds[p]] for s in seconds[p][0]} for p in "ab"}
     total = {p: np.median([sum(r.values()) for r in seconds[p]]) for p in "ab"}
     denoise = {p: np.median(stages[p]["denoise"]) for p in "ab"}
@@ -59,7 +71,7 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
     adherence = {
         p: score(v.frames, b.prompt) if defaults.toy_world else {} for p, v in (("a", video_a), ("b", video_b))
     }
-    pairs = [x["denoise"] / y["denoise"] for x, y in zip(seconds["a"], seconds["b"])]
+    speedups = [x["denoise"] / y["denoise"] for x, y in zip(cycle(seconds["a"]), seconds["b"])]
     return {
         **b.model_dump(),
         "steps_a": a.steps,
@@ -67,8 +79,8 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
         **environment(pipe),
         **stages,
         "speedup_denoise": speed,
-        "speedup_range": [min(pairs), max(pairs)],
-        "noise_a": max(stages["a"]["denoise"]) / min(stages["a"]["denoise"]),
+        "speedup_range": [min(speedups), max(speedups)],
+        "baseline_jitter": max(stages["a"]["denoise"]) / min(stages["a"]["denoise"]),
         "speedup_total": float(total["a"] / total["b"]),
         "work_ratio": work,
         "efficiency": speed * work,

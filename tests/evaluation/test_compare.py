@@ -1,0 +1,68 @@
+"""Comparing a baseline with an accelerated run: who is generated, what the callbacks see, how speed is computed."""
+
+import numpy as np
+import pytest
+import torch
+
+from accel.core.trace import Event, Trace
+from accel.evaluation import compare as module
+from accel.evaluation.compare import compare
+from accel.runtime.generate import Video, build_run
+from accel.runtime.models import ModelDefaults
+
+DEFAULTS = ModelDefaults(height=16, width=16, frames=5, steps=4)
+A = build_run(DEFAULTS, model="m", prompt="a red star")
+B = build_run(DEFAULTS, model="m", prompt="a red star", methods={"fastercache": {}}, steps=10)
+
+
+def video(run, seconds) -> Video:
+    trace = Trace()
+    trace.flops = {"denoiser": 10}
+    for step in range(run.steps):
+        trace.events[step, "cond", "denoiser"] = Event(step, "cond", "denoiser", "compute", 1.0)
+    return Video(np.full((5, 16, 16, 3), 100, np.uint8), torch.ones(1, 4, 3, 2, 2), {"denoise": seconds}, trace)
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The runs that were generated; the baseline takes 4, 8, ... seconds, the other run 2, 2, ..."""
+    seen = []
+
+    def generate(run, pipe, defaults, on_step=None):
+        seen.append(run)
+        made = video(run, 2.0 if run.methods else 4.0 * seen.count(A))
+        if on_step:
+            on_step(run.steps, made.trace, made.latents)
+        return made
+
+    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(module, "warm_up", lambda run, pipe, defaults, on_step=None: on_step and on_step(1, None, None))
+    monkeypatch.setattr(module, "environment", lambda pipe: {"device": "cpu", "threads": 1, "dtype": "float32"})
+    return seen
+
+
+def test_both_runs_are_generated_in_turn_and_speed_is_a_ratio_of_medians(generated):
+    report = compare(A, B, None, DEFAULTS, repeats=3).report
+    assert generated == [A, B] * 3
+    assert report["a"]["denoise"] == [4, 8, 12] and report["speedup_denoise"] == 4
+    assert report["speedup_range"] == [2, 6] and report["baseline_jitter"] == 3
+
+
+def test_a_baseline_that_is_given_is_not_generated_again(generated):
+    before = video(A, 6.0)
+    pair = compare(A, B, None, DEFAULTS, repeats=2, baseline=before)
+    assert generated == [B, B] and pair.a is before
+    assert pair.report["a"]["denoise"] == [6] and pair.report["b"]["denoise"] == [2, 2]
+    assert pair.report["speedup_range"] == [3, 3]
+
+
+def test_callbacks_see_every_step_and_every_video_and_may_add_a_stage(generated):
+    steps, videos = [], []
+
+    def on_video(pane, video):
+        videos.append(pane)
+        video.seconds["encode"] = 0.5
+
+    report = compare(A, B, None, DEFAULTS, on_step=lambda *args: steps.append(args[:2]), on_video=on_video).report
+    assert steps == [("warm-up", 1), ("a", 4), ("b", 10)] and videos == ["a", "b"]
+    assert report["a"]["encode"] == [0.5] and report["speedup_total"] == pytest.approx(4.5 / 2.5)
