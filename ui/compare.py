@@ -17,6 +17,7 @@ from PIL import Image
 
 from accel.evaluation.compare import report
 from accel.runtime.generate import Run, Video, build_run, generate, preflight, warm_up
+from accel.runtime.latents import denormalize
 from accel.runtime.presets import required_settings
 from accel.runtime.video import write_mp4
 from accel.world.judge import score
@@ -136,9 +137,7 @@ class CompareJob:
 @torch.no_grad()
 def _preview(pipe, latents: torch.Tensor) -> str:
     """The first frame as it stands, as a data URI; one latent frame decodes on its own, so this is cheap."""
-    config = pipe.vae.config
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
-    frame = pipe.vae.decode((latents[:, :, :1] * std + mean).to(pipe.vae.dtype)).sample[0, :, 0]
+    frame = pipe.vae.decode(denormalize(pipe.vae, latents[:, :, :1]).to(pipe.vae.dtype)).sample[0, :, 0]
     pixels = ((frame.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG")

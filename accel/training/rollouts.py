@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..ops.flow import euler
 from ..runtime.generate import build_run, latent_spec
+from ..runtime.latents import denormalize
 from ..runtime.models import ModelDefaults
 from ..students.interval_embedding import pack_timestep
 from .networks import velocity
-from .tasks.vae import denormalize, from_unit
+from .tasks.vae import from_unit
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.latents import normalize
 from ..runtime.models import ModelDefaults
-from .tasks.vae import normalize, to_unit
+from .tasks.vae import to_unit
 
 
 class VideoFolder:

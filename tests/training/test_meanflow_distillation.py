@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from support import instant, mean, timed
 
+from accel.runtime.latents import normalize
 from accel.runtime.models import ModelDefaults
 from accel.runtime.video import write_mp4
 from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
@@ -22,7 +23,6 @@ from accel.training.networks import FullNetworks, velocity
 from accel.training.rollouts import TrajectoryPool
 from accel.training.stages import TrajectoryValidator, store
 from accel.training.tasks.meanflow_distillation import SEEN, MeanFlowConfig, MeanFlowTask, max_step_width
-from accel.training.tasks.vae import normalize
 from accel.training.video_folder import VideoFolder
 
 

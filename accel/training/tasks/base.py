@@ -29,11 +29,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ...files import atomic_write
+from ...runtime.latents import normalize
 from ...world.render import render
 from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
 from ..loop import OptimConfig
 from ..optimize import DenseAttention
-from .vae import Autoencoder, normalize, replace_files, to_unit
+from .vae import Autoencoder, replace_files, to_unit
 
 MAX_TOKENS = 32  # tokens a prompt is padded or cut to
 SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)

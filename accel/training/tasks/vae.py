@@ -234,24 +234,6 @@ def _mark(vae: AutoencoderKLWan, scene: Scene, frames: int, size: int) -> tuple[
     return distance(x, y)["psnr"], {a: seen[a] == value for a, value in scene.attributes.items()}
 
 
-def normalize(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    """Latents (b, z, f, h, w) with mean 0 and deviation 1 per channel, as the pipeline expects them."""
-    mean, std = _statistics(vae, z)
-    return (z - mean) / std
-
-
-def denormalize(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    """The inverse of `normalise`: latents as the decoder takes them."""
-    mean, std = _statistics(vae, z)
-    return z * std + mean
-
-
-def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(
-        torch.tensor(v).view(1, -1, 1, 1, 1).to(like) for v in (vae.config.latents_mean, vae.config.latents_std)
-    )
-
-
 def replace_files(made: Path, folder: Path) -> None:
     """Let the files of a finished folder, and of the folders in it, take the place of those of another.
 
