@@ -16,7 +16,8 @@ os.environ.setdefault("GRADIO_SSR_MODE", "false")
 import gradio as gr
 
 from accel.methods import METHODS
-from accel.runtime.models import ROOT, TINY, resolve
+from accel.runtime.models import TINY, resolve
+from accel.runtime.paths import ROOT
 from accel.runtime.presets import load_preset, preset_names
 from ui import controls
 from ui.compare import CompareJob, VideoCache

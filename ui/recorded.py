@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from accel.runtime.models import ROOT
+from accel.runtime.paths import ROOT
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ..families import family_of
 from ..methods import AsymRnR
 from ..methods.asymrnr.budget import PROFILE, Profile, Table
 from ..runtime.generate import Run, build_run, environment, generate, grid, warm_up
-from ..runtime.models import ROOT, ModelDefaults, load_pipeline, model_defaults, resolve, weights
+from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, resolve, weights
+from ..runtime.paths import ROOT
 from ..world.judge import score
 from ..world.scene import held_out_prompts
 from .metrics import distance

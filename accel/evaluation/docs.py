@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ..methods import METHODS
-from ..runtime.models import ROOT
+from ..runtime.paths import ROOT
 from .bench import ABLATIONS, MEANS, PAIRS
 from .metrics import RATIOS
 from .report import BRIEF, COLUMNS, paired, table

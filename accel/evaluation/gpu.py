@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from ..files import atomic_write
 from ..runtime.generate import Run, build_run, environment, generate
-from ..runtime.models import ROOT, TINY, ModelDefaults, load_pipeline
+from ..runtime.models import TINY, ModelDefaults, load_pipeline
+from ..runtime.paths import ROOT
 from ..runtime.presets import load_preset
 
 LAYOUTS = {"wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}

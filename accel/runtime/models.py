@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
-ROOT = Path(__file__).resolve().parents[2]
+from .paths import ROOT
+
 TINY = "models/tiny-wan"
 STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of other models, that lie beside one
 

@@ -9,8 +9,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from ..methods import METHODS, Method
+from .paths import ROOT
 
-FOLDER = Path(__file__).resolve().parents[2] / "presets"
+FOLDER = ROOT / "presets"
 
 
 class Preset(BaseModel, frozen=True, extra="forbid"):

@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 
 from ..files import atomic_write
-from ..runtime.models import ROOT, TINY
+from ..runtime.models import TINY
+from ..runtime.paths import ROOT
 from .loop import OptimConfig, fit
 from .stages import remaining
 
