@@ -5,11 +5,36 @@ with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
 print(trace.summary())
 """
 
-from .core.apply import apply
-from .evaluation.compare import compare
-from .methods import METHODS
-from .runtime.generate import Run, generate
-from .runtime.models import load_pipeline
-from .runtime.presets import Preset, load_preset
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .core.apply import apply
+    from .evaluation.compare import compare
+    from .methods import METHODS
+    from .runtime.generate import generate
+    from .runtime.models import load_pipeline
+    from .runtime.presets import Preset, load_preset
+    from .runtime.run import Run
 
 __all__ = ["METHODS", "Preset", "Run", "apply", "compare", "generate", "load_pipeline", "load_preset"]
+
+_MODULES = {
+    "METHODS": "methods",
+    "Preset": "runtime.presets",
+    "Run": "runtime.run",
+    "apply": "core.apply",
+    "compare": "evaluation.compare",
+    "generate": "runtime.generate",
+    "load_pipeline": "runtime.models",
+    "load_preset": "runtime.presets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used, as importing torch and diffusers takes seconds."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value

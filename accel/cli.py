@@ -1,14 +1,13 @@
-"""The command line. People read the progress on stderr and the lines on stdout; its last line is one JSON document."""
+"""The command line. Progress goes to stderr, text to stdout; the last line of stdout is one JSON document."""
 
 from __future__ import annotations
 
 import json
-import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 import yaml
 from tqdm import tqdm
@@ -17,28 +16,28 @@ from typer.exceptions import TyperException
 from .runtime.models import TINY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
-world = typer.Typer(no_args_is_help=True, help="The captioned toy world: sample it, judge videos.")
+world = typer.Typer(no_args_is_help=True, help="The captioned toy world: render samples, judge videos.")
 app.add_typer(world, name="world")
 
-Prompt = Annotated[
-    str, typer.Option(help="What to generate; the shipped model knows sentences like examples/prompts.txt.")
-]
-Seed = Annotated[int, typer.Option(help="Starting noise; the same seed gives the same video.")]
+Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows sentences like examples/prompts.txt.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or a YAML file; 'none' for no method.")]
-Sets = Annotated[list[str], typer.Option("--set", help="Change a knob: fastercache.attention_interval=3. Repeatable.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps; the model's own if not given.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale; the model's own if not given.")]
+Sets = Annotated[
+    list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3. Repeatable.")
+]
+Steps = Annotated[int, typer.Option(help="Denoising steps; default: the model's.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale; default: the model's.")]
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
-Size = Annotated[int, typer.Option(min=1, help="Pixels or frames; the model's own if not given.")]
+Size = Annotated[int, typer.Option(min=1, help="Pixels or frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
 
 
 def main() -> None:
-    """Run a command; bad input ends with one line on stderr and exit code 2."""
+    """Run a command. Bad input ends with one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except TyperException as error:  # the command line itself; without arguments it is the help
+    except TyperException as error:  # wrong arguments; without arguments its text is the help
         text = error.format_message()
         print(text if "Usage:" in text else f"error: {text}", file=sys.stderr)
         sys.exit(2)
@@ -50,64 +49,74 @@ def main() -> None:
         sys.exit(1)
 
 
-def _finish(document: dict) -> None:
+def print_json(document: dict) -> None:
+    """The last line of a command's output."""
     print(json.dumps(document))
 
 
-def _settings(preset: str, sets: list[str]) -> dict:
-    """Methods, steps and guidance of a preset with `--set` changes applied."""
-    from .runtime.presets import load_preset
+def parse_settings(preset: str, changes: list[str] | None) -> dict:
+    """Methods, steps and guidance of a preset, with the `--set` changes applied and checked."""
+    from .runtime.presets import Preset, build_methods, load_preset
 
-    loaded = load_preset(preset) if preset != "none" else None
-    methods = {name: dict(parameters or {}) for name, parameters in (loaded.methods if loaded else {}).items()}
-    for change in sets or []:
+    loaded = load_preset(preset) if preset != "none" else Preset()
+    methods = {name: dict(parameters or {}) for name, parameters in loaded.methods.items()}
+    for change in changes or []:
         target, _, value = change.partition("=")
-        name, _, knob = target.partition(".")
-        if not (knob and value):
-            raise ValueError(f"--set {change!r} is not understood: write method.knob=value")
+        name, _, parameter = target.partition(".")
+        if not (parameter and value):
+            raise ValueError(f"--set {change!r} is not understood: write method.parameter=value")
         try:
-            methods.setdefault(name, {})[knob] = yaml.safe_load(value)
+            methods.setdefault(name, {})[parameter] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ValueError(f"--set {change!r} is not understood: put the value into quotes") from None
-    return {"methods": methods, "steps": loaded and loaded.steps, "guidance": loaded and loaded.guidance}
+    build_methods(methods)
+    return {"methods": methods, "steps": loaded.steps, "guidance": loaded.guidance}
 
 
-def _pair(prompt, seed, preset, sets, steps, guidance, model, height, width, frames, *, apart: bool):
-    """Pipeline, its home, and the runs a (plain) and b (with the preset).
+def load_for(model: str, make_runs: Callable) -> tuple:
+    """Pipeline, defaults and runs `make_runs(defaults)` of a model.
 
-    `apart`: steps and guidance are a's alone where the methods of b demand their own.
+    Raises ValueError before the model is loaded where its files tell that a run is not possible.
     """
-    from .runtime.generate import build_run, check_size
-    from .runtime.models import load_pipeline, model_defaults
-    from .runtime.presets import required_settings
+    from .runtime.models import check_model, load_pipeline, model_defaults, read_defaults
+    from .runtime.run import check_size, check_size_from_files
 
-    own = _settings(preset, sets)
-    needed = required_settings(own["methods"]) if apart else {}
+    check_model(model)
+    if defaults := read_defaults(model):
+        for run in make_runs(defaults):
+            check_size_from_files(run)
     pipe = load_pipeline(model)
-    defaults = model_defaults(pipe, model)
-    common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
-    a = build_run(defaults, **common, steps=steps, guidance=guidance)
+    defaults = defaults or model_defaults(pipe, model)
+    runs = make_runs(defaults)
+    from .runtime.generate import size_multiples
+
+    for run in runs:
+        check_size(run, *size_multiples(pipe))
+    return pipe, defaults, runs
+
+
+def pair_maker(settings: dict, steps: int | None, guidance: float | None, common: dict, *, separate: bool) -> Callable:
+    """A function of the defaults that returns the runs a (baseline) and b (with the methods of `settings`).
+
+    `separate`: steps and guidance apply to a alone where the methods of b require other ones.
+    """
+    from .runtime.presets import required_settings
+    from .runtime.run import build_run
+
+    required = required_settings(settings["methods"]) if separate else {}
     given = {"steps": steps, "guidance": guidance}
-    asked = {key: own[key] if value is None else value for key, value in given.items() if key not in needed}
-    b = build_run(defaults, **common, methods=own["methods"], **asked)
-    check_size(pipe, b)
-    return pipe, defaults, a, b
+    of_b = {key: settings[key] if value is None else value for key, value in given.items() if key not in required}
+    return lambda defaults: (
+        build_run(defaults, **common, **given),
+        build_run(defaults, **common, methods=settings["methods"], **of_b),
+    )
 
 
-def _repeated(source: Path):
-    """Pipeline, its home, and the run whose settings a video holds."""
-    from .runtime.generate import build_run, check_size
-    from .runtime.models import load_pipeline, model_defaults
-    from .runtime.video import read_settings
-
-    stored = read_settings(source)
-    if "model" not in stored:
-        raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
-    pipe = load_pipeline(stored["model"])
-    defaults = model_defaults(pipe, stored["model"])
-    b = build_run(defaults, **stored)
-    check_size(pipe, b)
-    return pipe, defaults, b
+def print_messages(messages: list[str], printed: list[str]) -> None:
+    """What the methods reported in a run, without what was printed before it."""
+    for message in messages:
+        if message not in printed:
+            print(message)
 
 
 @app.command()
@@ -116,49 +125,63 @@ def run(
     prompt: Prompt = None, seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
-    source: Annotated[Path, typer.Option("--from", help="Repeat the settings inside a video made here.")] = None,
+    source: Annotated[Path, typer.Option("--from", help="Repeat the run stored in a video made here.")] = None,
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
     """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
-    from .runtime.generate import environment, generate, preflight, warm_up
-    from .runtime.video import write_mp4
-
     if source is not None:
-        told = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
-        if more := [name.rstrip("_") for name in told if name not in ("source", "out")]:
+        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if more := [name.rstrip("_") for name in given if name not in ("source", "out")]:
             raise ValueError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
         if source.resolve() == (out / "video.mp4").resolve():
             raise ValueError(f"{source} would be replaced by what is made from it: give another --out")
-        pipe, defaults, b = _repeated(source)
+        stored = read_run(source)
+        model, make_runs = stored["model"], lambda defaults: (_build_run(defaults, **stored),)
     elif prompt is None:
         raise ValueError("give a --prompt, or a video to repeat with --from")
     else:
-        pipe, defaults, _, b = _pair(
-            prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=False
-        )
+        common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
+        make_pair = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=False)
+        make_runs = lambda defaults: make_pair(defaults)[1:]
+    pipe, defaults, (b,) = load_for(model, make_runs)
+    from .runtime.generate import environment, generate, preflight, warm_up
+    from .runtime.video import write_mp4
+
     out.mkdir(parents=True, exist_ok=True)
-    print("\n".join(told := preflight(b, pipe)))
+    print("\n".join(printed := preflight(b, pipe)))
     warm_up(b, pipe, defaults)
     with tqdm(total=b.steps, desc="denoising") as bar:
         video = generate(b, pipe, defaults, lambda *_: bar.update())
     video.seconds["encode"] = write_mp4(out / "video.mp4", video.frames, defaults.fps, b.model_dump())
-    np.save(out / "frames.npy", video.frames)
+    _save_frames(out / "frames.npy", video.frames)
     document = {**b.model_dump(), **environment(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
     (out / "run.json").write_text(json.dumps(document, indent=1))
-    for note in video.trace.messages:
-        if note not in told:
-            print(note)
-    print(
-        f"{video.seconds['denoise']:.2f} s of denoising, {video.trace.summary()['flops_ratio']:.0%} of the work -> {out}"
-    )
-    _finish(
-        {
-            **b.model_dump(),
-            "seconds": video.seconds,
-            "flops_ratio": video.trace.summary()["flops_ratio"],
-            "out": str(out),
-        }
-    )
+    print_messages(video.trace.messages, printed)
+    work = video.trace.summary()["flops_ratio"]
+    print(f"{video.seconds['denoise']:.2f} s of denoising, {work:.0%} of the work -> {out}")
+    print_json({**b.model_dump(), "seconds": video.seconds, "flops_ratio": work, "out": str(out)})
+
+
+def read_run(source: Path) -> dict:
+    """The run stored in a video. Raises ValueError if it holds none."""
+    from .runtime.video import read_settings
+
+    stored = read_settings(source)
+    if "model" not in stored:
+        raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
+    return stored
+
+
+def _build_run(defaults, **settings):
+    from .runtime.run import build_run
+
+    return build_run(defaults, **settings)
+
+
+def _save_frames(file: Path, frames) -> None:
+    import numpy as np
+
+    np.save(file, frames)
 
 
 @app.command()
@@ -169,54 +192,62 @@ def compare(
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Times that a and b are generated in turn.")] = 3,
     out: Out = Path("runs/compare"),
 ) -> None:  # fmt: skip
-    """Generate a (plain) and b (with the preset) from the same noise: a.mp4 b.mp4 a.npy b.npy run.json in --out."""
+    """Generate a (baseline) and b (with the preset) from the same noise: a.mp4 b.mp4 a.npy b.npy run.json in --out."""
+    common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
+    make_runs = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=True)
+    pipe, defaults, (a, b) = load_for(model, make_runs)
     from .evaluation.compare import compare as compare_runs
     from .runtime.generate import preflight
     from .runtime.video import write_mp4
 
-    pipe, defaults, a, b = _pair(prompt, seed, preset, set_, steps, guidance, model, height, width, frames, apart=True)
     out.mkdir(parents=True, exist_ok=True)
     runs = {"a": a, "b": b}
 
     def write(pane: str, video) -> None:
         video.seconds["encode"] = write_mp4(out / f"{pane}.mp4", video.frames, defaults.fps, runs[pane].model_dump())
-        np.save(out / f"{pane}.npy", video.frames)
+        _save_frames(out / f"{pane}.npy", video.frames)
 
-    print("\n".join(told := preflight(b, pipe)))
+    print("\n".join(printed := preflight(b, pipe)))
     with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
         count = lambda pane, *_: bar.update(pane != "warm-up")
         pair = compare_runs(a, b, pipe, defaults, repeats, count, write)
     (out / "run.json").write_text(json.dumps(pair.report, indent=1))
-    r = pair.report
-    similarity = (
-        "bit-equal"
-        if r["bit_equal"]
-        else f"PSNR {r['psnr']:.1f} dB, SSIM {r['ssim']:.4f} (worst {r['ssim_worst']:.4f})"
+    print(summary_text(pair.report, repeats))
+    print_messages(pair.b.trace.messages, printed)
+    print_json(pair.report)
+
+
+def summary_text(report: dict, repeats: int) -> str:
+    """The figures of a comparison in two lines."""
+    from .evaluation.metrics import metric_texts
+
+    r, (low, high) = report, report["speedup_range"]
+    quality = "; ".join(f"{value} {about}" for value, about in metric_texts(r))
+    return (
+        f"denoise {r['speedup_denoise']:.2f}x [{low:.2f}, {high:.2f}], total {r['speedup_total']:.2f}x, "
+        f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {quality}\n"
+        f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; "
+        f"slowest over fastest baseline: {r['baseline_jitter']:.2f}"
     )
-    low, high = r["speedup_range"]
-    print(f"denoise {r['speedup_denoise']:.2f}x [{low:.2f}, {high:.2f}], total {r['speedup_total']:.2f}x, "
-          f"work {r['work_ratio']:.0%}, efficiency {r['efficiency']:.2f}; {similarity}")  # fmt: skip
-    print(
-        f"n={repeats}, {r['device']}, {r['threads']} threads, {r['dtype']}; slowest over fastest baseline: {r['baseline_jitter']:.2f}"
-    )
-    for note in pair.b.trace.messages:
-        if note not in told:
-            print(note)
-    _finish(r)
 
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="base, fastercache, asymrnr, gpd, meanflow, disca or a part.")] = "base",
+    suite: Annotated[str, typer.Option(help="A suite of accel/evaluation/suites.py.")] = "base",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds a prompt.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 1,
     model: Model = TINY,
-    out: Annotated[Path, typer.Option(help="Folder for the results; runs/bench/SUITE if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; default: runs/bench/SUITE.")] = None,
 ) -> None:  # fmt: skip
     """Measure a suite on held-out prompts: results.json, report.md and pareto.png in --out. Resumable."""
+    from .evaluation.suites import check_suite
+    from .runtime.models import check_model
+
+    check_suite(suite)
+    check_model(model)
     from .evaluation.bench import run_suite
 
-    _finish(run_suite(suite, prompts, seeds, model, out or Path("runs/bench") / suite))
+    print_json(run_suite(suite, prompts, seeds, model, out or Path("runs/bench") / suite))
 
 
 @app.command()
@@ -227,51 +258,78 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")] = Path("runs/profile"),
 ) -> None:  # fmt: skip
     """Measure what removing tokens costs in each block: asymrnr.json for AsymRnR, a table and a plot. Resumable."""
+    from .runtime.models import check_model
+
+    check_model(model)
     from .evaluation.asymrnr_profile import run_profile
 
-    _finish(run_profile(model, prompts, steps, out))
+    print_json(run_profile(model, prompts, steps, out))
+
+
+@app.command()
+def gpu(
+    layout: Annotated[str, typer.Option(help="Size of the model, such as wan-1.3b.")] = "wan-1.3b",
+    steps: Annotated[int, typer.Option(min=10, help="Denoising steps; default: 50.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of 480x832; default: 81.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that all settings are generated in turn.")] = 1,
+    out: Out = Path("runs/gpu"),
+) -> None:  # fmt: skip
+    """Time the presets on random weights in a real model's size, on a GPU: results.json in --out. Resumable."""
+    from .evaluation.gpu import run_gpu
+
+    print_json(run_gpu(layout, steps, frames, repeats, out))
+
+
+@app.command()
+def docs() -> None:
+    """Fill the generated tables of README.md, docs/ and the model card."""
+    from .evaluation.docs import write
+
+    print_json({"changed": [str(page) for page in write()]})
 
 
 @app.command()
 def train(
     what: Annotated[str, typer.Argument(help="vae, base, gpd, meanflow, predictor or all.")],
-    minutes: Annotated[float, typer.Option(help="Stop after this many minutes; a later --resume goes on.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
+    minutes: Annotated[float, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the last checkpoint, or start from the shipped weights.")
+    ] = False,
     out: Out = Path("checkpoints"),
-    model: Annotated[str, typer.Option(help="Of a student: another model to distil, by LoRA.")] = None,
-    prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
-    rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA, or 0: full weights. [64]")] = None,
-    videos: Annotated[Path, typer.Option(help="meanflow alone: a folder of videos with captions.json.")] = None,
+    model: Annotated[str, typer.Option(help="For students: another model to distill, with LoRA.")] = None,
+    prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one per line.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA; 0: all weights. [64]")] = None,
+    videos: Annotated[Path, typer.Option(help="For meanflow: a folder of videos with captions.json.")] = None,
     trajectories: Annotated[
-        int, typer.Option(min=1, help="With --model: trajectories under way, over all processes.")
+        int, typer.Option(min=1, help="With --model: trajectories in progress, over all processes.")
     ] = None,
-    ablation: Annotated[
-        str,
-        typer.Option(
-            help="A rival. gpd: no-constraint, annealed, halving, direct, guidance-only; meanflow: even, exact, "
-            "unrestricted, guided; predictor: plain."
-        ),
-    ] = None,
+    ablation: Annotated[str, typer.Option(help="An ablation of gpd, meanflow or predictor.")] = None,
 ) -> None:
     """Train the shipped model: the autoencoder, the transformer with its text encoder, then its few-step students.
 
-    With --model, distil another Wan pipeline; its students go beside it, or into --out for a hub id.
+    With --model, distill another Wan pipeline; the students go into its folder, or into --out for a hub id.
     """
+    parts = ("vae", "base", "gpd", "meanflow", "predictor", "all")
+    if what not in parts:
+        raise ValueError(f"unknown part {what!r}; there are {', '.join(parts)}")
     from .training import shutdown_distributed, train_parts
 
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, trajectories=trajectories, ablation=ablation)
-    _finish(train_parts(what, minutes, resume, out, **given))
+    print_json(train_parts(what, minutes, resume, out, **given))
     shutdown_distributed()
 
 
 @world.command()
 def sample(
-    n: Annotated[int, typer.Option(min=1)] = 16, seed: Seed = 0, size: Size = 96, frames: Size = 33,
-    held_out: Annotated[bool, typer.Option(help="Only combinations that training never sees.")] = False,
+    n: Annotated[int, typer.Option(min=1, help="Scenes.")] = 16, seed: Seed = 0, size: Size = 96, frames: Size = 33,
+    held_out: Annotated[bool, typer.Option(help="Only combinations that are held out of training.")] = False,
     out: Out = Path("runs/world"),
 ) -> None:  # fmt: skip
-    """Render n captioned scenes: mp4s, captions.json and a contact sheet."""
+    """Render captioned scenes: mp4s, captions.json and a contact sheet in --out."""
+    import random
+
     import imageio.v3 as iio
+    import numpy as np
 
     from .runtime.video import write_mp4
     from .world.render import render
@@ -287,27 +345,38 @@ def sample(
         rows.append(np.concatenate(list(video[:: max(1, frames // 8)]), 1))
     (out / "captions.json").write_text(json.dumps(captions, indent=1))
     iio.imwrite(out / "sheet.png", np.concatenate(rows))
-    _finish({"n": n, "size": size, "frames": frames, "out": str(out)})
+    print_json({"n": n, "size": size, "frames": frames, "out": str(out)})
 
 
 @world.command()
 def judge(
     folder: Annotated[Path, typer.Argument(help="Folder of mp4s with captions.json, as `sample` makes it.")],
 ) -> None:
-    """Read the videos of a folder back and score them against their captions."""
+    """Score the videos of a folder against their captions."""
+    captions = read_captions(folder)
+
     import imageio.v3 as iio
+    import numpy as np
 
     from .world.judge import score
 
+    scores = {name: score(np.stack(list(iio.imiter(folder / name))), text) for name, text in captions.items()}
+    for name, own in scores.items():
+        attributes = " ".join(f"{a} {v:.0f}" for a, v in own.items() if a != "mean")
+        print(name, attributes, f"mean {own.get('mean', 0):.2f}")
+    names = sorted({attribute for own in scores.values() for attribute in own})
+    means = {a: float(np.mean([own[a] for own in scores.values() if a in own])) for a in names}
+    print_json({"n": len(scores), **means})
+
+
+def read_captions(folder: Path) -> dict[str, str]:
+    """{file name: caption} of a folder of mp4s. Raises ValueError if captions.json or a video is missing."""
     file = folder / "captions.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: it maps each mp4 of the folder to its caption")
     captions = json.loads(file.read_text())
-    if not isinstance(captions, dict) or (lost := [name for name in captions if not (folder / name).is_file()]):
-        what = "it is no table" if not isinstance(captions, dict) else f"{lost[0]} is missing"
-        raise ValueError(f"{file} does not map each mp4 of its folder to a caption: {what}")
-    marks = {name: score(np.stack(list(iio.imiter(folder / name))), text) for name, text in captions.items()}
-    for name, mark in marks.items():
-        print(name, " ".join(f"{a} {v:.0f}" for a, v in mark.items() if a != "mean"), f"mean {mark.get('mean', 0):.2f}")
-    names = sorted({a for mark in marks.values() for a in mark})
-    _finish({"n": len(marks), **{a: float(np.mean([m[a] for m in marks.values() if a in m])) for a in names}})
+    if not isinstance(captions, dict):
+        raise ValueError(f"{file} does not map each mp4 of its folder to a caption: it is not a JSON object")
+    if missing := [name for name in captions if not (folder / name).is_file()]:
+        raise ValueError(f"{file} does not map each mp4 of its folder to a caption: {missing[0]} is missing")
+    return captions

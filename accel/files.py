@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writes a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """A path beside a file to write to; once that is done without an error, it takes the file's place."""
+    """A temporary path to write to; without an error it replaces `file` at the end."""
     part = file.with_name(file.name + ".part")
     yield part
     os.replace(part, file)

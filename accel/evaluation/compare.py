@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ..core.trace import Trace
-from ..runtime.generate import Run, Video, environment, generate, warm_up
+from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults
-from ..world.judge import score
-from .metrics import distance
+from ..runtime.run import Run
+from .metrics import Pair, metrics_of, report_metrics
 
 
 @dataclass
@@ -66,11 +66,7 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
     denoise = {p: np.median(stages[p]["denoise"]) for p in "ab"}
     flops = {"a": video_a.trace.flops_computed_and_full()[0], "b": video_b.trace.flops_computed_and_full()[0]}
     work, speed = flops["b"] / flops["a"], float(denoise["a"] / denoise["b"])
-    same = video_a.frames.shape == video_b.frames.shape
-    similarity = distance(video_a.frames, video_b.frames) if same else {}
-    adherence = {
-        p: score(v.frames, b.prompt) if defaults.toy_world else {} for p, v in (("a", video_a), ("b", video_b))
-    }
+    pair = Pair(video_a, video_b, b.prompt)
     speedups = [x["denoise"] / y["denoise"] for x, y in zip(cycle(seconds["a"]), seconds["b"])]
     return {
         **b.model_dump(),
@@ -84,9 +80,8 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
         "speedup_total": float(total["a"] / total["b"]),
         "work_ratio": work,
         "efficiency": speed * work,
-        **{k: similarity.get(k) for k in ("psnr", "ssim", "ssim_worst", "bit_equal", "ssim_frames")},
-        "adherence_a": adherence["a"].get("mean"),
-        "adherence_b": adherence["b"].get("mean"),
-        "attributes": {p: {k: v for k, v in marks.items() if k != "mean"} for p, marks in adherence.items()},
+        "bit_equal": pair.bit_equal if pair.same_shape else None,
+        "ssim_frames": [round(ssim, 5) for ssim in pair.ssim_frames] if pair.same_shape else None,
+        **report_metrics(pair, metrics_of(defaults)),
         "trace": video_b.trace.to_json(),
     }

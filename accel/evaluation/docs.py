@@ -1,249 +1,272 @@
-"""Fills the marked parts of README.md and of the model card from the measurements: `python -m accel.evaluation.docs`.
+"""Fills the generated tables of README.md, docs/ and the model card: `python -m accel docs`.
 
-Between `<!-- name -->` and `<!-- /name -->` stands what the table of that name says now; nobody types a figure.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; `PARTS` lists the names. For each suite there are SUITE,
+SUITE-details and SUITE-pairs.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from ..families import FAMILIES
 from ..methods import METHODS
+from ..runtime.models import TINY
 from ..runtime.paths import ROOT
-from .bench import ABLATIONS, MEANS, PAIRS
-from .metrics import RATIOS
-from .report import BRIEF, COLUMNS, paired, table
-from .stats import format_interval
+from .metrics import METRICS
+from .report import SPEED, cell, columns, markdown, pairs_table, table
+from .suites import SUITES
 
 RESULTS = ROOT / "docs" / "results"
+CARD = ROOT / TINY / "README.md"
 NOT_YET = "Not measured yet.\n"
-OVERVIEW = (  # suite, row, and what it is called where all are together
-    ("fastercache", "fastercache", "`fastercache`"),
-    ("fastercache", "baseline, 30 steps", "30 plain steps"),
-    ("asymrnr", "asymrnr", "`asymrnr`"),
-    ("asymrnr", "baseline, 38 steps", "38 plain steps"),
-    ("balanced", "fastercache + asymrnr", "`balanced`"),
-    ("balanced", "baseline, 24 steps", "24 plain steps"),
-    ("meanflow", "meanflow, 20 steps", "`meanflow`, 20 steps"),
-    ("meanflow", "baseline, 10 steps", "10 plain steps"),
-    ("disca", "disca", "`disca`"),
-    ("disca", "meanflow, 10 steps", "`meanflow`, 10 steps"),
-    ("disca", "Euler, 5 steps", "5 plain steps by Euler's rule"),
-    ("gpd", "gpd, 6 steps", "`gpd`"),
-    ("gpd", "baseline, 3 steps (equal NFE)", "3 plain steps"),
-    ("disca", "turbo", "`turbo`"),
-    ("disca", "meanflow, 6 steps", "`meanflow`, 6 steps"),
-)
-MEASURED = ("fastercache", "asymrnr", "asymrnr-curve", "balanced", "gpd", *ABLATIONS, *MEANS, "disca")
-CARD = ROOT / "models" / "tiny-wan" / "README.md"
+MARKED = re.compile(r"(<!-- ([\w.-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
+OVERVIEW = {  # preset -> its suite and its setting there
+    "baseline": ("base", "baseline"),
+    "fastercache": ("fastercache", "fastercache"),
+    "asymrnr": ("asymrnr", "asymrnr"),
+    "balanced": ("balanced", "fastercache + asymrnr"),
+    "meanflow": ("meanflow", "meanflow, 20 steps"),
+    "disca": ("disca", "disca"),
+    "gpd": ("gpd", "gpd, 6 steps"),
+    "turbo": ("disca", "turbo"),
+}
+SAME_TIME = 0.9  # a baseline is as fast as a preset if it reaches this share of its speed-up
 
 
-def parameters() -> str:
-    """One row per knob of each method."""
-    rows = ["| knob | default | allowed | what it costs |", "|---|---|---|---|"]
-    for name, method in METHODS.items():
-        for knob, schema in method.model_json_schema()["properties"].items():
-            rows.append(f"| `{name}.{knob}` | {schema['default']} | {_values(schema)} | {schema['description']} |")
-    return "\n".join(rows) + "\n"
-
-
-def _values(schema: dict) -> str:
-    """What a knob may be set to."""
-    if "maximum" in schema:
-        return f"{schema['minimum']} to {schema['maximum']}"
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    return {"boolean": "true, false", "string": "a text", "object": "a table"}[schema["type"]]
-
-
-def measured(name: str) -> dict | None:
-    """What a suite came to, if it was measured."""
-    file = RESULTS / name / "results.json"
+def results(suite: str) -> dict | None:
+    """The committed results of a suite, if it was measured."""
+    file = RESULTS / suite / "results.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def overview() -> str:
-    """The presets beside plain rivals, each from its own suite."""
-    columns = ("speed-up", "SSIM", "adherence", "- baseline")
-    lines = [f"| preset | {' | '.join(columns)} | n |", f"|---|{'---|' * len(columns)}---|"]
-    for name, row, title in OVERVIEW:
-        found = measured(name)
-        if not found or row not in found["rows"]:
-            lines.append(f"| {title} | {NOT_YET.strip()} |{' |' * len(columns)}")
+    """One row for each preset: its figures, and the best baseline at matched time from the same suite."""
+    head = ["preset", "speed-up", "SSIM", "delta adherence", "SSIM of the baseline at matched time", "n"]
+    rows = []
+    for preset, (suite, setting) in OVERVIEW.items():
+        found = results(suite)
+        if not found or setting not in found["rows"]:
+            rows.append([f"`{preset}`", NOT_YET.strip(), *[""] * 4])
             continue
-        cells = (COLUMNS[column](found["rows"][row]) for column in columns)
-        lines.append(f"| {title} | {' | '.join(cells)} | {found['n']} |")
-    return "\n".join(lines) + "\n"
+        row = found["rows"][setting]
+        delta = cell(METRICS["adherence"], row["adherence_delta"])
+        figures = [SPEED["speed-up"](row), cell(METRICS["ssim"], row["ssim"]), delta]
+        rows.append([f"`{preset}`", *figures, baseline_at_matched_time(suite, found, row), found["n"]])
+    return markdown(head, rows)
 
 
-def suite(name: str) -> str:
-    """The short table of a suite that was measured, or a word that it was not."""
-    found = measured(name)
-    return table(found, BRIEF) if found else NOT_YET
+def baseline_at_matched_time(suite: str, found: dict, row: dict) -> str:
+    """SSIM, name and speed-up of the baseline with the highest SSIM that is as fast as a setting.
+
+    If none is, the fastest one: a faster one would be worse still.
+    """
+    names = list(found["rows"])[1:]  # the first one is what all others are compared with
+    baselines = {n: found["rows"][n] for n in names if not SUITES[suite].settings[n].settings()["methods"]}
+    if not baselines or row is found["rows"][next(iter(found["rows"]))]:
+        return "-"
+    fast = {n: r for n, r in baselines.items() if r["speedup"] >= SAME_TIME * row["speedup"]}
+    name = (
+        max(fast, key=lambda n: fast[n]["ssim"][0]) if fast else max(baselines, key=lambda n: baselines[n]["speedup"])
+    )
+    best = baselines[name]
+    return f"{best['ssim'][0]:.4f} ({name}, {best['speedup']:.2f}x)"
 
 
-def details(name: str) -> str:
-    """The ratios of each setting of a suite to its first one, and the attributes that are read back."""
-    found = measured(name)
+def methods() -> str:
+    """One row for each method, from its class."""
+    rows = []
+    for name, method in METHODS.items():
+        arxiv = method.paper.removeprefix("arXiv ")
+        paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})"
+        about = inspect.getdoc(method).split("\n\n")[0].replace("\n", " ")
+        rows.append([f"`{name}`", method.title, paper, about, "yes" if needs_training(name) else "no"])
+    return markdown(["name", "method", "paper", "what it does", "needs training"], rows)
+
+
+def needs_training(name: str) -> bool:
+    """Whether a method, at its defaults, reads weights that are trained for one model."""
+    return METHODS[name]().weights_dir(ROOT / TINY) is not None
+
+
+def support() -> str:
+    """Model families and methods: which work at once, and which need a training first."""
+    state = {name: "after training" if needs_training(name) else "yes" for name in METHODS}
+    rows = [["tiny-wan (shipped)", *["yes"] * len(METHODS)]]
+    rows += [[f"`{family}*Pipeline`", *(state[name] for name in METHODS)] for family in FAMILIES]
+    return markdown(["model", *(f"`{name}`" for name in METHODS)], rows)
+
+
+def parameters() -> str:
+    """One row for each parameter of each method."""
+    rows = [
+        [f"`{name}.{parameter}`", schema["default"], allowed_values(schema), schema["description"]]
+        for name, method in METHODS.items()
+        for parameter, schema in method.model_json_schema()["properties"].items()
+    ]
+    return markdown(["parameter", "default", "allowed", "what it does and costs"], rows)
+
+
+def allowed_values(schema: dict) -> str:
+    """The values of a parameter, from its JSON schema."""
+    if "maximum" in schema:
+        return f"{schema['minimum']} to {schema['maximum']}"
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    return {"boolean": "true, false", "string": "a text", "object": "a mapping"}[schema["type"]]
+
+
+def suite_table(suite: str, kind: str) -> str:
+    """The "brief" table of a suite that was measured."""
+    found = results(suite)
+    return table(found, kind) if found else NOT_YET
+
+
+def suite_details(suite: str) -> str:
+    """The "details" table of a suite, and what its metrics say; the parts of adherence are shares of the videos."""
+    found = results(suite)
     if not found:
         return NOT_YET
-    rows = found["rows"]
-    read = list(next(iter(rows.values()))["attributes"])
-    heads = [*(f"{n} ratio" for n in RATIOS), *read]
-    lines = [f"| setting | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
-    for setting, row in rows.items():
-        cells = [*(format_interval(row[n]) for n in RATIOS), *(f"{row['attributes'][n][0]:.2f}" for n in read)]
-        lines.append(f"| {setting} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + "; ".join(f"{n}: {what}" for n, what in RATIOS.items()) + "\n"
+    titles = {column.title for column in columns("details", found["rows"])}
+    about = "; ".join(f"{metric.title}: {metric.about}" for metric in METRICS.values() if metric.title in titles)
+    return table(found, "details") + (f"\n{about}\n" if about else "")
 
 
-def pairs(name: str) -> str:
-    """Rows of a suite held against each other, prompt by prompt."""
-    found = measured(name)
-    return paired(found) if found else NOT_YET
+def suite_pairs(suite: str) -> str:
+    """The differences of a suite's pairs."""
+    found = results(suite)
+    return pairs_table(found) if found else NOT_YET
 
 
 def students() -> str:
-    """How each student was trained and what it came to on the prompts of the stop rule."""
-    lines = [
-        "| student | horizon | iteration | minutes | error of a jump | error of the video |",
-        "|---|---|---|---|---|---|",
+    """How each student of GPD was trained, and its errors on the validation prompts."""
+    head = ["student", "horizon", "iteration", "minutes", "velocity MSE", "error of the final latents"]
+    manifests = [json.loads(file.read_text()) for file in CARD.parent.glob("gpd-N*/gpd.json")]
+    rows = [
+        [manifest["steps"], manifest["horizon"], *_stage(manifest["validation"])]
+        for manifest in sorted(manifests, key=lambda manifest: -manifest["steps"])
     ]
-    made = [json.loads(file.read_text()) for file in CARD.parent.glob("gpd-N*/gpd.json")]
-    for facts in sorted(made, key=lambda f: -f["steps"]):
-        held = facts["validation"]
-        cells = (facts["steps"], facts["horizon"], _kept(held), f"{held['seconds'] / 60:.0f}",
-                 f"{held['jump']:.3f}", f"{held['end']:.3f}")  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown(head, rows)
 
 
-def _kept(held: dict) -> str:
-    """Whose weights a stage left, of how many: where its looks saw the smallest error, or else the last one's."""
-    seen = held.get("validation_curve", {})
-    best = [step for step, error in seen.items() if error == held["velocity_mse"]]
-    return f"{best[0] if best else held['step']} of {held['steps']}"
+def disca_training() -> str:
+    """How the MeanFlow student and the predictors were trained, stage by stage."""
+    parts = {"meanflow": json.loads((CARD.parent / "training.json").read_text())["meanflow"]["stages"]}
+    for file in sorted(CARD.parent.glob("predictor/*/*.json"), reverse=True):
+        parts[f"predictor, {file.parent.name}"] = json.loads(file.read_text())["stages"]
+    head = ["part", "stage", "iteration", "minutes", "velocity MSE", "error of the final latents"]
+    rows = [[part, name, *_stage(stage)] for part, stages in parts.items() for name, stage in stages.items()]
+    return markdown(head, rows)
 
 
-def disca() -> str:
-    """How the MeanFlow student and the predictors were trained, stage by stage, and what each stage came to."""
-    record = json.loads((CARD.parent / "training.json").read_text())
-    lines = [
-        "| part | stage | iteration | minutes | error looked at | error of the video |",
-        "|---|---|---|---|---|---|",
-    ]
-    forms = {f"predictor, {f.parent.name}": json.loads(f.read_text()) for f in CARD.parent.glob("predictor/*/*.json")}
-    runs = {"meanflow": record.get("meanflow", {}).get("stages", {})}
-    runs |= {name: facts["stages"] for name, facts in sorted(forms.items(), reverse=True)}
-    for part, stages in runs.items():
-        for name, held in stages.items():
-            spent = f"{_kept(held)} | {held['seconds'] / 60:.0f}"
-            lines.append(f"| {part} | {name} | {spent} | {held['jump']:.3f} | {held['end']:.3f} |")
-    return "\n".join(lines) + "\n"
-
-
-def attributes() -> str:
-    """How often each attribute of the prompt is read back from the plain model's videos."""
-    summary = measured("base")
-    if not summary:
-        return NOT_YET
-    row = summary["rows"]["baseline"]
-    marks = {**row["attributes"], "mean": row["adherence"]}
-    lines = [f"| {a} | {v[0]:.3f} | {v[1]:.3f} to {v[2]:.3f} |" for a, v in marks.items()]
-    where = f"{summary['n']} held-out prompts, {summary['device']}, {summary['threads']} threads, {summary['dtype']}"
-    time = f"{row['seconds']:.1f} s of denoising, {row['decode']:.2f} s of decoding (medians)"
-    return f"{where}; {time}\n\n| attribute | read back | 95 % interval |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+def _stage(stage: dict) -> list[str]:
+    """Iteration of the saved weights (the best of the validation curve, or the last), minutes and errors of a stage."""
+    best = [step for step, error in stage.get("validation_curve", {}).items() if error == stage["velocity_mse"]]
+    iteration = f"{best[0] if best else stage['step']} of {stage['steps']}"
+    errors = [f"{stage[key]:.3f}" for key in ("velocity_mse", "final_latent_error")]
+    return [iteration, f"{stage['seconds'] / 60:.0f}", *errors]
 
 
 def training() -> str:
     """Device, steps, time and result of each training run, in their order."""
-    file = CARD.parent / "training.json"
-    record = json.loads(file.read_text()) if file.is_file() else {}
-    lines = ["| part | device | steps | minutes | learning rates (AdamW, Muon) | result |", "|---|---|---|---|---|---|"]
+    record = json.loads((CARD.parent / "training.json").read_text())
+    rows = []
     for part, newest in record.items():
-        for run in _runs(newest):
-            result = _reconstruction(run) if "psnr" in run else "see below" if run is newest else "the next one's start"
-            cells = (
-                part,
-                run["device"],
-                f"{run['step']} of {run['steps']}",
-                f"{run['seconds'] / 60:.0f}",
-                f"{run['recipe']['lr']}, {run['recipe']['matrix_lr']}",
-                result,
+        for run in _with_parents(newest):
+            result = (
+                _reconstruction(run) if "psnr" in run else "see below" if run is newest else "start of the next run"
             )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+            steps, rates = f"{run['step']} of {run['steps']}", f"{run['optim']['lr']}, {run['optim']['matrix_lr']}"
+            rows.append([part, run["device"], steps, f"{run['seconds'] / 60:.0f}", rates, result])
+    return markdown(["part", "device", "steps", "minutes", "learning rates (AdamW, Muon)", "result"], rows)
 
 
-def _runs(record: dict) -> list[dict]:
-    """A run and those whose weights it began with, the first one first."""
-    return [*(_runs(record["parent_run"]) if "parent_run" in record else []), record]
+def _with_parents(run: dict) -> list[dict]:
+    """The runs whose weights a run started from, the first one first, and the run itself."""
+    return [*(_with_parents(run["parent_run"]) if "parent_run" in run else []), run]
 
 
-def _reconstruction(r: dict) -> str:
-    """How true the autoencoder is: its error, and whether the judge still reads the scene."""
-    read = ", ".join(f"{a} {share:.0%}" for a, share in r["read"].items())
-    return f"PSNR {r['psnr']} ± {r['interval']} dB on {r['n']} held-out clips; read back from these: {read}"
+def _reconstruction(run: dict) -> str:
+    """Quality of the autoencoder: its PSNR, and whether the judge still reads each attribute of the scene."""
+    read = ", ".join(f"{attribute} {share:.0%}" for attribute, share in run["read"].items())
+    return f"PSNR {run['psnr']} ± {run['interval']} dB on {run['n']} held-out clips; read back from these: {read}"
 
 
-def layout() -> str:
+def attributes() -> str:
+    """How often each attribute of the prompt is read back from the baseline's videos."""
+    found = results("base")
+    if not found:
+        return NOT_YET
+    row = found["rows"]["baseline"]
+    shares = {**row["attributes"], "mean": row["adherence"]}
+    machine = f"{found['n']} held-out prompts, {found['device']}, {found['threads']} threads, {found['dtype']}"
+    time = f"{row['seconds']:.1f} s of denoising, {row['decode']:.2f} s of decoding (medians)"
+    rows = [[name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}"] for name, (mean, low, high) in shares.items()]
+    return f"{machine}; {time}\n\n" + markdown(["attribute", "read back", "95 % interval"], rows)
+
+
+def gpu() -> str:
     """Speed and memory of the methods on random weights in a real layout."""
-    found = measured("wan-1.3b")
+    found = results("wan-1.3b")
     if not found:
         return NOT_YET
     size = "{width}x{height}, {frames} frames, {steps} steps, guidance {guidance:g}".format(**found)
-    lines = [
-        f"{found['device']}, {found['dtype']}, {size}; n = {found['n']}",
-        "",
-        "| setting | denoise s | speed-up | work | efficiency | most memory | more than plain |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    plain = next(iter(found["rows"].values()))["peak_memory_bytes"]
+    baseline = next(iter(found["rows"].values()))["peak_memory_bytes"]
+    rows = []
     for name, row in found["rows"].items():
-        figures = " | ".join(f"{row[key]:.2f}" for key in ("speedup", "work", "efficiency"))
-        memory = " | ".join(
-            f"{taken / 1e9:.1f} GB" for taken in (row["peak_memory_bytes"], row["peak_memory_bytes"] - plain)
-        )
-        lines.append(f"| {name} | {row['seconds']:.1f} | {figures} | {memory} |")
-    return "\n".join(lines) + "\n"
+        figures = [f"{row[key]:.2f}" for key in ("speedup", "work", "efficiency")]
+        memory = [f"{n / 1e9:.1f} GB" for n in (row["peak_memory_bytes"], row["peak_memory_bytes"] - baseline)]
+        rows.append([name, f"{row['seconds']:.1f}", *figures, *memory])
+    head = ["setting", "denoise s", "speed-up", "work", "efficiency", "peak memory", "more than the baseline"]
+    return f"{found['device']}, {found['dtype']}, {size}; n = {found['n']}\n\n" + markdown(head, rows)
 
 
-PARTS = {
+PARTS: dict[str, Callable[[], str]] = {
     "overview": overview,
-    "layout": layout,
-    "knobs": parameters,
+    "methods": methods,
+    "support": support,
+    "parameters": parameters,
+    "gpu": gpu,
     "attributes": attributes,
     "training": training,
     "students": students,
-    "disca-training": disca,
+    "disca-training": disca_training,
 }
-PARTS |= {name: partial(suite, name) for name in MEASURED}
-PARTS |= {f"{name}-details": partial(details, name) for name in ("gpd", *ABLATIONS, *MEANS, "disca")}
-PARTS |= {f"{name}-pairs": partial(pairs, name) for name in PAIRS}
+PARTS |= {suite: partial(suite_table, suite, "brief") for suite in SUITES}
+PARTS |= {f"{suite}-details": partial(suite_details, suite) for suite in SUITES}
+PARTS |= {f"{suite}-pairs": partial(suite_pairs, suite) for suite in SUITES}
 
 
 def fill(text: str) -> str:
-    """The text with every marked part as it should be now."""
-    for name, make in PARTS.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        if re.search(pattern, text, re.S):
-            made = make()
-            text = re.sub(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.S)
-    return text
+    """The text with every marked part as it should be. Raises ValueError for a name that `PARTS` lacks."""
+
+    def part(match: re.Match) -> str:
+        if match[2] not in PARTS:
+            raise ValueError(f"unknown generated part {match[2]!r}; there are {', '.join(PARTS)}")
+        return match[1] + PARTS[match[2]]() + match[4]
+
+    return MARKED.sub(part, text)
 
 
 def pages() -> list[Path]:
-    """The pages that hold marked parts."""
-    return [ROOT / "README.md", CARD]
+    """The documents that may hold generated parts."""
+    return [ROOT / "README.md", CARD, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def main() -> None:
-    """Rewrite the marked parts in place."""
+def write() -> list[Path]:
+    """Fill all documents; returns those that changed. Raises ValueError, naming the document, for an unknown part."""
+    changed = []
     for page in pages():
-        page.write_text(fill(page.read_text()))
-
-
-if __name__ == "__main__":
-    main()
+        text = page.read_text()
+        try:
+            filled = fill(text)
+        except ValueError as error:
+            raise ValueError(f"{page.relative_to(ROOT)}: {error}") from None
+        if filled != text:
+            page.write_text(filled)
+            changed.append(page)
+    return changed

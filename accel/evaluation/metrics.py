@@ -1,43 +1,206 @@
-"""How far two videos are apart: PSNR and SSIM of raw frames (scikit-image), bit-equality, motion and fine detail."""
+"""The quality metrics. `run.json`, bench results, tables, documents and the page's cards are made from `METRICS`.
+
+To add a metric, write a function of a `Pair` and add one `Metric` to the list at the end. Nothing else has to change.
+If it applies to some models only, set `extra=True`; a model then asks for it in its `accel.json`: "metrics": ["NAME"].
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
-import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..ops.spectrum import high_energy
+from ..runtime.generate import Video
+from ..runtime.models import ModelDefaults
 
-RATIOS = {  # of a video to another one of the same noise
-    "latent_nmse": "squared error of the final latents, in parts of the other's mean square",
-    "motion_ratio": "mean change from frame to frame",
-    "spatial_hf": "energy of the latents' high spatial frequencies",
-    "temporal_hf": "energy of the latents' high temporal frequencies",
-}
+Value = float | dict[str, float] | None  # None: not defined for this pair; a dict holds parts and their "mean"
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> dict:
-    """PSNR (dB, None if equal), SSIM mean, worst and per frame, of uint8 frames (f, h, w, c)."""
+@dataclass(frozen=True)
+class Pair:
+    """What a metric sees: a video, the baseline from the same noise, and the prompt of both."""
+
+    baseline: Video
+    video: Video
+    prompt: str
+
+    @cached_property
+    def same_shape(self) -> bool:
+        """Whether the frames can be compared pixel by pixel."""
+        return self.baseline.frames.shape == self.video.frames.shape
+
+    @cached_property
+    def bit_equal(self) -> bool:
+        """Whether all pixels are equal."""
+        return bool(np.array_equal(self.baseline.frames, self.video.frames))
+
+    @cached_property
+    def ssim_frames(self) -> list[float]:
+        """SSIM of each frame."""
+        return ssim_frames(self.baseline.frames, self.video.frames)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: how it is computed, summarised and shown."""
+
+    name: str  # its key in run.json, results.jsonl and results.json
+    title: str  # its name in tables
+    about: str  # what it says, in one line
+    measure: Callable[[Pair], Value]
+    higher_is_better: bool | None  # None: the nearer to 1, the better
+    digits: int = 3  # after the decimal point in tables
+    text: str = "{:.3f}"  # format of one value on the page
+    undefined: str = "-"  # shown for None
+    of_one_video: bool = False  # needs no baseline: it is measured on both videos, and their difference is reported
+    parts: str = ""  # key of the single values where `measure` returns a dict
+    worst_only: bool = False  # a setting is summarised by its worst value, not by the mean
+    extra: bool = False  # measured only for models that name it in accel.json
+    shown_in: frozenset[str] = frozenset()  # "brief", "report", "details", "pairs" (tables) and "page"
+
+    def format(self, value: Value) -> str:
+        """One value as the page shows it."""
+        value = mean_of(value)
+        return self.undefined if value is None else self.text.format(value)
+
+
+def mean_of(value: Value) -> float | None:
+    """The value of a metric, or the mean of its parts."""
+    return value.get("mean") if isinstance(value, dict) else value
+
+
+def metrics_of(defaults: ModelDefaults) -> list[Metric]:
+    """The metrics that are measured for a model. Raises ValueError if its accel.json names one that does not exist."""
+    if unknown := [name for name in defaults.metrics if name not in METRICS]:
+        raise ValueError(f"accel.json: unknown metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+    return [metric for metric in METRICS.values() if not metric.extra or metric.name in defaults.metrics]
+
+
+def measure(pair: Pair, metrics: Iterable[Metric]) -> dict[str, Value]:
+    """{name: value} of a video."""
+    return {m.name: m.measure(pair) if m.of_one_video or pair.same_shape else None for m in metrics}
+
+
+def report_metrics(pair: Pair, metrics: Iterable[Metric]) -> dict:
+    """The metrics of a pair as `run.json` holds them; None for those that are not measured for its model.
+
+    A metric of one video has the keys NAME_a (baseline) and NAME_b, and its parts a key of their own.
+    """
+    metrics, report = list(metrics), {}
+    videos = {"a": Pair(pair.baseline, pair.baseline, pair.prompt), "b": pair}
+    values = {side: measure(videos[side], [m for m in metrics if m.of_one_video or side == "b"]) for side in videos}
+    for m in METRICS.values():
+        if not m.of_one_video:
+            report[m.name] = values["b"].get(m.name)
+            continue
+        report |= {f"{m.name}_{side}": mean_of(values[side].get(m.name)) for side in videos}
+        if m.parts:
+            parts = {side: values[side].get(m.name) or {} for side in videos}
+            report[m.parts] = {side: {k: v for k, v in parts[side].items() if k != "mean"} for side in videos}
+    return report
+
+
+def metric_texts(report: dict) -> list[tuple[str, str]]:
+    """(value, what it says) of each metric of a `run.json` that the page shows."""
+    texts = []
+    for m in METRICS.values():
+        key = f"{m.name}_b" if m.of_one_video else m.name
+        if "page" not in m.shown_in or key not in report or (m.extra and report[key] is None):
+            continue
+        about = f"{m.about}, baseline {m.format(report[f'{m.name}_a'])}" if m.of_one_video else m.about
+        wrong = [part for part, value in report.get(m.parts, {}).get("b", {}).items() if not value]
+        texts.append((m.format(report[key]), about + (f"; not seen: {', '.join(wrong)}" if wrong else "")))
+    return texts
+
+
+def ssim_frames(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """SSIM of each pair of uint8 frames (f, h, w, c)."""
+    from skimage.metrics import structural_similarity
+
+    return [float(structural_similarity(x, y, channel_axis=-1, data_range=255)) for x, y in zip(a, b, strict=True)]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
+    """PSNR in dB of uint8 frames (f, h, w, c); None if they are equal. Raises ValueError for different shapes."""
+    from skimage.metrics import peak_signal_noise_ratio
+
     if a.shape != b.shape:
         raise ValueError(f"videos of shapes {a.shape} and {b.shape} cannot be compared")
-    equal = bool(np.array_equal(a, b))
-    ssim = [float(structural_similarity(x, y, channel_axis=-1, data_range=255)) for x, y in zip(a, b)]
-    return {
-        "bit_equal": equal,
-        "psnr": None if equal else float(peak_signal_noise_ratio(a, b, data_range=255)),
-        "ssim": float(np.mean(ssim)),
-        "ssim_worst": min(ssim),
-        "ssim_frames": [round(s, 5) for s in ssim],
-    }
+    return None if np.array_equal(a, b) else float(peak_signal_noise_ratio(a, b, data_range=255))
 
 
-def relative_metrics(
-    plain: tuple[torch.Tensor, np.ndarray], other: tuple[torch.Tensor, np.ndarray]
-) -> dict[str, float]:
-    """The `RATIOS` of another video to a plain one; each is its latents (1, c, f, h, w) and frames (f, h, w, c)."""
-    (x, frames_x), (y, frames_y) = plain, other
-    x, y = x.float(), y.float()
-    change = [np.abs(np.diff(frames.astype(np.float32), axis=0)).mean() for frames in (frames_x, frames_y)]
-    high = [band_y / band_x for band_x, band_y in zip(high_energy(x), high_energy(y))]
-    values = ((x - y).square().mean() / x.square().mean(), change[1] / change[0], *high)
-    return {name: float(value) for name, value in zip(RATIOS, values, strict=True)}
+def _ratio(value: float, base: float) -> float | None:
+    return float(value / base) if base else None
+
+
+def latent_nmse(pair: Pair) -> float | None:
+    """Squared error of the final latents (1, c, f, h, w) divided by the mean square of the baseline's."""
+    x, y = pair.baseline.latents.float(), pair.video.latents.float()
+    return _ratio((x - y).square().mean(), x.square().mean())
+
+
+def motion_ratio(pair: Pair) -> float | None:
+    """Mean change from frame to frame, divided by the baseline's."""
+    base, own = (
+        np.abs(np.diff(video.frames.astype(np.float32), axis=0)).mean() if len(video.frames) > 1 else 0.0
+        for video in (pair.baseline, pair.video)
+    )
+    return _ratio(own, base)
+
+
+def _high_frequency_ratio(pair: Pair, axis: int) -> float | None:
+    base, own = (high_energy(video.latents.float())[axis] for video in (pair.baseline, pair.video))
+    return _ratio(own, base)
+
+
+def adherence(pair: Pair) -> dict[str, float]:
+    """1 or 0 for each attribute of the prompt that the toy world's judge reads back from the video, and their mean."""
+    from ..world.judge import score
+
+    return score(pair.video.frames, pair.prompt)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "ssim", "SSIM", "SSIM to the baseline, mean of the frames", lambda pair: float(np.mean(pair.ssim_frames)),
+            higher_is_better=True, digits=4, text="{:.4f}",
+            shown_in=frozenset({"brief", "report", "pairs", "page"}),
+        ),
+        Metric(
+            "ssim_worst", "worst", "SSIM of the worst frame", lambda pair: min(pair.ssim_frames),
+            higher_is_better=True, worst_only=True, shown_in=frozenset({"report", "page"}),
+        ),
+        Metric(
+            "psnr", "PSNR dB", "PSNR to the baseline", lambda pair: psnr(pair.baseline.frames, pair.video.frames),
+            higher_is_better=True, digits=1, text="{:.1f} dB", undefined="bit-equal",
+            shown_in=frozenset({"report", "page"}),
+        ),
+        Metric(
+            "latent_nmse", "latent error", "squared error of the final latents, in parts of the baseline's mean square",
+            latent_nmse, higher_is_better=False, shown_in=frozenset({"details", "pairs"}),
+        ),
+        Metric(
+            "motion_ratio", "motion ratio", "mean change from frame to frame, in parts of the baseline's",
+            motion_ratio, higher_is_better=None, shown_in=frozenset({"details"}),
+        ),
+        Metric(
+            "spatial_hf", "spatial detail", "latents' energy in high spatial frequencies, in parts of the baseline's",
+            lambda pair: _high_frequency_ratio(pair, 0), higher_is_better=None, shown_in=frozenset({"details"}),
+        ),
+        Metric(
+            "temporal_hf", "temporal detail",
+            "latents' energy in high temporal frequencies, in parts of the baseline's",
+            lambda pair: _high_frequency_ratio(pair, 1), higher_is_better=None, shown_in=frozenset({"details"}),
+        ),
+        Metric(
+            "adherence", "adherence", "of the prompt read back", adherence, higher_is_better=True, text="{:.0%}",
+            of_one_video=True, parts="attributes", extra=True,
+            shown_in=frozenset({"brief", "report", "details", "pairs", "page"}),
+        ),
+    )
+}  # fmt: skip

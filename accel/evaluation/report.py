@@ -1,132 +1,171 @@
-"""What the measurements of a suite come to: rows with intervals, rows held against each other, a table, a plot."""
+"""Summaries of measured settings: means with intervals, differences of pairs, Markdown tables, a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from ..world.scene import ATTRIBUTES
-from .metrics import RATIOS
+from .metrics import METRICS, Metric, mean_of
 from .stats import format_interval, interval
 
-PAIRED_METRICS: dict[str, Callable[[dict], float]] = {  # what rows are held against each other by
-    "adherence": lambda r: r["adherence"]["mean"],
-    "ssim": lambda r: r["ssim"],
-    "latent_nmse": lambda r: r["latent_nmse"],
-}
+Case = dict[str, dict]  # setting -> its line
 
-COLUMNS: dict[str, Callable[[dict], str]] = {  # of a table: how a row's figures are spelled
+
+class Column(NamedTuple):
+    """A column of a table: its title, and the cell of a summarized setting."""
+
+    title: str
+    cell: Callable[[dict], str]
+
+
+SPEED = {
     "denoise s": lambda r: f"{r['seconds']:.2f}",
     "speed-up": lambda r: "{:.2f} [{:.2f}, {:.2f}]".format(r["speedup"], *r["speedup_range"]),
     "work": lambda r: f"{r['work']:.2f}",
     "efficiency": lambda r: f"{r['efficiency']:.2f}",
-    "SSIM": lambda r: format_interval(r["ssim"], 4),
-    "worst": lambda r: f"{r['ssim_worst']:.3f}",
-    "PSNR dB": lambda r: format_interval(r["psnr"], 1) if r["psnr"] else "equal",
-    "adherence": lambda r: format_interval(r["adherence"]) if "adherence" in r else "-",
-    "- baseline": lambda r: format_interval(r["difference"]) if "difference" in r else "-",
 }
-BRIEF = ("denoise s", "speed-up", "efficiency", "SSIM", "adherence", "- baseline")
+SPEED_OF = {"brief": ("denoise s", "speed-up", "efficiency"), "report": tuple(SPEED), "details": ()}
 
 
-def summarise(lines: Sequence[dict], pairs: Sequence[tuple[str, str]] = ()) -> dict:
-    """Per row: medians of time and speed, work, and means of quality with 95 % bootstrap intervals.
+def summarize(cases: Sequence[dict], pairs: Sequence[tuple[str, str]] = ()) -> dict:
+    """Summary of cases {"prompt", "rows": {setting: line}}, the first setting being the baseline.
 
-    `pairs`: names of rows that are held against each other, prompt by prompt. Seeds of one prompt are averaged before
-    anything is drawn, as they are not independent.
+    Per setting: medians of time, speed-up and work, and means of the metrics with 95 % bootstrap intervals. `pairs`:
+    settings whose difference is computed prompt by prompt. Seeds of one prompt are averaged first, as they are not
+    independent.
     """
-    by_prompt: dict[str, list[dict]] = {}
-    for line in lines:
-        by_prompt.setdefault(line["prompt"], []).append(line["rows"])
-    groups = list(by_prompt.values())
-    names = list(lines[0]["rows"])
-    rows = {name: _row(groups, name, names[0]) for name in names}
-    held = [_held(groups, a, b) for a, b in pairs if a in rows and b in rows]
-    return {"n": len(lines), "prompts": len(groups), "rows": rows, "pairs": held}
+    by_prompt: dict[str, list[Case]] = {}
+    for case in cases:
+        by_prompt.setdefault(case["prompt"], []).append(case["rows"])
+    prompts = list(by_prompt.values())
+    names = list(cases[0]["rows"])
+    rows = {name: _setting(prompts, name, names[0]) for name in names}
+    differences = [_pair(prompts, a, b) for a, b in pairs if a in rows and b in rows]
+    return {"n": len(cases), "prompts": len(prompts), "rows": rows, "pairs": differences}
 
 
-def _each(groups: list[list[dict]], value: Callable[[dict], float]) -> list[float]:
-    """A value of all rows at once, averaged over the seeds of each prompt."""
-    return [float(np.mean([value(rows) for rows in group])) for group in groups]
+def _per_prompt(prompts: list[list[Case]], value: Callable[[Case], float | None]) -> list[float]:
+    """A value of each prompt: the mean over its seeds, without those for which the value is not defined."""
+    found = [[v for case in cases if (v := value(case)) is not None] for cases in prompts]
+    return [float(np.mean(values)) for values in found if values]
 
 
-def _row(groups: list[list[dict]], name: str, first: str) -> dict:
-    own, base = ([rows[n] for group in groups for rows in group] for n in (name, first))
-    mean = lambda value: interval(_each(groups, lambda rows: value(rows[name])))
-    speed = [b["denoise"] / r["denoise"] for r, b in zip(own, base)]
-    work = float(np.median([r["flops"] / b["flops"] for r, b in zip(own, base)]))
+def _interval(prompts: list[list[Case]], value: Callable[[Case], float | None]) -> tuple[float, float, float] | None:
+    values = _per_prompt(prompts, value)
+    return interval(values) if values else None
+
+
+def _difference(prompts: list[list[Case]], a: str, b: str, metric: Metric) -> tuple[float, float, float] | None:
+    """A metric of setting a minus that of b, prompt by prompt."""
+
+    def value(case: Case) -> float | None:
+        x, y = (mean_of(case[name][metric.name]) for name in (a, b))
+        return None if x is None or y is None else x - y
+
+    return _interval(prompts, value)
+
+
+def _setting(prompts: list[list[Case]], name: str, baseline: str) -> dict:
+    own, base = ([case[n] for cases in prompts for case in cases] for n in (name, baseline))
+    speedups = [b["denoise"] / r["denoise"] for r, b in zip(own, base, strict=True)]
+    work = float(np.median([r["flops"] / b["flops"] for r, b in zip(own, base, strict=True)]))
     row = {
         "seconds": float(np.median([r["denoise"] for r in own])),
         "decode": float(np.median([r["decode"] for r in own])),
-        "speedup": float(np.median(speed)),
-        "speedup_range": [float(q) for q in np.quantile(speed, (0.05, 0.95))],
+        "speedup": float(np.median(speedups)),
+        "speedup_range": [float(q) for q in np.quantile(speedups, (0.05, 0.95))],
         "work": work,
-        "efficiency": float(np.median(speed)) * work,
-        "ssim": mean(lambda r: r["ssim"]),
-        "ssim_worst": min(r["ssim_worst"] for r in own),
-        "psnr": _psnr(groups, name),
+        "efficiency": float(np.median(speedups)) * work,
     }
-    for ratio in [key for key in RATIOS if all(key in r for r in own)]:
-        row[ratio] = mean(lambda r, ratio=ratio: r[ratio])
-    if own[0]["adherence"]:
-        row["adherence"] = mean(PAIRED_METRICS["adherence"])
-        row["difference"] = _less(groups, name, first, PAIRED_METRICS["adherence"])
-        row["attributes"] = {a: mean(lambda r, a=a: r["adherence"][a]) for a in ATTRIBUTES}
+    for metric in METRICS.values():
+        if all(metric.name in r for r in own):
+            row |= _metric(prompts, name, baseline, metric)
     return row
 
 
-def _psnr(groups: list[list[dict]], name: str) -> tuple[float, float, float] | None:
-    """Of the videos that are not equal to the first row's; None if all are."""
-    found = [[r[name]["psnr"] for r in group if r[name]["psnr"] is not None] for group in groups]
-    means = [float(np.mean(group)) for group in found if group]
-    return interval(means) if means else None
+def _metric(prompts: list[list[Case]], name: str, baseline: str, metric: Metric) -> dict:
+    """The entries of a setting's summary that one metric gives."""
+    if metric.worst_only:
+        worst = max if metric.higher_is_better is False else min
+        return {metric.name: worst(case[name][metric.name] for cases in prompts for case in cases)}
+    found = {metric.name: _interval(prompts, lambda case: mean_of(case[name][metric.name]))}
+    if metric.of_one_video:
+        found[f"{metric.name}_delta"] = _difference(prompts, name, baseline, metric)
+    if metric.parts:
+        parts = [part for part in prompts[0][0][name][metric.name] if part != "mean"]
+        value = lambda part: lambda case: case[name][metric.name].get(part)
+        found[metric.parts] = {part: _interval(prompts, value(part)) for part in parts}
+    return found
 
 
-def _less(groups: list[list[dict]], a: str, b: str, value: Callable[[dict], float]) -> tuple[float, float, float]:
-    """A value of row a less that of row b, prompt by prompt."""
-    return interval(_each(groups, lambda rows: value(rows[a]) - value(rows[b])))
+def _pair(prompts: list[list[Case]], a: str, b: str) -> dict:
+    """The speed of setting a in parts of b's, and the difference a - b of each metric for pairs."""
+    shown = [m for m in METRICS.values() if "pairs" in m.shown_in and m.name in prompts[0][0][a]]
+    speed = float(np.median([case[b]["denoise"] / case[a]["denoise"] for cases in prompts for case in cases]))
+    return {"a": a, "b": b, "speed": speed, **{m.name: _difference(prompts, a, b, m) for m in shown}}
 
 
-def _held(groups: list[list[dict]], a: str, b: str) -> dict:
-    """Row a less row b by each of the marks that both have."""
-    marks = {mark: value for mark, value in PAIRED_METRICS.items() if groups[0][0][a].get(mark) not in (None, {})}
-    less = {mark: _less(groups, a, b, value) for mark, value in marks.items()}
-    faster = float(np.median([rows[b]["denoise"] / rows[a]["denoise"] for group in groups for rows in group]))
-    return {"a": a, "b": b, "speed": faster, **less}
+def columns(kind: str, rows: dict[str, dict]) -> list[Column]:
+    """The columns of a "brief", "report" or "details" table of summarized settings."""
+    found = [Column(title, SPEED[title]) for title in SPEED_OF[kind]]
+    for metric in METRICS.values():
+        if kind not in metric.shown_in or not any(metric.name in row for row in rows.values()):
+            continue
+        if kind == "details" and metric.parts:
+            parts = list(next(row[metric.parts] for row in rows.values() if row.get(metric.parts)))
+            found += [Column(part, lambda r, m=metric, p=part: f"{r[m.parts][p][0]:.2f}") for part in parts]
+            continue
+        found.append(Column(metric.title, lambda r, m=metric: cell(m, r.get(m.name))))
+        if metric.of_one_video:
+            found.append(Column(f"delta {metric.title}", lambda r, m=metric: cell(m, r.get(f"{m.name}_delta"))))
+    return found
 
 
-def table(summary: dict, columns: Iterable[str] = COLUMNS) -> str:
-    """The rows as a Markdown table with some of the `COLUMNS`."""
-    where = f"{summary['device']}, {summary['threads']} threads, {summary['dtype']}"
-    columns = list(columns)
-    lines = [
-        f"{_count(summary)}, {where}; means with 95 % bootstrap intervals, speed-up: median and 5-95 % range\n",
-        f"| setting | {' | '.join(columns)} |",
-        f"|---|{'---|' * len(columns)}",
-        *(f"| {name} | {' | '.join(COLUMNS[c](row) for c in columns)} |" for name, row in summary["rows"].items()),
+def cell(metric: Metric, value: Sequence[float] | float | None) -> str:
+    """A summarized metric as text: mean [low, high], or one number."""
+    if value is None:
+        return metric.undefined
+    return f"{value:.{metric.digits}f}" if isinstance(value, (int, float)) else format_interval(value, metric.digits)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]]) + "\n"
+
+
+def table(summary: dict, kind: str) -> str:
+    """The settings of a suite as a "brief", "report" or "details" table, under a line that says where and how often."""
+    shown = columns(kind, summary["rows"])
+    rows = [[name, *(column.cell(row) for column in shown)] for name, row in summary["rows"].items()]
+    return f"{conditions(summary)}\n\n" + markdown(["setting", *(column.title for column in shown)], rows)
+
+
+def conditions(summary: dict) -> str:
+    """Number of runs, machine, and what the figures are."""
+    n, prompts = summary["n"], summary.get("prompts", summary["n"])
+    seeds = "" if prompts == n else f": {prompts} prompts x {n // prompts} seeds"
+    machine = f"{summary['device']}, {summary['threads']} threads, {summary['dtype']}"
+    figures = "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range"
+    return f"n = {n} held-out prompts and seeds{seeds}, {machine}; {figures}"
+
+
+def pairs_table(summary: dict) -> str:
+    """The pairs of a suite as a Markdown table; an interval without 0 is a difference that these prompts show."""
+    shown = [m for m in METRICS.values() if "pairs" in m.shown_in and any(m.name in p for p in summary["pairs"])]
+    head = ["A", "B", "speed of A / B", *(f"{metric.title}, A - B" for metric in shown)]
+    rows = [
+        [pair["a"], pair["b"], f"{pair['speed']:.2f}", *(cell(metric, pair.get(metric.name)) for metric in shown)]
+        for pair in summary["pairs"]
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _count(summary: dict) -> str:
-    prompts = summary.get("prompts", summary["n"])
-    seeds = "" if prompts == summary["n"] else f": {prompts} prompts x {summary['n'] // prompts} seeds"
-    return f"n = {summary['n']} held-out prompts and seeds{seeds}"
-
-
-def paired(summary: dict) -> str:
-    """The pairs as a Markdown table; an interval without 0 is a difference that these prompts show."""
-    lines = ["| this | less that | its speed | adherence | SSIM | latent error |", "|---|---|---|---|---|---|"]
-    for pair in summary["pairs"]:
-        marks = " | ".join(format_interval(pair[mark]) if mark in pair else "-" for mark in PAIRED_METRICS)
-        lines.append(f"| {pair['a']} | {pair['b']} | {pair['speed']:.2f} | {marks} |")
-    return "\n".join(lines) + "\n"
+    return markdown(head, rows)
 
 
 def plot(summary: dict, path: Path) -> None:
-    """Speed against likeness, one point a row."""
+    """SSIM against speed-up, one point for each setting, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

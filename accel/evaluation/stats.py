@@ -7,13 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def interval(values: list[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval of the mean."""
+def interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+    """Mean of values (n,) and its 95 % percentile bootstrap interval (low, high); a single value has no width."""
+    from scipy.stats import bootstrap
+
     data = np.asarray(values, dtype=float)
-    means = np.random.default_rng(seed).choice(data, (draws, len(data))).mean(1)
-    return float(data.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+    mean = float(data.mean())
+    if len(data) < 2:
+        return mean, mean, mean
+    found = bootstrap((data,), np.mean, n_resamples=resamples, method="percentile", rng=seed).confidence_interval
+    return mean, float(found.low), float(found.high)
 
 
-def format_interval(found: Sequence[float], digits: int = 3) -> str:
-    """An `interval` as text: mean [low, high]."""
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*found, d=digits)
+def format_interval(interval: Sequence[float], digits: int = 3) -> str:
+    """(mean, low, high) as text: mean [low, high]."""
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*interval, d=digits)

@@ -1,4 +1,4 @@
-"""Pipelines by path or hub id, and what each is made for: its size, step count and guidance."""
+"""Loads pipelines by path or hub id, checks their files, and reads what each model generates by default."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    import torch
 
 from .paths import ROOT
 
 TINY = "models/tiny-wan"
-STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of other models, that lie beside one
+STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of students and predictors in a model's folder
 
 
 class ModelDefaults(BaseModel, frozen=True):
-    """A model's own settings: what it generates when nothing else is asked for."""
+    """What a model generates by default; a local model says so in its `accel.json`."""
 
     height: int = 480
     width: int = 832
@@ -30,31 +31,43 @@ class ModelDefaults(BaseModel, frozen=True):
     guidance: float = 5.0
     fps: int = 16
     text_length: int = 512
-    toy_world: bool = False  # trained on the toy world, so that prompts can be judged
+    toy_world: bool = False  # trained on the captioned toy world
+    metrics: tuple[str, ...] = ()  # quality metrics of this model, beside those of every model
 
 
 def resolve(model: str) -> str:
-    """A path of an existing folder, also relative to the project, or the name unchanged (a hub id)."""
+    """The path of a model's folder, absolute or relative to the project; a hub id is returned unchanged."""
     for path in (Path(model), ROOT / model):
         if path.is_dir():
             return str(path)
     return model
 
 
-def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dtype | None = None):
-    """The diffusers pipeline of a folder or hub id, on the best device. ValueError for missing or damaged weights."""
-    path, device = resolve(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    defaults = read_defaults(model)
-    if Path(path).is_dir():
-        check_files(Path(path))
+def check_model(model: str) -> None:
+    """Raise ValueError if a local model's folder, or one of its files, is missing or damaged; says how to get it."""
+    path = Path(resolve(model))
+    if path.is_dir():
+        check_files(path)
     elif model.startswith((".", "/", "models/")) or model.count("/") != 1:
         raise ValueError(f"no model folder {model!r}; the shipped model is {TINY!r}, or give a Hugging Face id")
+
+
+def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dtype | None = None):
+    """The diffusers pipeline of a folder or hub id, on the GPU if there is one.
+
+    By default in float32, but a large model on a GPU in bfloat16. Raises ValueError for missing or damaged weights.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    check_model(model)
+    device, defaults = device or ("cuda" if torch.cuda.is_available() else "cpu"), read_defaults(model)
     large = torch.device(device).type == "cuda" and not (defaults and defaults.toy_world)
     dtype = dtype or (torch.bfloat16 if large else torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+            pipe = DiffusionPipeline.from_pretrained(resolve(model), torch_dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{model!r} could not be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -62,11 +75,11 @@ def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dty
 
 
 def check_files(folder: Path) -> None:
-    """Raise ValueError naming the first missing or damaged weight file of a pipeline folder, and how to get it."""
+    """Raise ValueError naming the first missing or damaged file of a pipeline folder, and how to get it."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"{index} is missing: {folder} is no diffusers pipeline; {_remedy(folder)}")
-    for part in [name for name, kind in _json(index).items() if isinstance(kind, list) and kind[0]]:
+        raise ValueError(f"{index} is missing: {folder} is not a diffusers pipeline; {_remedy(folder)}")
+    for part in [name for name, kind in read_json(index).items() if isinstance(kind, list) and kind[0]]:
         if not (folder / part).is_dir():
             raise ValueError(f"{folder / part} is missing; {_remedy(folder)}")
         if (folder / part / "config.json").is_file():  # a model; schedulers and tokenizers have no weights
@@ -74,7 +87,9 @@ def check_files(folder: Path) -> None:
 
 
 def _check_part(folder: Path, part: Path) -> None:
-    listed = [_json(index)["weight_map"].values() for index in part.glob("*.safetensors.index.json")]
+    from safetensors import SafetensorError, safe_open
+
+    listed = [read_json(index)["weight_map"].values() for index in part.glob("*.safetensors.index.json")]
     weights = {part / name for names in listed for name in names} or set(part.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{part} holds no .safetensors file; {_remedy(folder)}")
@@ -82,13 +97,14 @@ def _check_part(folder: Path, part: Path) -> None:
         if not file.is_file():
             raise ValueError(f"{file} is missing; {_remedy(folder)}")
         try:
-            with safe_open(file, "pt") as intercept_attention:
-                intercept_attention.keys()
+            with safe_open(file, "np") as weights:
+                weights.keys()
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
 
 
-def _json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The content of a JSON file of a model. Raises ValueError if it is damaged."""
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -96,9 +112,9 @@ def _json(file: Path) -> dict:
 
 
 def weights(model: str) -> list[tuple[str, str]]:
-    """Name and SHA-256 of each file of a local model that decides what it generates; nothing for a hub id.
+    """Name and SHA-256 of each file of a local model that affects what it generates; an empty list for a hub id.
 
-    Not its record of training, which is about the past, nor its students, which are other models.
+    Excludes training records, and the folders of students and predictors.
     """
     folder = Path(resolve(model))
     files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])
@@ -108,8 +124,8 @@ def weights(model: str) -> list[tuple[str, str]]:
 
 def hash_of(file: Path) -> str:
     """SHA-256 of a file."""
-    with open(file, "rb") as intercept_attention:
-        return hashlib.file_digest(intercept_attention, "sha256").hexdigest()
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _remedy(folder: Path) -> str:
@@ -117,7 +133,7 @@ def _remedy(folder: Path) -> str:
 
 
 def read_defaults(model: str) -> ModelDefaults | None:
-    """The settings in a local model's `accel.json`, if it has one."""
+    """The content of a local model's `accel.json`, if it has one. Raises ValueError if it is not valid."""
     file = Path(resolve(model)) / "accel.json"
     try:
         return ModelDefaults.model_validate_json(file.read_text()) if file.is_file() else None
@@ -127,10 +143,11 @@ def read_defaults(model: str) -> ModelDefaults | None:
 
 
 def model_defaults(pipe, model: str) -> ModelDefaults:
-    """The settings a model is made for: its own, else the defaults of its pipeline's call."""
-    if own := read_defaults(model):
-        return own
+    """A model's `accel.json`, or else the default arguments of its pipeline's call."""
+    if defaults := read_defaults(model):
+        return defaults
     names = {"height": "height", "width": "width", "num_frames": "frames"}
     names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
-    defaults = {ours: inspect.signature(pipe.__call__).parameters[name].default for name, ours in names.items()}
-    return ModelDefaults(**{k: v for k, v in defaults.items() if v is not None})
+    parameters = inspect.signature(pipe.__call__).parameters
+    values = {ours: parameters[theirs].default for theirs, ours in names.items()}
+    return ModelDefaults(**{name: value for name, value in values.items() if value is not None})

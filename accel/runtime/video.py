@@ -1,4 +1,4 @@
-"""Frames to mp4 and back, with the settings of the run inside the file."""
+"""Writes mp4 files that hold the settings of their run, and reads the settings back."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import time
 from functools import cache
 from pathlib import Path
 
-import imageio.v2 as iio
-import imageio_ffmpeg
 import numpy as np
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = None) -> float:
-    """Write uint8 frames (f, h, w, c) as h264 that browsers play; whole or not at all. Returns seconds taken."""
+    """Write uint8 frames (f, h, w, c) as H.264 that browsers play; returns the seconds it took.
+
+    Raises OSError if the file could not be written completely; nothing is left then.
+    """
+    import imageio.v2 as iio
+    import imageio_ffmpeg
+
     began, partial = time.perf_counter(), Path(path).with_suffix(".part.mp4")
     comment = ["-metadata", "comment=" + json.dumps(settings)] if settings else []
-    size = max(1, 256 // frames.shape[2])  # small frames are enlarged without smoothing
+    size = max(1, 256 // frames.shape[2])  # small frames are enlarged, without smoothing
     big = frames.repeat(size, axis=1).repeat(size, axis=2)
     try:
         with iio.get_writer(
@@ -28,7 +32,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = 
         ) as writer:  # fmt: skip
             for frame in big:
                 writer.append_data(frame)
-        if imageio_ffmpeg.count_frames_and_secs(str(partial))[0] != len(frames):  # ffmpeg does not say so itself
+        if imageio_ffmpeg.count_frames_and_secs(str(partial))[0] != len(frames):  # ffmpeg does not report it
             raise OSError("the file is incomplete, the disk may be full")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
@@ -40,13 +44,13 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = 
 
 @cache
 def warm_encoder() -> None:
-    """Start the encoder once, on one black frame: its first start in a process takes several times as long."""
+    """Encode one black frame: the encoder's first start in a process takes several times as long."""
     with tempfile.TemporaryDirectory(prefix="accel-") as folder:
         write_mp4(Path(folder) / "warm.mp4", np.zeros((1, 16, 16, 3), np.uint8), 1)
 
 
 def read_settings(path: Path) -> dict:
-    """The settings inside an mp4 that `write_mp4` wrote. Raises ValueError if there are none."""
+    """The settings in an mp4 that `write_mp4` wrote. Raises ValueError if there are none."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     command = [_ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
@@ -64,6 +68,8 @@ def read_settings(path: Path) -> dict:
 
 
 def _ffmpeg() -> str:
+    import imageio_ffmpeg
+
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
@@ -71,7 +77,7 @@ def _ffmpeg() -> str:
 
 
 def _unescape(text: str):
-    """ffmetadata puts a backslash before = ; # \\ and line ends."""
+    """Characters without their escapes: ffmetadata puts a backslash before = ; # \\ and line ends."""
     escaped = False
     for char in text:
         if char == "\\" and not escaped:

@@ -145,6 +145,7 @@ def _train_base(optim: OptimConfig, shape: dict, device: str, minutes: float | N
     base.finish(task, target)
     defaults = {"height": shape["size"], "width": shape["size"], "frames": shape["frames"], "fps": shape["fps"]}
     defaults |= {"steps": 50, "guidance": 4.0, "text_length": base.MAX_TOKENS, "toy_world": True}
+    defaults |= {"metrics": ["adherence"]}
     (target / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
     return summary
 

@@ -7,8 +7,9 @@ import torch
 from accel.core.trace import Event, Trace
 from accel.evaluation import compare as module
 from accel.evaluation.compare import compare
-from accel.runtime.generate import Video, build_run
+from accel.runtime.generate import Video
 from accel.runtime.models import ModelDefaults
+from accel.runtime.run import build_run
 
 DEFAULTS = ModelDefaults(height=16, width=16, frames=5, steps=4)
 A = build_run(DEFAULTS, model="m", prompt="a red star")

@@ -1,12 +1,9 @@
-"""Bands, distances and intervals, by hand."""
+"""Frequency bands and counted work, by hand."""
 
-import numpy as np
 import pytest
 import torch
 
 from accel.core.trace import Step, Trace
-from accel.evaluation.metrics import distance
-from accel.evaluation.stats import interval
 from accel.ops.spectrum import low_pass, split
 
 
@@ -29,35 +26,6 @@ def test_frequencies_exactly_on_the_radius_are_low():
     """Radius 5 on 60 rows: (3, 4) and (4, 3) lie on it, (4, 4) does not."""
     mask = low_pass(60, 104, 5)
     assert mask[3, 4] and mask[4, 3] and mask[5, 0] and mask[57, 4] and not mask[4, 4]
-
-
-def test_equal_videos_are_bit_equal_and_one_level_off_is_48_db():
-    a = np.full((3, 16, 16, 3), 100, np.uint8)
-    assert distance(a, a)["bit_equal"] and distance(a, a)["psnr"] is None and distance(a, a)["ssim"] == 1
-    assert distance(a, a + 1)["psnr"] == pytest.approx(20 * np.log10(255))
-
-
-def test_worst_frame_is_the_worst():
-    a = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
-    b = a.copy()
-    b[1] = 255 - b[1]
-    d = distance(a, b)
-    assert d["ssim_worst"] == pytest.approx(d["ssim_frames"][1], abs=1e-5) and d["ssim_worst"] < 0 < d["ssim_frames"][0]
-
-
-def test_interval_of_a_constant_has_no_width():
-    assert interval([0.5] * 10) == (0.5, 0.5, 0.5)
-
-
-def test_interval_of_many_is_that_of_the_normal_distribution():
-    data = np.random.default_rng(1).normal(3, 2, 400)
-    mean, low, high = interval(list(data))
-    half = 1.96 * data.std() / 20
-    assert (
-        mean == data.mean()
-        and low == pytest.approx(mean - half, abs=0.03)
-        and high == pytest.approx(mean + half, abs=0.03)
-    )
 
 
 def test_work_by_hand():

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from accel.runtime.generate import build_run
 from accel.runtime.models import ModelDefaults, check_files, load_pipeline
 from accel.runtime.presets import Preset, build_methods, load_preset, preset_names
+from accel.runtime.run import build_run
 
 HOME = ModelDefaults(height=64, width=64, frames=17, steps=50, guidance=4.0)
 
@@ -52,12 +52,12 @@ def test_preset_is_an_iterable_of_methods():
         ({"steps": 10_000}, "steps = 10000 is not allowed: a whole number from 1 to 1000"),
         ({"guidance": -2.0}, "guidance = -2.0 is not allowed: a number from 0 to 30"),
         ({"methods": {"fastercache": {"attention_interval": 99}}}, "attention_interval = 99 .* from 2 to 6"),
-        ({"methods": {"gpd": {}}, "steps": 20}, "with gpd: it makes steps = 6; set gpd.steps instead"),
-        ({"methods": {"gpd": {}, "meanflow": {}}}, "gpd and meanflow do not go together: each runs a student"),
+        ({"methods": {"gpd": {}}, "steps": 20}, "with gpd, which needs steps = 6; set gpd.steps instead"),
+        ({"methods": {"gpd": {}, "meanflow": {}}}, "gpd and meanflow do not go together: each replaces the model by a student"),
         ({"methods": {"disca": {"full_steps": "1 2 5"}}}, "disca.full_steps: "),
         ({"methods": {"asymrnr": {"budget": 0.755}}}, "a number from 0.2 to 1 in steps of 0.01"),
         ({"methods": {"asymrnr": {"schedule": "fixed", "rates": {"a": [[0.99, 0.1]]}}}}, "asymrnr.rates.a.0.0 = 0.99"),
-        ({"methods": {"gpd": {}}, "guidance": 4.0}, "guidance = 4.0 is not possible with gpd: it makes guidance = 1"),
+        ({"methods": {"gpd": {}}, "guidance": 4.0}, "guidance = 4.0 is not possible with gpd, which needs guidance = 1"),
         ({"methods": {"gpd": {"steps": 7}}}, "gpd.steps = 7 is not allowed: one of 0, 6, 8, 12, 16, 24, 48"),
     ],
 )

@@ -20,7 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchi
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...evaluation.metrics import distance
+from ...evaluation.metrics import psnr
 from ...world.judge import read
 from ...world.render import render
 from ...world.scene import ATTRIBUTES, Scene, sample_scene
@@ -231,7 +231,7 @@ def _mark(vae: AutoencoderKLWan, scene: Scene, frames: int, size: int) -> tuple[
     y = from_unit(vae.decode(vae.encode(to_unit(x)[None]).latent_dist.mode()).sample[0])
     x, y = x.cpu().numpy(), y.cpu().numpy()
     seen = read(y)
-    return distance(x, y)["psnr"], {a: seen[a] == value for a, value in scene.attributes.items()}
+    return psnr(x, y), {a: seen[a] == value for a, value in scene.attributes.items()}
 
 
 def replace_files(made: Path, folder: Path) -> None:

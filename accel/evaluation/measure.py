@@ -1,0 +1,118 @@
+"""The measuring loop of every command: each setting in turn for each prompt, resumable, with a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from tqdm import tqdm
+
+from ..runtime.generate import Video, environment, generate, warm_up
+from ..runtime.models import ModelDefaults, hash_of, resolve, weights
+from ..runtime.presets import build_methods
+from ..runtime.run import Run, build_run
+from ..students.scheduler import euler_sampling
+from .result_log import ResultLog, config_hash
+from .suites import Setting
+
+Case = tuple[str, int]  # prompt and seed
+Record = Callable[[str, Run, Video, Video], dict]  # setting, run, baseline, video -> what is logged of it
+
+
+def runs_of(settings: dict[str, Setting], case: Case, defaults: ModelDefaults, **common) -> dict[str, Run]:
+    """The run of each setting for a prompt and seed; `common` are arguments of `build_run` that come before its own."""
+    common = {key: value for key, value in common.items() if value is not None}
+    prompt, seed = case
+    return {
+        name: build_run(defaults, **{**setting.settings(), "prompt": prompt, "seed": seed, **common})
+        for name, setting in settings.items()
+    }
+
+
+def measure_in_turn(
+    settings: dict[str, Setting], cases: Sequence[Case], common: dict, log: ResultLog, pipe, defaults: ModelDefaults,
+    record: Record, title: str,
+) -> list[dict]:  # fmt: skip
+    """The log's lines of these cases, after generating what it lacks: one line for each case and setting.
+
+    The settings of a case follow each other, so that a slow minute of the machine affects all of them. The first one is
+    the baseline that `record` sees with each video; it is generated again if another one of its case is missing.
+    """
+    done = {(line["prompt"], line["seed"], line["setting"]) for line in log.lines}
+    warm = False
+    with tqdm(total=len(settings) * len(cases), desc=title) as bar:
+        for case in cases:
+            todo = [name for name in settings if (*case, name) not in done]
+            bar.update(len(settings) - len(todo))
+            if not todo:
+                continue
+            runs = runs_of(settings, case, defaults, **common)
+            baseline_name = next(iter(settings))
+            if not warm:
+                warm_up(runs[baseline_name], pipe, defaults)
+                warm = True
+            baseline: Video | None = None
+            for name in dict.fromkeys((baseline_name, *todo)):
+                video, peak_memory = _generate(settings[name], runs[name], pipe, defaults)
+                baseline = baseline or video
+                if name in todo:
+                    facts = {**_speed(video), "peak_memory_bytes": peak_memory}
+                    facts |= record(name, runs[name], baseline, video)
+                    log.add(prompt=case[0], seed=case[1], setting=name, **facts)
+                    bar.update()
+    wanted = {(*case, name) for case in cases for name in settings}
+    return [line for line in log.lines if (line["prompt"], line["seed"], line["setting"]) in wanted]
+
+
+def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:
+    """A video, and the most bytes of the GPU that were allocated until its last step (0 on a CPU)."""
+    on_gpu, peak = torch.cuda.is_available(), 0
+
+    def on_step(done: int, *_) -> None:
+        nonlocal peak
+        if on_gpu and done == run.steps:
+            peak = torch.cuda.max_memory_allocated()
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with euler_sampling(pipe, run.steps) if setting.euler else nullcontext():
+        return generate(run, pipe, defaults, on_step), peak
+
+
+def _speed(video: Video) -> dict:
+    """Seconds and FLOPs of a video."""
+    seconds = video.seconds
+    return {
+        "denoise": seconds["denoise"],
+        "total": sum(seconds.values()),
+        "decode": seconds["decode"],
+        "flops": video.trace.flops_computed_and_full()[0],
+    }
+
+
+def by_case(lines: Sequence[dict]) -> list[dict]:
+    """Lines of a log as {"prompt", "seed", "rows": {setting: line}}, one for each case."""
+    cases: dict[Case, dict] = {}
+    for line in lines:
+        case = cases.setdefault((line["prompt"], line["seed"]), {})
+        case[line["setting"]] = line
+    return [{"prompt": prompt, "seed": seed, "rows": rows} for (prompt, seed), rows in cases.items()]
+
+
+def settings_key(
+    settings: dict[str, Setting], model: str, pipe, defaults: ModelDefaults, ignore: str = "", **common
+) -> str:
+    """The key of a log: it changes with the settings, all parameters of the methods, the weights and the machine.
+
+    `ignore` names a file of the model that does not matter. The key ignores the code: delete the log after changing
+    what is computed.
+    """
+    runs = runs_of(settings, ("-", 0), defaults, model=model, **common)
+    methods = [method for run in runs.values() for method in build_methods(run.methods)]
+    files = [hash_of(file) for method in methods for file in method.files(resolve(model))]
+    own_weights = [pair for pair in weights(model) if pair[0] != ignore]
+    return config_hash(
+        {name: run.model_dump() for name, run in runs.items()}, [s.euler for s in settings.values()],
+        [method.model_dump() for method in methods], files, own_weights, environment(pipe),
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""The suites: which settings are measured together, and which of them are compared in pairs.
+
+To add a suite, add an entry to `SUITES`. Its first setting is the baseline that all others are compared with.
+Students of ablations lie in `checkpoints/`, where `python -m accel train ... --ablation NAME` leaves them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..runtime.models import resolve
+from ..runtime.presets import Preset, build_methods, load_preset
+
+PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; no method is tuned to them
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A preset (None: no method), other steps and guidance than the model's, and other parameters of its methods.
+
+    `euler`: use the first-order solver on the noise levels of the model's own solver.
+    """
+
+    preset: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    euler: bool = False
+    overrides: dict[str, dict] = field(default_factory=dict)
+
+    def settings(self) -> dict:
+        """Arguments of `build_run`; None means the model's own value."""
+        preset = load_preset(self.preset) if self.preset else Preset()
+        names = dict.fromkeys((*preset.methods, *self.overrides))
+        methods = {name: {**preset.methods.get(name, {}), **self.overrides.get(name, {})} for name in names}
+        return {"methods": methods, "steps": self.steps or preset.steps, "guidance": self.guidance or preset.guidance}
+
+    def is_available(self, model: str) -> bool:
+        """Whether the students and predictors that its methods need exist for a model."""
+        folders = [method.weights_dir(resolve(model)) for method in build_methods(self.settings()["methods"])]
+        return all(folder is None or folder.is_dir() for folder in folders)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Settings by name, the baseline first, and pairs (a, b) of them whose difference a - b is reported."""
+
+    settings: dict[str, Setting]
+    pairs: tuple[tuple[str, str], ...] = ()
+
+
+BASELINE = {"baseline": Setting()}
+BASELINE_48 = {"baseline, 48 steps": Setting(steps=48)}  # 48 is a multiple of every step count of GPD
+
+
+def fewer_steps(*counts: int) -> dict[str, Setting]:
+    """The baseline at other step counts."""
+    return {f"baseline, {n} steps": Setting(steps=n) for n in counts}
+
+
+def against(a: str, *others: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of one setting with each of the others."""
+    return tuple((a, b) for b in others)
+
+
+def _asymrnr(**parameters) -> Setting:
+    return Setting("asymrnr", overrides={"asymrnr": parameters})
+
+
+def _fastercache() -> Suite:
+    return Suite(BASELINE | {"fastercache": Setting("fastercache")} | fewer_steps(30))
+
+
+def _asymrnr_suite() -> Suite:
+    ablations = {
+        "asymrnr, schedule by similarity": _asymrnr(schedule="similarity"),
+        "asymrnr, averaged and weighted by size": _asymrnr(merge="values", bias=True),
+        "asymrnr, correction from the last residual": _asymrnr(correction="last"),
+        "asymrnr, no correction": _asymrnr(
+            correction="none", budget=0.75, start=0.3, matching="global", merge="values", bias=True
+        ),
+    }
+    peers = {name: Setting(name) for name in ("asymrnr-official", "tome", "todo")}
+    others = peers | ablations | fewer_steps(38)
+    return Suite(BASELINE | {"asymrnr": Setting("asymrnr")} | others, against("asymrnr", *others))
+
+
+def _asymrnr_curve() -> Suite:
+    budgets = {f"asymrnr, budget {budget}": _asymrnr(budget=budget) for budget in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}
+    intervals = {
+        f"asymrnr, budget {budget}, full every {n}": _asymrnr(budget=budget, interval=n)
+        for budget, n in ((0.32, 5), (0.28, 6), (0.24, 9))
+    }
+    return Suite(BASELINE | budgets | intervals | fewer_steps(47, 43, 38, 35))
+
+
+def _balanced() -> Suite:
+    matched = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}  # as fast as both together
+    others = {"fastercache, matched time": Setting("fastercache", overrides={"fastercache": matched})} | fewer_steps(24)
+    settings = BASELINE | {"fastercache + asymrnr": Setting("balanced")} | others
+    return Suite(settings, against("fastercache + asymrnr", *others))
+
+
+def _gpd() -> Suite:
+    students = {f"gpd, {n} steps": Setting("gpd", overrides={"gpd": {"steps": n}}) for n in (6, 8, 12, 16, 24)}
+    baselines = fewer_steps(24, 12, 6) | {
+        "Euler, 48 steps": Setting(steps=48, euler=True),
+        "Euler, 6 steps": Setting(steps=6, euler=True),
+        "baseline, 3 steps (equal NFE)": Setting(steps=3),
+        "baseline, 6 steps, no guidance": Setting(steps=6, guidance=1.0),
+    }
+    rivals = ("Euler, 6 steps", "baseline, 6 steps", "baseline, 3 steps (equal NFE)", "baseline, 6 steps, no guidance")
+    pairs = against("gpd, 6 steps", *rivals)
+    pairs += (("gpd, 12 steps", "baseline, 6 steps"), ("gpd, 24 steps", "baseline, 12 steps"))
+    return Suite(BASELINE_48 | students | baselines, pairs)
+
+
+def _gpd_ablations(*names: str) -> Suite:
+    ablations = {name: Setting("gpd", overrides={"gpd": {"student": f"checkpoints/{name}/gpd-N6"}}) for name in names}
+    return Suite(BASELINE_48 | {"gpd": Setting("gpd")} | ablations, against("gpd", *names))
+
+
+def _meanflow(**ablations: str) -> Suite:
+    """The shipped student, the one it starts from, and students of ablations {name: folder}, at 20 and 10 steps."""
+    students = {"meanflow": "", "guidance distilled": "checkpoints/meanflow/guidance-only", **ablations}
+    rows = {
+        f"{name}, {n} steps": Setting("meanflow", overrides={"meanflow": {"steps": n, "student": folder}})
+        for name, folder in students.items()
+        for n in (20, 10)
+    }
+    others = [name for name in students if name != "meanflow"]
+    pairs = tuple((f"meanflow, {n} steps", f"{name}, {n} steps") for n in (20, 10) for name in others)
+    return Suite(BASELINE | rows | fewer_steps(20, 10, 5), pairs + (("meanflow, 20 steps", "baseline, 10 steps"),))
+
+
+def _disca() -> Suite:
+    regression = "checkpoints/predictor/match-only"
+    variants = {
+        "disca, predictor of the paper": Setting("disca", overrides={"disca": {"predictor": "paper"}}),
+        "disca, regression stage alone": Setting("disca", overrides={"disca": {"predictor_dir": regression}}),
+    } | {
+        f"{form} at the same full steps": Setting("disca", overrides={"disca": {"predictor": form}})
+        for form in ("reuse", "taylor-1", "taylor-2")
+    }
+    students = {
+        f"meanflow, {n} steps": Setting("meanflow", overrides={"meanflow": {"steps": n}}) for n in (20, 12, 10, 8, 6)
+    }
+    baselines = fewer_steps(6, 5) | {"Euler, 5 steps": Setting(steps=5, euler=True)}
+    settings = BASELINE | {"disca": Setting("disca")} | variants | students | baselines | {"turbo": Setting("turbo")}
+    pairs = against("disca", *variants, "meanflow, 10 steps", "Euler, 5 steps", "baseline, 5 steps")
+    return Suite(settings, pairs + (("turbo", "meanflow, 6 steps"),))
+
+
+SUITES: dict[str, Suite] = {
+    "base": Suite(BASELINE),
+    "fastercache": _fastercache(),
+    "asymrnr": _asymrnr_suite(),
+    "asymrnr-curve": _asymrnr_curve(),
+    "balanced": _balanced(),
+    "gpd": _gpd(),
+    "gpd-ablations": _gpd_ablations("halving", "direct"),  # other ways from 48 steps to 6
+    "gpd-guidance": _gpd_ablations("annealed", "guidance-only", "no-constraint"),  # other ways to distil the guidance
+    "meanflow": _meanflow(),
+    "meanflow-ablations": _meanflow(
+        **{
+            "even intervals": "checkpoints/even/meanflow",
+            "unrestricted (R = 1)": "checkpoints/unrestricted/meanflow",
+            "mean velocities of the base": "checkpoints/guided/meanflow",
+        }
+    ),
+    "disca": _disca(),
+}
+
+
+def check_suite(suite: str) -> None:
+    """Raise ValueError for an unknown suite."""
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")

@@ -1,0 +1,78 @@
+"""A run: everything that determines a video, checked before any model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from ..methods import METHODS
+from .models import ModelDefaults, read_json, resolve
+from .presets import explain, required_settings
+
+MAX_PROMPT_LENGTH = 2000  # characters
+
+
+class Run(BaseModel, frozen=True, extra="forbid"):
+    """One generation, by value. `methods` are {name: {parameter: value}}, from the innermost to the outermost."""
+
+    model: str
+    prompt: str
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    height: int = Field(ge=16, le=2160)
+    width: int = Field(ge=16, le=3840)
+    frames: int = Field(ge=1, le=1025)
+    steps: int = Field(ge=1, le=1000)
+    guidance: float = Field(ge=0, le=30)
+    methods: dict[str, dict] = {}
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        if len(prompt) > MAX_PROMPT_LENGTH:
+            raise ValueError(f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT_LENGTH} are allowed")
+        return prompt.strip()
+
+
+def build_run(defaults: ModelDefaults, **settings) -> Run:
+    """A checked run. Settings that are missing or None come from the methods' requirements, else from the defaults.
+
+    Raises ValueError in one sentence.
+    """
+    given = {k: v for k, v in settings.items() if v is not None}
+    required = required_settings(given.get("methods", {}))
+    for key, value in required.items():
+        if given.get(key, value) != value:
+            names = " + ".join(given["methods"])
+            parameters = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
+            hint = f"; set {' or '.join(parameters)} instead" if parameters else ""
+            raise ValueError(f"{key} = {given[key]} is not possible with {names}, which needs {key} = {value:g}{hint}")
+    base = {key: getattr(defaults, key) for key in ("height", "width", "frames", "steps", "guidance")}
+    try:
+        return Run(**{**base, **required, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        sentence = str(first["ctx"]["error"]) if first["type"] == "value_error" else explain(error, Run)
+        raise ValueError(sentence) from None
+
+
+def check_size(run: Run, space: int, time: int) -> None:
+    """Raise ValueError unless height and width are multiples of `space`, and frames - 1 one of `time`."""
+    for name, value in (("height", run.height), ("width", run.width)):
+        if value % space:
+            raise ValueError(f"{name} = {value} is not possible: it must be a multiple of {space}")
+    if (run.frames - 1) % time:
+        raise ValueError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time}")
+
+
+def check_size_from_files(run: Run) -> None:
+    """`check_size` from the configuration files of a local model, as far as they hold the sizes."""
+    folder = Path(resolve(run.model))
+    vae, transformer = (folder / part / "config.json" for part in ("vae", "transformer"))
+    if not (vae.is_file() and transformer.is_file()):
+        return
+    vae, patch = read_json(vae), read_json(transformer).get("patch_size")
+    if isinstance(patch, list) and {"scale_factor_spatial", "scale_factor_temporal"} <= vae.keys():
+        check_size(run, vae["scale_factor_spatial"] * patch[-1], vae["scale_factor_temporal"])

@@ -1,0 +1,110 @@
+"""Quality metrics by hand, and the registry: one entry appears in run.json, bench results and tables."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from accel.evaluation import metrics
+from accel.evaluation.metrics import METRICS, Metric, Pair, measure, metric_texts, metrics_of, report_metrics
+from accel.evaluation.report import pairs_table, summarize, table
+from accel.runtime.models import TINY, ModelDefaults, read_defaults
+
+CONDITIONS = {"device": "cpu", "threads": 1, "dtype": "float32"}
+
+
+def video(frames, latents=None):
+    return SimpleNamespace(frames=frames, latents=torch.ones(1, 4, 3, 8, 8) if latents is None else latents)
+
+
+def grey(level, f=3):
+    return np.full((f, 16, 16, 3), level, np.uint8)
+
+
+def test_equal_videos_are_bit_equal_and_one_level_off_is_48_db():
+    pair = lambda level: Pair(video(grey(100)), video(grey(level)), "-")
+    assert (
+        pair(100).bit_equal and METRICS["psnr"].measure(pair(100)) is None and METRICS["ssim"].measure(pair(100)) == 1
+    )
+    assert not pair(101).bit_equal and METRICS["psnr"].measure(pair(101)) == pytest.approx(20 * np.log10(255))
+
+
+def test_worst_frame_is_the_worst():
+    a = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
+    b = a.copy()
+    b[1] = 255 - b[1]
+    pair = Pair(video(a), video(b), "-")
+    assert METRICS["ssim_worst"].measure(pair) == pair.ssim_frames[1] < 0 < pair.ssim_frames[0]
+
+
+def test_latent_error_is_relative_to_the_baseline():
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pair = Pair(video(grey(1), latents), video(grey(1), 1.5 * latents), "-")
+    assert METRICS["latent_nmse"].measure(pair) == pytest.approx(0.25)
+    assert METRICS["spatial_hf"].measure(pair) == pytest.approx(2.25)
+    assert METRICS["temporal_hf"].measure(pair) == pytest.approx(2.25)
+
+
+def test_motion_is_the_mean_change_and_undefined_if_the_baseline_stands_still():
+    steps = lambda *levels: video(np.concatenate([grey(level, 1) for level in levels]))
+    assert METRICS["motion_ratio"].measure(Pair(steps(0, 2, 4), steps(0, 1, 2), "-")) == 0.5
+    assert METRICS["motion_ratio"].measure(Pair(steps(7, 7), steps(0, 1), "-")) is None
+
+
+def test_videos_of_different_shapes_have_no_similarity():
+    values = measure(Pair(video(grey(1)), video(grey(1, 5)), "-"), [m for m in METRICS.values() if not m.of_one_video])
+    assert set(values.values()) == {None}
+
+
+def test_a_model_names_its_extra_metrics_and_an_unknown_one_is_refused():
+    names = lambda *extra: [m.name for m in metrics_of(ModelDefaults(metrics=extra))]
+    assert "adherence" not in names() and "adherence" in names("adherence")
+    assert read_defaults(TINY).metrics == ("adherence",)
+    with pytest.raises(ValueError, match="unknown metric 'beauty'; there are ssim"):
+        names("beauty")
+
+
+def test_metrics_that_a_model_does_not_have_are_none_in_run_json():
+    report = report_metrics(Pair(video(grey(1)), video(grey(2)), "-"), metrics_of(ModelDefaults()))
+    assert report["adherence_a"] is report["adherence_b"] is None and report["attributes"] == {"a": {}, "b": {}}
+    assert not any("read back" in about for _, about in metric_texts(report))
+
+
+def test_the_page_says_which_attributes_are_not_seen(monkeypatch):
+    read = {"shape": 0.0, "colour": 1.0, "mean": 0.5}
+    monkeypatch.setattr("accel.world.judge.score", lambda frames, prompt: read)
+    report = report_metrics(Pair(video(grey(1)), video(grey(2)), "-"), metrics_of(ModelDefaults(metrics=["adherence"])))
+    assert (report["adherence_a"], report["adherence_b"]) == (0.5, 0.5)
+    assert ("50%", "of the prompt read back, baseline 50%; not seen: shape") in metric_texts(report)
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    """A new metric, as one entry of the registry."""
+    entry = Metric(
+        "brightness", "brightness", "mean grey level", lambda pair: float(pair.video.frames.mean()),
+        higher_is_better=True, digits=1, text="{:.0f}", of_one_video=True,
+        shown_in=frozenset({"brief", "report", "details", "pairs", "page"}),
+    )  # fmt: skip
+    monkeypatch.setitem(metrics.METRICS, entry.name, entry)
+    return entry
+
+
+def test_a_new_metric_is_one_entry(brightness):
+    baseline, brighter = video(grey(100)), video(grey(130))
+    report = report_metrics(Pair(baseline, brighter, "-"), metrics_of(ModelDefaults()))
+    assert (report["brightness_a"], report["brightness_b"]) == (100, 130)  # run.json
+    assert ("130", "mean grey level, baseline 100") in metric_texts(report)  # the page
+    speed = {"denoise": 1.0, "decode": 0.1, "flops": 8}
+    row = lambda shown: {**speed, **measure(Pair(baseline, shown, "-"), metrics_of(ModelDefaults()))}
+    rows = {"baseline": row(baseline), "brighter": row(brighter)}  # results.jsonl
+    assert rows["brighter"]["brightness"] == 130
+    summary = {**CONDITIONS, **summarize([{"prompt": "p", "rows": rows}], [("brighter", "baseline")])}
+    assert summary["rows"]["brighter"]["brightness_delta"] == (30, 30, 30)  # results.json
+    assert json.dumps(summary)
+    for kind in ("brief", "report", "details"):
+        assert "| brightness | delta brightness |" in table(summary, kind)
+        assert "130.0 [130.0, 130.0] | 30.0 [30.0, 30.0] |" in table(summary, kind)
+    assert "brightness, A - B |" in pairs_table(summary) and "| 30.0 [30.0, 30.0] |" in pairs_table(summary)

@@ -1,0 +1,24 @@
+"""A log of results survives a kill in the middle of a line."""
+
+from accel.evaluation.result_log import ResultLog, config_hash
+
+
+def test_a_log_continues_after_its_first_line_was_cut_short(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"key": "mi')
+    ResultLog(file, "mine").add(prompt="a")
+    assert [line["prompt"] for line in ResultLog(file, "mine").lines] == ["a"]
+
+
+def test_a_log_continues_after_a_line_that_was_cut_short_and_ignores_other_keys(tmp_path):
+    file = tmp_path / "results.jsonl"
+    ResultLog(file, "mine").add(prompt="a")
+    ResultLog(file, "other").add(prompt="b")
+    file.write_text(file.read_text() + '{"key": "mine", "pro')
+    log = ResultLog(file, "mine")
+    log.add(prompt="c")
+    assert [line["prompt"] for line in ResultLog(file, "mine").lines] == ["a", "c"]
+
+
+def test_a_hash_is_equal_for_equal_values_only():
+    assert config_hash({"a": 1}, [2]) == config_hash({"a": 1}, [2]) != config_hash({"a": 1}, [3])

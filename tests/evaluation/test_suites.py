@@ -1,0 +1,38 @@
+"""Suites as data: every setting can be built, and every pair is of settings of its suite."""
+
+import pytest
+
+from accel.evaluation.suites import SUITES, Setting, check_suite
+from accel.runtime.presets import build_methods
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_setting_of_a_suite_can_be_built_and_the_first_is_the_baseline(suite):
+    settings = [setting.settings() for setting in SUITES[suite].settings.values()]
+    assert settings[0] == {"methods": {}, "steps": 48 if suite.startswith("gpd") else None, "guidance": None}
+    for setting in settings:
+        build_methods(setting["methods"])
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_pairs_are_of_settings_of_the_suite(suite):
+    assert {name for pair in SUITES[suite].pairs for name in pair} <= SUITES[suite].settings.keys()
+
+
+def test_an_unknown_suite_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown suite 'moon'; there are base, fastercache"):
+        check_suite("moon")
+
+
+def test_a_setting_changes_single_parameters_of_its_preset():
+    parameters = Setting("asymrnr", overrides={"asymrnr": {"budget": 0.9}}).settings()["methods"]["asymrnr"]
+    assert parameters["budget"] == 0.9 and len(parameters) > 1
+
+
+def test_a_setting_is_available_if_its_students_and_predictors_exist(students, tmp_path):
+    setting = lambda folder: Setting("gpd", overrides={"gpd": {"student": str(folder)}})
+    here, elsewhere = str(tmp_path), str(tmp_path / "none")
+    assert setting(tmp_path / "gpd-N6").is_available(here) and not setting(tmp_path / "none").is_available(here)
+    assert Setting("fastercache").is_available(elsewhere)
+    for preset in ("gpd", "disca"):
+        assert Setting(preset).is_available(here) and not Setting(preset).is_available(elsewhere)
