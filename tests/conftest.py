@@ -11,6 +11,7 @@ import torch
 from diffusers import WanPipeline
 from support import build_pipe, make_meanflow, make_predictor, random_wan
 
+from accel.runtime.models import load_pipeline
 from accel.students.weights import fingerprint
 from accel.training.networks import FullNetworks
 from accel.training.stages import store
@@ -21,6 +22,12 @@ torch.set_num_threads(1)  # test processes run side by side
 @pytest.fixture
 def pipe() -> WanPipeline:
     return build_pipe()
+
+
+@pytest.fixture(scope="session")
+def tiny_wan() -> WanPipeline:
+    """The shipped model, loaded once for each test process; leave it as it is."""
+    return load_pipeline()
 
 
 @pytest.fixture

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 
 from accel.cli import main
+from accel.runtime import models
 from accel.runtime.video import read_settings, write_mp4
 
 PROMPT = "a large red star spins slowly over a striped navy background"
 
 
 @pytest.fixture
-def accel(monkeypatch, capsys):
+def accel(monkeypatch, capsys, tiny_wan):
     """accel("run", ...) -> exit code, JSON of the last line of stdout, stderr."""
+    load = models.load_pipeline
+    monkeypatch.setattr(models, "load_pipeline", lambda model: tiny_wan if model == models.TINY else load(model))
 
     def command(*args: str):
         monkeypatch.setattr(sys, "argv", ["accel", *args])
@@ -33,7 +36,7 @@ def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
     report = json.loads((tmp_path / "run.json").read_text())
     assert code == 0 and report == document
     keys = "model prompt seed steps guidance methods device threads dtype a b speedup_denoise speedup_total work_ratio "
-    keys += "efficiency psnr ssim ssim_worst bit_equal adherence_a adherence_b trace"
+    keys += "efficiency psnr ssim ssim_worst motion_ratio bit_equal adherence_a adherence_b trace"
     assert set(keys.split()) <= set(report)
     for pane in "ab":
         frames = np.load(tmp_path / f"{pane}.npy")
@@ -76,7 +79,7 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("run", "--prompt", "x", "--preset", "warp"), "no preset 'warp'"),
         (("run", "--prompt", "x", "--set", "fastercache.speed=9"), "unknown setting fastercache.speed"),
         (("run", "--prompt", "x", "--set", "fastercache.attention_interval=99"), "a whole number from 2 to 6"),
-        (("run", "--prompt", "x", "--set", "nonsense"), "write method.knob=value"),
+        (("run", "--prompt", "x", "--set", "nonsense"), "write method.parameter=value"),
         (("run", "--prompt", "x", "--set", "gpd.student=@x"), "put the value into quotes"),
         (("run", "--prompt", "x", "--steps", "0"), "steps = 0 is not allowed"),
         (("run", "--prompt", "x", "--height", "70"), "must be a multiple of 8"),
@@ -112,7 +115,7 @@ def test_a_video_is_not_replaced_by_its_repetition(accel, tmp_path):
 
 
 def test_captions_without_their_videos_are_bad_input(accel, tmp_path):
-    for captions, why in (({"a.mp4": "a red star spins"}, "a.mp4 is missing"), (["a"], "it is no table")):
+    for captions, why in (({"a.mp4": "a red star spins"}, "a.mp4 is missing"), (["a"], "it is not a JSON object")):
         (tmp_path / "captions.json").write_text(json.dumps(captions))
         code, _, err = accel("world", "judge", str(tmp_path))
         assert code == 2 and why in err

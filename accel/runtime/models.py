@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
+from .paths import ROOT
+
 if TYPE_CHECKING:
     import torch
-
-from .paths import ROOT
 
 TINY = "models/tiny-wan"
 STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of students and predictors in a model's folder

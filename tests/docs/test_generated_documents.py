@@ -1,18 +1,41 @@
-"""What the pages say is what was measured, and their commands are the ones that exist."""
+"""Generated parts of the documents are current, and the commands of the README exist."""
 
 import re
 
 import pytest
 
-from accel.evaluation.docs import fill, pages
+from accel.evaluation.docs import PARTS, fill, pages
 from accel.methods import METHODS
-from accel.runtime.models import ROOT
+from accel.runtime.paths import ROOT
 from accel.runtime.presets import preset_names
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_marked_parts_are_what_the_measurements_say(page):
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_generated_parts_are_current(page):
+    """If this fails: `python -m accel docs`."""
     assert fill(page.read_text()) == page.read_text()
+
+
+def test_a_part_is_replaced_and_the_text_around_it_stays():
+    text = "before\n<!-- methods -->\nstale\n<!-- /methods -->\nafter\n"
+    assert fill(text) == f"before\n<!-- methods -->\n{PARTS['methods']()}<!-- /methods -->\nafter\n"
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="unknown generated part 'moon'; there are overview"):
+        fill("<!-- moon -->\n<!-- /moon -->\n")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_is_a_table(name):
+    """Also of those that no document holds at present."""
+    assert "\n|---|" in PARTS[name]()
+
+
+def test_the_overview_has_a_row_for_each_measured_preset_with_the_baseline_at_matched_time():
+    rows = {row.split("`")[1]: row for row in PARTS["overview"]().splitlines() if "`" in row}
+    assert len(rows) == 8 and rows.keys() - {"baseline"} <= set(preset_names())
+    assert "(baseline, 30 steps, 1.68x)" in rows["fastercache"] and "(Euler, 5 steps, 10.09x)" in rows["disca"]
 
 
 def test_readme_names_every_method_and_no_preset_that_does_not_exist():
