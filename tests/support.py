@@ -9,7 +9,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from accel.families import wan
+from accel.families.wan import Wan
 from accel.methods.disca.predictor import Predictor
 from accel.runtime.models import ModelDefaults
 from accel.students.interval_embedding import IntervalEmbedder
@@ -70,7 +70,7 @@ def make_meanflow(pipe, folder, guidance=(1.0, 20.0)) -> None:
 
 def make_predictor(pipe, folder, form) -> None:
     """A random predictor for the model that the pipeline has now."""
-    predictor = Predictor(wan, pipe.transformer, form, 1)
+    predictor = Predictor(Wan(), pipe.transformer, form, 1)
     if predictor.out is not None:
         torch.nn.init.normal_(predictor.out.weight)
     folder.mkdir(parents=True)
@@ -107,7 +107,7 @@ def predictor_task(pipe, form="residual", **config) -> PredictorTask:
     if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
         pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
     torch.manual_seed(0)
-    predictor = Predictor(wan, pipe.transformer, form, 1)
+    predictor = Predictor(Wan(), pipe.transformer, form, 1)
     stack = pipe.transformer.blocks[0]
     pipe.transformer.blocks = getattr(stack, "blocks", pipe.transformer.blocks)
     given = {

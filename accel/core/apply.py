@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
 
-from ..methods import Method
 from .host import Host
 from .trace import Trace
 
 
-@contextmanager
-def apply(pipe, methods: Iterable[Method]) -> Iterator[Trace]:
-    """The trace of whatever the pipeline runs inside, with the methods (inner to outer) on it.
+class Applicable(Protocol):
+    """What `apply` needs of a method."""
 
-    Takes a preset or any list of methods; with none, the output is bitwise the plain pipeline's. On exit the
-    pipeline is as it was, after an error or a cancelled run too. Raises ValueError for an unknown family.
+    def apply(self, host: Host, trace: Trace) -> AbstractContextManager: ...
+
+
+@contextmanager
+def apply(pipe, methods: Iterable[Applicable]) -> Iterator[Trace]:
+    """Run the pipeline with the methods (inner to outer) inside the `with` block; returns the trace of its last run.
+
+    Takes a preset or any list of methods; without methods the output is bitwise the baseline's. On exit the pipeline
+    is as it was, also after an error or a cancelled run. Raises ValueError for an unsupported pipeline.
     """
     trace = Trace()
     host = Host(pipe, trace)

@@ -1,8 +1,8 @@
-"""A self-attention, opened: a processor with functions around the whole of it, around its softmax, or both.
+"""Attention processors that let methods wrap a self-attention: all of it, or its softmax with queries, keys and values.
 
-The latter gets the attention's `Heads`. A family may compute these only when they are asked for, and only for the
-tokens that stay. Compiled blocks see one opaque operator with the layer's number in a tensor, so that all blocks share
-a graph and nothing is compiled anew when a function takes another decision.
+Blocks that are compiled see one opaque operator with the layer's id in a tensor. So all blocks share one graph, and
+nothing is compiled again when a method decides otherwise in another step.
+Letters: b batch, n tokens, m tokens that stay, d channels, k attention heads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,37 +21,41 @@ from torch import Tensor, nn
 from ..ops.tokens import Reduction
 from .trace import Timer
 
-_OPEN: dict[int, InterceptedProcessor] = {}  # by layer number, for the operators
-_NUMBERS = count()
+if TYPE_CHECKING:
+    from ..families import Family
+
+_INTERCEPTED: dict[int, InterceptedProcessor] = {}  # by layer id, for the operators below
+_LAYER_IDS = count()
 
 
 @torch.library.custom_op("accel::core", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _core(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
-    return _OPEN[int(number)].run(QKV(q, k, v)).contiguous()
+def _core(q: Tensor, k: Tensor, v: Tensor, layer_id: Tensor) -> Tensor:
+    return _INTERCEPTED[int(layer_id)].run_core(QKV(q, k, v)).contiguous()
 
 
 @_core.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, layer_id: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("accel::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _attention(x: Tensor, rope: list[Tensor], number: Tensor) -> Tensor:
-    mine = _OPEN[int(number)]
-    return mine.whole(mine.attn, x, None, None, tuple(rope) or None).clone()  # the graph may write into what it gets
+def _attention(x: Tensor, rope: list[Tensor], layer_id: Tensor) -> Tensor:
+    processor = _INTERCEPTED[int(layer_id)]
+    # The compiled graph may write into the result, which a method may have cached: hence the clone.
+    return processor.run_attention(processor.attn, x, None, None, tuple(rope) or None).clone()
 
 
 @_attention.register_fake
-def _(x: Tensor, rope: list[Tensor], number: Tensor) -> Tensor:
+def _(x: Tensor, rope: list[Tensor], layer_id: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class QKV:
-    """Queries, keys and values (b, n, h, d) of a self-attention, after norm and rotary embedding.
+    """Queries, keys and values (b, n, k, d) of a self-attention, after normalisation and rotary embedding.
 
-    `bias` (b, 1 or h, 1, keys) is added to the logits. `query`, `key` and `value` give all tokens, or a reduction of
-    them: the kept ones, or (`mean`) means. `spared`: FLOPs of the model's own that the reductions saved besides the
-    core's. `watch` runs while rows are moved.
+    `bias` (b, 1 or k, 1, keys) is added to the logits. `query`, `key` and `value` return all tokens, or those that a
+    reduction keeps. `saved_flops` counts FLOPs of the model, outside the core, that reductions saved. `timer` runs
+    while tokens are gathered.
     """
 
     def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, bias: Tensor | None = None):
@@ -60,143 +64,155 @@ class QKV:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(b, n, h, d) of all tokens."""
+        """(b, n, k, d) of all tokens."""
         return tuple(self.q.shape)
 
-    def query(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
-        """Queries (b, n, h, d), or those that a cut leaves."""
-        return self.reduce(self.q, cut, mean)
+    def query(self, reduction: Reduction | None = None, mean: bool = False) -> Tensor:
+        """Queries (b, n, k, d), or (b, m, k, d) of the tokens that stay; `mean` averages over those they replace."""
+        return self.reduce(self.q, reduction, mean)
 
-    def key(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+    def key(self, reduction: Reduction | None = None, mean: bool = False) -> Tensor:
         """Keys, likewise."""
-        return self.reduce(self.k, cut, mean)
+        return self.reduce(self.k, reduction, mean)
 
-    def value(self, cut: Reduction | None = None, mean: bool = False) -> Tensor:
+    def value(self, reduction: Reduction | None = None, mean: bool = False) -> Tensor:
         """Values, likewise."""
-        return self.reduce(self.v, cut, mean)
+        return self.reduce(self.v, reduction, mean)
 
-    def reduce(self, x: Tensor, cut: Reduction | None, mean: bool = False) -> Tensor:
-        """x (b, n, h, d) as (b, m, h, d)."""
-        if cut is None:
+    def reduce(self, x: Tensor, reduction: Reduction | None, mean: bool = False) -> Tensor:
+        """x (b, n, k, d) reduced to (b, m, k, d); unchanged without a reduction."""
+        if reduction is None:
             return x
         with self.timer:
-            return cut.reduce(x, mean)
+            return reduction.reduce(x, mean)
 
-    def restore(self, y: Tensor, cut: Reduction | None, residual: Tensor | None = None) -> Tensor:
-        """The attention's output (b, m, h, d) at full length, and what the reduction `missed` added to it, in place.
+    def restore(self, y: Tensor, reduction: Reduction | None, residual: Tensor | None = None) -> Tensor:
+        """A core's output y (b, m, k, d) at full length (b, n, k, d), plus `residual`, added in place.
 
-        A family may put both off until after its projection.
+        A subclass may put both off until after the output projection.
         """
         with self.timer:
-            y = y if cut is None else cut.restore(y)
+            y = y if reduction is None else reduction.restore(y)
             return y if residual is None else y.add_(residual)
 
-    def residual(self, whole: Tensor, short: Tensor, cut: Reduction | None) -> Tensor:
-        """What `restore` would have to add to the shortened output (b, m, h, d) to make it the whole (b, n, h, d)."""
-        return whole - self.restore(short, cut)
+    def residual(self, full: Tensor, reduced: Tensor, reduction: Reduction | None) -> Tensor:
+        """What `restore` must add to the reduced output (b, m, k, d) to give the full output (b, n, k, d)."""
+        return full - self.restore(reduced, reduction)
 
 
-def _of_stock(name: str) -> property:
-    """An attribute that diffusers finds and sets on any processor: the stock one's."""
-    return property(lambda self: getattr(self.stock, name, None), lambda self, value: setattr(self.stock, name, value))
+def _attribute_of_original(name: str) -> property:
+    """An attribute that diffusers reads and sets on any processor, forwarded to the original one."""
+    return property(
+        lambda self: getattr(self.original, name, None), lambda self, value: setattr(self.original, name, value)
+    )
 
 
 class InterceptedProcessor:
-    """Attention processor: the stock one within `outside(call)`; or the family's with `around(inner, heads)` in it."""
+    """Attention processor that runs the original one inside `output_wrapper`, or the family's around `core_wrapper`.
 
-    _attention_backend = _of_stock("_attention_backend")
-    _parallel_config = _of_stock("_parallel_config")
+    `output_wrapper(call)` returns the attention's output (b, n, d); `core_wrapper(softmax_attention, qkv)` returns its
+    core's output. Either may be None.
+    """
 
-    def __init__(self, attn: nn.Module, family: ModuleType):
-        self.attn, self.stock, self.family = attn, attn.processor, family
+    _attention_backend = _attribute_of_original("_attention_backend")
+    _parallel_config = _attribute_of_original("_parallel_config")
+
+    def __init__(self, attn: nn.Module, family: Family):
+        self.attn, self.original, self.family = attn, attn.processor, family
         self.core_wrapper: Callable | None = None
         self.output_wrapper: Callable | None = None
-        self.encloses = False  # whether anything is outside: a compiler may look at it, as it is the same in all blocks
-        self.number = torch.tensor(next(_NUMBERS))
+        self.has_output_wrapper = False  # a compiler may guard on this flag: it is the same in all blocks
+        self.layer_id = torch.tensor(next(_LAYER_IDS))
 
     def __call__(self, attn: nn.Module, x: Tensor, text=None, mask=None, rope: tuple | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
-            return self.whole(attn, x, text, mask, rope)
-        if self.encloses:
-            return torch.ops.accel.attention(x, list(rope or ()), self.number)
-        return self.family.run_attention(attn, self._compiled, x, text, mask, rope)
+            return self.run_attention(attn, x, text, mask, rope)
+        if self.has_output_wrapper:
+            return torch.ops.accel.attention(x, list(rope or ()), self.layer_id)
+        return self.family.run_attention(attn, self._compiled_core, x, text, mask, rope)
 
-    def whole(self, attn: nn.Module, *inputs) -> Tensor:
-        """The attention's output, with what was asked for around it and in it."""
+    def run_attention(self, attn: nn.Module, *inputs) -> Tensor:
+        """The attention's output (b, n, d), through the wrappers that are set."""
         if self.core_wrapper is None:
-            call = partial(self.stock, attn, *inputs)
+            call = partial(self.original, attn, *inputs)
         else:
-            call = partial(self.family.run_attention, attn, self.run, *inputs)
+            call = partial(self.family.run_attention, attn, self.run_core, *inputs)
         return self.output_wrapper(call) if self.output_wrapper else call()
 
-    def _compiled(self, qkv: QKV) -> Tensor:
-        return torch.ops.accel.core(qkv.query(), qkv.key(), qkv.value(), self.number)
+    def _compiled_core(self, qkv: QKV) -> Tensor:
+        return torch.ops.accel.core(qkv.query(), qkv.key(), qkv.value(), self.layer_id)
 
-    def run(self, qkv: QKV) -> Tensor:
-        """What the attention gives, with what was asked for around its core."""
-        return self.core_wrapper(self.inner, qkv)
+    def run_core(self, qkv: QKV) -> Tensor:
+        """The core's output, through the core wrapper."""
+        return self.core_wrapper(self.softmax_attention, qkv)
 
-    def inner(self, qkv: QKV) -> Tensor:
-        """Softmax attention (b, n, h, d) on the backend that was chosen."""
+    def softmax_attention(self, qkv: QKV) -> Tensor:
+        """Softmax attention (b, n, k, d) on the backend that the user chose. Raises ValueError if it takes no bias."""
         q, k, v, bias = qkv.query(), qkv.key(), qkv.value(), qkv.bias
         backend, d = self._attention_backend, q.shape[-1]
         name = str(getattr(backend, "value", backend))
         if bias is not None and "sage" in name:
             raise ValueError(f"attention backend {name} takes no bias: switch the size bias off or choose another")
         if bias is not None and q.is_cuda:
-            return dispatch_attention_fn(*fold_bias_into_channels(q, k, v, bias), scale=d**-0.5, backend=backend)[
-                ..., :d
-            ]
+            q, k, v = fold_bias_into_channels(q, k, v, bias)
+            return dispatch_attention_fn(q, k, v, scale=d**-0.5, backend=backend)[..., :d]
         bias = bias if bias is None else bias.to(q.dtype)
         return dispatch_attention_fn(q, k, v, attn_mask=bias, backend=backend)
 
 
 def fold_bias_into_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads with eight more channels whose product is the bias: flash kernels take no mask. The scale stays that of d.
+    """q, k, v (b, n, k, d) with eight more channels whose product is the bias: flash kernels take no mask.
 
-    The result's first d channels are those of attention with `bias` (b, 1 or h, 1, keys) added to its logits.
+    With the scale of d channels, the first d channels of the result are those of attention with `bias`
+    (b, 1 or k, 1, keys) added to its logits.
     """
     b, n, h, d = k.shape
     logits = (bias.squeeze(2) * d**0.5).expand(b, h, n).transpose(1, 2)
-    expand_like = [F.pad(x, (0, 8)) for x in (q, k, v)]
-    expand_like[0][..., d], expand_like[1][..., d] = 1, logits.to(k.dtype)
-    return tuple(expand_like)
+    padded = [F.pad(x, (0, 8)) for x in (q, k, v)]
+    padded[0][..., d], padded[1][..., d] = 1, logits.to(k.dtype)
+    return tuple(padded)
 
 
 @contextmanager
 def intercept_attention(
-    module: nn.Module, family: ModuleType, core_wrapper: Callable | None = None, output_wrapper: Callable | None = None
+    module: nn.Module, family: Family, core_wrapper: Callable | None = None, output_wrapper: Callable | None = None
 ) -> Iterator[None]:
-    """The attention module with a function in it, or outside. Raises ValueError where it would not do the same."""
-    with nullcontext() if isinstance(module.processor, InterceptedProcessor) else _replaced(module, family):
-        mine = module.processor
-        before = mine.core_wrapper, mine.output_wrapper, mine.encloses
+    """Set wrappers on an attention module for the time of the context; see `InterceptedProcessor`.
+
+    Raises ValueError where the family's attention would not compute what the module's own processor does.
+    """
+    intercepted = isinstance(module.processor, InterceptedProcessor)
+    with nullcontext() if intercepted else _with_interceptor(module, family):
+        processor = module.processor
+        before = processor.core_wrapper, processor.output_wrapper, processor.has_output_wrapper
         if core_wrapper:
-            _check(mine.stock)
-            mine.core_wrapper = core_wrapper
+            _check_core_is_known(processor.original)
+            processor.core_wrapper = core_wrapper
         if output_wrapper:
-            mine.output_wrapper, mine.encloses = output_wrapper, True
+            processor.output_wrapper, processor.has_output_wrapper = output_wrapper, True
         try:
             yield
         finally:
-            mine.core_wrapper, mine.output_wrapper, mine.encloses = before
+            processor.core_wrapper, processor.output_wrapper, processor.has_output_wrapper = before
 
 
 @contextmanager
-def _replaced(module: nn.Module, family: ModuleType) -> Iterator[None]:
-    mine = InterceptedProcessor(module, family)
-    _OPEN[int(mine.number)] = mine
-    module.processor = mine
+def _with_interceptor(module: nn.Module, family: Family) -> Iterator[None]:
+    processor = InterceptedProcessor(module, family)
+    _INTERCEPTED[int(processor.layer_id)] = processor
+    module.processor = processor
     try:
         yield
     finally:
-        module.processor = mine.stock
-        del _OPEN[int(mine.number)]
+        module.processor = processor.original
+        del _INTERCEPTED[int(processor.layer_id)]
 
 
-def _check(stock) -> None:
-    """Raise ValueError if the inside of a processor is not what a family knows."""
-    if getattr(stock, "_parallel_config", None) is not None:
+def _check_core_is_known(processor) -> None:
+    """Raise ValueError if the family cannot stand in for what a processor does inside."""
+    if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError("tokens cannot be reduced under context parallelism: each device sees only a part of the grid")
-    if not type(stock).__module__.startswith("diffusers."):
-        raise ValueError(f"{type(stock).__name__} is no attention processor of diffusers: tokens inside it are unknown")
+    if not type(processor).__module__.startswith("diffusers."):
+        raise ValueError(
+            f"{type(processor).__name__} is no attention processor of diffusers: tokens inside it are unknown"
+        )

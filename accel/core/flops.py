@@ -1,4 +1,4 @@
-"""Counted work of one transformer call, without running it: a twin on the meta device under torch's FLOP counter."""
+"""Counts the FLOPs of a transformer call without running it: a copy on the meta device under torch's FLOP counter."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _COUNTED: dict[tuple, dict[str, int]] = {}
 
 
 def count_flops(model: nn.Module, x: Tensor, inputs: dict[str, Any]) -> dict[str, int]:
-    """FLOPs of one call on latents x with these inputs: of the whole under "denoiser", and by module name.
+    """FLOPs of one call on latents x with these inputs: of the full call under "denoiser", and by module name.
 
-    Counted once per architecture and shape. A multiply-add counts as two; element-wise work is not counted.
+    Counted once per architecture and shapes. A multiply-add counts as two; element-wise operations are not counted.
     """
     tensors = {"hidden_states": x, **{k: v for k, v in inputs.items() if isinstance(v, Tensor)}}
     shapes = tuple((k, tuple(v.shape)) for k, v in sorted(tensors.items()))
     key = (type(model), str(sorted(dict(model.config).items(), key=str)), shapes)
     if key not in _COUNTED:
         with torch.device("meta"):
-            twin = type(model).from_config(model.config)
+            copy = type(model).from_config(model.config)
             call = {k: torch.zeros(v.shape) for k, v in tensors.items()}
         with FlopCounterMode(display=False) as counter, torch.no_grad(), attention_backend("native"):
-            twin(**call)
+            copy(**call)
         total: dict[str, int] = defaultdict(int)
         for name, ops in counter.get_flop_counts().items():
             if name != "Global":

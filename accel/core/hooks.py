@@ -11,7 +11,7 @@ from torch import nn
 
 
 class ForwardHook(ModelHook):
-    """Runs `around(hook, *args, **kwargs)` in place of a module's forward; knows the pipeline's cache context."""
+    """Calls `wrapper(hook, *args, **kwargs)` in place of a module's forward; sees the pipeline's cache context."""
 
     _is_stateful = True
 
@@ -24,7 +24,7 @@ class ForwardHook(ModelHook):
 
     @property
     def original(self) -> Callable:
-        """The forward that was there before."""
+        """The forward that the hook wraps."""
         return self.fn_ref.original_forward
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -34,9 +34,9 @@ class ForwardHook(ModelHook):
 
 @contextmanager
 def wrapped_forward(module: nn.Module, wrapper: Callable) -> Iterator[None]:
-    """The module with a hook around its forward; afterwards it has just the attributes it had before.
+    """Put a hook around a module's forward; on exit the module has exactly the attributes it had before.
 
-    Raises ValueError where offloading would take the hook off in the module's first call.
+    Raises ValueError where group offloading would remove the hook in the module's first call.
     """
     had_registry, had_forward = "_diffusers_hook" in module.__dict__, "forward" in module.__dict__
     if had_registry and module._diffusers_hook.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING):
@@ -57,15 +57,16 @@ def wrapped_forward(module: nn.Module, wrapper: Callable) -> Iterator[None]:
 
 @contextmanager
 def reattach_after_offload(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Inside, the hooks are on the pipeline's models; where these are offloaded, put back after each of its calls.
+    """Keep the hooks on the pipeline's models, also over calls of a pipeline whose models are offloaded.
 
-    For then the pipeline takes all hooks off its models, whoever put them there, and only its own on again.
+    After each call, an offloaded pipeline removes every hook from its models and adds only its own again. So ours are
+    taken off before that and added again after it.
     """
     free = pipe.maybe_free_model_hooks
     with ExitStack() as stack:
         stack.enter_context(hooks())
 
-        def free_and_put_back() -> None:
+        def free_and_reattach() -> None:
             if not getattr(pipe, "_all_hooks", None):
                 return free()
             stack.close()
@@ -74,13 +75,13 @@ def reattach_after_offload(pipe, hooks: Callable[[], AbstractContextManager]) ->
             finally:
                 stack.enter_context(hooks())
 
-        with patched_method(pipe, "maybe_free_model_hooks", free_and_put_back):
+        with patched_method(pipe, "maybe_free_model_hooks", free_and_reattach):
             yield
 
 
 @contextmanager
 def patched_method(pipe, name: str, fn: Callable) -> Iterator[None]:
-    """Inside, a function stands in for a method of the pipeline; afterwards it has just the attributes it had."""
+    """Replace a method of the pipeline by a function; on exit the pipeline has exactly the attributes it had before."""
     before = vars(pipe).get(name)
     setattr(pipe, name, fn)
     try:

@@ -1,4 +1,4 @@
-"""What happened in a run, as data: one event per (step, branch, site), times, bytes held and counted work."""
+"""What happened in a run, as data: one event per (step, branch, layer), times, bytes held by methods, counted FLOPs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Action = Literal["compute", "reuse", "rebuild", "reduce", "predict", "skip"]
-DENOISER = "denoiser"  # the site of a whole transformer call
+DENOISER = "denoiser"  # the layer name of a full transformer call
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the denoising loop stands: step `index` of `count`, noise level now and next, guidance branch."""
+    """Where the denoising loop stands: step `index` of `count`, this and the next sigma, and the guidance branch."""
 
     index: int
     count: int
@@ -25,9 +25,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Event:
-    """What was done at a site in one branch of one step; `kept` is the share of its work that was computed.
+    """What a layer did in one branch of one step.
 
-    That is more than 1 where a method had something computed besides.
+    `compute_fraction` is the share of its FLOPs that was computed; above 1 where a method computed something extra.
     """
 
     step: int
@@ -39,7 +39,7 @@ class Event:
 
 @dataclass
 class Timer:
-    """Adds up the seconds spent inside it; on a GPU these are the launches alone."""
+    """Adds up the seconds spent inside it. It does not synchronise: on a GPU it sees only the kernel launches."""
 
     seconds: float = 0.0
     began: float = 0.0
@@ -57,66 +57,59 @@ class Trace:
     """The record of the last run inside `accel.apply`."""
 
     events: dict[tuple[int, str, str], Event] = field(default_factory=dict)
-    sigmas: dict[int, float] = field(default_factory=dict)
-    milliseconds: dict[int, float] = field(default_factory=dict)  # of the transformer, per step
-    messages: list[str] = field(default_factory=list)
-    flops: dict[str, int] = field(default_factory=dict)  # of one full call, by site
-    method_data: dict[str, dict] = field(
-        default_factory=dict
-    )  # what a method alone has to tell, JSON-ready, by its name
+    sigmas: dict[int, float] = field(default_factory=dict)  # by step
+    milliseconds: dict[int, float] = field(default_factory=dict)  # of the transformer, by step
+    messages: list[str] = field(default_factory=list)  # for the user, each once
+    flops: dict[str, int] = field(default_factory=dict)  # of one full call, by layer
+    method_data: dict[str, dict] = field(default_factory=dict)  # what only one method reports, JSON-ready, by method
     started: float = 0.0  # clock reading at the first transformer call
-    estimated_bytes: int = 0
-    peak_bytes: int = 0  # the most that was held at once
-    memory_by_method: dict[str, int] = field(default_factory=dict)  # now, by method
+    estimated_bytes: int = 0  # that the methods expected to hold
+    peak_bytes: int = 0  # the most that all methods held at once
+    memory_by_method: dict[str, int] = field(default_factory=dict)  # bytes held at present
 
     def begin(self) -> None:
-        """Forget the last run: a new one starts."""
-        for record in (
-            self.events,
-            self.sigmas,
-            self.milliseconds,
-            self.messages,
-            self.method_data,
-            self.memory_by_method,
-        ):
+        """Clear the record: a new run starts."""
+        for record in (self.events, self.sigmas, self.milliseconds, self.messages, self.method_data):
             record.clear()
+        self.memory_by_method.clear()
         self.estimated_bytes = self.peak_bytes = 0
 
     def record(self, step: Step, layer: str, action: Action, compute_fraction: float | None = None) -> None:
-        """Note what was done. A computation is noted by the host, unless a method has said more about it."""
-        key, plain = (step.index, step.branch, layer), action == "compute"
-        if not plain or compute_fraction is not None or key not in self.events:
-            self.events[key] = Event(*key, action, float(plain) if compute_fraction is None else compute_fraction)
+        """Store an event. The host records every computation, which never replaces what a method has recorded."""
+        key, computed = (step.index, step.branch, layer), action == "compute"
+        if not computed or compute_fraction is not None or key not in self.events:
+            fraction = float(computed) if compute_fraction is None else compute_fraction
+            self.events[key] = Event(*key, action, fraction)
 
     def add_message(self, text: str) -> None:
-        """Something the user should read, once."""
+        """Store something that the user should read, once."""
         if text not in self.messages:
             self.messages.append(text)
 
-    def set_memory(self, method: str, held: int) -> None:
-        """Bytes that a method holds now; what counts is the most that all held at once."""
-        self.memory_by_method[method] = held
+    def set_memory(self, method: str, nbytes: int) -> None:
+        """Set how many bytes a method holds at present, and update the peak over all methods."""
+        self.memory_by_method[method] = nbytes
         self.peak_bytes = max(self.peak_bytes, sum(self.memory_by_method.values()))
 
-    def reserve_memory(self, method: str, held: int) -> None:
-        """Bytes that a method holds for the whole run, known before it starts."""
-        self.estimated_bytes += held
-        self.set_memory(method, held)
+    def reserve_memory(self, method: str, nbytes: int) -> None:
+        """Set the bytes that a method holds for the whole run, and add them to the estimate."""
+        self.estimated_bytes += nbytes
+        self.set_memory(method, nbytes)
 
     def discard(self, step: Step, layers: Iterable[str]) -> None:
-        """Forget what was noted of sites that this step did not reach."""
+        """Remove the events of layers that this step did not reach."""
         for layer in layers:
             self.events.pop((step.index, step.branch, layer), None)
 
     def flops_computed_and_full(self) -> tuple[int, int]:
-        """FLOPs computed, and FLOPs of the same calls without any method."""
+        """FLOPs that were computed, and FLOPs of the same calls without any method."""
         calls = [e for e in self.events.values() if e.layer == DENOISER]
-        whole = self.flops.get(DENOISER, 0)
+        per_call = self.flops.get(DENOISER, 0)
         saved = sum((1 - e.compute_fraction) * self.flops.get(e.layer, 0) for e in self.events.values())
-        return round(len(calls) * whole - saved), len(calls) * whole
+        return round(len(calls) * per_call - saved), len(calls) * per_call
 
     def summary(self) -> dict:
-        """Counts by action, computed share of the work, bytes, notes: JSON-ready."""
+        """Counts by action, computed share of the FLOPs, bytes and messages: JSON-ready."""
         computed, full = self.flops_computed_and_full()
         return {
             "steps": len(self.sigmas),
@@ -131,7 +124,7 @@ class Trace:
         }
 
     def to_json(self) -> dict:
-        """Everything, JSON-ready: the summary, one row per step and one per event that was not plain computing."""
+        """The whole trace, JSON-ready: summary, one row per step, and every event but computed attentions."""
         return {
             "summary": self.summary(),
             "method_data": self.method_data,

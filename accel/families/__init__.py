@@ -1,16 +1,15 @@
-"""What the host must know of a model family: where its denoisers, attentions and grid are. The only list of them."""
+"""Model families: where a pipeline's transformers, attentions and token grid are. The only list of them."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from .base import Family
+from .wan import Wan
 
-from . import wan
-
-FAMILIES: dict[str, ModuleType] = {"Wan": wan}
+FAMILIES: dict[str, Family] = {"Wan": Wan()}  # by the beginning of the pipeline's class name
 
 
-def family_of(pipe) -> ModuleType:
-    """The family of a diffusers pipeline, by its class name. Raises ValueError for one that is not known."""
+def family_of(pipe) -> Family:
+    """The family of a diffusers pipeline, by its class name. Raises ValueError if it is not supported."""
     name = type(pipe).__name__
     for prefix, family in FAMILIES.items():
         if name.startswith(prefix):

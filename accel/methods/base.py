@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.host import Host
 from ..core.trace import Trace
+from ..families import Family
 from ..students.loading import weight_bytes
 
 
@@ -20,7 +20,7 @@ class RunSpec(NamedTuple):
     """A run as it is known before it begins."""
 
     model: nn.Module  # the denoiser
-    family: ModuleType
+    family: Family
     latents: Tensor  # (b, c, f, h, w): a shape and a dtype
     count: int  # of steps
     guided: bool

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import QKV
-from ..families import wan
+from ..families.wan import Wan
 
 
 class DenseAttention:
@@ -19,7 +19,7 @@ class DenseAttention:
     """
 
     def __call__(self, attn, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return wan.run_attention(attn, self._core, x, rope=rope)
+        return Wan().run_attention(attn, self._core, x, rope=rope)
 
     def _core(self, qkv: QKV) -> Tensor:
         v = qkv.value()

@@ -1,4 +1,4 @@
-"""The host on its own: step and branch, nesting, three places, pipelines that tell less."""
+"""The host without a method: steps and branches, nested wrappers, and pipelines that do not name their branches."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,31 +9,28 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import accel
-from accel.core.attention import InterceptedProcessor
+from accel.core.attention import QKV, InterceptedProcessor
 from accel.core.flops import count_flops
 from accel.core.host import Host
 from accel.core.trace import Trace
-from accel.families import wan
+from accel.families.wan import Wan
+from accel.methods import FasterCache
 from accel.methods.base import Method
 
 
-def test_nothing_applied_is_bitwise_the_plain_pipeline(pipe, sample):
-    plain = sample(pipe)
+def test_without_methods_the_output_is_bitwise_the_baselines(pipe, sample):
+    baseline = sample(pipe)
     with accel.apply(pipe, []) as trace:
-        assert torch.equal(sample(pipe), plain)
+        assert torch.equal(sample(pipe), baseline)
     assert trace.summary()["flops_ratio"] == 1.0 and trace.summary()["calls"] == {"compute": 40}
 
 
 def test_an_attention_backend_that_takes_no_bias_is_refused_by_its_name():
-    q, intercept_attention = (
-        torch.zeros(1, 3, 2, 4),
-        InterceptedProcessor(SimpleNamespace(processor=SimpleNamespace()), wan),
-    )
-    intercept_attention._attention_backend = AttentionBackendName.SAGE
+    processor = InterceptedProcessor(SimpleNamespace(processor=SimpleNamespace()), Wan())
+    processor._attention_backend = AttentionBackendName.SAGE
+    q = torch.zeros(1, 3, 2, 4)
     with pytest.raises(ValueError, match="attention backend sage takes no bias"):
-        intercept_attention.inner(
-            SimpleNamespace(query=lambda: q, key=lambda: q, value=lambda: q, bias=torch.zeros(1, 1, 1, 3))
-        )
+        processor.softmax_attention(QKV(q, q, q, bias=torch.zeros(1, 1, 1, 3)))
 
 
 def test_step_and_branch_come_from_the_pipeline(pipe, sample):
@@ -64,13 +61,13 @@ def test_step_and_branch_without_a_cache_context(pipe, sample, monkeypatch):
     assert sorted({e[:2] for e in trace.events}) == [(i, b) for i in range(4) for b in ("cond", "uncond")]
 
 
-def loose(pipe, time: torch.Tensor, text: torch.Tensor) -> None:
-    """A transformer call of a pipeline that does not say where it is."""
+def call_without_context(pipe, time: torch.Tensor, text: torch.Tensor) -> None:
+    """A transformer call of a pipeline that names neither step nor branch."""
     pipe.transformer(hidden_states=torch.zeros(1, 4, 3, 8, 8), timestep=time, encoder_hidden_states=text)
 
 
-def test_a_run_that_begins_with_a_video_has_fewer_steps_at_the_lower_levels(pipe):
-    """As in WanVideoToVideoPipeline: the first two of five steps are left out."""
+def test_video_to_video_runs_the_last_steps_of_the_schedule(pipe):
+    """As in WanVideoToVideoPipeline: the first two of five steps are skipped."""
     pipe.scheduler.set_timesteps(5)
     pipe._num_timesteps, text = 3, torch.zeros(1, 6, 16)
     host, seen = Host(pipe, Trace()), []
@@ -79,39 +76,38 @@ def test_a_run_that_begins_with_a_video_has_fewer_steps_at_the_lower_levels(pipe
         host.wrap_denoiser(lambda inner, x, **inputs: (seen.append(host.step), inner(x, **inputs))[1]),
     ):
         for time in pipe.scheduler.timesteps[2:]:
-            loose(pipe, time[None], text)
-    levels = pipe.scheduler.sigmas[2:].tolist()
-    assert [(s.index, s.count, s.sigma) for s in seen] == [(i, 3, levels[i]) for i in range(3)] and seen[
-        -1
-    ].sigma_next == 0
+            call_without_context(pipe, time[None], text)
+    sigmas = pipe.scheduler.sigmas[2:].tolist()
+    assert [(s.index, s.count, s.sigma) for s in seen] == [(i, 3, sigmas[i]) for i in range(3)]
+    assert seen[-1].sigma_next == 0
 
 
-def test_steps_are_told_apart_where_tokens_of_a_given_frame_have_time_zero(pipe):
-    """As Wan 2.2 makes a video from an image: a time for each token, 0 for those of the image."""
+def test_steps_are_found_where_tokens_of_a_given_frame_have_timestep_zero(pipe):
+    """Wan 2.2 image to video: one timestep per token, 0 for the tokens of the image."""
     pipe.scheduler.set_timesteps(3)
     text, n = torch.zeros(1, 6, 16), 3 * 4 * 4
     with accel.apply(pipe, []) as trace:
         for time in pipe.scheduler.timesteps:
-            loose(pipe, (time * (torch.arange(n) >= 16))[None], text)
+            call_without_context(pipe, (time * (torch.arange(n) >= 16))[None], text)
     assert len(trace.sigmas) == 3
 
 
-def test_the_host_stays_on_models_that_are_offloaded_after_each_call(pipe, sample):
-    from accel.methods import METHODS
-
-    plain = sample(pipe)
-    pipe.enable_model_cpu_offload(device="cpu")  # to where they are: what counts is that all hooks are taken off
+def test_the_host_stays_attached_to_models_that_are_offloaded_after_each_call(pipe, sample):
+    baseline = sample(pipe)
+    pipe.enable_model_cpu_offload(
+        device="cpu"
+    )  # the device does not change; what counts is that diffusers removes all hooks
     forward = pipe.transformer.forward
-    with accel.apply(pipe, [METHODS["fastercache"]()]) as trace:
+    with accel.apply(pipe, [FasterCache()]) as trace:
         first, once = sample(pipe), trace.summary()
         second, twice = sample(pipe, seed=1), trace.summary()
-        assert torch.equal(sample(pipe), first) and not torch.equal(first, plain)
+        assert torch.equal(sample(pipe), first) and not torch.equal(first, baseline)
     assert once["flops_ratio"] == twice["flops_ratio"] < 1 and not torch.equal(first, second)
-    assert torch.equal(sample(pipe), plain) and "maybe_free_model_hooks" not in vars(pipe)
+    assert torch.equal(sample(pipe), baseline) and "maybe_free_model_hooks" not in vars(pipe)
     assert type(pipe.transformer.forward) is type(forward)
 
 
-def test_group_offloading_that_is_about_to_change_hooks_is_refused(pipe):
+def test_group_offloading_that_would_remove_the_hook_is_refused(pipe):
     registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
     registry.register_hook(ModelHook(), "lazy_prefetch_group_offloading")
     with pytest.raises(ValueError, match="make one before accel.apply"):
@@ -119,7 +115,7 @@ def test_group_offloading_that_is_about_to_change_hooks_is_refused(pipe):
             pass
 
 
-def test_a_transformer_that_is_compiled_as_a_whole_is_refused(pipe):
+def test_a_transformer_compiled_as_a_whole_is_refused(pipe):
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with pytest.raises(ValueError, match="compile its blocks"):
         with accel.apply(pipe, []):
@@ -127,7 +123,7 @@ def test_a_transformer_that_is_compiled_as_a_whole_is_refused(pipe):
 
 
 class Plus(Method):
-    """Adds to an attention's output; two of them tell whether wrappers nest."""
+    """Doubles an attention's output and adds a value: the result of two of them depends on their order."""
 
     value: float
 
@@ -140,15 +136,15 @@ class Plus(Method):
 def test_wrappers_nest_and_order_matters(pipe):
     attention = pipe.transformer.blocks[0].attn1
     x = torch.randn(1, 8, 24, generator=torch.Generator().manual_seed(0))
-    plain = attention(x)
-    with accel.apply(pipe, [Plus(value=1.0), Plus(value=10.0)]) as trace:
-        host_step(pipe, trace)
-        torch.testing.assert_close(attention(x), (plain * 2 + 1) * 2 + 10)
-    assert torch.equal(attention(x), plain)
+    baseline = attention(x)
+    with accel.apply(pipe, [Plus(value=1.0), Plus(value=10.0)]):
+        call_once(pipe)
+        torch.testing.assert_close(attention(x), (baseline * 2 + 1) * 2 + 10)
+    assert torch.equal(attention(x), baseline)
 
 
-def host_step(pipe, trace):
-    """One transformer call, so that the host knows where it is."""
+def call_once(pipe):
+    """One transformer call with a cache context, which gives the host its step."""
     pipe.scheduler.set_timesteps(5)
     x = torch.randn(1, 4, 3, 8, 8)
     with pipe.transformer.cache_context("cond", step_index=0, sigma=1.0, num_inference_steps=5):
@@ -156,7 +152,7 @@ def host_step(pipe, trace):
 
 
 def test_the_stack_of_blocks_can_be_wrapped(pipe, sample):
-    plain, calls = sample(pipe), []
+    baseline, calls = sample(pipe), []
     host = Host(pipe, Trace())
 
     def stack(inner, hidden, *inputs):
@@ -164,21 +160,21 @@ def test_the_stack_of_blocks_can_be_wrapped(pipe, sample):
         return inner(hidden, *inputs)
 
     with host.attached(), host.wrap_blocks(stack):
-        assert torch.equal(sample(pipe), plain)
+        assert torch.equal(sample(pipe), baseline)
     assert len(calls) == 40
     with host.attached(), host.wrap_blocks(lambda inner, hidden, *inputs: hidden):
-        assert not torch.equal(sample(pipe), plain)
+        assert not torch.equal(sample(pipe), baseline)
 
 
-def test_blocks_between_which_a_model_adds_something_are_no_stack(pipe):
+def test_a_model_that_changes_hidden_states_between_blocks_has_no_stack(pipe):
     pipe.transformer.__class__ = type("WanVACETransformer3DModel", (type(pipe.transformer),), {})
     host = Host(pipe, Trace())
-    with pytest.raises(ValueError, match="WanVACETransformer3DModel adds to what its blocks give"):
+    with pytest.raises(ValueError, match="WanVACETransformer3DModel changes hidden states between its blocks"):
         with host.wrap_blocks(lambda inner, *inputs: inner(*inputs)):
             pass
 
 
-def test_work_is_counted_as_torch_counts_it(pipe, sample):
+def test_flops_are_counted_as_by_hand(pipe, sample):
     """Two blocks of width 24 on 48 tokens with 6 words: the sum by hand of all matrix products."""
     with accel.apply(pipe, []) as trace:
         sample(pipe, steps=1)
@@ -189,7 +185,7 @@ def test_work_is_counted_as_torch_counts_it(pipe, sample):
     assert trace.flops["blocks.0"] == attention + cross + 2 * 2 * n * d * 48
 
 
-def test_unknown_pipeline_is_refused_by_name():
+def test_an_unknown_pipeline_is_refused_by_name():
     class StableDiffusionPipeline:
         pass
 
@@ -198,16 +194,16 @@ def test_unknown_pipeline_is_refused_by_name():
             pass
 
 
-def test_attention_backend_stays_settable(pipe, sample):
-    plain = sample(pipe)
+def test_the_attention_backend_can_still_be_set(pipe, sample):
+    baseline = sample(pipe)
     with accel.apply(pipe, []):
         pipe.transformer.set_attention_backend("_native_math")
-        torch.testing.assert_close(sample(pipe), plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample(pipe), baseline, rtol=1e-4, atol=1e-4)
     pipe.transformer.reset_attention_backend()
 
 
-def test_work_is_counted_whatever_backend_is_active(pipe, monkeypatch):
-    """Some refuse tensors without data, some are not counted: this one would end in an error."""
+def test_flops_are_counted_under_any_attention_backend(pipe, monkeypatch):
+    """Some backends refuse meta tensors and some are not counted: this one would raise."""
     monkeypatch.setattr("accel.core.flops._COUNTED", {})
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.SAGE)
     given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}

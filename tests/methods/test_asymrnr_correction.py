@@ -7,7 +7,7 @@ import accel
 from accel.core.attention import QKV
 from accel.core.trace import Step
 from accel.families import family_of
-from accel.families.wan import LazyQKV
+from accel.families.wan import Wan
 from accel.methods import METHODS
 from accel.methods.asymrnr.correction import ResidualCache
 from accel.methods.base import RunSpec
@@ -70,10 +70,10 @@ def test_reduced_with_what_it_missed_is_the_whole_attention(short, shared, pipe)
         return softmax(heads.query(queries), heads.key(keys), heads.value(keys))
 
     with torch.no_grad():
-        whole = LazyQKV(attn, x, rope)
+        whole = Wan().qkv(attn, x, rope)
         y = softmax(whole.query(), whole.key(), whole.value())
         residual = whole.residual(y, reduced(whole), queries)
-        out, again = whole.project_out(y), LazyQKV(attn, x, rope)
+        out, again = whole.project_out(y), Wan().qkv(attn, x, rope)
         got = again.project_out(again.restore(reduced(again), queries, residual))
         torch.testing.assert_close(out, attn(x, None, None, rope), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got, out, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from support import make_meanflow, make_predictor, random_wan
 
 import accel
-from accel.families import wan
+from accel.families.wan import Wan
 from accel.methods import AsymRnR, DisCa, FasterCache, MeanFlow
 from accel.methods.base import RunSpec
 from accel.methods.disca.disca import TaylorCache, select_full_steps
@@ -95,7 +95,7 @@ def test_reuse_holds_one_tensor_for_a_branch_and_says_so_before(pipe, sample):
             sample(pipe, steps=8, guidance=4.0 if guided else 1.0, height=32 * 2)
         tokens = 3 * (64 // pipe.vae_scale_factor_spatial // 2) ** 2
         assert trace.peak_bytes == tensors * tokens * 24 * 4
-        assert method.estimate_memory(RunSpec(model, wan, latents, 8, guided, 2)) == trace.peak_bytes
+        assert method.estimate_memory(RunSpec(model, Wan(), latents, 8, guided, 2)) == trace.peak_bytes
 
 
 def test_predictions_are_never_kept(pipe, sample):
@@ -164,7 +164,7 @@ def test_a_predictor_holds_itself_and_one_tensor_and_says_so_before(form, suppor
     with accel.apply(supported_runs, [student, method]) as trace:
         sample(supported_runs, steps=8, guidance=1.0)
     tokens = 3 * (64 // supported_runs.vae_scale_factor_spatial // 2) ** 2
-    weights = sum(p.numel() for p in Predictor(wan, supported_runs.transformer, form, 1).parameters())
+    weights = sum(p.numel() for p in Predictor(Wan(), supported_runs.transformer, form, 1).parameters())
     assert trace.peak_bytes - alone.peak_bytes == 4 * (weights + tokens * 24)
     assert trace.estimated_bytes == trace.peak_bytes
 
@@ -182,7 +182,7 @@ def test_predictor_and_student_go_together_with_what_saves_attention(method, act
 
 def test_a_residual_predictor_that_is_not_trained_is_reuse():
     model = random_wan()
-    predictor = Predictor(wan, model, "residual", 1)
+    predictor = Predictor(Wan(), model, "residual", 1)
     inputs = torch.randn(1, 6, 24), torch.randn(1, 6, 24), model.rope(torch.randn(1, 4, 3, 4, 4))
     hidden, cached = torch.randn(1, 12, 24), torch.randn(1, 12, 24)
     time = torch.randn(1, 6, 24)
@@ -193,7 +193,7 @@ def test_the_work_of_a_prediction_is_counted(supported_runs, sample):
     with accel.apply(supported_runs, [MeanFlow(steps=8), DisCa(num_full_steps=4)]) as trace:
         sample(supported_runs, steps=8, guidance=1.0)
     whole, block = trace.flops["denoiser"], trace.flops["blocks.0"]
-    predictor = Predictor(wan, supported_runs.transformer, "residual", 1)
+    predictor = Predictor(Wan(), supported_runs.transformer, "residual", 1)
     tokens = 3 * (64 // supported_runs.vae_scale_factor_spatial // 2) ** 2
     layers = 2 * tokens * (48 * 24 + 24 * 24 + 24 * 24)
     assert flops(predictor, tokens, block) == block + layers

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.core.attention import fold_bias_into_channels
-from accel.families import wan
+from accel.families.wan import Wan
 from accel.methods import AsymRnR
 from accel.methods.base import RunSpec
 from accel.ops.tokens import grid_plan, match, partition, size_bias
@@ -179,7 +179,7 @@ def test_extra_memory_at_480p_stays_under_300_mb(global_search):
     latents = torch.empty(1, 16, 21, 60, 104, device="meta")
     config = SimpleNamespace(patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128)
     model = SimpleNamespace(config=config)
-    ahead = RunSpec(model, wan, latents, 50, True, 30)
+    ahead = RunSpec(model, Wan(), latents, 50, True, 30)
     held = AsymRnR(correction="none").estimate_memory(ahead)
     assert 50e6 < held < 110e6
     assert 100e6 < memory.peak - q.nbytes + held < 300e6

@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from support import build_pipe, random_wan, timed
 
-from accel.families import wan
+from accel.families.wan import Wan
 from accel.methods.disca.predictor import Predictor
 from accel.students.interval_embedding import IntervalEmbedder
 from accel.training import shutdown_distributed
@@ -36,7 +36,7 @@ def main(folder: Path, processes: int) -> None:
     torch.manual_seed(0)
     config = PredictorConfig(steps=4, guidance=(2, 5), trajectories=4, full=(2, 3), strides=(1,))
     learn = PredictorTask(
-        optim, config, FeatureProbe(model), Predictor(wan, model, "paper", 1), context, (3, 2, 2), share
+        optim, config, FeatureProbe(model), Predictor(Wan(), model, "paper", 1), context, (3, 2, 2), share
     )
     learn.spread_timesteps()
     learn.stage = 1

@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 import accel
 from accel.evaluation import bench
-from accel.families import wan
+from accel.families.wan import Wan
 from accel.methods import DisCa, MeanFlow
 from accel.methods.disca.predictor import Predictor
 from accel.methods.gpd import GPD
@@ -186,7 +186,7 @@ def test_a_predictor_for_the_wan_1_3b_layout_learns_while_the_student_stays_froz
     words, levels = torch.randn(1, 6, 4096), torch.linspace(1, 0, 5).double()
     context = MeanFlowContext(**vars(plain_ground(words, levels)), guidance=3.0)
     config = PredictorConfig(steps=4, guidance=(2, 5), trajectories=1, full=(2, 3), strides=(1,))
-    predictor = Predictor(wan, model, "residual", 1)
+    predictor = Predictor(Wan(), model, "residual", 1)
     learn = PredictorTask(
         OptimConfig(steps=2, lr=1e-3), config, FeatureProbe(model, spare=True), predictor, context, (2, 2, 2)
     )

@@ -10,7 +10,7 @@ from support import PREDICTOR_STEPS as STEPS
 from support import build_pipe, make_meanflow, random_wan, timed
 from support import predictor_task as task
 
-from accel.families import wan
+from accel.families.wan import Wan
 from accel.methods.disca.disca import select_full_steps
 from accel.methods.disca.predictor import Predictor
 from accel.ops.flow import euler
@@ -187,7 +187,7 @@ def test_a_stored_predictor_predicts_as_the_trained_one(pipe, tmp_path):
     learn = task(pipe)
     torch.nn.init.normal_(learn.module.predictor.out.weight)
     learn.save(tmp_path)
-    again = Predictor(wan, random_wan(), "residual", 1)
+    again = Predictor(Wan(), random_wan(), "residual", 1)
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     x, words, time = learn.trajectories.x, learn.trajectories.words, learn._time()[2]
     learn.cached.normal_()

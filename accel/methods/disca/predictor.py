@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from ...families import Family
 
 PredictorForm = Literal["residual", "paper"]
 
@@ -18,7 +19,7 @@ class Predictor(nn.Module):
     feature: it starts exactly as reuse.
     """
 
-    def __init__(self, family: ModuleType, model: nn.Module, form: PredictorForm, depth: int):
+    def __init__(self, family: Family, model: nn.Module, form: PredictorForm, depth: int):
         super().__init__()
         d = family.hidden_size(model)
         self.fuse = nn.Sequential(nn.Linear(2 * d, d), nn.SiLU(), nn.Linear(d, d))
