@@ -1,10 +1,10 @@
-"""A random Wan of the real class, two blocks wide 24, in a stock pipeline: small enough to run hundreds of steps."""
+"""Fixtures: a random Wan of the real class (two blocks, width 24) in a stock pipeline, and runs of it."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are of the CPU, also where there is a GPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests run on the CPU, also where there is a GPU
 
 import pytest
 import torch
@@ -32,21 +32,21 @@ def tiny_wan() -> WanPipeline:
 
 @pytest.fixture
 def two_models() -> WanPipeline:
-    """As Wan 2.2: a second transformer takes over below a noise level."""
+    """As Wan 2.2: a second transformer takes over below a sigma."""
     return build_pipe(transformer_2=random_wan(1), boundary_ratio=0.7)
 
 
 @pytest.fixture
 def students(pipe, tmp_path):
-    """Random students of all kinds beside the pipeline's model, and predictors of the model itself."""
+    """Random students of all kinds in the folder of the pipeline's model, and predictors of the model itself."""
     pipe.register_to_config(_name_or_path=str(tmp_path))
     nets = FullNetworks(pipe.transformer)
     nets.module.proj_out.weight.data.mul_(0.5)
     for n in (6, 8, 12, 16, 24, 48):
-        levels = [1 - i / n for i in range(n + 1)]
+        sigmas = [1 - i / n for i in range(n + 1)]
         facts = {
-            "sigmas": levels,
-            "timesteps": [1000 * s for s in levels[:-1]],
+            "sigmas": sigmas,
+            "timesteps": [1000 * s for s in sigmas[:-1]],
             "base_fingerprint": fingerprint(pipe.transformer),
         }
         store(nets, tmp_path / f"gpd-N{n}", "gpd.json", {"steps": n, **facts})

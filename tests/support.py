@@ -37,7 +37,7 @@ def random_wan(seed: int = 0) -> WanTransformer3DModel:
 
 
 def words_of(texts: list[str]) -> torch.Tensor:
-    """Embeddings of texts that depend on their lengths, whatever else is embedded with them."""
+    """Embeddings (b, 6, 16) of texts that depend on each text's length alone."""
     return torch.stack([torch.randn(6, 16, generator=torch.Generator().manual_seed(len(t))) for t in texts])
 
 
@@ -54,12 +54,12 @@ def build_pipe(**more) -> WanPipeline:
 
 def make_meanflow(pipe, folder, guidance=(1.0, 20.0)) -> None:
     """A random MeanFlow student of a pipeline's transformer."""
-    whole = deepcopy(pipe.transformer)
-    whole.condition_embedder = IntervalEmbedder(whole.condition_embedder)
-    nets = FullNetworks(whole)
+    transformer = deepcopy(pipe.transformer)
+    transformer.condition_embedder = IntervalEmbedder(transformer.condition_embedder)
+    nets = FullNetworks(transformer)
     nets.module.proj_out.weight.data.mul_(0.5)
-    for told in nets.module.condition_embedder.scalars.values():
-        torch.nn.init.normal_(told.mlp.linear_2.weight)
+    for scalar in nets.module.condition_embedder.scalars.values():
+        torch.nn.init.normal_(scalar.mlp.linear_2.weight)
     store(
         nets,
         folder,
@@ -69,7 +69,7 @@ def make_meanflow(pipe, folder, guidance=(1.0, 20.0)) -> None:
 
 
 def make_predictor(pipe, folder, form) -> None:
-    """A random predictor for the model that the pipeline has now."""
+    """A random predictor for the pipeline's current transformer."""
     predictor = Predictor(Wan(), pipe.transformer, form, 1)
     if predictor.out is not None:
         torch.nn.init.normal_(predictor.out.weight)
@@ -81,21 +81,22 @@ def make_predictor(pipe, folder, form) -> None:
 
 
 def deviation(t):
-    """Of x at level t, for data and noise that are Gaussian."""
+    """Standard deviation of x at sigma t, for Gaussian data and noise."""
     return ((1 - t) ** 2 * SPREAD**2 + t**2).sqrt()
 
 
 def instant(x, t):
-    """The velocity: the logarithmic derivative of the deviation, times x."""
+    """The velocity at sigma t in closed form: the logarithmic derivative of the deviation, times x."""
     return x * (t - (1 - t) * SPREAD**2) / deviation(t) ** 2
 
 
 def mean(x, t, r):
-    """The mean velocity from t to r: states keep their place among the others, so x_r / x_t is known."""
+    """The mean velocity from sigma t to r in closed form: x_r / x_t is the ratio of the deviations."""
     return x * (1 - deviation(r) / deviation(t)) / (t - r)
 
 
 def timed(pipe, steps=4) -> MeanFlowContext:
+    """A rollout context of a few steps on random prompts, whose timesteps are packed for a MeanFlow student."""
     defaults = ModelDefaults(height=32, width=32, frames=5, steps=4, guidance=3.0, text_length=6)
     pipe.encode_prompt = lambda texts, **_: (torch.stack([torch.full((6, 16), len(t) / 9) for t in texts]),)
     return MeanFlowContext(
@@ -104,6 +105,7 @@ def timed(pipe, steps=4) -> MeanFlowContext:
 
 
 def predictor_task(pipe, form="residual", **config) -> PredictorTask:
+    """The training task of a random predictor on the pipeline's transformer."""
     if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
         pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
     torch.manual_seed(0)

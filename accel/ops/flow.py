@@ -1,6 +1,7 @@
-"""Flow matching along a line of noise levels: x at level s is (1 - s) x0 + s noise, its velocity noise - x0.
+"""Flow matching on straight paths: x at sigma s is (1 - s) x0 + s noise, its velocity noise - x0.
 
-Letters: b batch, p pieces of a way; the other dimensions of x and v are any. Levels fall from 1 to 0.
+Letters: b batch; the other dimensions of x and v are any. As in MeanFlow, t is where a step begins and r where it
+ends; sigmas fall from 1 to 0, so r <= t.
 """
 
 from __future__ import annotations
@@ -11,45 +12,45 @@ import torch
 from torch import Tensor
 
 
-def euler(x: Tensor, v: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    """x (b, ...) carried from level `now` (b,) to `then` (b,) along its velocity, first order."""
-    return x + expand_like(then - now, x) * v
+def euler(x: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """x (b, ...) moved from sigma t (b,) to sigma r (b,) along its velocity v, first order."""
+    return x + expand_like(r - t, x) * v
 
 
-def mean_velocity(velocities: list[Tensor], levels: list[Tensor]) -> Tensor:
-    """The velocity (b, ...) that alone leads as far as p pieces, each at its own velocity between two of p + 1 levels.
+def mean_velocity(velocities: list[Tensor], sigmas: list[Tensor]) -> Tensor:
+    """The velocity (b, ...) that alone leads as far as p pieces, each with its velocity between two of p + 1 sigmas.
 
-    A convex combination: the difference of two states, divided by a narrow step, would magnify their rounding.
-    Pieces may be empty, but not all of them.
+    A convex combination: the difference of two states divided by a small step would amplify their rounding. Pieces may
+    be empty, but not all of them.
     """
-    widths = torch.stack([now - then for now, then in zip(levels, levels[1:])])
+    widths = torch.stack([t - r for t, r in zip(sigmas, sigmas[1:])])
     shares = (widths / widths.sum(0)).to(velocities[0])
     return sum(expand_like(share, v) * v for share, v in zip(shares, velocities))
 
 
-def mean_flow_target(v: Tensor, slope: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    """What the mean velocity (b, ...) from level `now` (b,) to `then` (b,) should be: v - (now - then) du/dt.
+def mean_flow_target(v: Tensor, jvp: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """The target of the mean velocity u (b, ...) from sigma t (b,) to r (b,): v - (t - r) du/dt.
 
-    v is the velocity at `now`, `slope` the change of the mean with the level along the path. MeanFlow (Geng et al.,
+    v is the velocity at t, `jvp` the derivative du/dt of the mean velocity along the path. MeanFlow (Geng et al.,
     arXiv 2505.13447, eq. 6).
     """
-    return v - expand_like(now - then, v) * slope
+    return v - expand_like(t - r, v) * jvp
 
 
-def jvp_exact(u: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, v: Tensor) -> Tensor:
-    """du/dt (b, ...) of a mean velocity u(x, now) along the path with velocity v, by forward differentiation."""
-    return torch.func.jvp(u, (x, now), (v, torch.ones_like(now)))[1]
+def jvp_exact(u: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """du/dt (b, ...) of a mean velocity u(x, t) along the path with velocity v, by forward-mode differentiation."""
+    return torch.func.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
 
 
 def jvp_central(
-    u: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, v: Tensor, then: Tensor, reach: float
+    u: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, v: Tensor, r: Tensor, eps: float
 ) -> Tensor:
-    """The same from two calls, `reach` above and below; from one side where the other lies beyond `then` or 1."""
-    high, low = (now + reach).clamp(max=1), torch.maximum(now - reach, then)
-    above, below = (u(x + expand_like(level - now, x) * v, level) for level in (high, low))
+    """du/dt (b, ...) as a central difference of two calls at t +- eps; one-sided where one lies above 1 or below r."""
+    high, low = (t + eps).clamp(max=1), torch.maximum(t - eps, r)
+    above, below = (u(x + expand_like(sigma - t, x) * v, sigma) for sigma in (high, low))
     return (above - below) / expand_like(high - low, x)
 
 
 def expand_like(s: Tensor, x: Tensor) -> Tensor:
-    """A number a sample (b,) in the shape and dtype of x (b, ...)."""
+    """One number per sample (b,) in the dtype of x (b, ...), shaped to broadcast over it."""
     return s.to(x).view(-1, *[1] * (x.ndim - 1))

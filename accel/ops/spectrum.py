@@ -18,10 +18,10 @@ def low_pass(h: int, w: int, radius: int, device: torch.device | str = "cpu") ->
 
 
 def split(x: Tensor, radius: int | None = None) -> tuple[Tensor, Tensor]:
-    """Low and high band of x (..., h, w), float32, which sum to x; the radius is a fifth of the shorter side.
+    """Low and high band of x (..., h, w), float32, which sum to x; the default radius is a fifth of the shorter side.
 
-    FasterCache, arXiv 2410.19355, eq. 6-9. Because the transform is linear and the disc symmetric, the bands of a
-    difference can be split once, kept as real tensors and added later without another transform.
+    FasterCache, arXiv 2410.19355, eq. 6-9. The transform is linear and the disc symmetric, so the bands of a difference
+    can be computed once, cached as real tensors and added later without another transform.
     """
     x = x.float()
     h, w = x.shape[-2:]
@@ -33,7 +33,8 @@ def split(x: Tensor, radius: int | None = None) -> tuple[Tensor, Tensor]:
 def high_pass(shape: tuple[int, int, int], space: float = 0.25, time: float = 0.5) -> tuple[Tensor, Tensor]:
     """Boolean masks (f, h, w // 2 + 1) of high spatial and of high temporal frequencies, in the layout of `rfftn`.
 
-    Frequencies are shares of the highest one of their axis; the spatial one is the root mean square of both axes'.
+    `space` and `time` are thresholds as shares of an axis's highest frequency; the spatial frequency is the root mean
+    square over both axes.
     """
     f, h, w = shape
     t, y = (2 * torch.fft.fftfreq(n).abs() for n in (f, h))
@@ -45,11 +46,11 @@ def high_pass(shape: tuple[int, int, int], space: float = 0.25, time: float = 0.
 def high_energy(x: Tensor, space: float = 0.25, time: float = 0.5) -> tuple[Tensor, Tensor]:
     """Mean square of x (..., f, h, w) in its high spatial and its high temporal frequencies, float32.
 
-    By Parseval, with masks that keep everything each would be the mean square of x itself.
+    By Parseval, with masks that select everything each would be the mean square of x itself.
     """
     f, h, w = x.shape[-3:]
     power = torch.fft.rfftn(x.float(), dim=(-3, -2, -1), norm="ortho").abs().square()
-    twice = torch.full((w // 2 + 1,), 2.0, device=x.device)  # `rfftn` leaves out the mirrored half
+    twice = torch.full((w // 2 + 1,), 2.0, device=x.device)  # `rfftn` omits the mirrored half
     twice[0] = 1
     if w % 2 == 0:
         twice[-1] = 1

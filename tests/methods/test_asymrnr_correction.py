@@ -62,7 +62,7 @@ def test_reduced_with_what_it_missed_is_the_whole_attention(short, shared, pipe)
     attn, x = pipe.transformer.blocks[0].attn1, torch.randn(1, 48, 24)
     rope = pipe.transformer.rope(torch.randn(1, 4, 3, 8, 8))
     cuts = [
-        match(torch.randn(1, 48, 2, 12), partition((3, 4, 4), (1, 2, 2), i), shared=shared).cut(0.5) for i in (0, 1)
+        match(torch.randn(1, 48, 2, 12), partition((3, 4, 4), (1, 2, 2), i), shared=shared).at_rate(0.5) for i in (0, 1)
     ]
     queries, keys = cuts[0] if short != "keys" else None, cuts[1] if short != "queries" else None
 

@@ -48,7 +48,7 @@ class PlanCache:
         plan = self.plans[key][1]
         cut_of, cut_at, cut = self.cuts.get(key, (None, 0.0, None))
         if cut_of is not plan or cut_at != rate:
-            cut = plan.cut(rate)
+            cut = plan.at_rate(rate)
             self.cuts[key] = (plan, rate, cut)
             self.held = self._bytes()
         return cut
@@ -65,7 +65,7 @@ class PlanCache:
         self.held = 0
 
     def _bytes(self) -> int:
-        plans = sum(t.nbytes for _, plan in self.plans.values() for t in (plan.order, plan.owner))
+        plans = sum(t.nbytes for _, plan in self.plans.values() for t in (plan.order, plan.destination_index))
         return plans + sum(cut.nbytes for *_, cut in self.cuts.values())
 
     def _groups(self, shape: tuple[int, ...]) -> int:
