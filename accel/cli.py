@@ -224,6 +224,7 @@ def train(
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; a later --resume goes on.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
+    setting: Annotated[str, typer.Option(help="small, medium (the living world, 96x96) or large. [by device]")] = None,
     model: Annotated[str, typer.Option(help="Of a student: another model to distil, by LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA, or 0: full weights. [64]")] = None,
@@ -244,7 +245,7 @@ def train(
     from .training import part_ways, train_parts
 
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, slots=slots, arm=arm)
-    _finish(train_parts(what, minutes, resume, out, **given))
+    _finish(train_parts(what, minutes, resume, out, setting, **given))
     part_ways()
 
 

@@ -14,9 +14,19 @@ from ..models import ROOT, TINY
 from .distil import remaining
 from .fit import Recipe, fit
 
-# The small setting is for CPUs, the large one for a GPU; same code, same layout.
+# The small setting is for CPUs, the large one for a GPU; same code, same layout. The medium one is for CPUs as well,
+# on the living world: it begins with the weights in `start` and makes the model in `target`.
 SETTINGS = {
     "small": {"size": 64, "frames": 17, "fps": 8, "clips": 12_000},
+    "medium": {
+        "size": 96,
+        "frames": 17,
+        "fps": 8,
+        "clips": 6000,
+        "living": True,
+        "start": TINY,
+        "target": f"{TINY}-96",
+    },
     "large": {"size": 96, "frames": 33, "fps": 12, "clips": 40_000},
 }
 _STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # no average: a stage is short
@@ -27,6 +37,10 @@ RECIPES = {
         "gpd": {"steps": 38, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
         "meanflow": {"steps": 450, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
+    },
+    "medium": {
+        "vae": {"steps": 560, "lr": 1e-3, "matrix_lr": 5e-3, "warmup": 40, "decay_from": 0.6},
+        "base": {"steps": 9000, "lr": 1.2e-3, "matrix_lr": 4e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
@@ -45,10 +59,11 @@ STUDENTS = ("gpd", "meanflow", "predictor")  # what is made of a model that is t
 PARTS = ("vae", "base", *STUDENTS)
 
 
-def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **order) -> dict:
-    """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how.
+def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **order) -> dict:
+    """Train a part, or all of them in order, and write them into the setting's model with a record of how.
 
-    What was stopped before its last step stays in `out`, for `resume`. `minutes` are for all parts together.
+    What was stopped before its last step stays in `out`, for `resume`. `minutes` are for all parts together. Without
+    a `setting` it is small on a CPU and large on a GPU. Raises ValueError for an unknown setting.
     `order`, for students alone: the fields of `orders.Order`. Only what belongs to the shipped model is recorded.
     """
     if order := _given(what, order):
@@ -56,17 +71,20 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
         return {what: train_students(what, minutes, resume, folder, **order)}
     state = PartialState()
     device = str(state.device)
-    setting = "large" if state.device.type == "cuda" else "small"
-    file = ROOT / TINY / "training.json"
+    setting = setting or ("large" if state.device.type == "cuda" else "small")
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
+    shape = SETTINGS[setting]
+    file, out = _target(shape) / "training.json", out / Path(shape.get("target", "")).name
     record = json.loads(file.read_text()) if file.is_file() else {}
-    name = f"cpu, {torch.get_num_threads()} threads" if setting == "small" else torch.cuda.get_device_name()
+    name = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     began = time.monotonic()
-    for part in PARTS if what == "all" else (what,):
+    for part in [p for p in PARTS if p in RECIPES[setting]] if what == "all" else (what,):
         left = remaining(minutes, began)
         recipe = Recipe(**RECIPES[setting][part])
         after = earlier(record.get(part), out / part) if resume and part in TRAINERS else None
         if part in TRAINERS:
-            done = TRAINERS[part](recipe, SETTINGS[setting], device, left, resume, out / part)
+            done = TRAINERS[part](recipe, shape, device, left, resume, out / part)
         else:
             done = train_students(part, left, resume, out / part)
         stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
@@ -79,6 +97,11 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **ord
         if stopped or not finished:  # the next part is made from a whole one
             break
     return record
+
+
+def _target(shape: dict) -> Path:
+    """The folder of the model that a setting makes."""
+    return ROOT / shape.get("target", TINY)
 
 
 def _given(what: str, order: dict) -> dict:
@@ -111,11 +134,14 @@ def earlier(record: dict | None, folder: Path) -> dict | None:
 def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
     from . import vae
 
-    task, target = vae.VaeTask(recipe, shape["size"], shape["frames"]), ROOT / TINY / "vae"
+    living, target = shape.get("living", False), _target(shape) / "vae"
+    task = vae.VaeTask(recipe, shape["size"], shape["frames"], living=living)
     if resume and (out / "state.pt").is_file():
         task.shape_as(out / "state.pt")
     elif resume and target.is_dir():
         task.start_from(target)
+    elif "start" in shape:
+        task.start_from(ROOT / shape["start"] / "vae")
     summary = fit(task, out, minutes=minutes, resume=resume)
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary
@@ -128,7 +154,7 @@ def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None,
     from . import base
     from .speed import can_compile
 
-    target = ROOT / TINY
+    target = _target(shape)
     if not (target / "vae" / "config.json").is_file():
         raise ValueError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")

@@ -165,7 +165,7 @@ def training_scene(rng: random.Random) -> Scene:
     spins = rng.random() < SPINS
     while True:
         scene = sample_scene(rng)
-        if (scene.things[0].motion == "spins") == spins:
+        if (scene.objects[0].motion == "spins") == spins:
             return scene
 
 

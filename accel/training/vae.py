@@ -29,6 +29,8 @@ from .fit import Recipe
 # until this share of the steps: frames (0: all), clips a batch
 CURRICULUM = ((0.08, 1, 48), (0.16, 5, 16), (0.95, 9, 10), (1.0, 0, 5))
 
+LIVING_CURRICULUM = ((0.4, 5, 4), (0.95, 9, 2), (1.0, 0, 1))  # for the living world, from finished weights
+
 ALIVE = 0.1  # deviation of a latent channel's mean below which it carries nothing; the dead have 0.01, the others 0.7
 
 
@@ -100,10 +102,10 @@ class Autoencoder(nn.Module):
         return self.decode(mean + noise * (0.5 * logvar).exp()), mean, logvar
 
 
-def clips(n: int, frames: int, size: int, seed: int, held_out: bool = False, device="cpu") -> Tensor:
+def clips(n: int, frames: int, size: int, seed: int, held_out=False, device="cpu", living=False) -> Tensor:
     """n rendered clips (n, 3, f, h, w) in [-1, 1]; a single frame is taken anywhere in its clip."""
     rng = random.Random(seed)
-    whole = [render(sample_scene(rng, held_out), max(frames, 9), size, device) for _ in range(n)]
+    whole = [render(sample_scene(rng, held_out, living), max(frames, 9), size, device) for _ in range(n)]
     starts = [rng.randrange(len(c) - frames + 1) for c in whole]
     return torch.stack([to_unit(c[s : s + frames]) for c, s in zip(whole, starts)])
 
@@ -121,9 +123,10 @@ def from_unit(x: Tensor) -> Tensor:
 class VaeTask:
     """L1 + MSE reconstruction with a light pull of the latents towards a unit Gaussian."""
 
-    def __init__(self, recipe: Recipe, size: int = 64, frames: int = 17, kl: float = 1e-3):
+    def __init__(self, recipe: Recipe, size: int = 64, frames: int = 17, kl: float = 1e-3, living: bool = False):
         torch.manual_seed(recipe.seed)
-        self.recipe, self.size, self.frames, self.kl = recipe, size, frames, kl
+        self.recipe, self.size, self.frames, self.kl, self.living = recipe, size, frames, kl, living
+        self.curriculum = LIVING_CURRICULUM if living else CURRICULUM
         self.module = Autoencoder(build_vae())
 
     def start_from(self, folder: Path) -> None:
@@ -143,9 +146,9 @@ class VaeTask:
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         share = step / self.recipe.steps
-        frames, n = next((f or self.frames, n) for until, f, n in CURRICULUM if share < until)
+        frames, n = next((f or self.frames, n) for until, f, n in self.curriculum if share < until)
         device = next(model.parameters()).device
-        x = clips(n, frames, self.size, seed, device=device)
+        x = clips(n, frames, self.size, seed, device=device, living=self.living)
         grid = (n, self.module.vae.config.z_dim, 1 + (frames - 1) // 2, self.size // 8, self.size // 8)
         noise = torch.randn(grid, generator=torch.Generator().manual_seed(seed)).to(device)
         y, mean, logvar = model(x, noise)
@@ -157,7 +160,7 @@ class VaeTask:
 
     @torch.no_grad()
     def sheet(self, path: Path) -> None:
-        x = clips(6, 9, self.size, 1, held_out=True, device=next(self.module.parameters()).device)
+        x = clips(6, 9, self.size, 1, True, next(self.module.parameters()).device, self.living)
         y = self.module.decode(self.module.encode(x)[0])
         rows = rearrange(torch.stack([x, y]), "s b c f h w -> c 1 (b s h) (f w)")
         iio.imwrite(path, from_unit(rows)[0].cpu().numpy())
@@ -171,7 +174,7 @@ def finish(task: VaeTask, folder: Path) -> dict:
     held-out scenes through the stock chunked path.
     """
     vae = task.module.vae.eval()
-    made = (clips(16, task.frames, task.size, 10_000 + i, device=vae.device) for i in range(16))
+    made = (clips(16, task.frames, task.size, 10_000 + i, False, vae.device, task.living) for i in range(16))
     z = torch.cat([task.module.encode(x)[0] for x in made])
     mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -181,7 +184,7 @@ def finish(task: VaeTask, folder: Path) -> dict:
     put(made, folder)
     vae.float()
     rng = random.Random("held-out reconstructions")
-    marks = [_mark(vae, sample_scene(rng, held_out=True), task.frames, task.size) for _ in range(64)]
+    marks = [_mark(vae, sample_scene(rng, True, task.living), task.frames, task.size) for _ in range(64)]
     psnr = torch.tensor([p for p, _ in marks])
     half = 1.96 * psnr.std().item() / len(psnr) ** 0.5
     seen = {a: round(sum(right[a] for _, right in marks) / len(marks), 3) for a in ATTRIBUTES}
