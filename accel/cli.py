@@ -225,6 +225,9 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
     setting: Annotated[str, typer.Option(help="small, medium (the living world, 96x96) or large. [by device]")] = None,
+    export: Annotated[
+        bool, typer.Option(help="Do not train: write the averaged weights of the base's last checkpoint.")
+    ] = False,
     model: Annotated[str, typer.Option(help="Of a student: another model to distil, by LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA, or 0: full weights. [64]")] = None,
@@ -242,8 +245,10 @@ def train(
 
     With --model, distil another Wan pipeline; its students go beside it, or into --out for a hub id.
     """
-    from .training import part_ways, train_parts
+    from .training import export_base, part_ways, train_parts
 
+    if export:
+        return _finish(export_base(setting or "small", out))
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, slots=slots, arm=arm)
     _finish(train_parts(what, minutes, resume, out, setting, **given))
     part_ways()

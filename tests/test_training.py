@@ -1,5 +1,6 @@
 """The trainers on a few steps: the same function as the stock model, resumable to the same weights."""
 
+import json
 import random
 import signal
 import threading
@@ -8,9 +9,10 @@ import time
 import pytest
 import torch
 from torch import nn
+from transformers import UMT5EncoderModel
 
 from accel.models import TINY
-from accel.training import RECIPES, base, earlier, train_parts
+from accel.training import RECIPES, SETTINGS, base, earlier, export_base, train_parts
 from accel.training.base import Denoiser, build_models, build_tokenizer
 from accel.training.fit import Matrices, Recipe, fit, rate
 from accel.training.vae import Autoencoder, VaeTask, build_vae, clips, put, without_dead_channels
@@ -258,6 +260,39 @@ def test_base_task_trains_and_its_pipeline_loads_plainly(tmp_path, monkeypatch):
     other.start_from(tmp_path / "pipe")  # an autoencoder with other channels: the blocks are kept
     assert other.module.transformer.proj_out.weight.shape[0] == 6
     assert torch.equal(*(t.module.transformer.blocks[0].ffn.net[2].weight for t in (other, again)))
+
+
+def test_new_words_leave_the_old_ids_and_embeddings_alone(tmp_path, monkeypatch):
+    every = base.vocabulary()
+    monkeypatch.setattr(base, "vocabulary", lambda: [w for w in every if w not in ("cloudy", "a")])
+    recipe = Recipe(steps=1, lr=1e-3, warmup=1)
+    base.finish(base.BaseTask(recipe, build_vae(8), 16, 5, 2, tmp_path / "old"), tmp_path / "pipe")
+    monkeypatch.setattr(base, "vocabulary", lambda: every)
+    task = base.BaseTask(recipe, build_vae(8), 16, 5, 2, tmp_path / "new", start=tmp_path / "pipe")
+    task.start_from(tmp_path / "pipe")
+    known = base.build_tokenizer(tmp_path / "pipe" / "tokenizer").get_vocab()
+    n = len(every) + 1  # with three special words and without two
+    assert sorted(w for w, i in known.items() if i >= n) == ["a", "cloudy"] and len(known) == n + 2
+    old = UMT5EncoderModel.from_pretrained(tmp_path / "pipe" / "text_encoder").shared.weight
+    assert len(old) == n and torch.equal(task.module.text.shared.weight[:n], old)
+    assert 0 < task.module.text.shared.weight[n:].std() < 0.5 * old.std()
+
+
+def test_an_export_writes_the_averaged_weights_of_an_unfinished_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("accel.training.ROOT", tmp_path)
+    monkeypatch.setattr(base, "CURRICULUM", ((1.0, 1, 2),))
+    monkeypatch.setitem(SETTINGS, "small", {"size": 16, "frames": 5, "fps": 8, "clips": 2})
+    monkeypatch.setitem(RECIPES["small"], "base", {"steps": 9, "lr": 1e-3, "warmup": 1})
+    build_vae(8).save_pretrained(tmp_path / TINY / "vae")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        export_base("small", tmp_path / "out")
+    train_parts("base", 0, False, tmp_path / "out")
+    assert not (tmp_path / TINY / "transformer").exists()
+    assert export_base("small", tmp_path / "out")["step"] == 1
+    weights = torch.load(tmp_path / "out" / "base" / "state.pt", weights_only=True)["ema"]["shadow_params"]
+    written = UMT5EncoderModel.from_pretrained(tmp_path / TINY / "text_encoder").shared.weight
+    assert torch.equal(written, weights[0])
+    assert json.loads((tmp_path / TINY / "training.json").read_text())["base"]["step"] == 1
 
 
 def test_the_record_of_a_run_keeps_that_of_the_run_it_began_with(tmp_path):

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from ..files import whole
 from ..models import ROOT, TINY
 from .distil import remaining
-from .fit import Recipe, fit
+from .fit import Recipe, fit, trained
 
 # The small setting is for CPUs, the large one for a GPU; same code, same layout. The medium one is for CPUs as well,
 # on the living world: it begins with the weights in `start` and makes the model in `target`.
@@ -22,10 +22,11 @@ SETTINGS = {
         "size": 96,
         "frames": 17,
         "fps": 8,
-        "clips": 6000,
+        "clips": 2000,
         "living": True,
         "start": TINY,
         "target": f"{TINY}-96",
+        "save_every": 900,  # seconds: a contact sheet takes half a minute
     },
     "large": {"size": 96, "frames": 33, "fps": 12, "clips": 40_000},
 }
@@ -39,8 +40,8 @@ RECIPES = {
         "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "medium": {
-        "vae": {"steps": 560, "lr": 1e-3, "matrix_lr": 5e-3, "warmup": 40, "decay_from": 0.6},
-        "base": {"steps": 9000, "lr": 1.2e-3, "matrix_lr": 4e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
+        "vae": {"steps": 900, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
+        "base": {"steps": 6000, "lr": 1e-3, "matrix_lr": 3e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
@@ -92,8 +93,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
         if after:
             record[part]["after"] = after
         if state.is_main_process and finished:
-            with whole(file) as made:
-                made.write_text(json.dumps(record, indent=1) + "\n")
+            _write_record(file, record)
         if stopped or not finished:  # the next part is made from a whole one
             break
     return record
@@ -149,29 +149,77 @@ def _train_vae(recipe: Recipe, shape: dict, device: str, minutes: float | None, 
 
 
 def _train_base(recipe: Recipe, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
+    from . import base
+
+    target = _target(shape)
+    task = _base_task(recipe, shape, device, out)
+    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
+        task.start_from(target)
+    elif "start" in shape:
+        task.start_from(ROOT / shape["start"])
+    summary = fit(task, out, minutes=minutes, resume=resume, save_every=shape.get("save_every", 400))
+    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
+        return summary
+    base.finish(task, target)
+    _write_home(shape)
+    return summary
+
+
+def _base_task(recipe: Recipe, shape: dict, device: str, out: Path):
+    """The base's task with the autoencoder of the setting's model. Raises ValueError if there is none yet."""
     from diffusers import AutoencoderKLWan
 
     from . import base
     from .speed import can_compile
 
-    target = _target(shape)
+    target, start = _target(shape), shape.get("start")
     if not (target / "vae" / "config.json").is_file():
         raise ValueError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
     with PartialState().main_process_first():  # which encodes the pool that the others load
-        task = base.BaseTask(
-            recipe, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, can_compile(device)
-        )
-    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
-        task.start_from(target)
-    summary = fit(task, out, minutes=minutes, resume=resume)
-    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
-        return summary
-    base.finish(task, target)
+        return base.BaseTask(
+            recipe, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, can_compile(device),
+            shape.get("living", False), start and ROOT / start,
+        )  # fmt: skip
+
+
+def export_base(setting: str, out: Path) -> dict:
+    """Write the averaged weights of the base's last checkpoint into the setting's model, finished or not.
+
+    A training that is under way is not disturbed. Raises ValueError if there is no checkpoint.
+    """
+    from . import base
+
+    shape, folder = SETTINGS[setting], out / Path(SETTINGS[setting].get("target", "")).name / "base"
+    if not (folder / "state.pt").is_file():
+        raise ValueError(f"{folder} holds no checkpoint: python -m accel train base --setting {setting}")
+    task = _base_task(Recipe(**RECIPES[setting]["base"]), shape, "cpu", folder)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for parameter, averaged in zip(trained(task.module), state["ema"]["shadow_params"], strict=True):
+            parameter.copy_(averaged)
+    base.finish(task, _target(shape))
+    _write_home(shape)
+    done = {"step": state["step"], "steps": task.recipe.steps, "seconds": round(state["seconds"], 1)}
+    file = _target(shape) / "training.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    _write_record(file, {**record, "base": {"setting": setting, **done, "recipe": task.recipe.model_dump()}})
+    return done
+
+
+def _write_record(file: Path, record: dict) -> None:
+    """Write the record of how each part of a model was made."""
+    with whole(file) as made:
+        made.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _write_home(shape: dict) -> None:
+    """Write what the setting's model is made for beside its weights."""
+    from .base import TEXT
+
     home = {"height": shape["size"], "width": shape["size"], "frames": shape["frames"], "fps": shape["fps"]}
-    home |= {"steps": 50, "guidance": 4.0, "text_length": base.TEXT, "captions": True}
-    (target / "accel.json").write_text(json.dumps(home, indent=1) + "\n")
-    return summary
+    home |= {"steps": 50, "guidance": 4.0, "text_length": TEXT, "captions": True}
+    (_target(shape) / "accel.json").write_text(json.dumps(home, indent=1) + "\n")
 
 
 TRAINERS = {"vae": _train_vae, "base": _train_base}  # these begin with the weights that they replace

@@ -32,20 +32,35 @@ from ..files import whole
 from ..world.render import render
 from ..world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
 from .fit import Recipe
-from .speed import DenseAttention
+from .speed import DenseAttention, has_fast_bfloat16
 from .vae import Autoencoder, normalise, put, to_unit
 
 TEXT = 32  # tokens a prompt is padded or cut to
 SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
 # until this share of the steps: latent frames (0: all), clips a batch
 CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
+# For the living world, from finished weights: at each step one of the pairs of latent frames and clips a batch. All
+# lengths come early, so that the averaged weights can be used long before the last step.
+LIVING_CURRICULUM = (
+    (0.03, ((1, 32),)),
+    (0.10, ((3, 12), (3, 12), (5, 7))),
+    (0.50, ((3, 12), (5, 7), (0, 4))),
+    (1.00, ((5, 7), (0, 4), (0, 4))),
+)
 # this share of the clips spins, three times its part of the grammar: nothing else shows a shape at every angle
 SPINS = 1 / 3
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of the closed vocabulary; unknown words become <unk>, every text ends with </s>."""
-    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+def build_tokenizer(start: Path | None = None) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer of the closed vocabulary; unknown words become <unk>, every text ends with </s>.
+
+    The words of the tokenizer in the folder `start` keep their ids; new words come after them.
+    """
+    words = ["<pad>", "</s>", "<unk>"]
+    if start:
+        known = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
+        words = sorted(known, key=known.get)
+    words += [w for w in vocabulary() if w not in words]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -138,10 +153,12 @@ class Denoiser(nn.Module):
 class Pool:
     """Normalised latents (n, c, f, h, w) of rendered training clips with their scenes, encoded once and kept."""
 
-    def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device):
+    def __init__(
+        self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device, living: bool = False
+    ):
         rng = random.Random(f"pool {seed}")
         vae = vae.to(device).eval()
-        self.scenes = [training_scene(rng) for _ in range(n)]
+        self.scenes = [training_scene(rng, living) for _ in range(n)]
         look = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
         made = {"of": repr((n, frames, seed, SPINS, look, sum(p.double().sum().item() for p in vae.parameters())))}
         if not file.is_file() or safe_open(file, "pt").metadata() != made:
@@ -160,18 +177,18 @@ class Pool:
         return self.latents[pick][:, :, times].float(), times, [caption(self.scenes[i], rng) for i in pick]
 
 
-def training_scene(rng: random.Random) -> Scene:
+def training_scene(rng: random.Random, living: bool = False) -> Scene:
     """A scene of the combinations that training may see; it spins with probability `SPINS`."""
     spins = rng.random() < SPINS
     while True:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, living=living)
         if (scene.objects[0].motion == "spins") == spins:
             return scene
 
 
 def _encode(auto: Autoencoder, frames: list[Tensor]) -> Tensor:
     x = torch.stack([to_unit(f) for f in frames])
-    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(str(x.device))):
         return auto.encode(x)[0].float()
 
 
@@ -180,15 +197,15 @@ class BaseTask:
 
     def __init__(
         self, recipe: Recipe, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
-        device: str = "cpu", compiled: bool = False,
+        device: str = "cpu", compiled: bool = False, living: bool = False, start: Path | None = None,
     ):  # fmt: skip
         torch.manual_seed(recipe.seed)
-        self.recipe, self.vae, self.size, self.frames = recipe, vae, size, frames
-        self.tokenizer = build_tokenizer()
+        self.recipe, self.vae, self.size, self.frames, self.living = recipe, vae, size, frames, living
+        self.tokenizer = build_tokenizer(start and start / "tokenizer")
         self.module = Denoiser(*build_models(len(self.tokenizer), vae.config.z_dim), device)
         if compiled:
             self.module.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.pool = Pool(vae, clips, frames, size, recipe.seed, folder / "pool.safetensors", device)
+        self.pool = Pool(vae, clips, frames, size, recipe.seed, folder / "pool.safetensors", device, living)
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of the blocks' linear layers."""
@@ -196,7 +213,7 @@ class BaseTask:
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
-        frames, n = next((f, n) for until, f, n in CURRICULUM if step / self.recipe.steps < until)
+        frames, n = self._lengths(step / self.recipe.steps, rng)
         x0, times, captions = self.pool.draw(n, frames or self.pool.latents.shape[2], rng)
         captions = ["" if rng.random() < 0.1 else c for c in captions]
         tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT - 8, return_tensors="pt").to(x0.device)
@@ -208,14 +225,26 @@ class BaseTask:
         v = model((1 - s) * x0 + s * eps, times, sigma, *words)
         return (v.float() - (eps - x0)).square().mean(), {}
 
+    def _lengths(self, share: float, rng: random.Random) -> tuple[int, int]:
+        """Latent frames (0: all) and clips of a batch after a share of the steps."""
+        if self.living:
+            return rng.choice(next(pairs for until, pairs in LIVING_CURRICULUM if share < until))
+        return next((f, n) for until, f, n in CURRICULUM if share < until)
+
     def start_from(self, folder: Path) -> None:
         """Begin with the weights of a finished pipeline; the schedule and the optimizer start anew.
 
-        So do the first and the last layer where the autoencoder has got another number of latent channels.
+        So do the first and the last layer where the autoencoder has got another number of latent channels. Words that
+        the pipeline does not know begin with small random embeddings.
         """
         text = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
         transformer = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
         fresh = self.module.transformer.state_dict()
+        new = len(self.tokenizer) - text.config.vocab_size
+        if new > 0:
+            known = text.shared.weight.detach()
+            text.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+            text.shared.weight.data[-new:] = 0.3 * known.std() * torch.randn(new, known.shape[1])
         self.module.text.load_state_dict(text.state_dict())
         self.module.transformer.load_state_dict(
             {name: w if w.shape == fresh[name].shape else fresh[name] for name, w in transformer.items()}
@@ -239,7 +268,8 @@ class BaseTask:
         pipe.set_progress_bar_config(disable=True)
         length = dict(height=self.size, width=self.size, num_frames=self.frames, max_sequence_length=TEXT)
         noise = torch.Generator().manual_seed(0)
-        out = pipe(held_out_prompts(6, 1), num_inference_steps=12, guidance_scale=4.0, generator=noise, **length)
+        prompts = held_out_prompts(6, 1, self.living)
+        out = pipe(prompts, num_inference_steps=12, guidance_scale=4.0, generator=noise, **length)
         frames = torch.as_tensor(out.frames)[:, :: max(1, self.frames // 8)]
         iio.imwrite(path, (rearrange(frames, "b f h w c -> (b h) (f w) c") * 255).round().to(torch.uint8).cpu().numpy())
 

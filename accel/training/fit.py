@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import whole
+from .speed import has_fast_bfloat16
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
@@ -76,7 +77,7 @@ def fit(
     recipe = task.recipe
     _prepare(folder, resume)
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bfloat16(str(PartialState().device)) else "no")
     task.module.to(accelerator.device)  # before `Matrices` takes its views
     optimizers = _optimizers(task)
     ema = EMAModel(trained(task.module), decay=recipe.ema, use_ema_warmup=True, power=0.8, foreach=True)
@@ -196,9 +197,12 @@ class Matrices(torch.optim.Muon):
 
 
 def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices (k, m, n) with their singular values brought near 1, by Newton-Schulz iterations in bfloat16."""
+    """Matrices (k, m, n) with their singular values brought near 1, by Newton-Schulz iterations.
+
+    In bfloat16 where that is fast.
+    """
     a, b, c = coefficients
-    y = x.bfloat16()
+    y = x.bfloat16() if has_fast_bfloat16(str(x.device)) else x.float()
     if tall := y.shape[1] > y.shape[2]:
         y = y.mT
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=eps)

@@ -29,7 +29,7 @@ from .fit import Recipe
 # until this share of the steps: frames (0: all), clips a batch
 CURRICULUM = ((0.08, 1, 48), (0.16, 5, 16), (0.95, 9, 10), (1.0, 0, 5))
 
-LIVING_CURRICULUM = ((0.4, 5, 4), (0.95, 9, 2), (1.0, 0, 1))  # for the living world, from finished weights
+LIVING_CURRICULUM = ((0.4, 5, 4), (0.95, 9, 3), (1.0, 0, 2))  # for the living world, from finished weights
 
 ALIVE = 0.1  # deviation of a latent channel's mean below which it carries nothing; the dead have 0.01, the others 0.7
 

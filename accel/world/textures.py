@@ -67,7 +67,7 @@ def _waves(draw: Draw, size: int, amplitude: Callable) -> Tensor:
 def cloudy(draw: Draw, time: Tensor, size: int) -> Tensor:
     """Clouds of all sizes that drift with the wind and slowly change."""
     wind, angle = draw.uniform(0.12, 0.38), draw.uniform(-0.5, 0.5) + math.pi * draw.uniform(0, 1).round()
-    steep, cover = draw.uniform(1.7, 2.1), draw.uniform(-0.15, 0.25)
+    steep, cover = draw.uniform(1.9, 2.3), draw.uniform(-0.15, 0.25)
     vx, vy = wind * angle.cos(), wind * angle.sin()
     change = draw.normal(2 * MAX_WAVE + 1, MAX_WAVE + 1)
     field = random_field(
@@ -83,7 +83,7 @@ def starry(draw: Draw, time: Tensor, size: int) -> Tensor:
     n = int(draw.uniform(50, 90))
     speed, angle = draw.uniform(0.05, 0.16), draw.uniform(0, 2 * math.pi)
     bright = draw.uniform(0.35, 1.0, n) ** 1.5
-    radius = 0.010 + 0.006 * bright * draw.uniform(0.6, 1.2, n)  # in frame widths
+    radius = 0.011 + 0.006 * bright * draw.uniform(0.6, 1.2, n)  # in frame widths
     beat, phase = draw.uniform(0.8, 2.8, n), draw.uniform(0, 1, n)
     glow = bright * (0.68 + 0.32 * (2 * math.pi * (beat * time[:, None] + phase)).sin())  # (f, n)
     ramp = (torch.arange(size) + 0.5) / size
@@ -112,12 +112,12 @@ def rippling(draw: Draw, time: Tensor, size: int) -> Tensor:
         lambda kx, ky: (-(((kx.hypot(0.6 * ky) - centre) / (0.35 * centre)).square())).exp(),
         lambda kx, ky: way * pace * (kx.hypot(ky) / centre).sqrt(),  # long waves run faster, as in deep water
     )  # fmt: skip
-    return 1.3 * (-2.1 * field.abs()).exp() - 0.5
+    return 1.05 * (-1.8 * (field.square() + 0.03).sqrt()).exp() - 0.35  # the root rounds the crests
 
 
 def grassy(draw: Draw, time: Tensor, size: int) -> Tensor:
     """Blades of grass that sway in waves of wind; gusts pass over them as a sheen."""
-    width, sway, rate = draw.uniform(8, 12), draw.uniform(0.018, 0.03), draw.uniform(0.9, 1.6)
+    width, sway, rate = draw.uniform(7, 10.5), draw.uniform(0.018, 0.03), draw.uniform(0.9, 1.6)
     phase, tilt = draw.uniform(0, 1), draw.uniform(-0.6, 0.6)
     blades = _waves(
         draw, size, lambda kx, ky: (-(((kx - width) / 6).square()) - ((ky - tilt * 3) / 2.6).square()).exp()
@@ -132,7 +132,7 @@ def grassy(draw: Draw, time: Tensor, size: int) -> Tensor:
     rows = rows * torch.polar(torch.ones(()), 2 * math.pi * kx * bend[..., None])
     grass = torch.fft.irfft(rows, n=size, dim=-1, norm="forward")
     gust = random_field(draw, time, size, lambda kx, ky: (kx.hypot(ky) + 0.5) ** -3, lambda kx, ky: 0.5 * kx + 0.3 * ky)
-    return 0.36 * grass.tanh() + 0.32 * gust.tanh() + 0.05
+    return 0.32 * grass.tanh() + 0.3 * gust.tanh() + 0.05
 
 
 def marbled(draw: Draw, time: Tensor, size: int) -> Tensor:
@@ -147,8 +147,8 @@ def marbled(draw: Draw, time: Tensor, size: int) -> Tensor:
     )  # fmt: skip
     ramp = (torch.arange(size) + 0.5) / size
     along = number * (angle.cos() * ramp[None, :] + angle.sin() * ramp[:, None])
-    vein = (math.pi * (along - flow * time[:, None, None]) + fold * warp).sin().abs()
-    return 0.75 * vein.sqrt() - 0.85 * (-5 * vein).exp() - 0.35
+    vein = (math.pi * (along - flow * time[:, None, None]) + fold * warp).sin().square().add(0.005).sqrt()
+    return 0.65 * vein.sqrt() - 0.7 * (-5 * vein).exp() - 0.3
 
 
 TEXTURES = {"cloudy": cloudy, "starry": starry, "rippling": rippling, "grassy": grassy, "marbled": marbled}
