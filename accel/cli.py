@@ -296,6 +296,8 @@ def train(
         bool, typer.Option(help="Continue from the last checkpoint, or start from the shipped weights.")
     ] = False,
     out: Out = Path("checkpoints"),
+    setting: Annotated[str, typer.Option(help="small, medium (living world, 96x96) or large. [by device]")] = None,
+    export: Annotated[bool, typer.Option(help="No training: write the averaged weights of the last checkpoint.")] = False,
     model: Annotated[str, typer.Option(help="For students: another model to distill, with LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one per line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA; 0: all weights. [64]")] = None,
@@ -312,10 +314,12 @@ def train(
     parts = ("vae", "base", "gpd", "meanflow", "predictor", "all")
     if what not in parts:
         raise ValueError(f"unknown part {what!r}; there are {', '.join(parts)}")
-    from .training import shutdown_distributed, train_parts
+    from .training import export_base, shutdown_distributed, train_parts
 
+    if export:
+        return print_json(export_base(setting or "small", out))
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, trajectories=trajectories, ablation=ablation)
-    print_json(train_parts(what, minutes, resume, out, **given))
+    print_json(train_parts(what, minutes, resume, out, setting, **given))
     shutdown_distributed()
 
 

@@ -15,8 +15,8 @@ from accel.runtime.models import ModelDefaults
 from accel.students.interval_embedding import IntervalEmbedder
 from accel.students.weights import fingerprint
 from accel.training.feature_probe import FeatureProbe
-from accel.training.loop import OptimConfig
 from accel.training.networks import FullNetworks
+from accel.training.optim import OptimConfig
 from accel.training.rollouts import MeanFlowContext, rollout_context
 from accel.training.stages import store
 from accel.training.tasks.base import build_tokenizer

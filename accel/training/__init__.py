@@ -12,12 +12,24 @@ from accelerate import PartialState
 from ..files import atomic_write
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
-from .loop import OptimConfig, fit
+from .loop import fit, trainable
+from .optim import OptimConfig
 from .stages import remaining
 
-# The small setting is for CPUs, the large one for a GPU; same code, same layout.
+# The small setting is for CPUs, the large one for a GPU; same code, same layout. The medium one is for CPUs as well,
+# on the living world: it begins with the weights in `start` and makes the model in `target`.
 SETTINGS = {
     "small": {"size": 64, "frames": 17, "fps": 8, "clips": 12_000},
+    "medium": {
+        "size": 96,
+        "frames": 17,
+        "fps": 8,
+        "clips": 2000,
+        "living": True,
+        "start": TINY,
+        "target": f"{TINY}-96",
+        "save_every": 900,  # seconds: a contact sheet takes half a minute
+    },
     "large": {"size": 96, "frames": 33, "fps": 12, "clips": 40_000},
 }
 _STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # no average: a stage is short
@@ -28,6 +40,10 @@ OPTIM_CONFIGS = {
         "gpd": {"steps": 38, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
         "meanflow": {"steps": 450, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
+    },
+    "medium": {
+        "vae": {"steps": 900, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
+        "base": {"steps": 6000, "lr": 1e-3, "matrix_lr": 3e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
@@ -46,10 +62,11 @@ STUDENTS = ("gpd", "meanflow", "predictor")  # what is made of a model that is t
 PARTS = ("vae", "base", *STUDENTS)
 
 
-def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **job) -> dict:
-    """Train a part, or all of them in order, and write them into `models/tiny-wan` with a record of how.
+def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
+    """Train a part, or all of them in order, and write them into the setting's model with a record of how.
 
-    What was stopped before its last step stays in `out`, for `resume`. `minutes` are for all parts together.
+    What was stopped before its last step stays in `out`, for `resume`. `minutes` are for all parts together. Without
+    a `setting` it is small on a CPU and large on a GPU. Raises ValueError for an unknown setting.
     `order`, for students alone: the fields of `orders.Order`. Only what belongs to the shipped model is recorded.
     """
     if job := _given(what, job):
@@ -57,17 +74,20 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **job
         return {what: train_students(what, minutes, resume, folder, **job)}
     state = PartialState()
     device = str(state.device)
-    setting = "large" if state.device.type == "cuda" else "small"
-    file = ROOT / TINY / "training.json"
+    setting = setting or ("large" if state.device.type == "cuda" else "small")
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
+    shape = SETTINGS[setting]
+    file, out = _target(shape) / "training.json", out / Path(shape.get("target", "")).name
     record = json.loads(file.read_text()) if file.is_file() else {}
-    name = f"cpu, {torch.get_num_threads()} threads" if setting == "small" else torch.cuda.get_device_name()
+    name = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     began = time.monotonic()
-    for part in PARTS if what == "all" else (what,):
+    for part in [p for p in PARTS if p in OPTIM_CONFIGS[setting]] if what == "all" else (what,):
         left = remaining(minutes, began)
         optim = OptimConfig(**OPTIM_CONFIGS[setting][part])
         after = parent_run(record.get(part), out / part) if resume and part in TRAINERS else None
         if part in TRAINERS:
-            done = TRAINERS[part](optim, SETTINGS[setting], device, left, resume, out / part)
+            done = TRAINERS[part](optim, shape, device, left, resume, out / part)
         else:
             done = train_students(part, left, resume, out / part)
         stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
@@ -75,11 +95,15 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, **job
         if after:
             record[part]["parent_run"] = after
         if state.is_main_process and finished:
-            with atomic_write(file) as made:
-                made.write_text(json.dumps(record, indent=1) + "\n")
+            _write_record(file, record)
         if stopped or not finished:  # the next part is made from a whole one
             break
     return record
+
+
+def _target(shape: dict) -> Path:
+    """The folder of the model that a setting makes."""
+    return ROOT / shape.get("target", TINY)
 
 
 def _given(what: str, job: dict) -> dict:
@@ -112,11 +136,14 @@ def parent_run(record: dict | None, folder: Path) -> dict | None:
 def _train_vae(optim: OptimConfig, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
     from .tasks import vae
 
-    task, target = vae.VaeTask(optim, shape["size"], shape["frames"]), ROOT / TINY / "vae"
+    living, target = shape.get("living", False), _target(shape) / "vae"
+    task = vae.VaeTask(optim, shape["size"], shape["frames"], living=living)
     if resume and (out / "state.pt").is_file():
         task.shape_as(out / "state.pt")
     elif resume and target.is_dir():
         task.start_from(target)
+    elif "start" in shape:
+        task.start_from(ROOT / shape["start"] / "vae")
     summary = fit(task, out, minutes=minutes, resume=resume)
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary
@@ -124,30 +151,77 @@ def _train_vae(optim: OptimConfig, shape: dict, device: str, minutes: float | No
 
 
 def _train_base(optim: OptimConfig, shape: dict, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
+    from .tasks import base
+
+    target = _target(shape)
+    task = _base_task(optim, shape, device, out)
+    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
+        task.start_from(target)
+    elif "start" in shape:
+        task.start_from(ROOT / shape["start"])
+    summary = fit(task, out, minutes=minutes, resume=resume, save_every=shape.get("save_every", 400))
+    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
+        return summary
+    base.finish(task, target)
+    _write_defaults(shape)
+    return summary
+
+
+def _base_task(optim: OptimConfig, shape: dict, device: str, out: Path):
+    """The base's task with the autoencoder of the setting's model. Raises ValueError if there is none yet."""
     from diffusers import AutoencoderKLWan
 
     from .optimize import can_compile
     from .tasks import base
 
-    target = ROOT / TINY
+    target, start = _target(shape), shape.get("start")
     if not (target / "vae" / "config.json").is_file():
         raise ValueError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
     with PartialState().main_process_first():  # which encodes the pool that the others load
-        task = base.BaseTask(
-            optim, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, can_compile(device)
-        )
-    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
-        task.start_from(target)
-    summary = fit(task, out, minutes=minutes, resume=resume)
-    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
-        return summary
-    base.finish(task, target)
+        return base.BaseTask(
+            optim, autoencoder, shape["size"], shape["frames"], shape["clips"], out, device, can_compile(device),
+            shape.get("living", False), start and ROOT / start,
+        )  # fmt: skip
+
+
+def export_base(setting: str, out: Path) -> dict:
+    """Write the averaged weights of the base's last checkpoint into the setting's model, finished or not.
+
+    A training that is under way is not disturbed. Raises ValueError if there is no checkpoint.
+    """
+    from .tasks import base
+
+    shape, folder = SETTINGS[setting], out / Path(SETTINGS[setting].get("target", "")).name / "base"
+    if not (folder / "state.pt").is_file():
+        raise ValueError(f"{folder} holds no checkpoint: python -m accel train base --setting {setting}")
+    task = _base_task(OptimConfig(**OPTIM_CONFIGS[setting]["base"]), shape, "cpu", folder)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for parameter, averaged in zip(trainable(task.module), state["ema"]["shadow_params"], strict=True):
+            parameter.copy_(averaged)
+    base.finish(task, _target(shape))
+    _write_defaults(shape)
+    done = {"step": state["step"], "steps": task.optim.steps, "seconds": round(state["seconds"], 1)}
+    file = _target(shape) / "training.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    _write_record(file, {**record, "base": {"setting": setting, **done, "optim": task.optim.model_dump()}})
+    return done
+
+
+def _write_record(file: Path, record: dict) -> None:
+    """Write the record of how each part of a model was made."""
+    with atomic_write(file) as made:
+        made.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _write_defaults(shape: dict) -> None:
+    """Write what the setting's model is made for beside its weights."""
+    from .tasks.base import MAX_TOKENS
+
     defaults = {"height": shape["size"], "width": shape["size"], "frames": shape["frames"], "fps": shape["fps"]}
-    defaults |= {"steps": 50, "guidance": 4.0, "text_length": base.MAX_TOKENS, "toy_world": True}
-    defaults |= {"metrics": ["adherence"]}
-    (target / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
-    return summary
+    defaults |= {"steps": 50, "guidance": 4.0, "text_length": MAX_TOKENS, "toy_world": True, "metrics": ["adherence"]}
+    (_target(shape) / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
 
 
 TRAINERS = {"vae": _train_vae, "base": _train_base}  # these begin with the weights that they replace

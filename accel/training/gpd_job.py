@@ -14,7 +14,7 @@ from ..ops.spectrum import high_pass
 from ..runtime.models import model_defaults
 from ..students.weights import fingerprint
 from .jobs import DistillJob, prepare_dir, rank_and_world, share_stages
-from .loop import OptimConfig
+from .optim import OptimConfig
 from .stages import distil, remaining, store, totals
 from .tasks.gpd_distillation import TARGET_SCHEMES, GpdConfig, GpdTask
 

@@ -15,8 +15,8 @@ from accelerate import PartialState
 from ..evaluation.result_log import config_hash
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
-from .loop import OptimConfig
 from .networks import FullNetworks, Networks
+from .optim import OptimConfig
 from .rollouts import RolloutContext, rollout_context
 from .stages import StagedTask, TrajectoryValidator
 from .video_folder import VideoFolder

@@ -1,7 +1,7 @@
-"""One training loop for all trainers: accelerate, EMA, atomic checkpoints, a JSON line of losses, a sample sheet.
+"""The training loop of all trainers: accelerate, EMA, atomic checkpoints, a JSON line of losses, a sample grid.
 
-Batches depend on (seed, step, process) alone, so a resumed run follows the loss curve of an unbroken one. A task that
-carries more than that from step to step has `state_dict` and `load_state_dict`, one row per sample.
+A batch depends only on (seed, step, process), so a resumed run follows the loss curve of an unbroken one. A task with
+more state than that has `state_dict` and `load_state_dict`, whose tensors have one row per sample.
 """
 
 from __future__ import annotations
@@ -19,30 +19,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather
 from diffusers.training_utils import EMAModel
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import atomic_write
-
-
-class OptimConfig(BaseModel, frozen=True, extra="forbid"):
-    """What all trainers share. `steps` fixes the learning-rate schedule; `--minutes` only cuts a run into chunks."""
-
-    steps: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    matrix_lr: float = Field(6e-3, gt=0)  # of Muon, for the task's `matrices`; AdamW's `lr` is for the rest
-    warmup: int = 100
-    decay_from: float = 0.4  # share of the steps after which the rate falls linearly to zero
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-    ema: float = 0.998
-    seed: int = 0
+from .optim import BatchedMuon, OptimConfig, learning_rate
+from .optimize import has_fast_bfloat16
 
 
 class Task(Protocol):
-    """What a trainer brings: one module to train, its loss, and a picture of how far it is."""
+    """What a trainer supplies: a module to train, its loss, and a picture of its progress."""
 
     optim: OptimConfig
     module: nn.Module
@@ -52,34 +38,28 @@ class Task(Protocol):
     def sample_grid(self, path: Path) -> None: ...
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn; of a model with adapters these are few."""
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The module's parameters that require a gradient."""
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def rate(step: int, optim: OptimConfig) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, constant, linear decay."""
-    start = optim.decay_from * optim.steps
-    decay = min(1.0, (optim.steps - step) / max(1.0, optim.steps - start))
-    return min(1.0, (step + 1) / optim.warmup) * decay
 
 
 def fit(
     task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 400,
-    look: Callable[[int], bool] = lambda step: False, every: int = 25,
+    should_end: Callable[[int], bool] = lambda step: False, check_every: int = 25,
 ) -> dict:  # fmt: skip
-    """Train until the recipe's last step, the time or Ctrl-C; a summary of where it stands. Resumable always.
+    """Train until the last step, the end of the time, or Ctrl-C; returns a summary. A later `resume` continues.
 
-    `look(steps done)` is called every so many steps while the module has its averaged weights; if it is true in any
-    process, the run ends in all alike, and the summary has "ended". After Ctrl-C it has "stopped".
+    `should_end(steps done)` is called every `check_every` steps while the module has its EMA weights; if it is true in
+    any process, the run ends in all of them and the summary has "ended". After Ctrl-C the summary has "stopped".
+    `save_every`: seconds between checkpoints.
     """
     optim = task.optim
-    _prepare(folder, resume)
+    _prepare_folder(folder, resume)
     torch.manual_seed(optim.seed)
-    accelerator = Accelerator(mixed_precision="bf16")
-    task.module.to(accelerator.device)  # before `Matrices` takes its views
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bfloat16(str(PartialState().device)) else "no")
+    task.module.to(accelerator.device)  # before `BatchedMuon` takes views of the weights
     optimizers = _optimizers(task)
-    ema = EMAModel(trained(task.module), decay=optim.ema, use_ema_warmup=True, power=0.8, foreach=True)
+    ema = EMAModel(trainable(task.module), decay=optim.ema, use_ema_warmup=True, power=0.8, foreach=True)
     step, spent, ended = _load(folder, task, optimizers, ema) if resume else (0, 0.0, False)
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
@@ -89,9 +69,9 @@ def fit(
             logs = _step(task, accelerator, model, optimizers, ema, step)
             step, now = step + 1, time.monotonic()
             note(step, spent + now - began, logs)
-            if step % every == 0:
+            if step % check_every == 0:
                 with ema_weights(task.module, ema):
-                    ended = any_process(look(step))
+                    ended = any_process(should_end(step))
             over = any_process(stopped() or (minutes is not None and now - began > 60 * minutes))
             if ended or step == optim.steps or any_process(over or now - saved > save_every):
                 progress = {"step": step, "seconds": spent + now - began, "ended": ended}
@@ -100,13 +80,13 @@ def fit(
             if over:
                 break
         halted = any_process(stopped())
-    ema.copy_to(trained(task.module))
-    told = {name: True for name, so in (("ended", ended), ("stopped", halted)) if so}
-    return {"step": step, "steps": optim.steps, "seconds": round(spent + time.monotonic() - began, 1), **told}
+    ema.copy_to(trainable(task.module))
+    flags = {name: True for name, is_set in (("ended", ended), ("stopped", halted)) if is_set}
+    return {"step": step, "steps": optim.steps, "seconds": round(spent + time.monotonic() - began, 1), **flags}
 
 
-def _prepare(folder: Path, resume: bool) -> None:
-    """The folder of a run, without an earlier one's state if that is not resumed: else a later `resume` would be."""
+def _prepare_folder(folder: Path, resume: bool) -> None:
+    """Make the run's folder; without `resume`, delete an earlier state, which a later resume would load."""
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -116,7 +96,7 @@ def _prepare(folder: Path, resume: bool) -> None:
 
 @contextmanager
 def _journal(folder: Path, accelerator: Accelerator, step: int, steps: int):
-    """Inside, note(step, seconds, logs) moves a bar on, and writes a line of losses every 20 steps."""
+    """Yield note(step, seconds, logs), which advances a progress bar and writes a line of losses every 20 steps."""
     bar = tqdm(total=steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
     with bar, open(folder / "log.jsonl", "a" if step else "w") as log:
 
@@ -131,96 +111,41 @@ def _journal(folder: Path, accelerator: Accelerator, step: int, steps: int):
 
 
 def _checkpoint(folder: Path, task, accelerator, model, optimizers, ema: EMAModel, progress: dict) -> None:
-    """Put all that a resumed run needs into the folder, with where it stands, and the picture."""
-    carried = _carried(task, accelerator)
+    """Write everything that a resumed run needs, and the sample grid."""
+    task_state = _gather_task_state(task, accelerator)
     if accelerator.is_main_process:
-        _save(folder, accelerator.unwrap_model(model), optimizers, ema, carried, progress)
+        _save(folder, accelerator.unwrap_model(model), optimizers, ema, task_state, progress)
         with ema_weights(task.module, ema):
-            task.sample_grid(folder / "sheet.png")
+            task.sample_grid(folder / "samples.png")
 
 
-def _carried(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:
-    """What a task carries, of all processes in their order."""
+def _gather_task_state(task: Task, accelerator: Accelerator) -> dict[str, Tensor]:
+    """The task's own state, gathered over all processes in their order."""
     state = task.state_dict() if hasattr(task, "state_dict") else {}
     return {name: accelerator.gather(value.to(accelerator.device)).cpu() for name, value in state.items()}
 
 
 def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
-    """Muon for the task's matrices if it has any, AdamW for the rest."""
-    optim, hidden = task.optim, task.matrices()
-    rest = [p for p in trained(task.module) if all(p is not m for m in hidden)]
+    """AdamW, and Muon for the task's matrices if it has any."""
+    optim, matrices = task.optim, task.matrices()
+    rest = [p for p in trainable(task.module) if all(p is not m for m in matrices)]
     adam = torch.optim.AdamW(rest, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-    return [adam, *([BatchedMuon(hidden, lr=optim.matrix_lr, weight_decay=optim.weight_decay)] if hidden else [])]
+    return [adam, *([BatchedMuon(matrices, lr=optim.matrix_lr, weight_decay=optim.weight_decay)] if matrices else [])]
 
 
-class BatchedMuon(torch.optim.Muon):
-    """Muon with steps whose size is that of AdamW's (Liu et al., arXiv 2502.16982); a kernel has a row per output.
-
-    Matrices of one shape take their steps together, up to so many numbers: for tiny-wan's 80 that is a seventh of the
-    operators, and 0.6 of the time on two CPU cores.
-    """
-
-    together = 2**26
-
-    def __init__(self, weights: list[nn.Parameter], **options):
-        self.weights = weights
-        flat = [nn.Parameter(w.data.flatten(1)) for w in weights]  # views: a step on them is a step on the weights
-        super().__init__(flat, adjust_lr_fn="match_rms_adamw", **options)
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:  # accelerate hands one on, which is None
-        (group,) = self.param_groups
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for weight, flat in zip(self.weights, group["params"], strict=True):
-            if weight.grad is not None:
-                grad, state = weight.grad.flatten(1), self.state[flat]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(grad)
-                alike.setdefault(flat.shape, []).append((flat, grad, state["momentum_buffer"]))
-        for shape, rows in alike.items():
-            most = max(1, self.together // shape.numel())
-            for first in range(0, len(rows), most):
-                self._together(group, *map(list, zip(*rows[first : first + most])))
-
-    def _together(self, group: dict, flats: list[Tensor], grads: list[Tensor], means: list[Tensor]) -> None:
-        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-        ahead = torch.stack(grads).lerp_(torch.stack(means), group["momentum"])  # Nesterov's
-        steps = newton_schulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        torch._foreach_mul_(flats, 1 - group["lr"] * group["weight_decay"])
-        size = 0.2 * group["lr"] * math.sqrt(max(flats[0].shape))
-        torch._foreach_add_(flats, list(steps.to(flats[0].dtype).contiguous()), alpha=-size)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self.weights:
-            weight.grad = None
-
-
-def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices (k, m, n) with their singular values brought near 1, by Newton-Schulz iterations in bfloat16."""
-    a, b, c = coefficients
-    y = x.bfloat16()
-    if tall := y.shape[1] > y.shape[2]:
-        y = y.mT
-    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return y.mT if tall else y
-
-
-def any_process(mine: bool) -> bool:
-    """True in all processes if it is true in one: they must leave a loop together."""
+def any_process(flag: bool) -> bool:
+    """Whether the flag is true in any process: all processes must leave a loop together."""
     state = PartialState()
     if state.num_processes == 1:
-        return mine
-    return bool(gather(torch.tensor([mine], device=state.device)).any())
+        return flag
+    return bool(gather(torch.tensor([flag], device=state.device)).any())
 
 
 def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, float]:
     optim = task.optim
     for optimizer, peak in zip(optimizers, (optim.lr, optim.matrix_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(step, optim)
+            group["lr"] = peak * learning_rate(step, optim)
     seed = (optim.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
     with accelerator.autocast():
         loss, logs = task.loss(model, step, seed)
@@ -231,58 +156,58 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    ema.step(trained(task.module))
+    ema.step(trainable(task.module))
     if accelerator.num_processes > 1:
         loss = accelerator.reduce(loss.detach(), "mean")
     return {"loss": loss.item(), **logs}
 
 
-def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, carried, progress: dict) -> None:
-    lasting = module.state_dict().keys()
-    buffers = {name: b for name, b in module.named_buffers() if name in lasting}
-    learnt = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    state = {"module": {**buffers, **learnt}, "ema": ema.state_dict(), "carried": carried}
+def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, task_state, progress: dict) -> None:
+    persistent = module.state_dict().keys()
+    buffers = {name: b for name, b in module.named_buffers() if name in persistent}
+    weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    state = {"module": {**buffers, **weights}, "ema": ema.state_dict(), "task": task_state}
     state["optimizers"] = [o.state_dict() for o in optimizers]
     save_atomically({**state, **progress}, folder / "state.pt")
 
 
 def save_atomically(state: dict, file: Path) -> None:
-    """Save it in place of what is there, whole or not at all."""
+    """`torch.save` that replaces the file only once everything is written."""
     with atomic_write(file) as part:
         torch.save(state, part)
 
 
 def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, float, bool]:
-    """Steps and seconds done, and whether a look has ended the run."""
+    """Load a checkpoint if there is one; returns steps and seconds done, and whether the run has ended early."""
     if not (folder / "state.pt").exists():
         return 0, 0.0, False
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    own = {**dict(task.module.named_parameters()), **dict(task.module.named_buffers())}
+    tensors = {**dict(task.module.named_parameters()), **dict(task.module.named_buffers())}
     with torch.no_grad():
-        for name in own.keys() & state["module"].keys():
-            own[name].copy_(state["module"][name])
-    if state.get("carried"):
-        task.load_state_dict(state["carried"])
-    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(kept)
+        for name in tensors.keys() & state["module"].keys():
+            tensors[name].copy_(state["module"][name])
+    if state.get("task"):
+        task.load_state_dict(state["task"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     ema.load_state_dict(state["ema"])
     return state["step"], state["seconds"], state["ended"]
 
 
 @contextmanager
 def ema_weights(module: nn.Module, ema: EMAModel):
-    """Inside, the module holds the averaged weights."""
-    ema.store(trained(module))
-    ema.copy_to(trained(module))
+    """Give the module its EMA weights for the time of the context."""
+    ema.store(trainable(module))
+    ema.copy_to(trainable(module))
     try:
         yield
     finally:
-        ema.restore(trained(module))
+        ema.restore(trainable(module))
 
 
 @contextmanager
 def _stop_on_signal():
-    """Ctrl-C and SIGTERM end the run after the current step, so that the checkpoint is whole."""
+    """Yield a function that says whether Ctrl-C or SIGTERM came: the run ends after the step, with a checkpoint."""
     seen: list[int] = []
     before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -16,7 +16,7 @@ from ..runtime.models import model_defaults
 from ..students.interval_embedding import IntervalEmbedder, unwrapped
 from ..students.weights import fingerprint, load_int8_delta, matches_fingerprint
 from .jobs import DistillJob, prepare_dir, rank_and_world, share_stages
-from .loop import OptimConfig
+from .optim import OptimConfig
 from .rollouts import MeanFlowContext
 from .stages import distil, remaining, store, totals
 from .tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask, max_step_width

@@ -25,7 +25,7 @@ from ..students.manifest import check_base
 from ..students.weights import fingerprint
 from .feature_probe import FeatureProbe
 from .jobs import DistillJob, prepare_dir, rank_and_world
-from .loop import OptimConfig
+from .optim import OptimConfig
 from .optimize import optimize_blocks
 from .rollouts import MeanFlowContext
 from .stages import distil, remaining, store, totals

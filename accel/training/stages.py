@@ -14,8 +14,9 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from .loop import OptimConfig, Task, any_process, fit, save_atomically, trained
+from .loop import Task, any_process, fit, save_atomically, trainable
 from .networks import Networks, velocity
+from .optim import OptimConfig
 from .rollouts import RolloutContext, TrajectoryPool, rollout
 
 POINTS = 6  # places on the way at which a jump is compared with the teacher's
@@ -130,7 +131,7 @@ class StageMonitor:
         what = self.held.named(self.horizon)
         print(f"held-out error of {what}: {error:.4f} after {step} iterations", file=sys.stderr)
         if not self.errors or error < min(self.errors.values()):
-            self.best = [p.detach().cpu().clone() for p in trained(self.model)]
+            self.best = [p.detach().cpu().clone() for p in trainable(self.model)]
         self.errors[step] = error
         if PartialState().is_main_process:
             save_atomically({"errors": self.errors, "best": self.best}, self.file)
@@ -146,7 +147,7 @@ class StageMonitor:
     @torch.no_grad()
     def restore(self) -> None:
         """Give the student the best weights seen."""
-        for weight, best in zip(trained(self.model), self.best, strict=True):
+        for weight, best in zip(trainable(self.model), self.best, strict=True):
             weight.copy_(best)
 
 
@@ -205,7 +206,7 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     watch = StageMonitor(held, task.module, horizon, folder / "watch.pt", begun)
     over = lambda step: watch.look(step) or task.diverged
-    summary = fit(task, folder, minutes=minutes, resume=resume, look=over, every=EVERY)
+    summary = fit(task, folder, minutes=minutes, resume=resume, should_end=over, check_every=EVERY)
     stopped = {"stopped": True} if summary.pop("stopped", False) else {}
     if summary["step"] < summary["steps"] and "ended" not in summary:
         return None, stopped
@@ -214,7 +215,7 @@ def _train(
     if task.best or watch.diverged:
         watch.restore()
     if PartialState().is_main_process:
-        torch.save([p.detach().cpu() for p in trained(task.module)], folder / "student.pt")
+        torch.save([p.detach().cpu() for p in trainable(task.module)], folder / "student.pt")
     errors = {"velocity_mse": held.jump(task.module, horizon), "final_latent_error": held.end(task.module, horizon)}
     return {**summary, **errors, "validation_curve": watch.errors}, stopped
 
@@ -222,9 +223,9 @@ def _train(
 @torch.no_grad()
 def _restore(task: StagedTask, folder: Path) -> None:
     """The student that a finished stage left, and its slots."""
-    for weight, kept in zip(trained(task.module), torch.load(folder / "student.pt", weights_only=True), strict=True):
+    for weight, kept in zip(trainable(task.module), torch.load(folder / "student.pt", weights_only=True), strict=True):
         weight.copy_(kept)
-    task.load_state_dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["carried"])
+    task.load_state_dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["task"])
 
 
 def remaining(minutes: float | None, began: float) -> float | None:

@@ -1,4 +1,4 @@
-"""A folder of captioned videos as places to begin, where a student should see more than what its model makes."""
+"""A folder of captioned videos from which trajectories start, so that a student sees more than its model's samples."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .tasks.vae import to_unit
 
 
 class VideoFolder:
-    """Videos of a folder with `captions.json`, {file: caption}, as `accel world sample` writes it."""
+    """Videos of a folder with `captions.json`, {file: caption}, as written by `accel world sample`."""
 
     def __init__(self, folder: Path, pipe, defaults: ModelDefaults):
-        """Raises ValueError if there are no captions, or a video they name is not there."""
+        """Raises ValueError if there are no captions, or a video that they name is missing."""
         file = folder / "captions.json"
         if not file.is_file():
             raise ValueError(f"{file} is missing: it maps each video of the folder to its caption")
@@ -33,7 +33,7 @@ class VideoFolder:
         self.shape = (defaults.frames, defaults.height, defaults.width)
 
     def draw(self, rng: random.Random) -> tuple[str, Tensor]:
-        """A caption, and normalised latents (c, f, h, w) of its video's first frames at the model's size.
+        """A random caption, and normalised latents (c, f, h, w) of its video's first frames at the model's size.
 
         Raises ValueError for a video that is too short.
         """

@@ -1,7 +1,7 @@
 """Reads a video back into the attributes of its caption, by geometry alone: no pretrained network.
 
-The background is recognised first; what differs from it is the thing. Its colour is a vote of its pixels, its shape
-the best of six outlines laid over it, its motion and speed the path of its centre, radius and bright side.
+The background is recognised first; what differs from it are the objects. An object's colour is a vote of its pixels,
+its shape the best of six outlines laid over it, its motion and speed the path of its centre, radius and bright side.
 An attribute that cannot be read is `None` and counts as wrong.
 """
 
@@ -15,20 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .render import BACKGROUNDS, COLOURS, CYCLES, distance
-from .scene import ATTRIBUTES, PHRASES, read_caption
+from .render import COLOURS, CYCLES, signed_distance
+from .scene import ATTRIBUTES, PHRASES, SECOND_ATTRIBUTES, read_caption
+from .segmentation import OBJECT_THRESHOLD, clean, find_background, grow, split_objects, texture_value, zoom
+from .texture_stats import activity, nearest_texture
 
-LIGHT = 0.17  # how far pattern and gradient may shift a background's brightness
-FAR = 0.13  # a pixel further than this from the background's colours belongs to the thing
-FIT = 0.55  # overlap with the best outline below which there is no thing
+FIT_THRESHOLD = 0.55  # overlap with the best outline below which there is no object
+WAVE_THRESHOLD = 0.012  # amplitude of a regular pattern below which a background is plain
+ACTIVITY_THRESHOLD = 0.025  # change of a background's fine detail above which its texture is alive,
+CHANGE_THRESHOLD = 0.4  # if the change is also more than this share of the detail: shadows move over stripes as well
 SYMMETRY = {"circle": 0, "ring": 0, "square": 4, "cross": 4, "triangle": 3, "star": 5}
-BETWEEN_SIZES = 0.203  # mean radius in widths
-BETWEEN_SPEEDS = {"travel": 0.32, "turns": 0.85, "spin": 0.48, "hops": 2.0, "ratio": 1.95}
+SIZE_THRESHOLD = 0.203  # mean radius in frame widths
+SECOND_SIZE_THRESHOLD = 0.115
+SMALL_THRESHOLD = 0.15  # radius below which a shape is read at double size
+SPEED_THRESHOLDS = {"travel": 0.32, "turns": 0.85, "spin": 0.48, "hops": 2.0, "ratio": 1.95}
 
 
 @dataclass(frozen=True)
 class Track:
-    """What was measured of the thing, per frame: centre and radius in widths, angle in turns, (f,) each."""
+    """What was measured of an object, per frame: centre and radius in frame widths, angle in turns, (f,) each."""
 
     x: np.ndarray
     y: np.ndarray
@@ -36,67 +41,88 @@ class Track:
     angle: np.ndarray
 
 
+@dataclass(frozen=True)
+class Seen:
+    """An object that was recognised; its radius is the mean over the clip, in frame widths."""
+
+    shape: str
+    colour: str
+    radius: float
+    track: Track
+
+
 def read(frames: np.ndarray) -> dict[str, str | None]:
-    """The seven attributes seen in frames (uint8, f h w c); `None` where nothing can be read."""
+    """The attributes seen in frames (uint8, f h w c), those of a second object included.
+
+    The value is `None` where nothing can be read, and for a second object that is not there.
+    """
     video = torch.as_tensor(frames).float() / 255
-    seen: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
-    background, away = _background(video)
+    seen: dict[str, str | None] = dict.fromkeys((*ATTRIBUTES, *SECOND_ATTRIBUTES))
+    planes = video.permute(3, 0, 1, 2)
+    background, away = find_background(planes)
     if background is None:
         return seen
-    mask = _clean(away > FAR)
-    seen["background"], seen["pattern"] = background, _pattern(video, mask)
-    area = mask.float().mean((1, 2))
+    everything = clean(away > OBJECT_THRESHOLD)
+    seen["background"], seen["pattern"] = background, _pattern(video, texture_value(planes, background), everything)
+    area = everything.float().mean((1, 2))
     if (area > 0.004).float().mean() < 0.7 or area.max() > 0.6:
         return seen
-    shape, fit = _shape(_outline(away, mask))
-    if fit < FIT:
-        return seen
-    track = _track(video, mask, shape)
-    seen["shape"], seen["colour"] = shape, _colour(video, mask)
-    seen["size"] = "large" if track.radius.mean() > BETWEEN_SIZES else "small"
-    seen["motion"], seen["speed"] = _motion(track)
+    first, second = _in_order([_read_object(video, away, mask) for mask in split_objects(everything)])
+    if first is not None:
+        size = "large" if first.radius > SIZE_THRESHOLD else "small"
+        motion, speed = _motion(first.track)
+        seen |= {"size": size, "colour": first.colour, "shape": first.shape, "motion": motion, "speed": speed}
+    if second is not None:
+        size = "large" if second.radius > SECOND_SIZE_THRESHOLD else "small"
+        seen |= {"second_size": size, "second_colour": second.colour, "second_shape": second.shape}
     return seen
 
 
 def score(frames: np.ndarray, caption: str) -> dict[str, float]:
     """1 or 0 for each attribute that the caption names, and their `mean`; empty if it names none."""
     asked, seen = read_caption(caption), read(frames)
-    marks = {a: float(seen[a] == value) for a, value in asked.items()}
-    return {**marks, "mean": sum(marks.values()) / len(marks)} if marks else {}
+    scores = {a: float(seen[a] == value) for a, value in asked.items()}
+    return {**scores, "mean": sum(scores.values()) / len(scores)} if scores else {}
 
 
-def _background(video: Tensor) -> tuple[str | None, Tensor]:
-    """The background whose line of brightness passes near most pixels, and each pixel's distance (f, h, w) to it."""
-    best, name, away = 0.0, None, video[..., 0]
-    for candidate, colour in BACKGROUNDS.items():
-        offset = video - torch.tensor(colour)
-        light = offset.mean(-1, keepdim=True).clamp(-LIGHT, LIGHT)
-        far = (offset - light).norm(dim=-1)
-        share = (far < 0.5 * FAR).float().mean().item()
-        if share > best:
-            best, name, away = share, candidate, far
-    return (name if best > 0.35 else None), away
+def _read_object(video: Tensor, away: Tensor, mask: Tensor) -> Seen | None:
+    """What is seen of the object with a mask (f, h, w); `None` if it has no known shape."""
+    shape, fit = _shape(_outline(away, mask))
+    if fit < FIT_THRESHOLD:
+        return None
+    track = _track(video, mask, shape)
+    if track.radius.mean() < SMALL_THRESHOLD:  # too few pixels to tell a cross from a square
+        shape, _ = _shape(_outline(zoom(away, mask), zoom(mask, mask) > 0.5))
+        track = _track(video, mask, shape)
+    return Seen(shape, _colour(video, mask), float(track.radius.mean()), track)
 
 
-def _clean(mask: Tensor) -> Tensor:
-    """The mask (f, h, w) without specks: a majority vote of each 3x3 neighbourhood."""
-    return F.avg_pool2d(mask.float()[:, None], 3, 1, 1)[:, 0] > 0.5
+def _in_order(objects: list[Seen | None]) -> tuple[Seen | None, Seen | None]:
+    """The first and the second object: a second one is always smaller."""
+    found = sorted((o for o in objects if o is not None), key=lambda o: -o.radius)
+    return tuple((found + [None, None])[:2])
 
 
 def _outline(away: Tensor, mask: Tensor) -> Tensor:
     """The mask (f, h, w) cut at half the height of its edge: where an edge is soft, its foot would round the shape."""
-    peak = F.max_pool2d((away * mask)[:, None], 5, 1, 2)[:, 0]
-    return _clean(mask & (away > peak / 2))
+    peak = grow(away * mask)
+    return clean(mask & (away > peak / 2))
 
 
-def _pattern(video: Tensor, mask: Tensor) -> str | None:
-    """The pattern with the strongest wave over the background's mean image; plain if there is none."""
-    grown = F.max_pool2d(mask.float()[:, None], 5, 1, 2)[:, 0]
+def _pattern(video: Tensor, value: Tensor, mask: Tensor) -> str | None:
+    """The living texture that is nearest, or the regular pattern with the strongest wave over the mean image.
+
+    `value` (f, h, w) is what the background would be as a living texture. Plain, if there is no wave.
+    """
+    grown = grow(mask)
     weight = (1 - grown).sum(0)
-    image = (video.mean(-1) * (1 - grown)).sum(0) / weight.clamp(min=1)
     known = (weight > 0).float()
     if known.mean() < 0.2:
         return None
+    change, share = activity(value, mask)
+    if change > ACTIVITY_THRESHOLD and share > CHANGE_THRESHOLD:
+        return nearest_texture(value, mask)
+    image = (video.mean(-1) * (1 - grown)).sum(0) / weight.clamp(min=1)
     rows = (image * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     flat = (image - _smooth(rows)) * known  # without the vertical gradient
     size = image.shape[-1]
@@ -110,7 +136,7 @@ def _pattern(video: Tensor, mask: Tensor) -> str | None:
         "dotted": math.hypot(power(d, 0), power(0, d)),
     }
     best = max(waves, key=waves.get)
-    return best if waves[best] > 0.012 else "plain"
+    return best if waves[best] > WAVE_THRESHOLD else "plain"
 
 
 def _smooth(rows: Tensor) -> Tensor:
@@ -135,8 +161,9 @@ def _centres(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _unit_area(shape: str) -> float:
+    """Area of a shape of unit radius."""
     ramp = torch.linspace(-1.4, 1.4, 281)
-    return (distance(shape, ramp[None, :], ramp[:, None]) < 0).float().mean().item() * 2.8**2
+    return (signed_distance(shape, ramp[None, :], ramp[:, None]) < 0).float().mean().item() * 2.8**2
 
 
 UNIT_AREA = {shape: _unit_area(shape) for shape in PHRASES["shape"]}
@@ -157,7 +184,7 @@ def _shape(mask: Tensor) -> tuple[str, float]:
             angle = 2 * math.pi * i / (8 * max(order, 1))
             u = (math.cos(angle) * dx + math.sin(angle) * dy) / radius
             v = (math.cos(angle) * dy - math.sin(angle) * dx) / radius
-            inside = (distance(shape, u, v) < 0).float()
+            inside = (signed_distance(shape, u, v) < 0).float()
             both = (inside * mask).sum((1, 2)) / torch.maximum(inside, mask).sum((1, 2)).clamp(min=1)
             best = torch.maximum(best, both)
         fits[shape] = best.mean().item()
@@ -166,7 +193,7 @@ def _shape(mask: Tensor) -> tuple[str, float]:
 
 
 def _colour(video: Tensor, mask: Tensor) -> str:
-    """The palette colour nearest in hue and saturation to most of the thing's inner pixels."""
+    """The palette colour nearest in hue and saturation to most of the object's inner pixels."""
     inner = F.avg_pool2d(mask.float()[:, None], 3, 1, 1)[:, 0] > 0.99
     pixels = video[inner if inner.sum() > 20 else mask]
     pixels = pixels / pixels.norm(dim=-1, keepdim=True).clamp(min=1e-3)
@@ -176,6 +203,7 @@ def _colour(video: Tensor, mask: Tensor) -> str:
 
 
 def _track(video: Tensor, mask: Tensor, shape: str) -> Track:
+    """The path of an object with a mask (f, h, w) in the video (f, h, w, 3); its angle is that of the bright side."""
     cx, cy, area = _centres(mask)
     ramp = (torch.arange(mask.shape[-1]) + 0.5) / mask.shape[-1]
     light = video.mean(-1)
@@ -187,11 +215,11 @@ def _track(video: Tensor, mask: Tensor, shape: str) -> Track:
 
 
 def _motion(track: Track) -> tuple[str | None, str | None]:
-    """Motion and speed of a track; both `None` for a thing that stays as it is."""
+    """Motion and speed of a track; both `None` for an object that stays as it is."""
     n = max(1, len(track.x) // 12)
     ends = lambda v: (float(v[:n].mean()), float(v[-n:].mean()))
     (r0, r1), dx, dy = ends(track.radius), float(np.ptp(track.x)), float(np.ptp(track.y))
-    pace = lambda value, kind: "quickly" if value > BETWEEN_SPEEDS[kind] else "slowly"
+    pace = lambda value, kind: "quickly" if value > SPEED_THRESHOLDS[kind] else "slowly"
     if max(dx, dy) < 0.10:
         ratio = max(r0, r1) / max(min(r0, r1), 1e-3)
         if ratio > 1.22:
@@ -210,5 +238,5 @@ def _motion(track: Track) -> tuple[str | None, str | None]:
 
 
 def _path(track: Track) -> float:
-    """Length of the way of the centre, in widths."""
+    """Length of the path of the centre, in frame widths."""
     return float(np.hypot(np.diff(track.x), np.diff(track.y)).sum())

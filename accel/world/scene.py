@@ -1,8 +1,9 @@
 """The closed grammar of captions and the scenes behind them.
 
-A scene is one thing (room is left for more) that moves over a patterned background. Seven attributes are
-said in the caption and can be read back from the pixels by `judge.py`; where the thing starts, how far
-exactly it goes and where the pattern begins are continuous and unsaid.
+A scene is an object that moves over a patterned background. The caption says seven attributes, which `judge.py`
+reads back from the pixels; where the object starts, how far exactly it goes and where the pattern begins are
+continuous and unsaid. A living scene adds textures that move by themselves, soft shadows and sometimes a second
+object, which floats in a part of the frame that the first one leaves free.
 
     >>> scene = sample_scene(random.Random(0))
     >>> caption(scene, random.Random(0))
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 # attribute -> value -> phrasings; the first phrasing is the value's plain name
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -53,6 +55,11 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "striped": ("striped", "with stripes"),
         "checked": ("checked", "with checks"),
         "dotted": ("dotted", "with dots"),
+        "cloudy": ("cloudy", "with clouds"),
+        "starry": ("starry", "with stars"),
+        "rippling": ("rippling", "with ripples"),
+        "grassy": ("grassy", "with grass"),
+        "marbled": ("marbled", "with veins"),
     },
     "background": {
         "black": ("black", "coal"),
@@ -64,90 +71,146 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 ATTRIBUTES = tuple(PHRASES)
+SECOND_ATTRIBUTES = ("second_size", "second_colour", "second_shape")
+REGULAR = ("plain", "striped", "checked", "dotted")  # the patterns of a scene that is not living
+LIVING = ("cloudy", "starry", "rippling", "grassy", "marbled")
 TEMPLATES = (
     "a {size} {colour} {shape} {motion} {speed} over a {pattern} {background} background",
     "a {size} {colour} {shape} {speed} {motion} on a {pattern} {background} background",
     "on a {pattern} {background} background, a {size} {colour} {shape} {motion} {speed}",
     "{pattern} {background} background: the {colour} {shape} is {size} and {motion} {speed}",
 )
+SECOND_TEMPLATES = (
+    "{text} while a {second_size} {second_colour} {second_shape} floats nearby",
+    "{text}, while a {second_size} {second_colour} {second_shape} hovers",
+)
+# motions of a small object that leave half of the frame free, and the axis across which that half lies
+FREE_AXIS = {"left": "y", "right": "y", "spins": "y", "up": "x", "down": "x", "bounces": "x"}
+SECOND_SHARE = 0.6  # of the living scenes with room for it that get a second object
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One moving thing. `amount` in [0, 1] places the motion inside its speed's range; x, y in [0, 1]."""
+class Object:
+    """One moving object. `speed_fraction` in [0, 1] places the motion inside its speed's range; x, y in [0, 1]."""
 
     size: str
     colour: str
     shape: str
-    motion: str
+    motion: str  # of `PHRASES`, or "floats" for a second object
     speed: str
     x: float
     y: float
     phase: float
-    amount: float
-    turn: int  # +1 counter-clockwise, -1 clockwise
+    speed_fraction: float
+    direction: int  # +1 counter-clockwise, -1 clockwise
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things over a background; `shift` is where its pattern starts, in periods."""
+    """Objects over a background.
 
-    things: tuple[Thing, ...]
+    `pattern_phase` is where a regular pattern starts, in periods. `texture_seed` seeds a living texture; it is `None`
+    in a scene that is not living, which has no shadows either.
+    """
+
+    objects: tuple[Object, ...]
     background: str
     pattern: str
-    shift: tuple[float, float]
+    pattern_phase: tuple[float, float]
+    texture_seed: int | None = None
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What the caption says of the first thing and of the background, by attribute."""
-        thing = self.things[0]
-        return {a: getattr(self if a in ("background", "pattern") else thing, a) for a in ATTRIBUTES}
+        """What the caption says, by attribute: of the first object, the background, and a second object if any."""
+        first, *others = self.objects
+        said = {a: getattr(self if a in ("background", "pattern") else first, a) for a in ATTRIBUTES}
+        return said | {a: getattr(o, a.removeprefix("second_")) for o in others for a in SECOND_ATTRIBUTES}
 
 
 def is_held_out(colour: str, shape: str, motion: str) -> bool:
     """True for the fixed fifth of the (colour, shape, motion) combinations that training never sees."""
-    place = [list(PHRASES[a]).index(v) for a, v in zip(("colour", "shape", "motion"), (colour, shape, motion))]
-    return (place[0] + 2 * place[1] + 3 * place[2]) % 5 == 0
+    index = [list(PHRASES[a]).index(v) for a, v in zip(("colour", "shape", "motion"), (colour, shape, motion))]
+    return (index[0] + 2 * index[1] + 3 * index[2]) % 5 == 0
 
 
-def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """A random scene, from the held-out fifth of the combinations or from the other four."""
+def sample_scene(rng: random.Random, held_out: bool = False, living: bool = False) -> Scene:
+    """A random scene, from the held-out fifth of the combinations or from the other four.
+
+    A living scene has a living texture in ten of fourteen cases, shadows, and sometimes a second object.
+    """
+    patterns = (*REGULAR, *LIVING, *LIVING) if living else REGULAR
     while True:
-        pick = {a: rng.choice(list(PHRASES[a])) for a in ATTRIBUTES}
+        pick = {a: rng.choice(patterns if a == "pattern" else list(PHRASES[a])) for a in ATTRIBUTES}
         if is_held_out(pick["colour"], pick["shape"], pick["motion"]) == held_out:
             break
-    thing = Thing(
+    first = Object(
         **{a: pick[a] for a in ("size", "colour", "shape", "motion", "speed")},
         x=rng.random(),
         y=rng.random(),
         phase=rng.random(),
-        amount=rng.random(),
-        turn=rng.choice((-1, 1)),
+        speed_fraction=rng.random(),
+        direction=rng.choice((-1, 1)),
     )
-    return Scene((thing,), pick["background"], pick["pattern"], (rng.random(), rng.random()))
+    scene = Scene((first,), pick["background"], pick["pattern"], (rng.random(), rng.random()))
+    if not living:
+        return scene
+    scene = replace(scene, texture_seed=rng.getrandbits(31))
+    room = first.size == "small" and first.motion in FREE_AXIS
+    return replace(scene, objects=_with_second(first, rng)) if room and rng.random() < SECOND_SHARE else scene
+
+
+def _with_second(first: Object, rng: random.Random) -> tuple[Object, Object]:
+    """The first object moved to one side of the frame, and a second one of another colour on the other side."""
+    axis = FREE_AXIS[first.motion]
+    side = rng.choice((0, 1))
+    first = replace(first, **{axis: side + (0.08 if side == 0 else -0.08) * rng.random()})
+    away = 0.74 + 0.06 * rng.random()  # centre of the second object in frame widths, from the first one's side
+    place = {axis: away if side == 0 else 1 - away, "xy".replace(axis, ""): 0.28 + 0.44 * rng.random()}
+    colours = list(PHRASES["colour"])
+    hues = [c for i, c in enumerate(colours) if (i - colours.index(first.colour)) % len(colours) not in (0, 1, 7)]
+    second = Object(
+        size=rng.choice(list(PHRASES["size"])),
+        colour=rng.choice(hues),  # not a neighbour in the palette, which could be taken for the first one's
+        shape=rng.choice(list(PHRASES["shape"])),
+        motion="floats",
+        speed="slowly",
+        **place,
+        phase=rng.random(),
+        speed_fraction=rng.random(),
+        direction=rng.choice((-1, 1)),
+    )
+    return first, second
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of the many sentences that describe the scene."""
-    words = {a: rng.choice(PHRASES[a][v]) for a, v in scene.attributes.items()}
+    words = {a: rng.choice(PHRASES[a.removeprefix("second_")][v]) for a, v in scene.attributes.items()}
     template = rng.choice(TEMPLATES)
     if words["pattern"].startswith("with "):  # "over a striped navy background", but "... background with stripes"
         template = template.replace("{pattern} {background} background", "{background} background {pattern}")
-    return template.format(**words)
+    text = template.format(**words)
+    return rng.choice(SECOND_TEMPLATES).format(text=text, **words) if len(scene.objects) > 1 else text
 
 
-def held_out_prompts(n: int, seed: int) -> list[str]:
+def held_out_prompts(n: int, seed: int, living: bool = False) -> list[str]:
     """n captions of held-out combinations; the same for the same seed."""
     rng = random.Random(f"held-out {seed}")
-    return [caption(sample_scene(rng, held_out=True), rng) for _ in range(n)]
+    return [caption(sample_scene(rng, held_out=True, living=living), rng) for _ in range(n)]
 
 
 def read_caption(text: str) -> dict[str, str]:
     """The attributes that a caption names; those it does not name are absent."""
-    text = " ".join(words_of(text))
-    found = {}
-    for attribute, values in PHRASES.items():
-        for value, phrasings in values.items():
+    first, _, second = " ".join(words_of(text)).partition(" while ")
+    found = _read_phrases(first, ATTRIBUTES)
+    of_second = _read_phrases(second, [a.removeprefix("second_") for a in SECOND_ATTRIBUTES])
+    return found | {f"second_{a}": value for a, value in of_second.items()}
+
+
+def _read_phrases(text: str, attributes: Sequence[str]) -> dict[str, str]:
+    """Those of some attributes whose phrases a text of lower-case words holds."""
+    found: dict[str, str] = {}
+    for attribute in attributes:
+        for value, phrasings in PHRASES[attribute].items():
             if any(re.search(rf"\b{phrase}\b", text) for phrase in phrasings):
                 found.setdefault(attribute, value)
     return found
@@ -161,4 +224,6 @@ def words_of(text: str) -> list[str]:
 def vocabulary() -> list[str]:
     """Every word a caption can hold, sorted."""
     phrases = [p for values in PHRASES.values() for phrasings in values.values() for p in phrasings]
-    return sorted({w for text in (*phrases, *TEMPLATES) for w in words_of(re.sub(r"{\w+}", "", text))})
+    return sorted(
+        {w for text in (*phrases, *TEMPLATES, *SECOND_TEMPLATES) for w in words_of(re.sub(r"{\w+}", "", text))}
+    )

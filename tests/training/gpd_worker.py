@@ -8,8 +8,9 @@ import torch
 from support import build_pipe, words_of
 
 from accel.training import shutdown_distributed
-from accel.training.loop import OptimConfig, fit
+from accel.training.loop import fit
 from accel.training.networks import FullNetworks
+from accel.training.optim import OptimConfig
 from accel.training.rollouts import RolloutContext
 from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask
 

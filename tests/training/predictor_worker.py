@@ -12,8 +12,9 @@ from accel.methods.disca.predictor import Predictor
 from accel.students.interval_embedding import IntervalEmbedder
 from accel.training import shutdown_distributed
 from accel.training.feature_probe import FeatureProbe
-from accel.training.loop import OptimConfig, fit
+from accel.training.loop import fit
 from accel.training.networks import FullNetworks
+from accel.training.optim import OptimConfig
 from accel.training.tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask
 from accel.training.tasks.predictor_fit import PredictorConfig, PredictorTask
 

@@ -12,8 +12,9 @@ from accel.ops.flow import euler, mean_velocity
 from accel.ops.spectrum import high_energy, high_pass
 from accel.runtime.models import ModelDefaults
 from accel.students.weights import ADAPTER, load_int8_delta
-from accel.training.loop import OptimConfig, fit
+from accel.training.loop import fit
 from accel.training.networks import FullNetworks, guided, velocity
+from accel.training.optim import OptimConfig
 from accel.training.rollouts import RolloutContext, rollout_context
 from accel.training.stages import StageMonitor, TrajectoryValidator, distil, store
 from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask
@@ -290,8 +291,8 @@ def test_a_stage_that_diverges_ends_and_its_best_student_goes_on(tmp_path):
 
 def test_a_stage_that_was_ended_by_a_look_is_not_trained_on_when_it_is_resumed(pipe, tmp_path):
     gpd = real(pipe, 4, horizons=(1,))
-    first = fit(gpd, tmp_path, minutes=None, resume=False, look=lambda step: step == 4, every=2)
-    again = fit(gpd, tmp_path, minutes=None, resume=True, look=lambda step: False, every=2)
+    first = fit(gpd, tmp_path, minutes=None, resume=False, should_end=lambda step: step == 4, check_every=2)
+    again = fit(gpd, tmp_path, minutes=None, resume=True, should_end=lambda step: False, check_every=2)
     assert first["ended"] and again["ended"] and first["step"] == again["step"] == 4
 
 

@@ -27,9 +27,9 @@ from accel.students.weights import NAME
 from accel.training import OPTIM_CONFIGS, train_parts
 from accel.training.feature_probe import FeatureProbe
 from accel.training.gpd_job import ABLATIONS, _stage_config, cost, masked, stage_recipes
-from accel.training.loop import OptimConfig
 from accel.training.lora_networks import LoRANetworks
 from accel.training.networks import FullNetworks, guided, velocity
+from accel.training.optim import OptimConfig
 from accel.training.rollouts import MeanFlowContext, RolloutContext
 from accel.training.stages import store
 from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask
@@ -337,6 +337,6 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 
     (one, whole), (two, parts) = run(1), run(2)
     assert one == pytest.approx(two, rel=0.01)  # after 20 iterations in bfloat16
-    assert torch.equal(whole["carried"]["index"], parts["carried"]["index"])
+    assert torch.equal(whole["task"]["index"], parts["task"]["index"])
     for name, weight in whole["module"].items():
         torch.testing.assert_close(parts["module"][name], weight, rtol=0.02, atol=2e-3)

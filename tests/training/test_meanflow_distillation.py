@@ -17,9 +17,10 @@ from accel.runtime.video import write_mp4
 from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
 from accel.students.weights import fingerprint
 from accel.training.jobs import share_stages
-from accel.training.loop import OptimConfig, fit
+from accel.training.loop import fit
 from accel.training.meanflow_job import _stage_config, has_head_start, start_from
 from accel.training.networks import FullNetworks, velocity
+from accel.training.optim import OptimConfig
 from accel.training.rollouts import TrajectoryPool
 from accel.training.stages import TrajectoryValidator, store
 from accel.training.tasks.meanflow_distillation import SEEN, MeanFlowConfig, MeanFlowTask, max_step_width

@@ -18,8 +18,9 @@ from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
 from accel.training import predictor_job as teach_predictor
 from accel.training.feature_probe import FeatureProbe
 from accel.training.jobs import DistillJob
-from accel.training.loop import OptimConfig, fit
+from accel.training.loop import fit
 from accel.training.networks import velocity
+from accel.training.optim import OptimConfig
 from accel.training.predictor_job import stage_recipes, train_predictor
 from accel.training.tasks.predictor_fit import PredictorConfig
 

@@ -11,10 +11,11 @@ from accel.training.tasks.base import build_tokenizer
 from accel.world.judge import read, score
 from accel.world.render import render
 from accel.world.scene import (
-    ATTRIBUTES,
+    LIVING,
     PHRASES,
+    REGULAR,
+    Object,
     Scene,
-    Thing,
     caption,
     held_out_prompts,
     is_held_out,
@@ -23,17 +24,39 @@ from accel.world.scene import (
     vocabulary,
     words_of,
 )
+from accel.world.texture_stats import texture_distance
+
+PINNED = [
+    "on a checked forest background, a small red cross moves left gently",
+    "on a plain night background, a large purple cross contracts quickly",
+    "a tiny red hoop orbits quickly over a empty grey background",
+]  # of the shipped model's tables and recordings
 
 
 def still(shape: str = "star", motion: str = "spins") -> Scene:
-    thing = Thing("large", "red", shape, motion, "quickly", 0.5, 0.5, 0.1, 0.5, 1)
-    return Scene((thing,), "gray", "plain", (0.0, 0.0))
+    item = Object("large", "red", shape, motion, "quickly", 0.5, 0.5, 0.1, 0.5, 1)
+    return Scene((item,), "gray", "plain", (0.0, 0.0))
 
 
-def test_every_phrasing_is_read_back():
+def textured(pattern: str, seed: int = 1) -> Scene:
+    """A small spinning star over a living texture."""
+    item = Object("small", "red", "star", "spins", "slowly", 0.5, 0.5, 0.1, 0.5, 1)
+    return Scene((item,), "navy", pattern, (0.0, 0.0), texture_seed=seed)
+
+
+def chance(attribute: str, living: bool) -> float:
+    """How often a random value of an attribute is right."""
+    if attribute == "pattern":  # a living texture is drawn twice as often as a regular pattern
+        weights = np.array([1] * len(REGULAR) + [2] * len(LIVING) * living)
+        return float(((weights / weights.sum()) ** 2).sum())
+    return 1 / len(PHRASES[attribute])
+
+
+@pytest.mark.parametrize("living", [False, True])
+def test_every_phrasing_is_read_back(living):
     rng = random.Random(1)
     for _ in range(500):
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, living=living)
         assert read_caption(caption(scene, rng)) == scene.attributes
 
 
@@ -54,9 +77,13 @@ def test_held_out_prompts_depend_on_the_seed_alone():
     assert held_out_prompts(5, 1) == held_out_prompts(5, 1) != held_out_prompts(5, 2)
 
 
+def test_prompts_of_the_shipped_model_never_change():
+    assert held_out_prompts(3, 2026) == PINNED
+
+
 def test_vocabulary_covers_the_grammar_and_unknown_words_are_marked():
     rng, words = random.Random(3), set(vocabulary())
-    assert all(set(words_of(caption(sample_scene(rng), rng))) <= words for _ in range(300))
+    assert all(set(words_of(caption(sample_scene(rng, living=True), rng))) <= words for _ in range(300))
     tokenizer = build_tokenizer()
     ids = tokenizer("a red dragon, spins")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "red", "<unk>", "spins", "</s>"]
@@ -79,24 +106,78 @@ def test_small_and_large_frames_show_the_same_scene():
     assert (small - halved).abs().mean() < 2
 
 
-@pytest.mark.parametrize("frames, size", [(33, 96), (17, 64)])
-def test_judge_reads_true_renders(frames, size):
+def test_a_living_scene_is_the_same_at_any_size():
+    for pattern in LIVING:
+        small, large = (render(textured(pattern), 3, size).float() for size in (48, 96))
+        halved = torch.nn.functional.avg_pool2d(large.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        assert (small - halved).abs().mean() < 6
+
+
+@pytest.mark.parametrize("pattern", LIVING)
+def test_living_textures_move_and_depend_on_their_seed(pattern):
+    video, other = (render(textured(pattern, seed), 9, 64).float() for seed in (1, 2))
+    corner = lambda x: x[:, :16, :16]  # which the star never reaches
+    assert (corner(video)[1:] - corner(video)[:-1]).abs().mean((1, 2, 3)).min() > 0.5
+    assert (corner(video) - corner(other)).abs().mean() > 2
+
+
+def test_a_second_object_has_another_colour_and_is_read():
+    rng, scenes = random.Random(8), []
+    while len(scenes) < 20:
+        scene = sample_scene(rng, living=True)
+        if len(scene.objects) == 2:
+            scenes.append(scene)
+    names = [{a: v for a, v in s.attributes.items() if a.startswith("second")} for s in scenes]
+    assert all(s.objects[0].colour != n["second_colour"] for s, n in zip(scenes, names))
+    seen = [read(render(s, 17, 96).numpy()) for s in scenes]
+    assert np.mean([all(s[a] == v for a, v in n.items()) for s, n in zip(seen, names)]) > 0.95
+
+
+def test_a_second_object_counts_only_where_the_caption_names_it():
+    scene = textured("starry")
+    text = "a small red star spins slowly over a starry navy background"
+    frames = render(scene, 17, 64).numpy()
+    assert score(frames, text)["mean"] == 1 and "second_shape" not in score(frames, text)
+    assert score(frames, f"{text} while a small blue ring floats nearby")["mean"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("frames, size, living", [(33, 64, False), (17, 64, False), (17, 96, True), (33, 64, True)])
+def test_judge_reads_true_renders(frames, size, living):
     """At least 98 % on every attribute; half the scenes are of the held-out kind."""
-    rng, right, n = random.Random(4), Counter(), 500
-    for i in range(n):
-        scene = sample_scene(rng, held_out=i % 2 == 0)
+    rng, right, asked = random.Random(4), Counter(), Counter()
+    for i in range(70):
+        scene = sample_scene(rng, held_out=i % 2 == 0, living=living)
         seen = read(render(scene, frames, size).numpy())
+        asked.update(list(scene.attributes))
         right.update(a for a, value in scene.attributes.items() if seen[a] == value)
-    assert {a: right[a] / n for a in ATTRIBUTES if right[a] < 0.98 * n} == {}
+    assert {a: right[a] / n for a, n in asked.items() if right[a] < 0.98 * n} == {}
 
 
-def test_shuffled_captions_score_near_chance():
-    rng, marks = random.Random(5), []
-    scenes = [sample_scene(rng) for _ in range(120)]
-    for scene, other in zip(scenes, scenes[1:]):
-        marks.append(score(render(scene, 17, 64).numpy(), caption(other, rng)))
-    for attribute, values in PHRASES.items():
-        assert abs(np.mean([m[attribute] for m in marks]) - 1 / len(values)) < 0.13
+@pytest.mark.parametrize("living", [False, True])
+def test_shuffled_captions_score_near_chance(living):
+    rng = random.Random(5)
+    scenes = [sample_scene(rng, living=living) for _ in range(60)]
+    asked = [read_caption(caption(scene, rng)) for scene in scenes]
+    seen = [read(render(scene, 17, 64).numpy()) for scene in scenes]
+    for attribute in PHRASES:
+        right = [seen[i][attribute] == asked[j][attribute] for i in range(60) for j in range(60) if i != j]
+        assert abs(np.mean(right) - chance(attribute, living)) < 0.08
+
+
+@pytest.mark.parametrize("pattern", LIVING)
+def test_texture_distance_is_one_for_true_renders_and_more_for_others(pattern):
+    video = render(textured(pattern), 17, 64)
+    frozen = video[:1].repeat(17, 1, 1, 1)
+    blurred = torch.nn.functional.avg_pool2d(video.permute(0, 3, 1, 2).float(), 5, 1, 2).permute(0, 2, 3, 1).byte()
+    true = texture_distance(video.numpy(), pattern)
+    assert true < 2
+    for worse in (frozen, blurred, render(textured(LIVING[LIVING.index(pattern) - 1]), 17, 64)):
+        assert texture_distance(worse.numpy(), pattern) > 1.3 * true
+
+
+def test_texture_distance_refuses_what_is_no_living_texture():
+    with pytest.raises(ValueError, match="striped"):
+        texture_distance(render(still(), 9, 64).numpy(), "striped")
 
 
 def test_noise_black_and_frozen_video_score_low():
@@ -107,8 +188,8 @@ def test_noise_black_and_frozen_video_score_low():
     assert np.mean([score(noise, p)["mean"] for p in prompts]) < 0.05
     assert np.mean([score(black, p)["mean"] for p in prompts]) < 0.15
     frozen = render(still(), 17, 64)[:1].repeat(17, 1, 1, 1).numpy()
-    marks = score(frozen, "a large red star spins quickly over a plain gray background")
-    assert marks["motion"] == marks["speed"] == 0 and marks["colour"] == marks["shape"] == 1
+    scores = score(frozen, "a large red star spins quickly over a plain gray background")
+    assert scores["motion"] == scores["speed"] == 0 and scores["colour"] == scores["shape"] == 1
 
 
 def test_a_prompt_outside_the_grammar_has_no_score():

@@ -1,13 +1,13 @@
 """The tiny Wan: text encoder and transformer trained jointly by flow matching on rendered, captioned clips.
 
 The velocity target is eps - x0 on x_sigma = (1 - sigma) x0 + sigma eps (Lipman et al., arXiv 2210.02747).
-Images first, then short clips, then whole ones. Clips are encoded once into a pool of latents.
+Training sees single frames first, then short clips, then full ones. Clips are encoded once into a set of latents.
 
-Two choices serve the model's later life:
-- `WanPipeline` pads the text to a fixed length with zero embeddings that are *not* masked. The number of those
-  padding keys is drawn per batch (`PaddedText`), so that a prompt means the same at any `max_sequence_length`.
-- the time embedding sees low frequencies only (`smooth_time`): the network's derivative in time stays tame,
-  which the average-velocity students need.
+Two choices prepare the model for its later use:
+- `WanPipeline` pads the text to a fixed length with zero embeddings that are *not* masked. The number of these padding
+  keys varies between batches (`PaddingWeightedAttention`), so a prompt acts the same at any `max_sequence_length`.
+- The time embedding uses low frequencies only (`smooth_time`). This bounds the network's derivative in time, which
+  MeanFlow students need.
 """
 
 from __future__ import annotations
@@ -32,21 +32,36 @@ from ...files import atomic_write
 from ...runtime.latents import normalize
 from ...world.render import render
 from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
-from ..loop import OptimConfig
-from ..optimize import DenseAttention
+from ..optim import OptimConfig
+from ..optimize import DenseAttention, has_fast_bfloat16
 from .vae import Autoencoder, replace_files, to_unit
 
-MAX_TOKENS = 32  # tokens a prompt is padded or cut to
-SHIFT = 3.0  # of the training noise levels, sigma = SHIFT u / (1 + (SHIFT - 1) u)
-# until this share of the steps: latent frames (0: all), clips a batch
+MAX_TOKENS = 32  # a prompt is padded or truncated to so many tokens
+SHIFT = 3.0  # of the training sigmas: sigma = SHIFT u / (1 + (SHIFT - 1) u)
+# (until this share of the steps, latent frames (0: all), clips per batch)
 CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
-# this share of the clips spins, three times its part of the grammar: nothing else shows a shape at every angle
+# For the living world, starting from finished weights: each step draws one of these (latent frames, clips per batch).
+# All lengths come early, so that the EMA weights are useful long before the last step.
+LIVING_CURRICULUM = (
+    (0.03, ((1, 32),)),
+    (0.10, ((3, 12), (3, 12), (5, 7))),
+    (0.50, ((3, 12), (5, 7), (0, 4))),
+    (1.00, ((5, 7), (0, 4), (0, 4))),
+)
+# Share of the clips that spin, three times as in the grammar: only a spin shows a shape at every angle.
 SPINS = 1 / 3
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of the closed vocabulary; unknown words become <unk>, every text ends with </s>."""
-    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+def build_tokenizer(start: Path | None = None) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer of the closed vocabulary; unknown words become <unk>, and every text ends with </s>.
+
+    The words of the tokenizer in the folder `start` keep their ids; new words come after them.
+    """
+    words = ["<pad>", "</s>", "<unk>"]
+    if start:
+        known = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
+        words = sorted(known, key=known.get)
+    words += [w for w in vocabulary() if w not in words]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,7 +73,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_models(words: int, latent: int = 16) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
-    """Fresh text encoder and transformer: 4 heads x 48, 8 blocks, one token per latent pixel."""
+    """A text encoder for so many words and a transformer with random weights: 4 heads x 48, 8 blocks, patch size 1."""
     text = UMT5EncoderModel(
         UMT5Config(
             vocab_size=words, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
@@ -74,7 +89,7 @@ def build_models(words: int, latent: int = 16) -> tuple[UMT5EncoderModel, WanTra
 
 
 def smooth_time(transformer: WanTransformer3DModel, highest: float = 0.012) -> None:
-    """Zero, and keep at zero, the weights from time frequencies above `highest` radians per unit of 0..1000."""
+    """Zero the weights of time frequencies above `highest` (radians per unit of 0..1000), and keep them at zero."""
     half = transformer.config.freq_dim // 2
     low = (10_000.0 ** (-torch.arange(half) / half) <= highest).float().repeat(2)
     weight = transformer.condition_embedder.time_embedder.linear_1.weight
@@ -84,13 +99,13 @@ def smooth_time(transformer: WanTransformer3DModel, highest: float = 0.012) -> N
 
 
 class PaddingWeightedAttention:
-    """Attention processor for cross-attention in training: weighs the padding keys as if there were many."""
+    """Cross-attention processor for training that weighs the few padding keys as if there were many."""
 
     def __init__(self):
         self.bias: Tensor | None = None  # (b, 1, 1, text)
 
     def weigh(self, mask: Tensor, total: int) -> None:
-        """Let the padding of `mask` (b, text), 1 at words, count as `total` - words keys."""
+        """Let the padding of `mask` (b, text), which is 1 at words, count as `total` - words keys."""
         pads = (1 - mask).sum(-1, keepdim=True)
         more = (total - mask.sum(-1, keepdim=True)) / pads
         self.bias = ((1 - mask) * more.log())[:, None, None]
@@ -104,16 +119,16 @@ class PaddingWeightedAttention:
 
 
 class SubsampledRoPE(nn.Module):
-    """Rotary embedding for some latent frames of a clip, each at its true time."""
+    """Rotary embedding for some latent frames of a clip, each at its own position in time."""
 
-    def __init__(self, atomic_write: nn.Module):
+    def __init__(self, rope: nn.Module):
         super().__init__()
-        self.atomic_write, self.frames = atomic_write, [0]
+        self.rope, self.frames = rope, [0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f = self.frames[-1] + 1
-        turns = self.atomic_write(x[:, :, :1].expand(-1, -1, f, -1, -1))
-        return tuple(t.unflatten(1, (f, -1))[:, self.frames].flatten(1, 2) for t in turns)
+        tables = self.rope(x[:, :, :1].expand(-1, -1, f, -1, -1))
+        return tuple(t.unflatten(1, (f, -1))[:, self.frames].flatten(1, 2) for t in tables)
 
 
 class Denoiser(nn.Module):
@@ -122,29 +137,31 @@ class Denoiser(nn.Module):
     def __init__(self, text: UMT5EncoderModel, transformer: WanTransformer3DModel, device: str = "cpu"):
         super().__init__()
         self.text, self.transformer = text.to(device), transformer.to(device)
-        self.padded, transformer.rope = PaddingWeightedAttention(), SubsampledRoPE(transformer.rope)
+        self.text_attention, transformer.rope = PaddingWeightedAttention(), SubsampledRoPE(transformer.rope)
         for block in transformer.blocks:
-            block.attn2.set_processor(self.padded)
+            block.attn2.set_processor(self.text_attention)
             if torch.device(device).type == "cpu":
                 block.attn1.set_processor(DenseAttention())
 
     def forward(self, x: Tensor, frames: list[int], sigma: Tensor, ids: Tensor, mask: Tensor, total: int) -> Tensor:
-        """Velocity (b, c, f, h, w) at noise levels sigma (b,) for token ids (b, text); `frames`: the time of each f."""
+        """Velocity (b, c, f, h, w) at sigma (b,) for token ids (b, text); `frames`: positions of the f frames."""
         self.transformer.rope.frames = frames
         words = self.text(ids, mask).last_hidden_state * mask[..., None]
-        self.padded.weigh(mask.to(words.dtype), total)
+        self.text_attention.weigh(mask.to(words.dtype), total)
         return self.transformer(x, 1000 * sigma, words, return_dict=False)[0]
 
 
 class LatentDataset:
-    """Normalised latents (n, c, f, h, w) of rendered training clips with their scenes, encoded once and kept."""
+    """Normalised latents (clips, c, f, h, w) of rendered training clips with their scenes, encoded once into a file."""
 
-    def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device):
+    def __init__(
+        self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device, living: bool = False
+    ):
         rng = random.Random(f"pool {seed}")
         vae = vae.to(device).eval()
-        self.scenes = [training_scene(rng) for _ in range(n)]
-        look = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
-        made = {"of": repr((n, frames, seed, SPINS, look, sum(p.double().sum().item() for p in vae.parameters())))}
+        self.scenes = [training_scene(rng, living) for _ in range(n)]
+        probe = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
+        made = {"of": repr((n, frames, seed, SPINS, probe, sum(p.double().sum().item() for p in vae.parameters())))}
         if not file.is_file() or safe_open(file, "pt").metadata() != made:
             auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
@@ -155,77 +172,89 @@ class LatentDataset:
         self.latents = load_file(file)["latents"].to(device)
 
     def draw(self, n: int, frames: int, rng: random.Random) -> tuple[Tensor, list[int], list[str]]:
-        """Latents of n clips at their first and `frames` - 1 random later frames; which these are; the captions."""
+        """Latents of n clips at their first and `frames` - 1 random later frames, their positions, and captions."""
         pick = [rng.randrange(len(self.scenes)) for _ in range(n)]
         times = [0, *sorted(rng.sample(range(1, self.latents.shape[2]), frames - 1))]
         return self.latents[pick][:, :, times].float(), times, [caption(self.scenes[i], rng) for i in pick]
 
 
-def training_scene(rng: random.Random) -> Scene:
-    """A scene of the combinations that training may see; it spins with probability `SPINS`."""
+def training_scene(rng: random.Random, living: bool = False) -> Scene:
+    """A scene from the combinations that are not held out; it spins with probability `SPINS`."""
     spins = rng.random() < SPINS
     while True:
-        scene = sample_scene(rng)
-        if (scene.things[0].motion == "spins") == spins:
+        scene = sample_scene(rng, living=living)
+        if (scene.objects[0].motion == "spins") == spins:
             return scene
 
 
 def _encode(auto: Autoencoder, frames: list[Tensor]) -> Tensor:
     x = torch.stack([to_unit(f) for f in frames])
-    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(str(x.device))):
         return auto.encode(x)[0].float()
 
 
 class BaseTask:
-    """Flow matching on a pool of latents: first frames, then more and more frames of the clips."""
+    """Flow matching on the latents of rendered clips: single frames first, then more and more frames."""
 
     def __init__(
         self, optim: OptimConfig, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
-        device: str = "cpu", compiled: bool = False,
+        device: str = "cpu", compiled: bool = False, living: bool = False, start: Path | None = None,
     ):  # fmt: skip
         torch.manual_seed(optim.seed)
-        self.optim, self.vae, self.size, self.frames = optim, vae, size, frames
-        self.tokenizer = build_tokenizer()
+        self.optim, self.vae, self.size, self.frames, self.living = optim, vae, size, frames, living
+        self.tokenizer = build_tokenizer(start and start / "tokenizer")
         self.module = Denoiser(*build_models(len(self.tokenizer), vae.config.z_dim), device)
         if compiled:
             self.module.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.pool = LatentDataset(vae, clips, frames, size, optim.seed, folder / "pool.safetensors", device)
+        self.dataset = LatentDataset(vae, clips, frames, size, optim.seed, folder / "pool.safetensors", device, living)
 
     def matrices(self) -> list[nn.Parameter]:
-        """The weights of the blocks' linear layers."""
+        """The weights of the blocks' linear layers, for Muon."""
         return [p for p in self.module.transformer.blocks.parameters() if p.ndim == 2]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
-        frames, n = next((f, n) for until, f, n in CURRICULUM if step / self.optim.steps < until)
-        x0, times, captions = self.pool.draw(n, frames or self.pool.latents.shape[2], rng)
+        frames, n = self._lengths(step / self.optim.steps, rng)
+        x0, times, captions = self.dataset.draw(n, frames or self.dataset.latents.shape[2], rng)
         captions = ["" if rng.random() < 0.1 else c for c in captions]
         tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS - 8, return_tensors="pt").to(
             x0.device
         )
         eps = torch.randn(x0.shape, generator=noise).to(x0.device)
-        u = (torch.arange(n) + torch.rand(n, generator=noise)) / n  # stratified: a quieter loss
+        u = (torch.arange(n) + torch.rand(n, generator=noise)) / n  # stratified, for a loss with less variance
         sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(x0.device)
         s = sigma[:, None, None, None, None]
         words = tokens.input_ids, tokens.attention_mask, rng.choice((MAX_TOKENS, 512))
         v = model((1 - s) * x0 + s * eps, times, sigma, *words)
         return (v.float() - (eps - x0)).square().mean(), {}
 
-    def start_from(self, folder: Path) -> None:
-        """Begin with the weights of a finished pipeline; the schedule and the optimizer start anew.
+    def _lengths(self, share: float, rng: random.Random) -> tuple[int, int]:
+        """Latent frames (0: all) and clips per batch after a share of the steps."""
+        if self.living:
+            return rng.choice(next(pairs for until, pairs in LIVING_CURRICULUM if share < until))
+        return next((f, n) for until, f, n in CURRICULUM if share < until)
 
-        So do the first and the last layer where the autoencoder has got another number of latent channels.
+    def start_from(self, folder: Path) -> None:
+        """Load the weights of a finished pipeline; the schedule and the optimizer start anew.
+
+        The first and last layer stay random if the autoencoder has another number of latent channels. Words that the
+        pipeline does not know get small random embeddings.
         """
         text = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
         transformer = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
         fresh = self.module.transformer.state_dict()
+        new = len(self.tokenizer) - text.config.vocab_size
+        if new > 0:
+            known = text.shared.weight.detach()
+            text.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+            text.shared.weight.data[-new:] = 0.3 * known.std() * torch.randn(new, known.shape[1])
         self.module.text.load_state_dict(text.state_dict())
         self.module.transformer.load_state_dict(
             {name: w if w.shape == fresh[name].shape else fresh[name] for name, w in transformer.items()}
         )
 
     def pipeline(self) -> WanPipeline:
-        """The model as it stands, as a stock pipeline. Its transformer is a copy with stock processors."""
+        """The model in its present state as a stock pipeline, whose transformer is a copy with stock processors."""
         transformer = WanTransformer3DModel.from_config(self.module.transformer.config)
         transformer.load_state_dict(self.module.transformer.state_dict())
         scheduler = UniPCMultistepScheduler(
@@ -233,26 +262,27 @@ class BaseTask:
         )
         return WanPipeline(
             tokenizer=self.tokenizer, text_encoder=self.module.text, vae=self.vae, scheduler=scheduler,
-            transformer=transformer.to(self.pool.latents.device),
+            transformer=transformer.to(self.dataset.latents.device),
         )  # fmt: skip
 
     def sample_grid(self, path: Path) -> None:
-        """One row of nine frames for each of six held-out prompts, drawn in 12 guided steps."""
+        """Write a picture with nine frames of each of six held-out prompts, generated in 12 guided steps."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         length = dict(height=self.size, width=self.size, num_frames=self.frames, max_sequence_length=MAX_TOKENS)
         noise = torch.Generator().manual_seed(0)
-        out = pipe(held_out_prompts(6, 1), num_inference_steps=12, guidance_scale=4.0, generator=noise, **length)
+        prompts = held_out_prompts(6, 1, self.living)
+        out = pipe(prompts, num_inference_steps=12, guidance_scale=4.0, generator=noise, **length)
         frames = torch.as_tensor(out.frames)[:, :: max(1, self.frames // 8)]
         iio.imwrite(path, (rearrange(frames, "b f h w c -> (b h) (f w) c") * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def finish(task: BaseTask, folder: Path) -> None:
-    """Write the whole pipeline in diffusers layout, every file under 10 MB."""
+    """Write the pipeline into a folder in diffusers layout, every file under 10 MB."""
     pipe, made = task.pipeline(), folder.with_name(folder.name + ".part")
     pipe.transformer.half(), pipe.vae.half()  # half the size on disk; stock loading makes them float32 again
     pipe.save_pretrained(made, safe_serialization=True, max_shard_size="9MB")
-    for file in made.glob("*/config.json"):  # a part that was loaded remembers from where, on this machine
+    for file in made.glob("*/config.json"):  # diffusers stores the local path from which a part was loaded
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")

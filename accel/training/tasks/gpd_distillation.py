@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...ops.flow import euler, mean_velocity
 from ...ops.spectrum import high_energy
-from ..loop import OptimConfig
 from ..networks import Networks, velocity
+from ..optim import OptimConfig
 from ..rollouts import RolloutContext, sample_grid
 from ..stages import StudentTask
 

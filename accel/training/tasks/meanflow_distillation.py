@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...ops.flow import jvp_central, jvp_exact, mean_flow_target
 from ...students.interval_embedding import pack_timestep
-from ..loop import OptimConfig
 from ..networks import Networks, velocity
+from ..optim import OptimConfig
 from ..rollouts import MeanFlowContext, sample_grid
 from ..stages import StudentTask
 

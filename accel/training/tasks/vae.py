@@ -24,14 +24,14 @@ from ...evaluation.metrics import psnr
 from ...world.judge import read
 from ...world.render import render
 from ...world.scene import ATTRIBUTES, Scene, sample_scene
-from ..loop import OptimConfig
+from ..optim import OptimConfig
 
-# until this share of the steps: frames (0: all), clips a batch
+# (until this share of the steps, frames (0: all), clips per batch)
 CURRICULUM = ((0.08, 1, 48), (0.16, 5, 16), (0.95, 9, 10), (1.0, 0, 5))
 
-MIN_CHANNEL_STD = (
-    0.1  # deviation of a latent channel's mean below which it carries nothing; the dead have 0.01, the others 0.7
-)
+LIVING_CURRICULUM = ((0.4, 5, 4), (0.95, 9, 3), (1.0, 0, 2))  # for the living world, from finished weights
+
+MIN_CHANNEL_STD = 0.1  # a latent channel whose mean varies less carries nothing: dead ones have 0.01, others 0.7
 
 
 def build_vae(base_dim: int = 32, z_dim: int = 48) -> AutoencoderKLWan:
@@ -53,7 +53,7 @@ def build_vae(base_dim: int = 32, z_dim: int = 48) -> AutoencoderKLWan:
 
 
 def _resample(self: WanResample, x: Tensor, feat_cache=None, feat_idx=None) -> Tensor:
-    """`WanResample.forward` for a whole clip (b, c, f, h, w): the first frame passes the time axis untouched."""
+    """`WanResample.forward` for a full clip (b, c, f, h, w): the first frame skips the temporal convolution."""
     if self.mode == "upsample3d" and x.shape[2] > 1:
         late = rearrange(self.time_conv(x[:, :, 1:]), "b (s c) f h w -> b c (f s) h w", s=2)
         x = torch.cat([x[:, :, :1], late], 2)
@@ -67,15 +67,15 @@ def _resample(self: WanResample, x: Tensor, feat_cache=None, feat_idx=None) -> T
 
 @contextmanager
 def parallel_time(vae: AutoencoderKLWan):
-    """Inside, `vae.encoder` and `vae.decoder` take whole clips without a feature cache."""
-    sites = [m for m in vae.modules() if isinstance(m, WanResample)]
-    for site in sites:
-        site.forward = MethodType(_resample, site)
+    """Let `vae.encoder` and `vae.decoder` take full clips without a feature cache, for the time of the context."""
+    layers = [m for m in vae.modules() if isinstance(m, WanResample)]
+    for layer in layers:
+        layer.forward = MethodType(_resample, layer)
     try:
         yield
     finally:
-        for site in sites:
-            del site.forward
+        for layer in layers:
+            del layer.forward
 
 
 class Autoencoder(nn.Module):
@@ -102,12 +102,12 @@ class Autoencoder(nn.Module):
         return self.decode(mean + noise * (0.5 * logvar).exp()), mean, logvar
 
 
-def clips(n: int, frames: int, size: int, seed: int, held_out: bool = False, device="cpu") -> Tensor:
-    """n rendered clips (n, 3, f, h, w) in [-1, 1]; a single frame is taken anywhere in its clip."""
+def clips(n: int, frames: int, size: int, seed: int, held_out=False, device="cpu", living=False) -> Tensor:
+    """n rendered clips (n, 3, f, h, w) in [-1, 1]; short ones start at a random frame of a longer clip."""
     rng = random.Random(seed)
-    whole = [render(sample_scene(rng, held_out), max(frames, 9), size, device) for _ in range(n)]
-    starts = [rng.randrange(len(c) - frames + 1) for c in whole]
-    return torch.stack([to_unit(c[s : s + frames]) for c, s in zip(whole, starts)])
+    rendered = [render(sample_scene(rng, held_out, living), max(frames, 9), size, device) for _ in range(n)]
+    starts = [rng.randrange(len(c) - frames + 1) for c in rendered]
+    return torch.stack([to_unit(c[s : s + frames]) for c, s in zip(rendered, starts)])
 
 
 def to_unit(frames: Tensor) -> Tensor:
@@ -121,33 +121,34 @@ def from_unit(x: Tensor) -> Tensor:
 
 
 class VaeTask:
-    """L1 + MSE reconstruction with a light pull of the latents towards a unit Gaussian."""
+    """L1 + MSE reconstruction with a small KL penalty of the latents to a unit Gaussian."""
 
-    def __init__(self, optim: OptimConfig, size: int = 64, frames: int = 17, kl: float = 1e-3):
+    def __init__(self, optim: OptimConfig, size: int = 64, frames: int = 17, kl: float = 1e-3, living: bool = False):
         torch.manual_seed(optim.seed)
-        self.optim, self.size, self.frames, self.kl = optim, size, frames, kl
+        self.optim, self.size, self.frames, self.kl, self.living = optim, size, frames, kl, living
+        self.curriculum = LIVING_CURRICULUM if living else CURRICULUM
         self.module = Autoencoder(build_vae())
 
     def start_from(self, folder: Path) -> None:
-        """Begin with the weights of a finished autoencoder; the schedule and the optimizer start anew."""
+        """Load the weights of a finished autoencoder; the schedule and the optimizer start anew."""
         self.module.vae = AutoencoderKLWan.from_pretrained(folder)
 
     def shape_as(self, state: Path) -> None:
-        """As many latent channels as the checkpoint of a run has: one that began with finished weights has fewer."""
+        """Use as many latent channels as a checkpoint: a run that started from finished weights has fewer."""
         weights = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["module"]
         channels = len(weights["vae.post_quant_conv.weight"])
         if channels != self.module.vae.config.z_dim:
             self.module.vae = build_vae(z_dim=channels)
 
     def matrices(self) -> list[nn.Parameter]:
-        """The kernels of all convolutions."""
+        """The kernels of all convolutions, for Muon."""
         return [p for p in self.module.parameters() if p.ndim > 3 and min(p.shape[:2]) > 1]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         share = step / self.optim.steps
-        frames, n = next((f or self.frames, n) for until, f, n in CURRICULUM if share < until)
+        frames, n = next((f or self.frames, n) for until, f, n in self.curriculum if share < until)
         device = next(model.parameters()).device
-        x = clips(n, frames, self.size, seed, device=device)
+        x = clips(n, frames, self.size, seed, device=device, living=self.living)
         grid = (n, self.module.vae.config.z_dim, 1 + (frames - 1) // 2, self.size // 8, self.size // 8)
         noise = torch.randn(grid, generator=torch.Generator().manual_seed(seed)).to(device)
         y, mean, logvar = model(x, noise)
@@ -159,7 +160,7 @@ class VaeTask:
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
-        x = clips(6, 9, self.size, 1, held_out=True, device=next(self.module.parameters()).device)
+        x = clips(6, 9, self.size, 1, True, next(self.module.parameters()).device, self.living)
         y = self.module.decode(self.module.encode(x)[0])
         rows = rearrange(torch.stack([x, y]), "s b c f h w -> c 1 (b s h) (f w)")
         iio.imwrite(path, from_unit(rows)[0].cpu().numpy())
@@ -167,13 +168,13 @@ class VaeTask:
 
 @torch.no_grad()
 def finish(task: VaeTask, folder: Path) -> dict:
-    """Write the autoencoder in diffusers layout with its latents' mean and deviation; how good it is.
+    """Write the autoencoder in diffusers layout with its latents' mean and deviation; returns how good it is.
 
-    The latents' statistics come from training scenes. PSNR and the attributes that the judge still reads come from
-    held-out scenes through the stock chunked path.
+    The latents' statistics come from training scenes. PSNR, and the attributes that the judge reads from the
+    reconstruction, come from held-out scenes through the stock chunked path.
     """
     vae = task.module.vae.eval()
-    made = (clips(16, task.frames, task.size, 10_000 + i, device=vae.device) for i in range(16))
+    made = (clips(16, task.frames, task.size, 10_000 + i, False, vae.device, task.living) for i in range(16))
     z = torch.cat([task.module.encode(x)[0] for x in made])
     mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -183,20 +184,20 @@ def finish(task: VaeTask, folder: Path) -> dict:
     replace_files(made, folder)
     vae.float()
     rng = random.Random("held-out reconstructions")
-    fingerprint = [_mark(vae, sample_scene(rng, held_out=True), task.frames, task.size) for _ in range(64)]
-    psnr = torch.tensor([p for p, _ in fingerprint])
+    readings = [_mark(vae, sample_scene(rng, True, task.living), task.frames, task.size) for _ in range(64)]
+    psnr = torch.tensor([p for p, _ in readings])
     half = 1.96 * psnr.std().item() / len(psnr) ** 0.5
-    seen = {a: round(sum(right[a] for _, right in fingerprint) / len(fingerprint), 3) for a in ATTRIBUTES}
+    seen = {a: round(sum(right[a] for _, right in readings) / len(readings), 3) for a in ATTRIBUTES}
     return {"psnr": round(psnr.mean().item(), 2), "interval": round(half, 2), "n": len(psnr), "read": seen}
 
 
 @torch.no_grad()
 def without_dead_channels(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """The same autoencoder with fewer latent channels: only those whose mean varies from place to place.
+    """The same autoencoder without the latent channels whose mean hardly varies between positions.
 
-    The pull towards a unit Gaussian leaves channels that carry nothing. Normalised to deviation 1, their faint
-    residue would be as much of a denoiser's target as the picture. The 1x1 convolutions around the latents move into
-    their neighbours; at the borders, where those pad with zeros, a trace of their bias is lost (0.2 dB).
+    The KL penalty leaves channels that carry nothing. Normalised to deviation 1, their noise would be as large a part
+    of the denoiser's target as the picture. The 1x1 convolutions around the latents are merged into their neighbours;
+    at the borders, where those pad with zeros, a part of their bias is lost (0.2 dB).
     """
     z, mean = vae.config.z_dim, torch.tensor(vae.config.latents_mean, device=vae.device)
     alive = [i for i, deviation in enumerate(vae.config.latents_std) if deviation > MIN_CHANNEL_STD]
@@ -219,14 +220,14 @@ def without_dead_channels(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         "decoder.conv_in.weight": torch.einsum("oi...,ij->oj...", kernel, out),
         "decoder.conv_in.bias": state["decoder.conv_in.bias"] + kernel.sum((2, 3, 4)) @ (rest - out @ bias),
     }
-    kept = {name: [vae.config[name][i] for i in alive] for name in ("latents_mean", "latents_std")}
-    small = AutoencoderKLWan.from_config({**vae.config, **kept, "z_dim": len(alive)})
+    statistics = {name: [vae.config[name][i] for i in alive] for name in ("latents_mean", "latents_std")}
+    small = AutoencoderKLWan.from_config({**vae.config, **statistics, "z_dim": len(alive)})
     small.load_state_dict(state)
     return small.to(vae.device).eval()
 
 
 def _mark(vae: AutoencoderKLWan, scene: Scene, frames: int, size: int) -> tuple[float, dict[str, bool]]:
-    """PSNR in dB of a scene through the stock encoder and decoder, and which attributes can be read from the result."""
+    """PSNR in dB of a scene through the stock encoder and decoder, and which attributes the judge reads correctly."""
     x = render(scene, frames, size, vae.device)
     y = from_unit(vae.decode(vae.encode(to_unit(x)[None]).latent_dist.mode()).sample[0])
     x, y = x.cpu().numpy(), y.cpu().numpy()
@@ -235,9 +236,9 @@ def _mark(vae: AutoencoderKLWan, scene: Scene, frames: int, size: int) -> tuple[
 
 
 def replace_files(made: Path, folder: Path) -> None:
-    """Let the files of a finished folder, and of the folders in it, take the place of those of another.
+    """Move the files of a finished folder, and of its subfolders, over those of another folder.
 
-    Weights there go first: shards of another count would stay beside the new ones.
+    Old weights are deleted first, because a different number of shards would leave some of them in place.
     """
     files = [file.relative_to(made) for file in made.rglob("*") if file.is_file()]
     for part in {file.parent for file in files}:

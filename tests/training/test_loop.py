@@ -1,0 +1,71 @@
+"""The training loop on the smallest task: resuming, stopping, EMA weights."""
+
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from accel.training.loop import fit
+from accel.training.optim import OptimConfig
+
+
+class Line:
+    """The smallest task: fits y = 2 x with one weight and a bias."""
+
+    def __init__(self, steps: int = 30):
+        torch.manual_seed(1)
+        self.optim, self.module = OptimConfig(steps=steps, lr=0.1, warmup=3), nn.Linear(1, 1)
+
+    def matrices(self):
+        return [self.module.weight]
+
+    def loss(self, model, step, seed):
+        x = torch.randn(8, 1, generator=torch.Generator().manual_seed(seed))
+        return (model(x).float() - 2 * x).square().mean(), {}
+
+    def sample_grid(self, path):
+        path.write_text(f"{self.module.weight.item()}")
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    unbroken = Line()
+    fit(unbroken, tmp_path / "unbroken", minutes=None, resume=False)
+    first = Line()
+    original, calls = first.loss, []
+
+    def interrupted(model, step, seed):
+        calls.append(step)
+        if len(calls) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return original(model, step, seed)
+
+    first.loss = interrupted
+    assert fit(first, tmp_path / "part", minutes=None, resume=False)["step"] == 11
+    again = Line()
+    assert fit(again, tmp_path / "part", minutes=None, resume=True)["step"] == 30
+    assert torch.equal(again.module.weight, unbroken.module.weight)
+
+
+def test_a_run_is_checked_with_its_ema_weights_and_ends_with_them(tmp_path):
+    line, seen = Line(), []
+    check = lambda step: seen.append((step, line.module.weight.item())) or step == 20
+    done = fit(line, tmp_path, minutes=None, resume=False, should_end=check, check_every=10)
+    assert [step for step, _ in seen] == [10, 20] and done["step"] == 20 and done["ended"]
+    raw = torch.load(tmp_path / "state.pt", weights_only=True)["module"]["weight"].item()
+    assert line.module.weight.item() == seen[-1][1] != raw
+
+
+def test_training_stops_when_its_minutes_are_over(tmp_path):
+    slow = Line(steps=10_000)
+    slow.loss, original = lambda *a: (time.sleep(0.05), original(*a))[1], slow.loss
+    assert 0 < fit(slow, tmp_path, minutes=0.005, resume=False)["step"] < 100
+    assert (tmp_path / "state.pt").is_file()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    broken = Line()
+    broken.loss = lambda *a: (broken.module.weight.sum() * float("nan"), {})
+    with pytest.raises(RuntimeError, match="the loss became nan at step 0"):
+        fit(broken, tmp_path, minutes=None, resume=False)

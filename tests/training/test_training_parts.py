@@ -1,0 +1,57 @@
+"""`accel train`: parts, the record of runs, and what an unfinished run leaves alone."""
+
+import json
+
+import pytest
+import torch
+from transformers import UMT5EncoderModel
+
+from accel.runtime.models import TINY
+from accel.training import OPTIM_CONFIGS, SETTINGS, export_base, parent_run, train_parts
+from accel.training.tasks import base
+from accel.training.tasks.vae import build_vae
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="unknown part 'everything'; there are vae, base, gpd, meanflow, predictor and all"
+    ):
+        train_parts("everything", None, False, tmp_path)
+
+
+def test_a_stopped_training_changes_neither_the_shipped_model_nor_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("accel.training.ROOT", tmp_path)
+    monkeypatch.setattr("accel.training.tasks.vae.CURRICULUM", ((1.0, 1, 1),))
+    finished = []
+    monkeypatch.setattr("accel.training.tasks.vae.finish", lambda task, folder: finished.append(folder) or {})
+    monkeypatch.setitem(OPTIM_CONFIGS["small"], "vae", {"steps": 2, "lr": 1e-3, "warmup": 1})
+    (tmp_path / TINY).mkdir(parents=True)
+    assert train_parts("vae", 0, False, tmp_path / "out")["vae"]["step"] == 1
+    assert not finished and not list((tmp_path / TINY).iterdir())
+    assert train_parts("vae", None, True, tmp_path / "out")["vae"]["step"] == 2
+    assert finished and [f.name for f in (tmp_path / TINY).iterdir()] == ["training.json"]
+
+
+def test_an_export_writes_the_ema_weights_of_an_unfinished_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("accel.training.ROOT", tmp_path)
+    monkeypatch.setattr(base, "CURRICULUM", ((1.0, 1, 2),))
+    monkeypatch.setitem(SETTINGS, "small", {"size": 16, "frames": 5, "fps": 8, "clips": 2})
+    monkeypatch.setitem(OPTIM_CONFIGS["small"], "base", {"steps": 9, "lr": 1e-3, "warmup": 1})
+    build_vae(8).save_pretrained(tmp_path / TINY / "vae")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        export_base("small", tmp_path / "out")
+    train_parts("base", 0, False, tmp_path / "out")
+    assert not (tmp_path / TINY / "transformer").exists()
+    assert export_base("small", tmp_path / "out")["step"] == 1
+    weights = torch.load(tmp_path / "out" / "base" / "state.pt", weights_only=True)["ema"]["shadow_params"]
+    written = UMT5EncoderModel.from_pretrained(tmp_path / TINY / "text_encoder").shared.weight
+    assert torch.equal(written, weights[0])
+    assert json.loads((tmp_path / TINY / "training.json").read_text())["base"]["step"] == 1
+
+
+def test_the_record_of_a_run_includes_the_run_whose_weights_it_started_from(tmp_path):
+    first = {"steps": 10}
+    assert parent_run(first, tmp_path) == first  # it started from finished weights
+    (tmp_path / "state.pt").touch()
+    assert parent_run({"steps": 5, "parent_run": first}, tmp_path) == first  # the second chunk of such a run
+    assert parent_run(first, tmp_path) is None  # the second chunk of a run from scratch
