@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from contextlib import contextmanager
 
 import pytest
 
@@ -22,29 +23,32 @@ def url():
 
 
 @pytest.fixture(scope="module")
-def visit(url):
-    """visit(width): a new visitor's page."""
+def browser():
     from playwright.sync_api import sync_playwright
 
     flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-background-networking"]
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
-
-        def visit(width: int):
-            context = browser.new_context(viewport={"width": width, "height": 1000}, reduced_motion="no-preference")
-            page = context.new_page()
-            page.goto(url)
-            page.wait_for_selector("#player video", state="attached", timeout=30_000)
-            return page
-
-        yield visit
+        yield browser
         browser.close()
 
 
+@contextmanager
+def visit(browser, url, width: int = 1280, motion: str = "reduce"):
+    """A new visitor's page; with reduced motion no video plays by itself."""
+    context = browser.new_context(viewport={"width": width, "height": 1000}, reduced_motion=motion)
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_selector("#player video", state="attached", timeout=30_000)
+    yield page
+    context.close()
+
+
 @pytest.fixture(scope="module")
-def page(visit):
-    """One visitor's page for all tests that say themselves what they need of it."""
-    return visit(1280)
+def page(browser, url):
+    """One visitor's page for all tests that set everything they need of it."""
+    with visit(browser, url) as page:
+        yield page
 
 
 def set_steps(page, steps: int) -> None:
@@ -68,19 +72,20 @@ def choose_preset(page, name: str, active: str) -> None:
     page.wait_for_function(f"document.querySelector('#use-{active} input').checked")
 
 
-def test_a_recorded_pair_plays_before_anything_is_computed(visit):
-    page = visit(1280)
-    assert "Recorded pair" in page.inner_text("#message")
-    page.wait_for_function("document.querySelector('#player video').currentTime > 0.2", timeout=10_000)
-    page.wait_for_timeout(1500)
-    a, b = page.evaluate("[...document.querySelectorAll('#player video')].map((v) => v.currentTime)")
-    assert abs(a - b) < 1.5 / 8
-    assert page.locator("#timeline rect").count() > 100
-    assert "recorded, measured" in page.inner_text("#metric-cards")
+def test_a_recorded_pair_plays_before_anything_is_computed(browser, url):
+    with visit(browser, url, motion="no-preference") as page:
+        assert "Recorded pair" in page.inner_text("#message")
+        page.wait_for_function("document.querySelector('#player video').currentTime > 0.2", timeout=10_000)
+        page.wait_for_timeout(1500)
+        a, b = page.evaluate("[...document.querySelectorAll('#player video')].map((v) => v.currentTime)")
+        assert abs(a - b) < 1.5 / 8
+        assert page.locator("#timeline rect").count() > 100
+        assert "recorded, measured" in page.inner_text("#metric-cards")
 
 
-def test_the_page_fits_a_phone(visit):
-    assert visit(390).evaluate("document.documentElement.scrollWidth") <= 390
+def test_the_page_fits_a_phone(browser, url):
+    with visit(browser, url, width=390) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_live_pair_shows_videos_metrics_and_timeline_and_its_baseline_is_cached(page):
@@ -95,8 +100,6 @@ def test_a_live_pair_shows_videos_metrics_and_timeline_and_its_baseline_is_cache
 
 
 def test_frames_can_be_stepped_and_views_changed(page):
-    if page.inner_text("#player [data-do=play]") == "❚❚":
-        page.click("#player [data-do=play]")
     page.evaluate(
         "document.querySelector('#player .seek').value = 0; document.querySelector('#player .seek').oninput()"
     )
