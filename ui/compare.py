@@ -9,9 +9,11 @@ import re
 
 from accel.core.trace import Trace
 from accel.evaluation.compare import compare
-from accel.runtime.generate import Run, Video, build_run, generate, preflight
+from accel.evaluation.metrics import Pair, measure, metrics_of
+from accel.runtime.generate import Video, generate, preflight
+from accel.runtime.models import ModelDefaults
 from accel.runtime.presets import required_settings
-from accel.world.judge import score
+from accel.runtime.run import Run, build_run
 from ui.preview import ProgressReporter
 from ui.video_cache import CachedVideo, VideoCache
 from ui.worker import Job
@@ -30,7 +32,7 @@ class CompareJob:
         """
         self.model, self.settings, self.videos, self.same_steps_baseline = model, settings, videos, same_steps_baseline
 
-    def __call__(self, job: Job, pipe, defaults) -> None:
+    def __call__(self, job: Job, pipe, defaults: ModelDefaults) -> None:
         """Run on the pipeline's thread."""
         a, b = self._runs(defaults)
         same_steps = a.model_copy(update={"steps": b.steps})
@@ -66,7 +68,7 @@ class CompareJob:
             label = _same_steps_label(same_steps, baseline, defaults)
             job.emit("same_steps_baseline", player={**player, "a": baseline.path, "label_a": label})
 
-    def _runs(self, defaults) -> tuple[Run, Run]:
+    def _runs(self, defaults: ModelDefaults) -> tuple[Run, Run]:
         """The baseline and the accelerated run. Steps and guidance that a method requires apply to the latter only."""
         integers = {name: _integer(self.settings[name], name) for name in ("seed", "steps")}
         settings = {"model": self.model, **self.settings, **integers}
@@ -93,11 +95,13 @@ def _baseline_label(run: Run, cached: CachedVideo | None) -> str:
     return f"baseline, {run.steps} steps" + (f" (cached, measured {cached.measured_at})" if cached else "")
 
 
-def _same_steps_label(run: Run, baseline: CachedVideo, defaults) -> str:
-    seconds = baseline.video.seconds["denoise"]
-    label = f"baseline, {run.steps} steps, {seconds:.2f} s at {baseline.measured_at}"
-    adherence = score(baseline.video.frames, run.prompt).get("mean") if defaults.toy_world else None
-    return label + ("" if adherence is None else f", {adherence:.0%} of the prompt read back")
+def _same_steps_label(run: Run, baseline: CachedVideo, defaults: ModelDefaults) -> str:
+    """Step count, time and, of the metrics, those that need no second video."""
+    video = baseline.video
+    metrics = [metric for metric in metrics_of(defaults) if metric.of_one_video]
+    values = measure(Pair(video, video, run.prompt), metrics)
+    parts = [f"baseline, {run.steps} steps, {video.seconds['denoise']:.2f} s at {baseline.measured_at}"]
+    return ", ".join([*parts, *(f"{metric.format(values[metric.name])} {metric.about}" for metric in metrics)])
 
 
 def _integer(value, name: str) -> int:

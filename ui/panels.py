@@ -6,6 +6,7 @@ from statistics import median
 
 from markupsafe import Markup
 
+from accel.evaluation.metrics import metric_texts
 from ui.render import render
 from ui.timeline import timeline
 
@@ -42,13 +43,8 @@ def metric_cards(report: dict) -> Markup:
         (f"{r['speedup_denoise']:.2f}×", "speed of denoising" + against),
         (f"{r['speedup_total']:.2f}×", "speed end to end" + against),
         (f"{r['work_ratio']:.0%}", "of the work computed (FLOPs)"),
-        ("bit-equal" if r["bit_equal"] else f"{r['psnr']:.1f} dB", "PSNR to the baseline"),
-        (f"{r['ssim']:.4f}", f"SSIM, worst frame {r['ssim_worst']:.4f}"),
+        *metric_texts(r),
     ]
-    if r.get("adherence_b") is not None:
-        wrong = [attribute for attribute, right in r["attributes"]["b"].items() if not right]
-        about = f"of the prompt read back, baseline {r['adherence_a']:.0%}"
-        cards.append((f"{r['adherence_b']:.0%}", about + (f"; not seen: {', '.join(wrong)}" if wrong else "")))
     stages = {"baseline": _stage_times(r["a"]), "accelerated": _stage_times(r["b"])}
     return render("metric_cards", cards=cards, stages=stages, conditions=_conditions(r))
 

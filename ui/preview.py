@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from accel.core.trace import Trace
-from accel.runtime.generate import Run
 from accel.runtime.latents import denormalize
+from accel.runtime.run import Run
 from ui.worker import Job
 
 PREVIEW_SECONDS = 0.3  # at least this long between two previews,

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accel.runtime.run import Run
 from accel.runtime.video import write_mp4
 
 if TYPE_CHECKING:
-    from accel.runtime.generate import Run, Video
+    from accel.runtime.generate import Video
 
 MAX_VIDEOS = 16  # baselines, and as many accelerated videos
 

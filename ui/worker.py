@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from accel.runtime.generate import Cancelled
+from accel.runtime.run import Cancelled
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3  # between two looks at the queue

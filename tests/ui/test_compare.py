@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from accel.core.trace import Step, Trace
-from accel.runtime.generate import Video, build_run, generate
+from accel.runtime.generate import Video, generate
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
+from accel.runtime.run import build_run
 from ui.compare import CompareJob
 from ui.panels import metric_cards, note
 from ui.player import ABPlayer
