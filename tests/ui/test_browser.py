@@ -9,7 +9,10 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
     warnings.warn("NO BROWSER: the page is not tested; install chromium (apt-get install chromium)", stacklevel=1)
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is missing")]
+pytestmark = [
+    pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is missing"),
+    pytest.mark.xdist_group("browser"),  # one process, so that one server and one browser serve all
+]  # fmt: skip
 BLOCKS = 8  # of the shipped model
 
 
