@@ -46,11 +46,11 @@ def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
     assert report["work_ratio"] < 1 and 0 <= report["adherence_b"] <= 1
 
 
-def test_compare_holds_a_student_in_its_own_steps_against_plain_ones(accel, tmp_path):
-    args = ("--prompt", PROMPT, "--preset", "gpd", "--set", "fastercache.attention=true", "--steps", "12")
+def test_a_student_runs_in_its_own_steps_and_the_baseline_in_the_given_ones(accel, tmp_path):
+    args = ("--prompt", PROMPT, "--preset", "gpd", "--set", "fastercache.attention=true", "--steps", "4")
     code, report, _ = accel("compare", *args, "--repeats", "1", "--out", str(tmp_path))
-    assert code == 0 and report["steps"] == 6 and report["methods"]["gpd"]["steps"] == 6
-    assert report["work_ratio"] == pytest.approx(6 / 24, abs=0.01)
+    assert code == 0 and report["steps"] == 6 and report["steps_a"] == 4 and report["methods"]["gpd"]["steps"] == 6
+    assert report["work_ratio"] == pytest.approx(6 / 8, abs=0.01)
     assert read_settings(tmp_path / "b.mp4")["steps"] == 6 and read_settings(tmp_path / "b.mp4")["guidance"] == 1
 
 
@@ -64,8 +64,8 @@ def test_run_repeats_a_video_from_the_file_alone(accel, tmp_path):
 
 
 def test_world_sample_and_judge_agree(accel, tmp_path):
-    accel("world", "sample", "--n", "4", "--out", str(tmp_path))
-    assert (tmp_path / "sheet.png").is_file() and len(list(tmp_path.glob("*.mp4"))) == 4
+    accel("world", "sample", "--n", "3", "--size", "64", "--frames", "17", "--out", str(tmp_path))
+    assert (tmp_path / "sheet.png").is_file() and len(list(tmp_path.glob("*.mp4"))) == 3
     assert accel("world", "judge", str(tmp_path))[1]["mean"] > 0.9
 
 
@@ -97,15 +97,8 @@ def test_bad_input_ends_with_one_line_and_exit_code_two(args, sentence, accel, t
     more = () if args[0] in ("train", "world") else ("--out", str(tmp_path / "out"))
     code, _, err = accel(*args, *more)
     assert code == 2 and sentence in err
-    told = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and told[0] == err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
-
-
-def test_a_file_that_cannot_be_written_whole_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda path: (2, 0.25))  # a full disk
-    with pytest.raises(OSError, match="could not be written: the file is incomplete"):
-        write_mp4(tmp_path / "v.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
-    assert not list(tmp_path.iterdir())
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == [err.strip().splitlines()[-1]] and not (tmp_path / "out").exists()
 
 
 def test_a_video_is_not_replaced_by_its_repetition(accel, tmp_path):
@@ -114,14 +107,11 @@ def test_a_video_is_not_replaced_by_its_repetition(accel, tmp_path):
     assert code == 2 and "would be replaced by what is made from it: give another --out" in err
 
 
-def test_captions_without_their_videos_are_bad_input(accel, tmp_path):
-    for captions, why in (({"a.mp4": "a red star spins"}, "a.mp4 is missing"), (["a"], "it is not a JSON object")):
-        (tmp_path / "captions.json").write_text(json.dumps(captions))
-        code, _, err = accel("world", "judge", str(tmp_path))
-        assert code == 2 and why in err
-
-
-def test_settings_survive_the_video_file_with_every_character(tmp_path):
-    settings = {"prompt": 'a "red"; star = #1 \\ ring\nnew line, ünïcode'}
-    write_mp4(tmp_path / "v.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8, settings)
-    assert read_settings(tmp_path / "v.mp4") == settings
+@pytest.mark.parametrize(
+    "captions, sentence",
+    [({"a.mp4": "a red star spins"}, "a.mp4 is missing"), (["a"], "it is not a JSON object")],
+)
+def test_captions_without_their_videos_are_bad_input(captions, sentence, accel, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    code, _, err = accel("world", "judge", str(tmp_path))
+    assert code == 2 and sentence in err

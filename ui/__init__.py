@@ -1,1 +1,1 @@
-"""The page's parts; only `app.py` puts them together."""
+"""The parts of the page; `app.py` puts them together."""

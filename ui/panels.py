@@ -1,69 +1,62 @@
-"""Small pieces of the page as HTML: the live panes, the figures, the note at the end."""
+"""Small parts of the page as HTML: notes, the live panes and the metric cards."""
 
 from __future__ import annotations
 
-from html import escape
 from statistics import median
 
+from markupsafe import Markup
+
+from accel.evaluation.metrics import metric_texts
+from ui.render import render
 from ui.timeline import timeline
 
 EMPTY_PANE = ""
+READ_ALOUD = '<div role="status">${value || ""}</div>'  # template of a `gr.HTML` whose changes screen readers speak
 
 
-def pane_waiting(title: str, why: str) -> str:
-    """A pane that has not begun, or need not."""
-    return f'<div class="live"><b>{title}</b><progress max="1" value="0"></progress><span>{why}</span></div>'
+def note(text: str, bad: bool = False) -> Markup:
+    """A message above the videos; a bad one is marked as an error."""
+    return render("note", text=text, bad=bad)
 
 
-def pane(title: str, done: int, steps: int, ms: float, work: float, image: str, trace: dict) -> str:
-    """A pane that is being generated: steps, time left, speed, computed share of the work, preview, timeline."""
+def waiting_pane(title: str, status: str) -> Markup:
+    """The pane of a run that has not started or needs none."""
+    return render("pane", title=title, steps=1, done=0, status=status, image=None)
+
+
+def pane(title: str, done: int, steps: int, ms: float, work: float, image: str, trace: dict) -> Markup:
+    """The pane of a run: step, ms/step, time left, computed share of the work, preview and timeline.
+
+    `image` is a data URI, `trace` is `Trace.to_json()` or empty.
+    """
     left = ms / 1000 * (steps - done)
-    return (
-        f'<div class="live"><b>{title}</b><progress max="{steps}" value="{done}"></progress>'
-        f"<span>step {done} / {steps} · {ms:.0f} ms a step · {left:.1f} s left · "
-        f"{work:.0%} of these steps' work</span>"
-        f'<img src="{image}" alt="preview of the first frame">{timeline(trace)}</div>'
-    )
+    status = f"step {done} / {steps} · {ms:.0f} ms/step · {left:.1f} s left · {work:.0%} of these steps' work"
+    return render("pane", title=title, steps=steps, done=done, status=status, image=image, timeline=timeline(trace))
 
 
-def metric_cards(report: dict) -> str:
-    """The figures of a pair as cards."""
+def metric_cards(report: dict) -> Markup:
+    """The metrics of a pair as cards, its stage times, and the conditions it was measured under."""
     r = report
-    when = r.get("baseline_from")
+    when = r.get("baseline_measured_at")
     against = f", baseline measured earlier ({when})" if when else ""
     cards = [
         (f"{r['speedup_denoise']:.2f}×", "speed of denoising" + against),
         (f"{r['speedup_total']:.2f}×", "speed end to end" + against),
         (f"{r['work_ratio']:.0%}", "of the work computed (FLOPs)"),
-        ("bit-equal" if r["bit_equal"] else f"{r['psnr']:.1f} dB", "PSNR to the baseline"),
-        (f"{r['ssim']:.4f}", f"SSIM, worst frame {r['ssim_worst']:.4f}"),
+        *metric_texts(r),
     ]
-    if r.get("adherence_b") is not None:
-        wrong = [a for a, mark in r["attributes"]["b"].items() if not mark]
-        cards.append((f"{r['adherence_b']:.0%}", f"of the prompt read back, baseline {r['adherence_a']:.0%}"
-                      + (f"; not seen: {escape(', '.join(wrong))}" if wrong else "")))  # fmt: skip
-    shown = "".join(f'<div class="card"><b>{value}</b><span>{text}</span></div>' for value, text in cards)
-    n = len(r["b"]["denoise"])
-    label = (
-        "toy model: shows the mechanism, not what you get on Wan 1.3B"
-        if r["model"].endswith("tiny-wan")
-        else r["model"]
-    )
-    recorded = f"recorded, measured {escape(r['measured'])}: " if r.get("measured") else ""
-    base = f"{recorded}{escape(r['device'])}, {r['threads']} threads, {r['dtype']}, n={n}; {escape(label)}"
-    stages = "".join(_bar(p, r[p]) for p in "ab")
-    return f'<div class="cards">{shown}</div><div class="stages">{stages}</div><div class="base">{base}</div>'
+    stages = {"baseline": _stage_times(r["a"]), "accelerated": _stage_times(r["b"])}
+    return render("metric_cards", cards=cards, stages=stages, conditions=_conditions(r))
 
 
-def _bar(which: str, seconds: dict) -> str:
-    """Seconds per stage of one side in words."""
-    parts = " · ".join(f"{stage} {median(times):.2f} s" for stage, times in seconds.items())
-    return f"<div><b>{'baseline' if which == 'a' else 'accelerated'}</b> {parts}</div>"
+def _stage_times(seconds: dict[str, list[float]]) -> str:
+    return " · ".join(f"{stage} {median(times):.2f} s" for stage, times in seconds.items())
 
 
-def about() -> str:
-    """What one is looking at, in a few sentences."""
-    return (
-        "---\nBoth panes start from the same noise. The baseline is the stock pipeline; the other one leaves out work "
-        "and shows where. The code above makes the same video with the library behind this page.\n"
-    )
+def _conditions(report: dict) -> str:
+    """Where and how often a pair was measured, and on which model."""
+    recorded = f"recorded, measured {report['measured']}: " if report.get("measured") else ""
+    toy = report["model"].endswith("tiny-wan")
+    model = "toy model: shows the mechanism, not what you get on Wan 1.3B" if toy else report["model"]
+    n = len(report["b"]["denoise"])
+    return f"{recorded}{report['device']}, {report['threads']} threads, {report['dtype']}, n={n}; {model}"

@@ -1,5 +1,5 @@
-// Two videos, one clock: b follows a. A new value patches the same nodes, so handlers are set, never added, and the
-// loop of an older value ends when its token has been replaced.
+// Two videos, one clock: b follows a. Gradio patches a new value into the same nodes, so handlers are assigned, not
+// added, and the loop of an older value ends once its token has been replaced.
 function bind() {
   const root = element.querySelector('.ab');
   if (!root) return;
@@ -54,7 +54,7 @@ function bind() {
   find('.wipe').oninput = wipe;
   root.querySelectorAll('.modes button').forEach((x) => (x.onclick = () => mode(x.dataset.mode)));
   mode(window.abMode || 'side');
-  rate();  // a new value leaves the controls as they were set, and forgets what they had set
+  rate();  // the controls survive a new value, but what they had set on the videos does not
   wipe();
   play.textContent = a.paused ? '▶' : '❚❚';
   if (a.requestVideoFrameCallback) a.requestVideoFrameCallback(follow);

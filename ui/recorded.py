@@ -1,10 +1,9 @@
-"""Recorded pairs from `examples/runs`: they play before anything is computed, and say so."""
+"""Recorded pairs from `examples/runs`: the page shows one before anything is computed."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from accel.runtime.paths import ROOT
@@ -12,9 +11,9 @@ from accel.runtime.paths import ROOT
 
 @dataclass(frozen=True)
 class Recorded:
-    """A recorded pair: the player's value, its report, and the ribbon that says what it is."""
+    """A recorded pair: the player's value, its report, and the banner that says that it is recorded."""
 
-    value: dict
+    player: dict
     report: dict
     banner: str
 
@@ -25,14 +24,12 @@ def recorded_pairs(folder: Path = ROOT / "examples" / "runs") -> list[Recorded]:
 
 
 def _read(file: Path) -> Recorded:
-    report, home = json.loads(file.read_text()), file.parent
-    report = {"measured": "earlier", **report}
-    value = {
-        "a": str(home / "a.mp4"), "b": str(home / "b.mp4"), "fps": report.get("fps", 8), "frames": report["frames"],
+    report = {"measured": "earlier", **json.loads(file.read_text())}
+    player = {
+        "a": str(file.parent / "a.mp4"), "b": str(file.parent / "b.mp4"),
+        "fps": report.get("fps", 8), "frames": report["frames"],
         "label_a": f"baseline, {report['steps_a']} steps (recorded)",
         "label_b": f"{', '.join(report['methods'])}, {report['steps']} steps (recorded)",
     }  # fmt: skip
     measured = f"measured {report['measured']} on {report['device']}, {report['threads']} threads"
-    text = f"Recorded pair: “{escape(report['prompt'])}”, {escape(measured)}. Press Run for a live one."
-    banner = f'<div class="note">{text}</div>'
-    return Recorded(value, report, banner)
+    return Recorded(player, report, f"Recorded pair: “{report['prompt']}”, {measured}. Press Run for a live one.")

@@ -1,61 +1,94 @@
-"""The step timeline: what each step computed, reused or rebuilt, per branch and block, as one SVG."""
+"""The timeline: what each step computed, reused or rebuilt, per branch and layer, as one SVG."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from markupsafe import Markup
+
 from accel.core.trace import DENOISER
+from ui.render import render
 
-ACTION_STYLE = {  # action -> colour, what it means
-    "compute": ("#3b82f6", "computed"),
-    "reuse": ("#f59e0b", "attention reused"),
-    "rebuild": ("#a3a3a3", "branch rebuilt"),
-    "reduce": ("#10b981", "tokens reduced"),
-    "predict": ("#a855f7", "predicted"),
-    "skip": ("#e5e5e5", "skipped"),
+
+class ActionStyle(NamedTuple):
+    """How an action is drawn and what it is called."""
+
+    colour: str
+    label: str
+
+
+ACTION_STYLE = {
+    "compute": ActionStyle("#3b82f6", "computed"),
+    "reuse": ActionStyle("#f59e0b", "attention reused"),
+    "rebuild": ActionStyle("#a3a3a3", "branch rebuilt"),
+    "reduce": ActionStyle("#10b981", "tokens reduced"),
+    "predict": ActionStyle("#a855f7", "predicted"),
+    "skip": ActionStyle("#e5e5e5", "skipped"),
 }
-CELL, GAP, LEFT = 12, 2, 78
+CELL, GAP = 12, 2  # pixels from one cell to the next, and between them
+LEFT, TOP = 78, 16  # pixels for the names of rows and the numbers of steps
+BAR_HEIGHT = 28  # pixels of the slowest step
 
 
-def timeline(trace: dict) -> str:
-    """SVG of a trace (`Trace.to_json()`): a column per step, a row per branch and block; hover for the details."""
+class Cell(NamedTuple):
+    """One square: what one layer did in one step and branch."""
+
+    x: int
+    y: int
+    action: str
+    hint: str
+
+
+class Bar(NamedTuple):
+    """Duration of one step."""
+
+    x: int
+    height: float
+    hint: str
+
+
+def timeline(trace: dict) -> Markup:
+    """SVG of a trace (`Trace.to_json()`): a column per step, a row per branch and layer; empty if there is no step."""
     steps, layers = trace.get("steps", []), trace.get("layers", [])
     if not steps:
-        return ""
-    events = {(step, branch, layer): action for step, branch, layer, action, _ in trace["events"]}
-    branches = [b for b in ("cond", "uncond") if any(e[1] == b for e in trace["events"])]
-    cells, top, used = [], 16, set()
-    for branch in branches:
-        cells.append(f'<text x="0" y="{top + 9}" class="name">{branch}</text>')
-        for row, layer in enumerate(layers):
-            y = top + row * CELL
-            for column, step in enumerate(steps):
-                whole = events.get((step["index"], branch, DENOISER), "compute")
-                action = whole if whole != "compute" else events.get((step["index"], branch, layer), "compute")
-                used.add(action)
-                hint = f"step {step['index'] + 1}, σ {step['sigma']:.3f}, {branch}, {layer}: {ACTION_STYLE[action][1]}"
-                cells.append(
-                    f'<rect x="{LEFT + column * CELL}" y="{y}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
-                    f'fill="{ACTION_STYLE[action][0]}"><title>{hint}</title></rect>'
-                )
+        return Markup()
+    labels = [(LEFT + (i - 1) * CELL, 9, i) for i in range(1, len(steps) + 1, 5)]
+    cells, top = [], TOP
+    for branch in _branches(trace):
+        labels.append((0, top + 9, branch))
+        cells += _cells(trace, branch, top)
         top += len(layers) * CELL + 8
-    slowest = max(s["ms"] for s in steps) or 1
-    for column, step in enumerate(steps):
-        tall = 28 * step["ms"] / slowest
-        cells.append(
-            f'<rect x="{LEFT + column * CELL}" y="{top + 28 - tall:.1f}" width="{CELL - GAP}" height="{tall:.1f}" '
-            f'fill="#64748b"><title>step {step["index"] + 1}: {step["ms"]:.0f} ms</title></rect>'
-        )
-    cells.append(f'<text x="0" y="{top + 20}" class="name">ms a step</text>')
-    numbers = "".join(
-        f'<text x="{LEFT + (i - 1) * CELL}" y="9" class="name">{i}</text>' for i in range(1, len(steps) + 1, 5)
-    )
-    legend = "".join(
-        f'<span><i style="background:{ACTION_STYLE[a][0]}"></i>{ACTION_STYLE[a][1]}</span>'
-        for a in ACTION_STYLE
-        if a in used
-    )
-    width, height = LEFT + len(steps) * CELL, top + 34
-    return (
-        f'<div class="timeline" role="img" aria-label="what each step computed"><div class="legend">{legend}</div>'
-        f'<div class="scroll"><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f"{numbers}{''.join(cells)}</svg></div></div>"
-    )
+    labels.append((0, top + 20, "ms/step"))
+    used = {cell.action for cell in cells}
+    return render(
+        "timeline", cells=cells, labels=labels, bars=_bars(steps), bottom=top + BAR_HEIGHT, size=CELL - GAP,
+        width=LEFT + len(steps) * CELL, height=top + BAR_HEIGHT + 6, styles=ACTION_STYLE,
+        legend=[style for action, style in ACTION_STYLE.items() if action in used],
+    )  # fmt: skip
+
+
+def _branches(trace: dict) -> list[str]:
+    recorded = {branch for _, branch, *_ in trace["events"]}
+    return [branch for branch in ("cond", "uncond") if branch in recorded]
+
+
+def _cells(trace: dict, branch: str, top: int) -> list[Cell]:
+    """The cells of one branch. An action on the whole denoiser covers all its layers."""
+    actions = {(step, layer): action for step, b, layer, action, _ in trace["events"] if b == branch}
+    cells = []
+    for row, layer in enumerate(trace["layers"]):
+        for column, step in enumerate(trace["steps"]):
+            denoiser = actions.get((step["index"], DENOISER), "compute")
+            action = denoiser if denoiser != "compute" else actions.get((step["index"], layer), "compute")
+            label = ACTION_STYLE[action].label
+            hint = f"step {step['index'] + 1}, σ {step['sigma']:.3f}, {branch}, {layer}: {label}"
+            cells.append(Cell(LEFT + column * CELL, top + row * CELL, action, hint))
+    return cells
+
+
+def _bars(steps: list[dict]) -> list[Bar]:
+    slowest = max(step["ms"] for step in steps) or 1
+    return [
+        Bar(LEFT + i * CELL, BAR_HEIGHT * step["ms"] / slowest, f"step {step['index'] + 1}: {step['ms']:.0f} ms")
+        for i, step in enumerate(steps)
+    ]

@@ -1,68 +1,94 @@
-"""What token reduction did, as pictures: the rate in each block and step, and which tokens of a frame stay."""
+"""Token maps: the reduction rate of each layer and step, and which tokens of a frame stay, as SVG."""
 
 from __future__ import annotations
 
-CELL, GAP, LEFT = 12, 2, 78
-NAMES = {"query": "queries", "kv": "keys and values"}
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from ui.render import render
+from ui.timeline import ACTION_STYLE, CELL, GAP, LEFT
+
+FEATURES = {"query": "queries", "kv": "keys and values"}  # in the order of a rate pair
+REMOVED_OPACITY = 0.12
 
 
-def token_maps(trace: dict) -> str:
-    """HTML for each method of a trace (`Trace.to_json()`) that tells of rates; empty where none does."""
-    return "".join(_told(told, trace) for told in trace.get("method_data", {}).values() if told.get("kept_tokens"))
+class Cell(NamedTuple):
+    """One square: a rate or a token."""
+
+    x: int
+    y: int
+    opacity: float
+    hint: str
 
 
-def _told(told: dict, trace: dict) -> str:
-    spent = sum(step["ms"] for step in trace["steps"]) or 1
-    words = (
-        f"The attention cores are {told['core_share']:.0%} of this model's work. Forecast at these rates: "
-        f"{told['forecast']:.2f}× if all that is saved arrives."
-    )
-    if told["overhead_ms"] is not None:
-        took = lambda key: f"{told[key]:.0f} ms, {told[key] / spent:.1%} of the denoising"
-        words += f" Matching, gathering and restoring took {took('overhead_ms')}."
-        if told.get("full_attention_ms"):  # a recorded run may be older
-            words += f" Reduced attentions beside whole ones, to see what they miss, took {took('full_attention_ms')}."
-    rates = "".join(_rates(told["rates"], i) for i in range(len(NAMES)))
-    return f'<div class="maps"><div class="words">{words}</div>{rates}{_kept(told)}</div>'
+@dataclass(frozen=True)
+class Map:
+    """One SVG with its title; `name` is its accessible label."""
+
+    title: str
+    name: str
+    colour: str
+    width: int
+    height: int
+    labels: list[tuple[int, int, str]]
+    cells: list[Cell]
 
 
-def _rates(rates: dict[str, list], which: int) -> str:
-    """SVG: a column per step, a row per block, the shade is the rate of one feature."""
-    cells, name = [], f"{list(NAMES.values())[which]} removed"
-    for row, (layer, steps) in enumerate(rates.items()):
-        for column, pair in enumerate(steps):
-            hint = f"step {column + 1}, {layer}: {pair[which]:.0%} {name}"
-            cells.append(
-                f'<rect x="{LEFT + column * CELL}" y="{row * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
-                f'fill="#10b981" fill-opacity="{0.08 + 0.92 * pair[which]:.2f}"><title>{hint}</title></rect>'
-            )
-    size = LEFT + len(next(iter(rates.values()))) * CELL, len(rates) * CELL
-    body = f'<text x="0" y="9" class="name">blocks</text>{"".join(cells)}'
-    return _figure(f"{name}, by step and block", "#10b981", name, size, body)
+def token_maps(trace: dict) -> Markup:
+    """HTML for each method of a trace (`Trace.to_json()`) that reports reduction rates; empty if none does."""
+    reports = [data for data in trace.get("method_data", {}).values() if data.get("kept_tokens")]
+    return Markup().join(
+        render(
+            "token_maps", summary=_summary(data, trace["steps"]), size=CELL - GAP,
+            maps=[*(_rate_map(data["rates"], i) for i in range(len(FEATURES))), _kept_tokens_map(data)],
+        )
+        for data in reports
+    )  # fmt: skip
 
 
-def _kept(told: dict) -> str:
-    """SVG: the tokens of the middle frame, those that stay filled, in the block with the highest rates."""
-    layer = max(told["kept_tokens"], key=lambda s: max(sum(pair) for pair in told["rates"][s]))
-    pictures, x = [], 0
-    for feature, rows in told["kept_tokens"][layer].items():
-        pictures.append(f'<text x="{x}" y="9" class="name">{NAMES[feature]}</text>')
-        for i, row in enumerate(rows):
-            pictures += [
-                f'<rect x="{x + j * CELL}" y="{14 + i * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="2" '
-                f'fill="#3b82f6" fill-opacity="{1 if stays == "1" else 0.12}"/>'
-                for j, stays in enumerate(row)
-            ]
-        x += max(len(rows[0]) * CELL, 130) + 24
-    size = x, 14 + max(len(rows) for rows in told["kept_tokens"][layer].values()) * CELL
+def _summary(data: dict, steps: list[dict]) -> str:
+    sentences = [
+        f"The attention cores are {data['core_share']:.0%} of this model's work.",
+        f"At these rates denoising would be {data['forecast']:.2f}× as fast if everything that is saved became time.",
+    ]
+    denoising = sum(step["ms"] for step in steps) or 1
+    duration = lambda ms: f"{ms:.0f} ms, {ms / denoising:.1%} of the denoising"
+    if data["overhead_ms"] is not None:
+        sentences.append(f"Matching, gathering and restoring took {duration(data['overhead_ms'])}.")
+        if data.get("full_attention_ms"):  # recorded runs may lack it
+            took = duration(data["full_attention_ms"])
+            sentences.append(f"Full attention next to reduced attention, to measure what is lost, took {took}.")
+    return " ".join(sentences)
+
+
+def _rate_map(rates: dict[str, list], index: int) -> Map:
+    """A column per step, a row per layer; the opacity is the rate of one feature."""
+    name = f"{list(FEATURES.values())[index]} removed"
+    cells = [
+        Cell(LEFT + column * CELL, row * CELL, 0.08 + 0.92 * pair[index],
+             f"step {column + 1}, {layer}: {pair[index]:.0%} {name}")
+        for row, (layer, pairs) in enumerate(rates.items())
+        for column, pair in enumerate(pairs)
+    ]  # fmt: skip
+    width = LEFT + len(next(iter(rates.values()))) * CELL
+    colour = ACTION_STYLE["reduce"].colour
+    return Map(f"{name}, by step and block", name, colour, width, len(rates) * CELL, [(0, 9, "blocks")], cells)
+
+
+def _kept_tokens_map(data: dict) -> Map:
+    """The tokens of the middle frame in the layer with the highest rates; tokens that stay are opaque."""
+    layer = max(data["kept_tokens"], key=lambda name: max(sum(pair) for pair in data["rates"][name]))
+    features, left, top = data["kept_tokens"][layer], 0, 14
+    labels, cells = [], []
+    for feature, rows in features.items():
+        labels.append((left, 9, FEATURES[feature]))
+        for y, row in enumerate(rows):
+            for x, stays in enumerate(row):
+                opacity, hint = (1, "stays") if stays == "1" else (REMOVED_OPACITY, "removed")
+                cells.append(Cell(left + x * CELL, top + y * CELL, opacity, hint))
+        left += max(len(rows[0]) * CELL, 130) + 24
+    height = top + max(len(rows) for rows in features.values()) * CELL
     title = f"tokens of the middle frame that stay in {layer}, when first reduced"
-    return _figure(title, "#3b82f6", "tokens that stay", size, "".join(pictures))
-
-
-def _figure(title: str, colour: str, label: str, size: tuple[int, int], body: str) -> str:
-    """An SVG of a size (w, h) under its title, in a box that scrolls where the page is narrow."""
-    w, h = size
-    return (
-        f'<div><div class="legend"><span><i style="background:{colour}"></i>{title}</span></div><div class="scroll">'
-        f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{label}">{body}</svg></div></div>'
-    )
+    return Map(title, "tokens that stay", ACTION_STYLE["compute"].colour, left, height, labels, cells)

@@ -1,4 +1,4 @@
-"""One thread owns the pipeline and does all torch work; visitors wait in line and hear of their job by a queue."""
+"""One thread owns the pipeline and does all torch work. Visitors queue, and follow their job by its events."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from accel.runtime.generate import Cancelled
-from accel.runtime.models import load_pipeline, model_defaults
+from accel.runtime.run import Cancelled
 
 log = logging.getLogger(__name__)
-POLL_SECONDS = 0.3  # seconds between two looks at the line
-MAX_QUEUE = 20  # most jobs that wait; a visitor's event holds one of the server's 40 threads meanwhile
+POLL_SECONDS = 0.3  # between two looks at the queue
+MAX_QUEUE = 20  # waiting jobs; each occupies one of the server's 40 threads
+FINAL_EVENTS = ("done", "stopped", "refused", "failed")
 
 
 @dataclass
 class Job:
-    """Work for the pipeline's thread. `stop` ends it at the next step; `tell` sends an event to its visitor."""
+    """Work for the pipeline's thread. `stop` ends it at the next step, `events` goes to its visitor."""
 
     work: Callable[[Job, Any, Any], None]
     number: int = 0
@@ -29,7 +29,7 @@ class Job:
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
     def emit(self, kind: str, **data: Any) -> None:
-        """Send an event; raises Cancelled if the visitor has asked to stop."""
+        """Send an event. Raises Cancelled if the visitor has asked to stop."""
         self.events.put((kind, data))
         self.check()
 
@@ -46,77 +46,79 @@ class Worker:
         self.model, self.pipe, self.defaults = model, None, None
         self.load_error: str | None = None  # why the model cannot be used
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._numbers, self._done = itertools.count(1), 0
+        self._numbers, self._finished = itertools.count(1), 0
+
+    def start(self) -> None:
+        """Start loading the model. Jobs that were submitted before run afterwards."""
         threading.Thread(target=self._serve, name="pipeline", daemon=True).start()
 
-    @property
-    def ready(self) -> bool:
-        """Whether the model is loaded."""
-        return self.pipe is not None
-
     def submit(self, work: Callable[[Job, Any, Any], None]) -> Job:
-        """Put work(job, pipe, home) in the line, or refuse it where that is too long."""
+        """Queue work(job, pipe, defaults), or refuse it if the queue is full."""
         if self._jobs.qsize() >= MAX_QUEUE:
             job = Job(work)
-            job.events.put(("refused", {"why": f"{MAX_QUEUE} runs are waiting already: try again later"}))
+            job.events.put(("refused", {"reason": f"{MAX_QUEUE} runs are waiting already: try again later"}))
             return job
         job = Job(work, next(self._numbers))
         self._jobs.put(job)
         return job
 
     def stream(self, job: Job) -> Iterator[tuple[str, dict]]:
-        """Events of a job until it ends, with ("waiting", ahead, loading) in between; closing it stops the job."""
+        """Events of a job until it ends, with ("waiting", ahead, loading) in between. Closing it stops the job."""
         try:
             while True:
                 try:
-                    kind, data = job.events.get(timeout=POLL_SECONDS)
+                    event = job.events.get(timeout=POLL_SECONDS)
                 except queue.Empty:
-                    loading, ahead = not (self.ready or self.load_error), max(0, job.number - self._done - 1)
-                    if job.stop.is_set() and (ahead or loading):  # it has not begun, and will not
-                        yield "stopped", {}
-                        return
-                    if job.stop.is_set():
-                        yield "stopping", {}
-                        continue
-                    if ahead or loading:
-                        yield "waiting", {"ahead": ahead, "loading": loading}
-                    continue
-                yield kind, data
-                if kind in ("done", "stopped", "refused", "failed"):
+                    event = self._status(job)
+                if event:
+                    yield event
+                if event and event[0] in FINAL_EVENTS:
                     return
         finally:
             job.stop.set()
 
+    def _status(self, job: Job) -> tuple[str, dict] | None:
+        """What to say of a job that has sent nothing for a while; None if it is running."""
+        loading = self.pipe is None and not self.load_error
+        ahead = max(0, job.number - self._finished - 1)
+        if job.stop.is_set():
+            return ("stopped" if ahead or loading else "stopping"), {}  # a job that has not started never will
+        return ("waiting", {"ahead": ahead, "loading": loading}) if ahead or loading else None
+
     def _serve(self) -> None:
-        try:
-            self.pipe = load_pipeline(self.model)
-            self.defaults = model_defaults(self.pipe, self.model)
-        except (ValueError, OSError) as error:
-            self.load_error = str(error)
-        except Exception as error:
-            log.exception("the model could not be loaded")
-            self.load_error = f"{self.model} could not be loaded ({type(error).__name__}); the server's log says more"
+        self._load()
         while True:
             job = self._jobs.get()
             try:
                 self._run_job(job)
             finally:
-                self._done = job.number
+                self._finished = job.number
+
+    def _load(self) -> None:
+        from accel.runtime import models  # imports torch and diffusers: not before the page answers
+
+        try:
+            pipe = models.load_pipeline(self.model)
+            self.defaults, self.pipe = models.model_defaults(pipe, self.model), pipe
+        except (ValueError, OSError) as error:
+            self.load_error = str(error)
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self.load_error = f"{self.model} could not be loaded ({type(error).__name__}): see the server's log"
 
     def _run_job(self, job: Job) -> None:
         if self.load_error:
-            job.events.put(("refused", {"why": self.load_error}))
+            job.events.put(("refused", {"reason": self.load_error}))
             return
         try:
-            if job.stop.is_set():
-                raise Cancelled
+            job.check()
             job.work(job, self.pipe, self.defaults)
             job.events.put(("done", {}))
         except Cancelled:
             job.events.put(("stopped", {}))
         except (ValueError, OSError) as error:
-            job.events.put(("refused", {"why": str(error)}))
+            job.events.put(("refused", {"reason": str(error)}))
         except Exception:
-            name = f"{hash(traceback.format_exc()) & 0xFFFF:04x}"
-            log.exception("job %d failed, error %s", job.number, name)
-            job.events.put(("failed", {"name": name}))
+            error_id = f"{hash(traceback.format_exc()) & 0xFFFF:04x}"
+            log.exception("job %d failed, error %s", job.number, error_id)
+            job.events.put(("failed", {"error_id": error_id}))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..ops.spectrum import high_energy
-from ..runtime.generate import Video
-from ..runtime.models import ModelDefaults
+if TYPE_CHECKING:  # the page reads this list before it imports torch
+    from ..runtime.generate import Video
+    from ..runtime.models import ModelDefaults
 
 Value = float | dict[str, float] | None  # None: not defined for this pair; a dict holds parts and their "mean"
 
@@ -152,6 +153,8 @@ def motion_ratio(pair: Pair) -> float | None:
 
 
 def _high_frequency_ratio(pair: Pair, axis: int) -> float | None:
+    from ..ops.spectrum import high_energy
+
     base, own = (high_energy(video.latents.float())[axis] for video in (pair.baseline, pair.video))
     return _ratio(own, base)
 

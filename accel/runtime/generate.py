@@ -79,10 +79,6 @@ class Video:
     trace: Trace
 
 
-class Cancelled(Exception):
-    """Raised from a step callback to stop a run."""
-
-
 def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> Video:
     """The video of a run. `on_step` is called after each step; its time is not counted.
 

@@ -76,3 +76,7 @@ def check_size_from_files(run: Run) -> None:
     vae, patch = read_json(vae), read_json(transformer).get("patch_size")
     if isinstance(patch, list) and {"scale_factor_spatial", "scale_factor_temporal"} <= vae.keys():
         check_size(run, vae["scale_factor_spatial"] * patch[-1], vae["scale_factor_temporal"])
+
+
+class Cancelled(Exception):
+    """Raised from a step callback to stop a run."""

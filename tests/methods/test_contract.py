@@ -9,8 +9,8 @@ from pydantic import ValidationError
 import accel
 from accel.methods import METHODS
 from accel.methods.base import Method
-from accel.runtime.generate import Cancelled
 from accel.runtime.presets import build_methods
+from accel.runtime.run import Cancelled
 
 ALL = list(METHODS.values())
 pytestmark = pytest.mark.usefixtures("students")

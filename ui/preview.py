@@ -1,0 +1,51 @@
+"""Progress of a run while it denoises: its first frame, speed, work and trace, as often as is cheap."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+
+import torch
+from PIL import Image
+
+from accel.core.trace import Trace
+from accel.runtime.latents import denormalize
+from accel.runtime.run import Run
+from ui.worker import Job
+
+PREVIEW_SECONDS = 0.3  # at least this long between two previews,
+PREVIEW_COST_FACTOR = 10  # and at least this many times the duration of a preview
+
+
+class ProgressReporter:
+    """A step callback of `generate` that emits "step" events for one pane ("a" or "b")."""
+
+    def __init__(self, job: Job, pipe, run: Run, which: str, title: str):
+        self.job, self.pipe, self.run, self.which, self.title = job, pipe, run, which, title
+        self.next_preview = 0.0
+
+    def __call__(self, done: int, trace: Trace, latents: torch.Tensor) -> None:
+        """Emit a preview if one is due. Raises Cancelled if the visitor has stopped the job."""
+        began = time.monotonic()
+        if began < self.next_preview and done < self.run.steps:
+            return self.job.check()
+        values = {
+            "title": self.title, "done": done, "steps": self.run.steps,
+            "ms": sum(trace.milliseconds.values()) / done, "work": trace.summary()["flops_ratio"],
+            "image": preview_image(self.pipe, latents), "trace": trace.to_json() if self.run.methods else {},
+        }  # fmt: skip
+        self.job.emit("step", which=self.which, pane_values=values)
+        ended = time.monotonic()
+        self.next_preview = ended + max(PREVIEW_SECONDS, PREVIEW_COST_FACTOR * (ended - began))
+
+
+@torch.no_grad()
+def preview_image(pipe, latents: torch.Tensor) -> str:
+    """The first frame of latents (1, c, f, h, w) as a data URI. One latent frame is cheap to decode on its own."""
+    z = denormalize(pipe.vae, latents[:, :, :1]).to(pipe.vae.dtype)
+    frame = pipe.vae.decode(z).sample[0, :, 0]
+    pixels = ((frame.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
