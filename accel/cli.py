@@ -297,7 +297,7 @@ def train(
     ] = False,
     out: Out = Path("checkpoints"),
     setting: Annotated[str, typer.Option(help="small, medium (living world, 96x96) or large. [by device]")] = None,
-    export: Annotated[bool, typer.Option(help="No training: write the averaged weights of the last checkpoint.")] = False,
+    export: Annotated[bool, typer.Option(help="Only write the EMA weights of the last checkpoint.")] = False,
     model: Annotated[str, typer.Option(help="For students: another model to distill, with LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one per line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA; 0: all weights. [64]")] = None,
