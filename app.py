@@ -74,8 +74,8 @@ class Page:
             info="Strength of the prompt. At 1 or less only one branch runs. A student has its own guidance built in.",
         )  # fmt: skip
         self.preset = gr.Dropdown(
-            preset_names(), value=FIRST_PRESET, label="preset", elem_id="preset",
-            info="Sets the methods and their parameters.",
+            [(load_preset(name).title or name, name) for name in preset_names()], value=FIRST_PRESET, label="preset",
+            info="Sets the methods and their parameters.", elem_id="preset",
         )  # fmt: skip
         self.preset_warning = gr.HTML("", elem_id="preset-warning", html_template=READ_ALOUD)
         self.same_steps_baseline = gr.Checkbox(

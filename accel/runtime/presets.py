@@ -20,6 +20,7 @@ class Preset(BaseModel, frozen=True, extra="forbid"):
     Iterating over a preset gives its methods.
     """
 
+    title: str = ""  # shown on the page in place of the name
     about: str = ""
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=30)
