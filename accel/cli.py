@@ -22,9 +22,7 @@ app.add_typer(world, name="world")
 Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows sentences like examples/prompts.txt.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or a YAML file; 'none' for no method.")]
-Sets = Annotated[
-    list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3. Repeatable.")
-]
+Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps; default: the model's.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale; default: the model's.")]
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
@@ -87,11 +85,8 @@ def load_for(model: str, make_runs: Callable) -> tuple:
             check_size_from_files(run)
     pipe = load_pipeline(model)
     defaults = defaults or model_defaults(pipe, model)
-    runs = make_runs(defaults)
-    from .runtime.generate import size_multiples
-
-    for run in runs:
-        check_size(run, *size_multiples(pipe))
+    for run in (runs := make_runs(defaults)):
+        check_size(run, pipe)
     return pipe, defaults, runs
 
 
@@ -129,6 +124,8 @@ def run(
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
     """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
+    from .runtime.run import build_run
+
     if source is not None:
         given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
         if more := [name.rstrip("_") for name in given if name not in ("source", "out")]:
@@ -136,7 +133,7 @@ def run(
         if source.resolve() == (out / "video.mp4").resolve():
             raise ValueError(f"{source} would be replaced by what is made from it: give another --out")
         stored = read_run(source)
-        model, make_runs = stored["model"], lambda defaults: (_build_run(defaults, **stored),)
+        model, make_runs = stored["model"], lambda defaults: (build_run(defaults, **stored),)
     elif prompt is None:
         raise ValueError("give a --prompt, or a video to repeat with --from")
     else:
@@ -144,6 +141,8 @@ def run(
         make_pair = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=False)
         make_runs = lambda defaults: make_pair(defaults)[1:]
     pipe, defaults, (b,) = load_for(model, make_runs)
+    import numpy as np
+
     from .runtime.generate import environment, generate, preflight, warm_up
     from .runtime.video import write_mp4
 
@@ -153,7 +152,7 @@ def run(
     with tqdm(total=b.steps, desc="denoising") as bar:
         video = generate(b, pipe, defaults, lambda *_: bar.update())
     video.seconds["encode"] = write_mp4(out / "video.mp4", video.frames, defaults.fps, b.model_dump())
-    _save_frames(out / "frames.npy", video.frames)
+    np.save(out / "frames.npy", video.frames)
     document = {**b.model_dump(), **environment(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
     (out / "run.json").write_text(json.dumps(document, indent=1))
     print_messages(video.trace.messages, printed)
@@ -172,18 +171,6 @@ def read_run(source: Path) -> dict:
     return stored
 
 
-def _build_run(defaults, **settings):
-    from .runtime.run import build_run
-
-    return build_run(defaults, **settings)
-
-
-def _save_frames(file: Path, frames) -> None:
-    import numpy as np
-
-    np.save(file, frames)
-
-
 @app.command()
 def compare(
     prompt: Prompt, seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
@@ -196,6 +183,8 @@ def compare(
     common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
     make_runs = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=True)
     pipe, defaults, (a, b) = load_for(model, make_runs)
+    import numpy as np
+
     from .evaluation.compare import compare as compare_runs
     from .runtime.generate import preflight
     from .runtime.video import write_mp4
@@ -205,7 +194,7 @@ def compare(
 
     def write(pane: str, video) -> None:
         video.seconds["encode"] = write_mp4(out / f"{pane}.mp4", video.frames, defaults.fps, runs[pane].model_dump())
-        _save_frames(out / f"{pane}.npy", video.frames)
+        np.save(out / f"{pane}.npy", video.frames)
 
     print("\n".join(printed := preflight(b, pipe)))
     with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
@@ -292,9 +281,7 @@ def docs() -> None:
 def train(
     what: Annotated[str, typer.Argument(help="vae, base, gpd, meanflow, predictor or all.")],
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
-    resume: Annotated[
-        bool, typer.Option(help="Continue from the last checkpoint, or start from the shipped weights.")
-    ] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, or the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
     setting: Annotated[str, typer.Option(help="small, medium (living world, 96x96) or large. [by device]")] = None,
     export: Annotated[bool, typer.Option(help="Only write the EMA weights of the last checkpoint.")] = False,
@@ -302,9 +289,7 @@ def train(
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one per line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA; 0: all weights. [64]")] = None,
     videos: Annotated[Path, typer.Option(help="For meanflow: a folder of videos with captions.json.")] = None,
-    trajectories: Annotated[
-        int, typer.Option(min=1, help="With --model: trajectories in progress, over all processes.")
-    ] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="With --model: trajectories over all processes.")] = None,
     ablation: Annotated[str, typer.Option(help="An ablation of gpd, meanflow or predictor.")] = None,
 ) -> None:
     """Train the shipped model: the autoencoder, the transformer with its text encoder, then its few-step students.

@@ -63,12 +63,6 @@ def environment(pipe) -> dict:
     return {"device": device, "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def size_multiples(pipe) -> tuple[int, int]:
-    """What height and width must be multiples of, and frames - 1."""
-    space = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[-1]
-    return space, pipe.vae_scale_factor_temporal
-
-
 @dataclass
 class Video:
     """A generated video: frames uint8 (f, h, w, c), latents (1, c, f, h, w), seconds of each stage, and the trace."""
@@ -84,7 +78,7 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
 
     Raises ValueError if the model cannot make this size.
     """
-    check_size(run, *size_multiples(pipe))
+    check_size(run, pipe)
     device = next(pipe.transformer.parameters()).device
     paused, denoised, final = 0.0, 0.0, torch.empty(0)
 

@@ -58,24 +58,29 @@ def build_run(defaults: ModelDefaults, **settings) -> Run:
         raise ValueError(sentence) from None
 
 
-def check_size(run: Run, space: int, time: int) -> None:
-    """Raise ValueError unless height and width are multiples of `space`, and frames - 1 one of `time`."""
+def check_size(run: Run, pipe) -> None:
+    """Raise ValueError if a loaded model cannot make this size."""
+    patch = pipe.transformer.config.patch_size[-1]
+    _check_multiples(run, pipe.vae_scale_factor_spatial * patch, pipe.vae_scale_factor_temporal)
+
+
+def check_size_from_files(run: Run) -> None:
+    """The same from the configuration files of a local model, as far as they hold the factors."""
+    folder = Path(resolve(run.model))
+    vae, transformer = (folder / part / "config.json" for part in ("vae", "transformer"))
+    if vae.is_file() and transformer.is_file():
+        vae, patch = read_json(vae), read_json(transformer).get("patch_size")
+        if isinstance(patch, list) and {"scale_factor_spatial", "scale_factor_temporal"} <= vae.keys():
+            _check_multiples(run, vae["scale_factor_spatial"] * patch[-1], vae["scale_factor_temporal"])
+
+
+def _check_multiples(run: Run, space: int, time: int) -> None:
+    """Height and width are multiples of `space`, and frames - 1 is one of `time`."""
     for name, value in (("height", run.height), ("width", run.width)):
         if value % space:
             raise ValueError(f"{name} = {value} is not possible: it must be a multiple of {space}")
     if (run.frames - 1) % time:
         raise ValueError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time}")
-
-
-def check_size_from_files(run: Run) -> None:
-    """`check_size` from the configuration files of a local model, as far as they hold the sizes."""
-    folder = Path(resolve(run.model))
-    vae, transformer = (folder / part / "config.json" for part in ("vae", "transformer"))
-    if not (vae.is_file() and transformer.is_file()):
-        return
-    vae, patch = read_json(vae), read_json(transformer).get("patch_size")
-    if isinstance(patch, list) and {"scale_factor_spatial", "scale_factor_temporal"} <= vae.keys():
-        check_size(run, vae["scale_factor_spatial"] * patch[-1], vae["scale_factor_temporal"])
 
 
 class Cancelled(Exception):
