@@ -1,54 +1,61 @@
-"""What every method is: a frozen value whose fields are the paper's knobs, with one verb."""
+"""What every method is: a frozen value whose fields are the paper's parameters, with one verb, `apply`.
+
+Importing this package must not import torch: help, presets and refused settings do not need it. So a method imports
+what runs a model inside the function that uses it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from pydantic import BaseModel, Field
-from torch import Tensor, nn
+from pydantic import BaseModel, Field, model_validator
 
-from ..core.host import Host
 from ..core.trace import Trace
-from ..families import Family
-from ..students.loading import weight_bytes
+from ..students.manifest import load_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..core.host import Host
+    from ..families import Family
 
 
 class RunSpec(NamedTuple):
-    """A run as it is known before it begins."""
+    """What is known of a run before it begins."""
 
     model: nn.Module  # the denoiser
     family: Family
-    latents: Tensor  # (b, c, f, h, w): a shape and a dtype
-    count: int  # of steps
-    guided: bool
+    latents: Tensor  # (b, c, f, h, w); only its shape and dtype are used
+    count: int  # number of steps
+    guided: bool  # whether an unconditional branch runs
     num_layers: int  # video self-attentions of the denoiser
-    model_path: str = "nowhere"  # the pipeline's folder or name, beside which students lie
+    model_path: str = "nowhere"  # folder or hub id of the pipeline; its students are in that folder
 
 
 def model_path(host: Host) -> str:
-    """A pipeline's folder or name; one that was built in memory has none."""
+    """The pipeline's folder or hub id; "nowhere" for a pipeline that was built in memory."""
     return host.pipe.name_or_path or "nowhere"
 
 
 def run_spec(host: Host) -> RunSpec:
-    """A run that begins now, as it was known before."""
+    """The spec of the run that the host has just begun."""
     guided = host.family.is_guided(host.pipe)
     model, num_layers = host.denoisers[host.active_index], len(host.attentions[host.active_index])
     return RunSpec(model, host.family, host.latents, host.step.count, guided, num_layers, model_path(host))
 
 
-Choices = list | tuple[float, float]  # values of a knob, or the lowest and the highest
+Choices = list | tuple[float, float]  # the possible values of a parameter, or the lowest and the highest
 
 
 class Method(BaseModel, frozen=True, extra="forbid"):
     """A reversible change to how a denoiser is evaluated.
 
-    Knobs are `Field(default, ge=, le=, multiple_of=, description=)`: widgets, flags, preset checks and the README's
-    table are made from them; one with `json_schema_extra={"page": False}` is for presets and code, not for visitors.
-    `neutral` lists the settings at which the output is bitwise the baseline's.
+    Parameters are `Field(default, ge=, le=, multiple_of=, description=)`: widgets, CLI flags, preset checks and the
+    docs' tables are generated from them. One with `json_schema_extra={"page": False}` is for presets and Python only.
+    `neutral` holds settings at which the output is bitwise the baseline's.
     """
 
     title: ClassVar[str]
@@ -57,58 +64,77 @@ class Method(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def parameters(cls) -> dict[str, dict]:
-        """The JSON schema of each knob that the page shows."""
+        """The JSON schema of each parameter that the page shows."""
         return {k: v for k, v in cls.model_json_schema()["properties"].items() if v.get("page", True)}
 
     @classmethod
     def available_values(cls, model: str | Path) -> dict[str, Choices]:
-        """The values that some knobs have for a model's folder, where fewer than all; an empty list: it has none."""
+        """For a model's folder, the values of those parameters that are restricted to what was trained for it.
+
+        An empty list means that nothing was trained.
+        """
         return {}
 
     def weights_dir(self, model: str | Path) -> Path | None:
-        """Of what was trained for this method and a model, where it needs that."""
+        """The folder of the weights that this method loads for a model; None if it needs none."""
         return None
 
     def files(self, model: str | Path) -> list[Path]:
-        """What it reads for a model beside the model's own files."""
+        """The files that this method reads besides the model's own."""
         weights_dir = self.weights_dir(model)
         return sorted(p for p in weights_dir.glob("*") if p.is_file()) if weights_dir else []
 
     def required_settings(self) -> dict[str, float]:
-        """The settings that a run must have for this method: `steps`, `guidance`; nothing for most."""
+        """The values of `steps` and `guidance` that a run with this method must have; empty for most methods."""
         return {}
 
     def estimate_memory(self, spec: RunSpec) -> int:
-        """Bytes that a run of `count` steps on latents (b, c, f, h, w) will hold at most, known before it starts."""
+        """Upper bound in bytes of what the method caches during a run, known before it starts."""
         return 0
 
     def inactive_reason(self, spec: RunSpec) -> str:
-        """Why it cannot save anything in a run, as far as that is known before it starts; empty if it may."""
+        """Why the method cannot save anything in a run, as far as that is known before it starts; else empty."""
         return ""
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
-        """Wrap the host's places; everything is back on exit, also on error."""
+        """Wrap the host's layers inside the context; on exit everything is as before, also after an error."""
         raise NotImplementedError
         yield
 
 
-def student_field():
-    """The knob that names another student than the one beside the model."""
-    return Field("", description="Folder of a student; empty: beside the model.", json_schema_extra={"page": False})
-
-
 class StudentMethod(Method):
-    """A method that runs a student in the denoiser's place; its knobs have `steps` (0: no student) and `student`."""
+    """A method that runs a student's weights in place of the denoiser's. Its field `steps` is 0 for no student."""
+
+    manifest_file: ClassVar[str]  # such as "gpd.json"
+    manifest_type: ClassVar[type[BaseModel]]
+
+    student: str = Field(
+        "", description="Folder of a student; empty: the one in the model's folder.", json_schema_extra={"page": False}
+    )
+
+    @model_validator(mode="after")
+    def _unused_student_exists(self) -> StudentMethod:
+        if self.student and not self.steps:  # a student in use is checked when the method is applied
+            self.load_manifest(Path(self.student))
+        return self
+
+    @classmethod
+    def load_manifest(cls, folder: Path) -> BaseModel:
+        """The manifest of the student in a folder. Raises ValueError if there is none or it is not valid."""
+        name = cls.manifest_file.removesuffix(".json")
+        return load_manifest(folder, cls.manifest_file, cls.manifest_type, f"{name}.student", f"train {name}")
 
     def default_dir(self, model: str | Path) -> Path:
-        """The folder of its student beside a model."""
+        """The student's folder inside the model's."""
         raise NotImplementedError
 
     def weights_dir(self, model: str | Path) -> Path | None:
-        """The student's."""
+        """The student's folder; None without a student."""
         return (Path(self.student) if self.student else self.default_dir(model)) if self.steps else None
 
     def estimate_memory(self, spec: RunSpec) -> int:
-        """The weights that wait while the student's are in their place."""
+        """The bytes of the base model's weights, which stay in memory while the student's run."""
+        from ..students.loading import weight_bytes
+
         return weight_bytes(self.weights_dir(spec.model_path), spec.model) if self.steps else 0

@@ -1,11 +1,12 @@
 """FasterCache (Lv et al., arXiv 2410.19355): reuse attention outputs, rebuild the unconditional branch.
 
-Dynamic feature reuse: on some steps the output of a self-attention is extrapolated from its last two computed
-outputs (eq. 5). CFG-Cache: on some steps only the conditional branch runs; the unconditional output is the
-conditional one plus the low and high bands of their last difference, each with its own gain (eq. 6-11).
+Dynamic feature reuse skips self-attentions: on some steps their output is extrapolated from their last two computed
+outputs (eq. 5). CFG-Cache skips the unconditional branch: on some steps its output is the conditional one plus the
+low- and high-frequency parts of their last difference (the CFG delta), each with its own gain (eq. 6-11).
 
-The two are aligned: a step that runs both branches also computes their attention. Left unaligned, the difference
-is taken between extrapolated features and errors of both parts multiply.
+Ours, not the paper's: a step that runs both branches also computes their attention. Otherwise the CFG delta is taken
+between extrapolated features, and the errors of both parts multiply. The weight of the extrapolation may follow sigma
+instead of the step index.
 """
 
 from __future__ import annotations
@@ -15,41 +16,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from ..core.host import Host
 from ..core.trace import DENOISER, Step, Trace
-from ..ops.spectrum import split
 from .base import Method, RunSpec, run_spec
 
-FEWEST_STEPS = 10  # below, neighbouring steps differ too much to stand for each other
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.host import Host
+
+MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What one step computes."""
 
-    attention: bool  # else extrapolated
-    guidance: bool  # both branches run; else the unconditional one is rebuilt
+    attention: bool  # False: attention outputs are extrapolated
+    guidance: bool  # True: both branches run; False: the unconditional output is rebuilt
+
+
+@dataclass(frozen=True)
+class CFGDelta:
+    """Unconditional minus conditional output (b, c, f, h, w) of the last full step, float32, in two bands."""
+
+    active_index: int  # of the transformer that gave the outputs
+    low: Tensor
+    high: Tensor
 
 
 @dataclass
-class Memory:
-    """What one run holds: attention outputs by (model, site, branch), the branches' difference, the last cond."""
+class State:
+    """What one run caches."""
 
     outputs: dict[tuple[int, str, str], list[tuple[float, Tensor]]] = field(default_factory=dict)
-    bands: tuple[int, Tensor, Tensor] | None = None  # model, low, high
-    cond: Tensor | None = None
-    model: int = 0  # which transformer the outputs are of
-    since_full: int = 0  # steps rebuilt since the last full one
+    # (sigma, output) of the last two computed attentions, by (transformer, layer, branch)
+    cfg_delta: CFGDelta | None = None
+    cond: Tensor | None = None  # the last conditional output
+    active_index: int = 0  # of the transformer that gave `outputs`
+    since_full: int = 0  # rebuilt steps since the last full one
 
-    def held(self) -> int:
-        """Bytes of everything held."""
+    def nbytes(self) -> int:
+        """Bytes of all cached tensors."""
         tensors = [t for entries in self.outputs.values() for _, t in entries]
-        tensors += [*self.bands[1:]] if self.bands else []
+        tensors += [self.cfg_delta.low, self.cfg_delta.high] if self.cfg_delta else []
         tensors += [self.cond] if self.cond is not None else []
         return sum(t.nbytes for t in tensors)
 
@@ -63,44 +76,44 @@ class FasterCache(Method):
 
     attention: bool = Field(True, description="Extrapolate attention outputs between computed steps.")
     attention_interval: int = Field(
-        2, ge=2, le=6, description="Attention is computed once in this many steps; higher loses motion detail."
+        2, ge=2, le=6, description="Compute attention once in this many steps; more loses motion detail."
     )
     attention_start: float = Field(
         0.14, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first extrapolated one."
     )
     extrapolation: Literal["linear", "sigma"] = Field(
-        "linear", description="Strength of the extrapolation: rising from 0 to 1, or by the distance in noise level."
+        "linear", description="Extrapolation weight: rising from 0 to 1 over the steps, or by the distance in sigma."
     )
     guidance: bool = Field(True, description="Rebuild the unconditional branch between full steps.")
     guidance_interval: int = Field(
-        5, ge=2, le=10, description="Both branches run once in this many steps; higher drifts from the prompt."
+        5, ge=2, le=10, description="Run both branches once in this many steps; more drifts from the prompt."
     )
     guidance_start: float = Field(
         0.34, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first rebuilt one."
     )
     gain_low: float = Field(
-        0.0, ge=-0.5, le=0.5, multiple_of=0.01, description="Extra guidance on coarse structure, earlier half only."
+        0.0, ge=-0.5, le=0.5, multiple_of=0.01, description="Extra guidance on coarse structure, first half only."
     )
     gain_high: float = Field(
-        0.0, ge=-0.5, le=0.5, multiple_of=0.01, description="Extra guidance on fine detail, later half only."
+        0.0, ge=-0.5, le=0.5, multiple_of=0.01, description="Extra guidance on fine detail, second half only."
     )
     compound_gain: bool = Field(
-        False, description="Let the gains grow with each rebuilt step, as the authors' code does and the paper not."
+        False, description="Multiply the gains again at each rebuilt step, as the authors' code does, not the paper."
     )
 
-    def plan(self, count: int) -> list[Plan]:
+    def plan(self, count: int) -> list[StepPlan]:
         """What each of `count` steps computes. The first two and the last are always full."""
-        plans: list[Plan] = []
+        plans: list[StepPlan] = []
         first_a, first_g = max(2, round(self.attention_start * count)), max(2, round(self.guidance_start * count))
         computed = 0  # the last step whose attention is computed
         for i in range(count):
             edge = i < 2 or i == count - 1
             guidance = edge or not self.guidance or i < first_g or (i - first_g + 1) % self.guidance_interval == 0
-            aligned = self.guidance and guidance and i >= first_g - 1
+            takes_delta = self.guidance and guidance and i >= first_g - 1
             due = not self.attention or i < first_a or i - computed >= self.attention_interval
-            if edge or aligned or due:
+            if edge or takes_delta or due:
                 computed = i
-            plans.append(Plan(computed == i, guidance))
+            plans.append(StepPlan(computed == i, guidance))
         return plans
 
     def gains(self, step: Step, since_full: int) -> tuple[float, float]:
@@ -110,108 +123,113 @@ class FasterCache(Method):
         return (1 + self.gain_low) ** power if early else 1.0, 1.0 if early else (1 + self.gain_high) ** power
 
     def estimate_memory(self, spec: RunSpec) -> int:
-        """Two outputs per attention and branch, and of the latents' size two float32 bands and one cond output."""
-        model, family, latents, count, guided, layers, _ = spec
-        plans = self._switched(count, guided)
-        tokens = math.prod(family.grid(model, latents)) * len(latents)
-        outputs = 2 * layers * tokens * family.hidden_size(model) * latents.element_size()
-        branches = [b for b in ("cond", "uncond")[: 1 + guided] if reused(plans, b)]
-        cached = any(not p.guidance for p in plans)
-        velocity = latents.numel() // latents.shape[1] * model.config.out_channels
-        return outputs * len(branches) + (velocity * (2 * 4 + latents.element_size()) if cached else 0)
+        """Bytes of two outputs for each attention and branch, and of the CFG delta (float32) with one output."""
+        plans = self._active_plan(spec.count, spec.guided)
+        tokens = math.prod(spec.family.grid(spec.model, spec.latents)) * len(spec.latents)
+        itemsize = spec.latents.element_size()
+        outputs = 2 * spec.num_layers * tokens * spec.family.hidden_size(spec.model) * itemsize
+        branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
+        rebuilds = any(not p.guidance for p in plans)
+        velocity = spec.latents.numel() // spec.latents.shape[1] * spec.model.config.out_channels
+        return outputs * len(branches) + (velocity * (2 * 4 + itemsize) if rebuilds else 0)
+
+    def inactive_reason(self, spec: RunSpec) -> str:
+        """Too few steps, or settings at which every step is computed."""
+        if spec.count < MIN_STEPS:
+            return f"FasterCache is off: {spec.count} steps are too few, it needs at least {MIN_STEPS}"
+        if all(p == StepPlan(True, True) for p in self._active_plan(spec.count, spec.guided)):
+            return "FasterCache does nothing: at these settings every step is computed in full"
+        return ""
+
+    def extrapolate(self, entries: list[tuple[float, Tensor]], step: Step, plans: list[StepPlan]) -> Tensor:
+        """The output at a step from its last two computed ones (sigma, F): F_last + w (F_last - F_previous), eq. 5."""
+        (previous_sigma, previous), (last_sigma, last) = entries
+        if self.extrapolation == "sigma":
+            w = (step.sigma - last_sigma) / (last_sigma - previous_sigma)
+        else:
+            steps = reuse_steps(plans, "cond")
+            w = (step.index - steps[0]) / max(1, steps[-1] - steps[0])
+        return last.lerp(previous, -w)
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
-        """Wrap the attentions and the denoiser for the time of the context."""
-        memory, plans = host.per_run(Memory), host.per_run(lambda: self._plans(host, trace))
+        """Wrap the attentions and the denoiser inside the context."""
+        state, plans = host.per_run(State), host.per_run(lambda: self._begin(host, trace))
 
         def attend(inner: Callable[[], Tensor], layer: str) -> Tensor:
-            return self._attend(inner, layer, host, trace, memory(), plans())
+            return self._attend(inner, layer, host, trace, state(), plans())
 
         def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
-            return self._denoise(inner, x, inputs, host, trace, memory(), plans())
+            return self._denoise(inner, x, inputs, host, trace, state(), plans())
 
         with host.wrap_attention(attend), host.wrap_denoiser(denoise):
             yield
 
-    def _switched(self, count: int, guided: bool) -> list[Plan]:
-        """The plan with the parts off that cannot act in such a run."""
-        if count < FEWEST_STEPS:
-            return [Plan(True, True)] * count
+    def _active_plan(self, count: int, guided: bool) -> list[StepPlan]:
+        """The plan without the parts that cannot act in such a run."""
+        if count < MIN_STEPS:
+            return [StepPlan(True, True)] * count
         return (self if guided else self.model_copy(update={"guidance": False})).plan(count)
 
-    def inactive_reason(self, spec: RunSpec) -> str:
-        """Where there are too few steps to find two alike, or all are to be computed."""
-        if spec.count < FEWEST_STEPS:
-            return f"FasterCache is off: {spec.count} steps are too few, it needs at least {FEWEST_STEPS}"
-        if all(p == Plan(True, True) for p in self._switched(spec.count, spec.guided)):
-            return "FasterCache does nothing: at these settings every step is computed in full"
-        return ""
-
-    def _plans(self, host: Host, trace: Trace) -> list[Plan]:
-        """The run's plan; what keeps it from acting, and what it will hold, goes to the trace."""
+    def _begin(self, host: Host, trace: Trace) -> list[StepPlan]:
+        """The run's plan. Messages, the memory estimate and the steps that must be exact go to trace and host."""
         spec = run_spec(host)
-        plans = self._switched(spec.count, spec.guided)
+        plans = self._active_plan(spec.count, spec.guided)
         if inactive_reason := self.inactive_reason(spec):
             trace.add_message(inactive_reason)
         elif self.guidance and not spec.guided:
             trace.add_message("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
         trace.estimated_bytes += self.estimate_memory(spec)
-        host.exact_steps |= {i for i, (now, then) in enumerate(pairwise(plans)) if now.guidance and not then.guidance}
+        host.exact_steps |= {
+            i for i, (plan, following) in enumerate(pairwise(plans)) if plan.guidance and not following.guidance
+        }
         return plans
 
-    def _attend(self, inner, layer: str, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:
+    def _attend(self, inner, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
         step, key = host.step, (host.active_index, layer, host.step.branch)
-        if memory.model != host.active_index:  # Wan 2.2 has changed to its second transformer
-            memory.outputs.clear()
-            memory.model = host.active_index
-        entries = memory.outputs.get(key, [])
+        if state.active_index != host.active_index:  # Wan 2.2 has switched to its second transformer
+            state.outputs.clear()
+            state.active_index = host.active_index
+        entries = state.outputs.get(key, [])
         if not plans[step.index].attention and len(entries) == 2:
             trace.record(step, layer, "reuse")
-            return self._extrapolate(entries, step, plans)
+            return self.extrapolate(entries, step, plans)
         out = inner()
-        steps = reused(plans, step.branch)
-        if not any(i > step.index for i in steps):  # nobody will ask again
-            if memory.outputs.pop(key, None):
-                trace.set_memory("fastercache", memory.held())
-        elif step.index >= steps[0] - 2:  # among the last two computed when the first extrapolation comes
-            fits = [e for e in entries[-1:] if e[1].shape == out.shape]
-            memory.outputs[key] = [*fits, (step.sigma, out)]
-            trace.set_memory("fastercache", memory.held())
+        steps = reuse_steps(plans, step.branch)
+        if not any(i > step.index for i in steps):  # no later step needs the cache
+            if state.outputs.pop(key, None):
+                trace.set_memory("fastercache", state.nbytes())
+        elif step.index >= steps[0] - 2:  # one of the last two outputs computed before the first extrapolation
+            previous = [entry for entry in entries[-1:] if entry[1].shape == out.shape]
+            state.outputs[key] = [*previous, (step.sigma, out)]
+            trace.set_memory("fastercache", state.nbytes())
         return out
 
-    def _extrapolate(self, entries: list[tuple[float, Tensor]], step: Step, plans: list[Plan]) -> Tensor:
-        """F_last + w (F_last - F_prev), eq. 5."""
-        (before, previous), (last, latest) = entries
-        if self.extrapolation == "sigma":
-            w = (step.sigma - last) / (last - before)
-        else:
-            steps = reused(plans, "cond")
-            w = (step.index - steps[0]) / max(1, steps[-1] - steps[0])
-        return latest.lerp(previous, -w)
-
-    def _denoise(self, inner, x, inputs, host: Host, trace: Trace, memory: Memory, plans: list[Plan]) -> Tensor:
+    def _denoise(self, inner, x, inputs, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
         if all(p.guidance for p in plans):
             return inner(x, **inputs)
-        step, bands, cond = host.step, memory.bands, memory.cond
-        fits = bands is not None and cond is not None and bands[0] == host.active_index and bands[1].shape == cond.shape
+        step, delta, cond = host.step, state.cfg_delta, state.cond
+        fits = delta is not None and cond is not None
+        fits = fits and delta.active_index == host.active_index and delta.low.shape == cond.shape
         if step.branch == "uncond" and fits and not plans[step.index].guidance:
-            memory.since_full += 1
-            low, high = self.gains(step, memory.since_full)
+            state.since_full += 1
+            low, high = self.gains(step, state.since_full)
             trace.record(step, DENOISER, "rebuild")
-            return (cond + low * bands[1] + high * bands[2]).to(cond.dtype)
+            return (cond + low * delta.low + high * delta.high).to(cond.dtype)
         out = inner(x, **inputs)
         if step.branch == "cond":
-            memory.cond = out
-        elif cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
-            memory.bands, memory.since_full = (host.active_index, *split(out.float() - cond.float())), 0
-            trace.set_memory("fastercache", memory.held())
+            state.cond = out
+            return out
+        if cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
+            from ..ops.spectrum import split
+
+            state.cfg_delta, state.since_full = CFGDelta(host.active_index, *split(out.float() - cond.float())), 0
         else:
-            memory.bands = memory.cond = None
-            trace.set_memory("fastercache", memory.held())
+            state.cfg_delta = state.cond = None
+        trace.set_memory("fastercache", state.nbytes())
         return out
 
 
-def reused(plans: list[Plan], branch: str) -> list[int]:
+def reuse_steps(plans: list[StepPlan], branch: str) -> list[int]:
     """The steps at which a branch runs with extrapolated attention."""
     return [i for i, p in enumerate(plans) if not p.attention and (branch == "cond" or p.guidance)]

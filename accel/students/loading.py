@@ -1,4 +1,4 @@
-"""Puts a student's weights in the denoiser's place and forbids classifier-free guidance while they are there."""
+"""Puts a student's weights in place of the denoiser's, and refuses what cannot go together with them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from ..core.hooks import patched_method
 from ..core.host import Host
 from .scheduler import is_student_run
-from .weights import ADAPTER, check_adapter, load_int8_delta, swapped_parameters, with_lora
+from .weights import ADAPTER, check_adapter, load_int8_delta, matches_fingerprint, swapped_parameters, with_lora
+
+
+def check_base(folder: Path, fingerprint: list[float], pipe) -> None:
+    """Raise ValueError unless the student in a folder was made from the pipeline's only transformer."""
+    if is_student_run(pipe):
+        raise ValueError(f"student {folder.name!r} and another one do not go together: each replaces the whole model")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(f"student {folder.name!r} replaces one transformer, this pipeline has two")
+    if not matches_fingerprint(pipe.transformer, fingerprint):
+        raise ValueError(f"student {folder.name!r} was made from another base model: train it from this one")
 
 
 def load_student(folder: Path, module: nn.Module) -> AbstractContextManager:
-    """A context in which the weights of a student's folder are the module's.
+    """A context inside which a module has the weights of the student in a folder.
 
-    Raises ValueError for full weights where the module has adapters.
+    Raises ValueError if the folder has full weights and the module has LoRA adapters.
     """
     if (folder / ADAPTER).is_file():
         return with_lora(module, folder)
@@ -28,7 +38,7 @@ def load_student(folder: Path, module: nn.Module) -> AbstractContextManager:
 
 
 def weight_bytes(folder: Path, module: nn.Module) -> int:
-    """The weights that wait while a student's are in their place; for an adapter, the adapter."""
+    """Bytes that the student in a folder takes besides its base: a second set of weights, or a LoRA."""
     if (folder / ADAPTER).is_file():
         return (folder / ADAPTER).stat().st_size
     return sum(p.numel() * p.element_size() for p in module.parameters())
@@ -36,36 +46,35 @@ def weight_bytes(folder: Path, module: nn.Module) -> int:
 
 @contextmanager
 def forbid_cfg(host: Host) -> Iterator[None]:
-    """Inside, guidance and negative prompts are refused: what they ask for is built into a student, or not in it."""
+    """Inside the context, refuse guidance, negative prompts, other schedulers, and a student LoRA that acts in part."""
 
     def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
         if host.family.is_guided(host.pipe):
-            raise ValueError("a student has guidance built in, more of it burns the colours: set guidance to 1")
+            raise ValueError("a student has guidance distilled in: set guidance to 1")
         if not is_student_run(host.pipe):
-            solver = type(host.pipe.scheduler).__name__
-            raise ValueError(
-                f"a student gives mean velocities, {solver} takes them for slopes: leave the scheduler alone"
-            )
+            scheduler = type(host.pipe.scheduler).__name__
+            raise ValueError(f"a student predicts mean velocities, which {scheduler} cannot use: keep its scheduler")
         check_adapter(host.denoisers[host.active_index], (inputs.get("attention_kwargs") or {}).get("scale", 1))
         return inner(x, **inputs)
 
-    with host.wrap_denoiser(call), _no_negative(host.pipe):
+    with host.wrap_denoiser(call), _forbid_negative_prompt(host.pipe):
         yield
 
 
 @contextmanager
-def _no_negative(pipe) -> Iterator[None]:
-    """Inside, a negative prompt is refused: the stock pipeline would drop it without a word, as it runs one branch."""
+def _forbid_negative_prompt(pipe) -> Iterator[None]:
+    """Inside the context, refuse a negative prompt: the stock pipeline would ignore it when it runs one branch."""
     encode = pipe.encode_prompt
     signature = inspect.signature(encode)
 
-    def refuse(*args, **given):
-        asked = signature.bind(*args, **given).arguments
-        texts = asked.get("negative_prompt") or ""
-        given_one = any([texts] if isinstance(texts, str) else texts) or asked.get("negative_prompt_embeds") is not None
-        if given_one and not asked.get("do_classifier_free_guidance", True):  # with guidance the run is refused anyway
+    def refuse(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs).arguments
+        texts = arguments.get("negative_prompt") or ""
+        has_text = any([texts] if isinstance(texts, str) else texts)
+        has_negative = has_text or arguments.get("negative_prompt_embeds") is not None
+        if has_negative and not arguments.get("do_classifier_free_guidance", True):  # a guided run is refused anyway
             raise ValueError("a student has no unconditional branch for a negative prompt to act in: leave it out")
-        return encode(*args, **given)
+        return encode(*args, **kwargs)
 
     with patched_method(pipe, "encode_prompt", refuse):
         yield

@@ -1,4 +1,4 @@
-"""What is known of a student or predictor beside its weights, and whether it belongs to the pipeline's model."""
+"""Reads the JSON manifest that lies with a student's or predictor's weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,34 +7,21 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from .scheduler import is_student_run
-from .weights import matches_fingerprint
-
-S = TypeVar("S", bound=BaseModel)
+M = TypeVar("M", bound=BaseModel)
 
 
-def load_manifest(folder: Path, name: str, kind: type[S], knob: str, command: str) -> S:
-    """What the file `name` says of what was trained in a folder.
+def load_manifest(folder: Path, file: str, kind: type[M], parameter: str, command: str) -> M:
+    """The manifest `file` of the weights in a folder, validated as `kind`.
 
-    Raises ValueError if there is none: `knob` names another folder, `command` makes one.
+    Raises ValueError if it is missing or not valid. The message names the `parameter` that selects another folder, such
+    as "gpd.student", and the `command` that trains one.
     """
-    file, what = folder / name, knob.partition(".")[2].removesuffix("_dir")
-    if not file.is_file():
-        others = sorted(p.parent.name for p in folder.parent.glob(f"*/{name}")) or [f"none: python -m accel {command}"]
-        raise ValueError(
-            f"there is no {what} {folder.name!r} in that place ({knob} names another); there are {', '.join(others)}"
-        )
+    path, what = folder / file, parameter.partition(".")[2].removesuffix("_dir")
+    if not path.is_file():
+        others = sorted(p.parent.name for p in folder.parent.glob(f"*/{file}"))
+        found = "there are " + ", ".join(others) if others else f"`python -m accel {command}` makes one"
+        raise ValueError(f"there is no {what} {folder.name!r} in that place ({parameter} names another); {found}")
     try:
-        return kind.model_validate_json(file.read_text())
+        return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{file} is no {what}: {error.errors()[0]['msg']}") from None
-
-
-def check_base(folder: Path, base: list[float], pipe) -> None:
-    """Raise ValueError if the student in a folder was made from another transformer than the pipeline's."""
-    if is_student_run(pipe):
-        raise ValueError(f"student {folder.name!r} and another one do not go together: each replaces the whole model")
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(f"student {folder.name!r} replaces one transformer, this pipeline has two")
-    if not matches_fingerprint(pipe.transformer, base):
-        raise ValueError(f"student {folder.name!r} was made from another base model: train it from this one")
+        raise ValueError(f"{path} is no {what}: {error.errors()[0]['msg']}") from None

@@ -1,4 +1,4 @@
-"""A scheduler on fixed noise levels, which is what a student runs on, and swapping it into a pipeline."""
+"""Euler schedulers on given sigmas, which students need, and swapping one into a pipeline."""
 
 from __future__ import annotations
 
@@ -6,62 +6,64 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ..ops.flow import euler
 
+class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
+    """The stock Euler scheduler on sigmas and timesteps that are given, not computed."""
 
-class FixedSigmaEuler(SchedulerMixin, ConfigMixin):
-    """Given noise levels, first order, as a scheduler of the stock pipeline."""
-
-    order = 1
-
-    @register_to_config
-    def __init__(self, levels: tuple[float, ...] = (1.0, 0.0), times: tuple[float, ...] = (999.0,)):
-        self.sigmas, self.timesteps = torch.tensor(levels), torch.tensor(times)
+    def __init__(self, sigmas: list[float], timesteps: list[float]):
+        super().__init__()
+        self.sigmas = torch.tensor(sigmas)
+        self.timesteps = torch.tensor(timesteps, dtype=torch.float32)  # the stock step refuses whole numbers
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
-        """Raises ValueError for any other number of steps than the student's."""
+        """Start a run. Raises ValueError for any number of steps but that of the given timesteps."""
         if num_inference_steps != len(self.timesteps):
-            raise ValueError(
-                f"this student makes {len(self.timesteps)} steps, not {num_inference_steps}: "
-                f"set steps to {len(self.timesteps)}, or choose another student"
-            )
-        self.timesteps = self.timesteps.to(device)
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Nothing to set: a step is known by its timestep."""
+            raise ValueError(self._wrong_count(len(self.timesteps), num_inference_steps))
+        self.num_inference_steps, self.timesteps = num_inference_steps, self.timesteps.to(device)
+        self._step_index = self._begin_index = None
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True):
-        """The sample at the next level."""
-        i = int((self.timesteps == timestep).nonzero()[0])
-        now, then = (level.expand(len(sample)) for level in (self.sigmas[i], self.sigmas[i + 1]))
-        x = euler(sample.float(), model_output.float(), now, then).to(sample.dtype)
+        """The sample at the next sigma, computed in float32, in the sample's dtype."""
+        (x,) = super().step(model_output.float(), timestep, sample, return_dict=False)
+        x = x.to(sample.dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    @staticmethod
+    def _wrong_count(steps: int, asked: int) -> str:
+        return f"these sigmas are for {steps} steps, not {asked}"
+
+
+class StudentEuler(FixedSigmaEuler):
+    """The scheduler of a student's run; its class tells such a run from a baseline that is sampled with Euler."""
+
+    @staticmethod
+    def _wrong_count(steps: int, asked: int) -> str:
+        return f"this student makes {steps} steps, not {asked}: set steps to {steps}, or choose another student"
 
 
 @contextmanager
-def use_scheduler(pipe, levels: list[float], times: list[float]) -> Iterator[None]:
-    """Inside, the pipeline takes its steps on these levels, by Euler."""
-    own = pipe.scheduler
-    pipe.scheduler = FixedSigmaEuler(tuple(levels), tuple(times))
+def use_scheduler(pipe, scheduler) -> Iterator[None]:
+    """Inside the context, the pipeline samples with another scheduler."""
+    before = pipe.scheduler
+    pipe.scheduler = scheduler
     try:
         yield
     finally:
-        pipe.scheduler = own
+        pipe.scheduler = before
 
 
 def is_student_run(pipe) -> bool:
-    """Whether the pipeline takes a student's steps now."""
-    return isinstance(pipe.scheduler, FixedSigmaEuler)
+    """Whether a student's weights and scheduler are in the pipeline now."""
+    return isinstance(pipe.scheduler, StudentEuler)
 
 
 @contextmanager
 def euler_sampling(pipe, steps: int) -> Iterator[None]:
-    """Inside, the pipeline takes so many steps by Euler, on the noise levels and times of its own solver."""
+    """Inside the context, the pipeline takes `steps` Euler steps on the sigmas and timesteps of its own scheduler."""
     pipe.scheduler.set_timesteps(steps)
-    with use_scheduler(pipe, pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps.tolist()):
+    with use_scheduler(pipe, FixedSigmaEuler(pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps.tolist())):
         yield

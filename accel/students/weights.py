@@ -1,4 +1,4 @@
-"""Weights that take a module's place for a while, kept as differences, and telling whether they belong to it."""
+"""Student weights, stored as int8 differences or a LoRA and swapped into a module; and fingerprints of models."""
 
 from __future__ import annotations
 
@@ -11,118 +11,119 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ADAPTER = "pytorch_lora_weights.safetensors"
-NAME = "accel-student"  # of the adapter while it is on
-SCALE = ".scale"  # ends the name of what a parameter's whole numbers are multiplied by, row by row
+NAME = "accel-student"  # the LoRA's adapter name on the module
+SCALE = ".scale"  # suffix of the per-row scales of an int8 parameter
 
 
 def fingerprint(module: nn.Module) -> list[float]:
-    """One weight of each parameter, in their order: tells models of one architecture apart, in any dtype.
+    """One weight of each parameter, in order: tells models of one architecture apart, in any dtype.
 
     Adapters on the module do not count.
     """
-    own = [p.detach().flatten() for name, p in module.named_parameters() if ".lora_" not in name]
-    return [float(f"{p[len(p) // 2].item():.4g}") for p in own]
+    weights = [p.detach().flatten() for name, p in module.named_parameters() if ".lora_" not in name]
+    return [float(f"{p[len(p) // 2].item():.4g}") for p in weights]
 
 
-def matches_fingerprint(module: nn.Module, known: list[float]) -> bool:
-    """Whether a module has these `marks`, up to the rounding of half precision."""
+def matches_fingerprint(module: nn.Module, expected: list[float]) -> bool:
+    """Whether a module has this fingerprint, up to the rounding of half precision."""
     own = fingerprint(module)
-    return len(own) == len(known) and torch.allclose(torch.tensor(own), torch.tensor(known), rtol=0.01, atol=1e-4)
+    return len(own) == len(expected) and torch.allclose(torch.tensor(own), torch.tensor(expected), rtol=0.01, atol=1e-4)
 
 
 def save_int8_delta(module: nn.Module, base: nn.Module, file: Path) -> None:
-    """What a module's parameters add to its base's, a byte each: whole numbers up to 127 and a scale for each row."""
-    kept: dict[str, Tensor] = {}
-    for (name, own), other in zip(module.named_parameters(), base.parameters(), strict=True):
-        added = (own.detach() - other.detach()).float().flatten(min(1, own.ndim - 1)).cpu()
-        scale = (added.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
-        kept[name], kept[name + SCALE] = (added / scale).round().to(torch.int8), scale.squeeze(-1)
-    save_file(kept, file)
+    """Save what a module's parameters add to its base's, a byte each: integers up to 127 and a scale for each row."""
+    tensors: dict[str, Tensor] = {}
+    for (name, p), base_p in zip(module.named_parameters(), base.parameters(), strict=True):
+        delta = (p.detach() - base_p.detach()).float().flatten(min(1, p.ndim - 1)).cpu()
+        scale = (delta.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
+        tensors[name], tensors[name + SCALE] = (delta / scale).round().to(torch.int8), scale.squeeze(-1)
+    save_file(tensors, file)
 
 
 def load_int8_delta(base: nn.Module, file: Path) -> dict[str, Tensor]:
-    """The parameters of a module whose differences from its base a file holds, on the base's device, in its dtype.
+    """The parameters that `save_int8_delta` stored as differences from `base`, on its device and in its dtypes.
 
     Raises ValueError if the file has other names or shapes.
     """
-    kept, own = load_file(file), dict(base.named_parameters())
-    shapes = {name: (p.numel(), p.shape[0] if p.ndim > 1 else 1) for name, p in own.items()}
-    if {name: (w.numel(), kept[name + SCALE].numel()) for name, w in kept.items() if name + SCALE in kept} != shapes:
+    stored, parameters = load_file(file), dict(base.named_parameters())
+    shapes = {name: (p.numel(), p.shape[0] if p.ndim > 1 else 1) for name, p in parameters.items()}
+    found = {k: (w.numel(), stored[k + SCALE].numel()) for k, w in stored.items() if k + SCALE in stored}
+    if found != shapes:
         raise ValueError(f"{file.name} in {file.parent.name} holds weights of another architecture")
 
-    made = allocate_contiguous(own)
-    for name, p in own.items():
-        added = kept[name].float() * kept[name + SCALE].unsqueeze(-1)
-        made[name].copy_(p.detach().float() + added.view(p.shape).to(p.device))
-    return made
+    loaded = allocate_contiguous(parameters)
+    for name, p in parameters.items():
+        delta = stored[name].float() * stored[name + SCALE].unsqueeze(-1)
+        loaded[name].copy_(p.detach().float() + delta.view(p.shape).to(p.device))
+    return loaded
 
 
 def allocate_contiguous(like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Empty tensors like these, in one piece of memory for each dtype and device.
+    """Empty tensors like these parameters, in one contiguous buffer for each dtype and device.
 
-    In as many pieces as there are parameters they leave a heap of which the C library gives memory back, and takes it
-    again, in every call: on a CPU a student of the shipped model took 8 % longer by it.
+    One buffer for each parameter makes the C library trim and regrow the heap in every call: 8 % slower on a CPU.
     """
-    made: dict[str, Tensor] = {}
+    allocated: dict[str, Tensor] = {}
     for kind in {(p.dtype, p.device) for p in like.values()}:
         same = {name: p for name, p in like.items() if (p.dtype, p.device) == kind}
         sizes = [p.numel() for p in same.values()]
-        whole = torch.empty(sum(sizes), dtype=kind[0], device=kind[1])
-        made |= {name: part.view(p.shape) for (name, p), part in zip(same.items(), whole.split(sizes), strict=True)}
-    return made
+        buffer = torch.empty(sum(sizes), dtype=kind[0], device=kind[1])
+        parts = zip(same.items(), buffer.split(sizes), strict=True)
+        allocated |= {name: part.view(p.shape) for (name, p), part in parts}
+    return allocated
 
 
 @contextmanager
 def swapped_parameters(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold other tensors; afterwards, bitwise, what they held before."""
+    """Inside the context, the parameters hold other tensors; on exit the tensors they held before, bitwise."""
     before = [(p, p.data) for p in module.parameters()]
     for name, p in module.named_parameters():
         p.data = others[name]
     try:
         yield
     finally:
-        for p, own in before:
-            p.data = own
+        for p, data in before:
+            p.data = data
 
 
 @contextmanager
 def with_lora(module: nn.Module, folder: Path) -> Iterator[None]:
-    """Inside, a diffusers model runs with the LoRA of a folder, beside those that it has; afterwards as before."""
-    had = bool(getattr(module, "peft_config", None))
-    learnt = [(p, p.requires_grad) for p in module.parameters()]
-    others = module.active_adapters() if had else []
-    off = {name for name, layer in module.named_modules() if getattr(layer, "disable_adapters", False) is True}
+    """Inside the context, a diffusers model runs with the LoRA of a folder, besides its own; on exit as before."""
+    had_adapters = bool(getattr(module, "peft_config", None))
+    requires_grad = [(p, p.requires_grad) for p in module.parameters()]
+    others = module.active_adapters() if had_adapters else []
+    disabled = any(getattr(layer, "disable_adapters", False) is True for layer in module.modules())
     module.load_lora_adapter(folder, prefix=None, weight_name=ADAPTER, adapter_name=NAME)
-    module.set_adapter([NAME] if off else [*others, NAME])
+    module.set_adapter([NAME] if disabled else [*others, NAME])
     module.enable_adapters()
     try:
         yield
     finally:
-        if had:
+        if had_adapters:
             module.delete_adapters(NAME)
             _unwrap_empty(module)
             module.set_adapter(others)
-            if off:
+            if disabled:
                 module.disable_adapters()
         else:
             module.unload_lora()
             del module._hf_peft_config_loaded
-        for weight, on in learnt:  # peft freezes what is below an adapter, and frees what is set active
-            weight.requires_grad_(on)
+        for p, before in requires_grad:  # peft freezes the layers below an adapter and unfreezes active adapters
+            p.requires_grad_(before)
 
 
 def check_adapter(module: nn.Module, scale: float) -> None:
-    """Raise ValueError if an adapter that `adapted` put on a model does not act there, or not in full."""
+    """Raise ValueError if the adapter that `with_lora` put on a module is inactive or scaled."""
     if NAME not in (getattr(module, "peft_config", None) or {}):
         return
     layers = [layer for layer in module.modules() if NAME in getattr(layer, "lora_A", ())]
     if scale != 1 or any(layer.disable_adapters or NAME not in layer.active_adapters for layer in layers):
-        raise ValueError("the student is a LoRA, and acts in full or not at all: leave adapters and their scale alone")
+        raise ValueError("the student is a LoRA and acts in full or not at all: leave adapters and their scale alone")
 
 
 def _unwrap_empty(module: nn.Module) -> None:
-    """Put back the plain layers where no adapter is left."""
+    """Replace LoRA layers that have no adapter left by the layers below them."""
     for name, layer in list(module.named_modules()):
         if hasattr(layer, "base_layer") and not layer.lora_A:
-            parent, _, own = name.rpartition(".")
-            setattr(module.get_submodule(parent), own, layer.base_layer)
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, layer.base_layer)

@@ -20,8 +20,7 @@ from ..methods.disca.predictor import Predictor, PredictorForm
 from ..runtime.generate import build_run, grid
 from ..runtime.models import model_defaults
 from ..students.interval_embedding import INTERVAL_EMBEDDER, with_interval_embedder
-from ..students.loading import load_student
-from ..students.manifest import check_base
+from ..students.loading import check_base, load_student
 from ..students.weights import fingerprint
 from .feature_probe import FeatureProbe
 from .jobs import DistillJob, prepare_dir, rank_and_world

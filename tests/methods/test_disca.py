@@ -1,4 +1,4 @@
-"""DisCa: anchors, the one cached tensor, what predicts between anchors, and what is refused."""
+"""DisCa: full steps, the cached tensor, what predicts between full steps, and what is refused."""
 
 import pytest
 import torch
@@ -16,39 +16,35 @@ from accel.students.loading import load_student
 
 
 @pytest.mark.parametrize(
-    "full, count, anchors",
+    "num_full_steps, count, full_steps",
     [
         (2, 6, [0, 5]), (3, 6, [0, 1, 5]), (4, 6, [0, 1, 2, 5]), (6, 6, [0, 1, 2, 3, 4, 5]),
         (9, 6, [0, 1, 2, 3, 4, 5]), (8, 20, [0, 1, 2, 5, 9, 12, 16, 19]),
     ],
 )  # fmt: skip
-def test_anchors_are_the_first_three_and_the_last_step_and_the_rest_is_spread(full, count, anchors):
-    assert select_full_steps(full, count) == anchors
+def test_full_steps_are_the_first_three_the_last_and_others_spread_between(num_full_steps, count, full_steps):
+    assert select_full_steps(num_full_steps, count) == full_steps
 
 
-def test_every_number_of_full_passes_gives_as_many_anchors():
+def test_there_are_as_many_full_steps_as_asked_for_from_the_first_to_the_last():
     for count in range(1, 51):
         for full in range(2, count + 1):
-            anchors = select_full_steps(full, count)
-            assert (
-                len(anchors) == full
-                and sorted(set(anchors)) == anchors
-                and anchors[0] == 0
-                and anchors[-1] == count - 1
-            )
+            steps = select_full_steps(full, count)
+            assert len(steps) == full and sorted(set(steps)) == steps
+            assert steps[0] == 0 and steps[-1] == count - 1
 
 
-def test_anchors_can_be_given():
+def test_full_steps_can_be_given():
     assert DisCa(full_steps="0 1, 2 5").steps(6) == [0, 1, 2, 5]
     for wrong, reason in (("1 2", "must rise from 0"), ("0 5 3", "must rise from 0"), ("0 x", "are not whole numbers")):
         with pytest.raises(ValueError, match=reason):
             DisCa(full_steps=wrong)
-    with pytest.raises(ValueError, match="disca.full_steps ends with step 9, a run of 8 steps with 7: both full"):
+    with pytest.raises(ValueError, match="ends with step 9, but a run of 8 steps ends with step 7"):
         DisCa(full_steps="0 9").steps(8)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_a_taylor_series_of_an_order_is_exact_for_a_line_or_less(order):
+def test_taylor_series_are_exact_for_features_linear_in_the_step(order):
     cache, line = TaylorCache(), lambda i: torch.full((1, 2, 3), 2.0 + 3 * i * (order > 0))
     for i in (0, 2, 5):
         cache.refresh(i, line(i), order)
@@ -56,37 +52,31 @@ def test_a_taylor_series_of_an_order_is_exact_for_a_line_or_less(order):
     torch.testing.assert_close(cache.extrapolate(9), line(9))
 
 
-class Counted:
-    """Counts how often the blocks of a model run."""
+def test_blocks_run_at_full_steps_only_in_each_branch(pipe, sample):
+    calls = [0, 0]
 
-    def __init__(self, model):
-        self.calls = [0] * len(model.blocks)
-        for i, block in enumerate(model.blocks):
-            block.ffn.register_forward_hook(lambda *_, i=i: self._count(i))
+    def count(i):
+        calls[i] += 1
 
-    def _count(self, i):
-        self.calls[i] += 1
-
-
-def test_blocks_run_at_anchors_alone_in_each_branch(pipe, sample):
-    counted = Counted(pipe.transformer)
+    for i, block in enumerate(pipe.transformer.blocks):
+        block.ffn.register_forward_hook(lambda *_, i=i: count(i))
     with accel.apply(pipe, [DisCa(predictor="reuse", full_steps="0 1 7")]) as trace:
         sample(pipe, steps=8, guidance=4.0)
-    assert counted.calls == [6, 6]
+    assert calls == [6, 6]
     predicted = {(e.step, e.branch) for e in trace.events.values() if e.action == "predict"}
     assert predicted == {(i, b) for i in (2, 3, 4, 5, 6) for b in ("cond", "uncond")}
     assert trace.method_data["disca"]["full_steps"] == [0, 1, 7]
 
 
 @pytest.mark.parametrize("form", ["reuse", "taylor-1"])
-def test_all_anchors_are_bitwise_the_plain_run(form, pipe, sample):
-    plain = sample(pipe, steps=6)
+def test_full_steps_only_are_bitwise_the_baseline(form, pipe, sample):
+    baseline = sample(pipe, steps=6)
     with accel.apply(pipe, [DisCa(predictor=form, num_full_steps=6)]) as trace:
-        assert torch.equal(sample(pipe, steps=6), plain)
-    assert trace.messages == ["DisCa does nothing: all 6 steps are full passes at this setting"]
+        assert torch.equal(sample(pipe, steps=6), baseline)
+    assert trace.messages == ["DisCa does nothing: all 6 steps are full forward passes at this setting"]
 
 
-def test_reuse_holds_one_tensor_for_a_branch_and_says_so_before(pipe, sample):
+def test_the_memory_estimate_is_the_cached_tensors_of_each_branch(pipe, sample):
     model = pipe.transformer
     latents = torch.empty(1, 4, 3, 8, 8, device="meta")
     for guided, form, tensors in ((False, "reuse", 1), (True, "reuse", 2), (False, "taylor-2", 3)):
@@ -98,28 +88,24 @@ def test_reuse_holds_one_tensor_for_a_branch_and_says_so_before(pipe, sample):
         assert method.estimate_memory(RunSpec(model, Wan(), latents, 8, guided, 2)) == trace.peak_bytes
 
 
-def test_predictions_are_never_kept(pipe, sample):
-    """Between anchors 0 and 4 reuse gives the feature of step 0, not of a step between."""
-    kept = []
+def test_predictions_are_never_cached(pipe, sample, monkeypatch):
+    """Between full steps 0 and 4, only the output of step 0 is cached."""
+    cached, refresh = [], TaylorCache.refresh
 
-    class Spy(DisCa):
-        def steps(self, count):
-            return [0, 4, 5]
+    def spy(self, step, feature, order):
+        cached.append(step)
+        refresh(self, step, feature, order)
 
-    original = TaylorCache.refresh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            TaylorCache, "refresh", lambda self, i, f, order: (kept.append(i), original(self, i, f, order))[1]
-        )
-        with accel.apply(pipe, [Spy(predictor="reuse")]):
-            sample(pipe, steps=6, guidance=1.0)
-    assert kept == [0, 4, 5]
+    monkeypatch.setattr(TaylorCache, "refresh", spy)
+    with accel.apply(pipe, [DisCa(predictor="reuse", full_steps="0 4 5")]):
+        sample(pipe, steps=6, guidance=1.0)
+    assert cached == [0, 4, 5]
 
 
 @pytest.mark.parametrize("form", ["reuse", "taylor-1", "taylor-2"])
 @pytest.mark.parametrize("height", [64, 32])
-def test_another_run_in_the_same_block_starts_afresh(height, form, pipe, sample):
-    """A Taylor series would take in the anchors of the run before."""
+def test_a_second_run_in_the_same_context_starts_with_an_empty_cache(height, form, pipe, sample):
+    """A Taylor series would otherwise use the full steps of the run before."""
     methods = [DisCa(predictor=form, num_full_steps=3)]
     with accel.apply(pipe, methods):
         sample(pipe, steps=6, guidance=1.0)
@@ -129,8 +115,8 @@ def test_another_run_in_the_same_block_starts_afresh(height, form, pipe, sample)
 
 
 @pytest.fixture
-def supported_runs(pipe, tmp_path):
-    """A pipeline with a MeanFlow student, and predictors of that."""
+def student_pipe(pipe, tmp_path):
+    """A pipeline with a MeanFlow student and predictors for it."""
     pipe.register_to_config(_name_or_path=str(tmp_path))
     folder = tmp_path / "meanflow"
     make_meanflow(pipe, folder)
@@ -144,27 +130,27 @@ def supported_runs(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["residual", "paper"])
-def test_a_predictor_acts_between_the_students_anchors(form, supported_runs, sample):
+def test_a_predictor_acts_between_the_full_steps_of_its_student(form, student_pipe, sample):
     methods = [MeanFlow(steps=8), DisCa(num_full_steps=4, predictor=form)]
-    with accel.apply(supported_runs, methods[:1]):
-        whole = sample(supported_runs, steps=8, guidance=1.0)
-    with accel.apply(supported_runs, methods) as trace:
-        assert not torch.equal(sample(supported_runs, steps=8, guidance=1.0), whole)
+    with accel.apply(student_pipe, methods[:1]):
+        full = sample(student_pipe, steps=8, guidance=1.0)
+    with accel.apply(student_pipe, methods) as trace:
+        assert not torch.equal(sample(student_pipe, steps=8, guidance=1.0), full)
     assert trace.summary()["calls"] == {"compute": 4, "predict": 4}
-    assert trace.messages[-1].startswith("DisCa: 4 of 8 passes are whole; a predicted one took ")
-    with accel.apply(supported_runs, [methods[0], DisCa(num_full_steps=8, predictor=form)]):
-        assert torch.equal(sample(supported_runs, steps=8, guidance=1.0), whole)
+    assert trace.messages[-1].startswith("DisCa: 4 of 8 forward passes are full; a predicted one took ")
+    with accel.apply(student_pipe, [methods[0], DisCa(num_full_steps=8, predictor=form)]):
+        assert torch.equal(sample(student_pipe, steps=8, guidance=1.0), full)
 
 
 @pytest.mark.parametrize("form", ["residual", "paper"])
-def test_a_predictor_holds_itself_and_one_tensor_and_says_so_before(form, supported_runs, sample):
+def test_the_memory_estimate_is_the_predictor_and_one_tensor(form, student_pipe, sample):
     student, method = MeanFlow(steps=8), DisCa(num_full_steps=4, predictor=form)
-    with accel.apply(supported_runs, [student]) as alone:
-        sample(supported_runs, steps=8, guidance=1.0)
-    with accel.apply(supported_runs, [student, method]) as trace:
-        sample(supported_runs, steps=8, guidance=1.0)
-    tokens = 3 * (64 // supported_runs.vae_scale_factor_spatial // 2) ** 2
-    weights = sum(p.numel() for p in Predictor(Wan(), supported_runs.transformer, form, 1).parameters())
+    with accel.apply(student_pipe, [student]) as alone:
+        sample(student_pipe, steps=8, guidance=1.0)
+    with accel.apply(student_pipe, [student, method]) as trace:
+        sample(student_pipe, steps=8, guidance=1.0)
+    tokens = 3 * (64 // student_pipe.vae_scale_factor_spatial // 2) ** 2
+    weights = sum(p.numel() for p in Predictor(Wan(), student_pipe.transformer, form, 1).parameters())
     assert trace.peak_bytes - alone.peak_bytes == 4 * (weights + tokens * 24)
     assert trace.estimated_bytes == trace.peak_bytes
 
@@ -174,30 +160,29 @@ def test_a_predictor_holds_itself_and_one_tensor_and_says_so_before(form, suppor
     ("method", "action"),
     [(AsymRnR(schedule="fixed", query_rate=0.5, start=0), "reduce"), (FasterCache(attention_start=0), "reuse")],
 )
-def test_predictor_and_student_go_together_with_what_saves_attention(method, action, order, supported_runs, sample):
-    with accel.apply(supported_runs, [MeanFlow(steps=15), *[DisCa(num_full_steps=11), method][::order]]) as trace:
-        assert sample(supported_runs, steps=15, guidance=1.0).isfinite().all()
+def test_predictor_and_student_combine_with_methods_that_save_attention(method, action, order, student_pipe, sample):
+    with accel.apply(student_pipe, [MeanFlow(steps=15), *[DisCa(num_full_steps=11), method][::order]]) as trace:
+        assert sample(student_pipe, steps=15, guidance=1.0).isfinite().all()
     assert trace.summary()["calls"] == {"compute": 11, "predict": 4} and trace.summary()["attention"][action]
 
 
-def test_a_residual_predictor_that_is_not_trained_is_reuse():
+def test_an_untrained_residual_predictor_is_reuse():
     model = random_wan()
     predictor = Predictor(Wan(), model, "residual", 1)
-    inputs = torch.randn(1, 6, 24), torch.randn(1, 6, 24), model.rope(torch.randn(1, 4, 3, 4, 4))
     hidden, cached = torch.randn(1, 12, 24), torch.randn(1, 12, 24)
-    time = torch.randn(1, 6, 24)
-    assert torch.equal(predictor(hidden, cached, inputs[0], time, inputs[2]), cached)
+    text, time, rope = torch.randn(1, 6, 24), torch.randn(1, 6, 24), model.rope(torch.randn(1, 4, 3, 4, 4))
+    assert torch.equal(predictor(hidden, cached, text, time, rope), cached)
 
 
-def test_the_work_of_a_prediction_is_counted(supported_runs, sample):
-    with accel.apply(supported_runs, [MeanFlow(steps=8), DisCa(num_full_steps=4)]) as trace:
-        sample(supported_runs, steps=8, guidance=1.0)
-    whole, block = trace.flops["denoiser"], trace.flops["blocks.0"]
-    predictor = Predictor(Wan(), supported_runs.transformer, "residual", 1)
-    tokens = 3 * (64 // supported_runs.vae_scale_factor_spatial // 2) ** 2
+def test_the_work_of_predictions_is_counted(student_pipe, sample):
+    with accel.apply(student_pipe, [MeanFlow(steps=8), DisCa(num_full_steps=4)]) as trace:
+        sample(student_pipe, steps=8, guidance=1.0)
+    full, block = trace.flops["denoiser"], trace.flops["blocks.0"]
+    predictor = Predictor(Wan(), student_pipe.transformer, "residual", 1)
+    tokens = 3 * (64 // student_pipe.vae_scale_factor_spatial // 2) ** 2
     layers = 2 * tokens * (48 * 24 + 24 * 24 + 24 * 24)
     assert flops(predictor, tokens, block) == block + layers
-    share = (whole - 2 * block + block + layers) / whole
+    share = (full - 2 * block + block + layers) / full
     assert trace.summary()["flops_ratio"] == pytest.approx((4 + 4 * share) / 8, rel=1e-4)
 
 
@@ -212,41 +197,47 @@ def test_the_work_of_a_prediction_is_counted(supported_runs, sample):
         ),
     ],
 )
-def test_a_predictor_without_its_student_is_refused(methods, reason, supported_runs, sample):
-    plain = sample(supported_runs, steps=4)
-    with pytest.raises(ValueError, match=reason), accel.apply(supported_runs, methods):
+def test_a_predictor_without_its_student_is_refused(methods, reason, student_pipe, sample):
+    baseline = sample(student_pipe, steps=4)
+    with pytest.raises(ValueError, match=reason), accel.apply(student_pipe, methods):
         pass
-    assert torch.equal(sample(supported_runs, steps=4), plain)
+    assert torch.equal(sample(student_pipe, steps=4), baseline)
 
 
-def test_a_single_step_has_nothing_to_predict(supported_runs, sample):
+def test_a_single_step_has_nothing_to_predict(student_pipe, sample):
     with pytest.raises(ValueError, match="disca and a run of 1 step do not go together"):
-        with accel.apply(supported_runs, [DisCa(predictor="reuse")]):
-            sample(supported_runs, steps=1, guidance=1.0)
+        with accel.apply(student_pipe, [DisCa(predictor="reuse")]):
+            sample(student_pipe, steps=1, guidance=1.0)
 
 
-def test_a_run_that_the_predictor_was_not_made_for_is_told(supported_runs, sample):
-    with accel.apply(supported_runs, [MeanFlow(steps=10), DisCa(num_full_steps=4)]) as trace:
-        sample(supported_runs, steps=10, guidance=1.0)
+def test_a_run_that_the_predictor_was_not_trained_for_is_reported(student_pipe, sample):
+    with accel.apply(student_pipe, [MeanFlow(steps=10), DisCa(num_full_steps=4)]) as trace:
+        sample(student_pipe, steps=10, guidance=1.0)
     assert trace.messages[0] == (
-        "DisCa: this predictor learnt runs of 8 steps, full steps up to 3 apart; this run has 10, up to 7 apart"
+        "DisCa: this predictor was trained for runs of 8 steps, full steps up to 3 apart; "
+        "this run has 10, up to 7 apart"
     )
 
 
-def test_a_predictor_of_another_form_is_refused(supported_runs):
-    plain = DisCa(predictor="paper").weights_dir(supported_runs.name_or_path)
+def test_a_predictor_of_another_form_is_refused(student_pipe):
+    folder = DisCa(predictor="paper").weights_dir(student_pipe.name_or_path)
     with pytest.raises(ValueError, match="disca.predictor = residual, but the predictor in 'paper' has the form paper"):
-        with accel.apply(supported_runs, [MeanFlow(steps=8), DisCa(predictor=str(plain))]):
+        with accel.apply(student_pipe, [MeanFlow(steps=8), DisCa(predictor_dir=str(folder))]):
             pass
 
 
 def test_compiled_blocks_stay_compiled(pipe, sample):
-    """Of many predicted steps none is a reason to compile anew; two shapes of graph at most: with and without cache."""
+    """No predicted step recompiles the blocks."""
     torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     with (
         torch._dynamo.config.patch(error_on_recompile=True),
         accel.apply(pipe, [DisCa(predictor="reuse", num_full_steps=5)]) as trace,
     ):
         sample(pipe, steps=14, guidance=1.0)
     assert trace.summary()["calls"] == {"compute": 5, "predict": 9}
+
+
+def test_a_predictor_dir_without_a_predictor_is_refused_though_the_setting_is_not_used():
+    with pytest.raises(ValueError, match="there is no predictor 'nowhere' in that place"):
+        DisCa(predictor="reuse", predictor_dir="nowhere")

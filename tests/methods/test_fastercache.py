@@ -1,4 +1,6 @@
-"""FasterCache by hand: its schedule, its two formulas, what it holds and when it does nothing."""
+"""FasterCache: its plan and its two formulas by hand, what it caches, and when it does nothing."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ import torch
 import accel
 from accel.core.trace import Step
 from accel.methods import FasterCache
-from accel.methods.fastercache import Memory
+from accel.methods.base import Method
+from accel.methods.fastercache import State, reuse_steps
 from accel.ops.spectrum import split
 from accel.runtime.generate import Run, estimate_memory
 
@@ -22,7 +25,7 @@ def test_plan_of_twenty_steps_by_hand():
     assert [i for i, p in enumerate(plan) if not p.attention] == [4, 6, 8, 10, 12, 14, 16, 18]
 
 
-def test_every_full_guidance_step_computes_its_attention():
+def test_steps_that_run_both_branches_compute_their_attention():
     for interval in range(2, 7):
         for plan in FasterCache(attention_interval=3, guidance_interval=interval).plan(50)[17:]:
             assert plan.attention or not plan.guidance
@@ -33,38 +36,38 @@ def test_first_two_and_last_steps_are_full():
     assert all(p.attention and p.guidance for p in (*plan[:2], plan[-1]))
 
 
-def test_linear_weight_rises_from_zero_to_one_over_the_reused_range():
+def test_linear_weight_rises_from_zero_to_one_over_the_reused_steps():
     """Outputs 10 then 14: the first reused step repeats 14, the last adds the whole slope: 18."""
     method = FasterCache(guidance=False, attention_start=0.2)
     plans = method.plan(20)
     entries = [(0.9, torch.tensor(10.0)), (0.8, torch.tensor(14.0))]
-    reused = [i for i, p in enumerate(plans) if not p.attention]
-    assert method._extrapolate(entries, at(reused[0]), plans) == 14
-    assert method._extrapolate(entries, at(reused[-1]), plans) == 18
+    steps = reuse_steps(plans, "cond")
+    assert method.extrapolate(entries, at(steps[0]), plans) == 14
+    assert method.extrapolate(entries, at(steps[-1]), plans) == 18
 
 
 def test_sigma_weight_is_exact_for_a_feature_linear_in_sigma():
     """F = 100 sigma, computed at .9 and .7: at .6 it is 60."""
     method = FasterCache(extrapolation="sigma")
     entries = [(0.9, torch.tensor(90.0)), (0.7, torch.tensor(70.0))]
-    assert method._extrapolate(entries, at(5, sigma=0.6), method.plan(20)) == pytest.approx(60)
+    assert method.extrapolate(entries, at(5, sigma=0.6), method.plan(20)) == pytest.approx(60)
 
 
-def test_gain_does_not_compound():
+def test_gains_do_not_compound():
     """10 % on the low band in the first half is 1.1 at every rebuilt step; the high band follows in the second."""
     method = FasterCache(gain_low=0.1, gain_high=0.2)
     assert [method.gains(at(6), k) for k in (1, 2, 3)] == [(1.1, 1.0)] * 3
     assert [method.gains(at(14), k) for k in (1, 2, 3)] == [(1.0, 1.2)] * 3
 
 
-def test_compounding_is_an_option():
+def test_gains_compound_if_asked_to():
     """As in the authors' code: 1.1, 1.21, 1.331."""
     method = FasterCache(gain_low=0.1, compound_gain=True)
     assert [method.gains(at(6), k)[0] for k in (1, 2, 3)] == pytest.approx([1.1, 1.21, 1.331])
 
 
 @pytest.mark.parametrize("h, w", [(8, 8), (9, 7), (12, 20), (15, 26), (60, 104)])
-def test_bands_split_once_equal_the_transform_at_every_step(h, w):
+def test_adding_bands_that_were_split_once_equals_a_transform_at_every_step(h, w):
     """eq. 6-11: transform cond, add the weighted bands of the old difference, transform back."""
     cond, uncond, now = torch.randn(3, 2, 4, 3, h, w, generator=torch.Generator().manual_seed(0)).unbind(0)
     low, high = split(uncond - cond)
@@ -79,7 +82,7 @@ def test_bands_split_once_equal_the_transform_at_every_step(h, w):
 
 
 def drive(pipe, method, cond: torch.Tensor, uncond: torch.Tensor, steps: int = 20):
-    """Outputs of the unconditional branch on fixed latents: only what a method remembers can change them."""
+    """Outputs of the unconditional branch on fixed latents: only what a method caches can change them."""
     outputs, noise = [], torch.Generator().manual_seed(5)
     pipe.scheduler.set_timesteps(steps)
     pipe._guidance_scale = 4.0
@@ -97,7 +100,7 @@ def drive(pipe, method, cond: torch.Tensor, uncond: torch.Tensor, steps: int = 2
 
 
 def test_branches_never_mix(pipe):
-    """Another prompt leaves every unconditional output as it was, though its attention is reused."""
+    """Another prompt changes no unconditional output, though its attention is reused."""
     one, two, empty = torch.randn(3, 1, 6, 16, generator=torch.Generator().manual_seed(1)).unbind(0)
     method = FasterCache(guidance=False, extrapolation="sigma")
     first, trace = drive(pipe, method, one, empty)
@@ -106,40 +109,43 @@ def test_branches_never_mix(pipe):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_history_holds_computed_outputs_only(pipe, sample, monkeypatch):
-    """Every tensor that is extrapolated from came out of the attention itself."""
+def test_only_computed_outputs_are_extrapolated_from(pipe, sample, monkeypatch):
     computed, used = [], []
-    extrapolate, attend = FasterCache._extrapolate, FasterCache._attend
+    extrapolate = FasterCache.extrapolate
 
-    def spy(self, inner, *rest):
-        return attend(self, lambda: computed.append(inner()) or computed[-1], *rest)
+    class RecordOutputs(Method):
+        @contextmanager
+        def apply(self, host, trace):
+            with host.wrap_attention(lambda inner, layer: computed.append(inner()) or computed[-1]):
+                yield
 
-    monkeypatch.setattr(FasterCache, "_attend", spy)
-    monkeypatch.setattr(
-        FasterCache, "_extrapolate", lambda self, e, *rest: used.extend(t for _, t in e) or extrapolate(self, e, *rest)
-    )
-    with accel.apply(pipe, [FasterCache(guidance=False, attention_start=0.2)]):
+    def spy(self, entries, *rest):
+        used.extend(tensor for _, tensor in entries)
+        return extrapolate(self, entries, *rest)
+
+    monkeypatch.setattr(FasterCache, "extrapolate", spy)
+    with accel.apply(pipe, [RecordOutputs(), FasterCache(guidance=False, attention_start=0.2)]):
         sample(pipe)
     known = {id(t) for t in computed}
     assert used and all(id(t) in known for t in used)
 
 
-def test_everything_held_is_freed_at_the_end(pipe, sample, monkeypatch):
-    memories = []
-    original = Memory.held
-    monkeypatch.setattr(Memory, "held", lambda self: memories.append(self) or original(self))
+def test_everything_cached_is_freed_at_the_end_of_a_run(pipe, sample, monkeypatch):
+    states = []
+    nbytes = State.nbytes
+    monkeypatch.setattr(State, "nbytes", lambda self: states.append(self) or nbytes(self))
     with accel.apply(pipe, [FasterCache()]):
         sample(pipe)
-        assert memories and original(memories[-1]) == 0
+        assert states and nbytes(states[-1]) == 0
 
 
-def test_settings_that_compute_everything_say_so(pipe, sample):
+def test_settings_at_which_everything_is_computed_are_reported(pipe, sample):
     with accel.apply(pipe, [FasterCache(attention_start=1.0, guidance_start=1.0)]) as trace:
         sample(pipe)
     assert trace.messages == ["FasterCache does nothing: at these settings every step is computed in full"]
 
 
-def test_each_part_is_switchable_alone(pipe, sample):
+def test_each_part_can_be_switched_off(pipe, sample):
     with accel.apply(pipe, [FasterCache(guidance=False)]) as trace:
         sample(pipe)
     assert trace.summary()["calls"] == {"compute": 40} and trace.summary()["attention"]["reuse"] > 0
@@ -148,21 +154,21 @@ def test_each_part_is_switchable_alone(pipe, sample):
     assert trace.summary()["calls"]["rebuild"] > 0 and "reuse" not in trace.summary()["attention"]
 
 
-def test_off_with_a_reason_at_few_steps(pipe, sample):
+def test_too_few_steps_switch_it_off_with_a_message(pipe, sample):
     plain = sample(pipe, steps=6)
     with accel.apply(pipe, [FasterCache()]) as trace:
         assert torch.equal(sample(pipe, steps=6), plain)
     assert trace.summary()["messages"] == ["FasterCache is off: 6 steps are too few, it needs at least 10"]
 
 
-def test_says_so_when_there_is_no_guidance(pipe, sample):
+def test_a_run_without_guidance_is_reported(pipe, sample):
     with accel.apply(pipe, [FasterCache()]) as trace:
         sample(pipe, guidance=1.0)
     assert "guidance is off" in trace.summary()["messages"][0] and trace.summary()["attention"]["reuse"] > 0
 
 
-def test_second_transformer_starts_with_its_own_history(two_models, sample):
-    """Wan 2.2: after the switch the difference is measured anew and two outputs are computed before any reuse."""
+def test_the_second_transformer_starts_with_an_empty_cache(two_models, sample):
+    """Wan 2.2: after the switch the CFG delta is taken anew, and two outputs are computed before any reuse."""
     with accel.apply(two_models, [FasterCache(attention_start=0.1, guidance_start=0.1)]) as trace:
         sample(two_models)
     switch = next(i for i, s in trace.sigmas.items() if s < 0.7)
@@ -171,11 +177,11 @@ def test_second_transformer_starts_with_its_own_history(two_models, sample):
     assert trace.events[(switch, "uncond", "denoiser")].action == "compute"
 
 
-def test_forecast_of_bytes_is_what_is_held(pipe, sample):
+def test_the_memory_estimate_is_what_is_cached_at_most(pipe, sample):
     with accel.apply(pipe, [FasterCache()]) as trace:
         sample(pipe)
     assert 0 < trace.peak_bytes <= trace.estimated_bytes <= 1.3 * trace.peak_bytes
-    assert trace.memory_by_method["fastercache"] == 0  # what nobody asks for again is given back, and counted so
+    assert trace.memory_by_method["fastercache"] == 0  # what no later step needs is freed
     run = Run(model="m", prompt="p", height=64, width=64, frames=5, steps=20, guidance=4.0, methods={"fastercache": {}})
     assert estimate_memory(run, pipe) == trace.estimated_bytes
 

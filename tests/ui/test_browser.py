@@ -183,7 +183,7 @@ def test_predicted_steps_are_on_the_timeline_and_their_cost_is_in_the_message(pa
     assert page.is_checked("#use-meanflow input")
     run_pair(page, 2)
     assert "meanflow, disca, 20 steps" in page.inner_text("#player .b figcaption")
-    assert "8 of 20 passes are whole" in page.inner_text("#message")
+    assert "8 of 20 forward passes are full" in page.inner_text("#message")
     assert page.locator("#timeline rect[data-action=predict]").count() == BLOCKS * 12  # predicted steps
 
 

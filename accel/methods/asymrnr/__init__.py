@@ -1,5 +1,1 @@
-"""AsymRnR: the method, which rates it uses where (`schedule`, `budget`), how tokens are matched, and the correction."""
-
-from .asymrnr import AsymRnR
-
-__all__ = ["AsymRnR"]
+"""AsymRnR: the method (`asymrnr`), one run of it (`reducer`), and its parts: schedule, budget, matching, correction."""

@@ -1,8 +1,8 @@
-"""One budget into rates: where removing tokens costs least, most are removed. Costs can be kept as JSON.
+"""Turns one budget into rates: most tokens are removed where that costs least. Measured costs are stored as JSON.
 
-A *cost* says how much removing tokens harms at a site (a block's self-attention), for queries and for keys/values, per
-span of the run (equal shares of its steps). The harm of a rate r is cost * r^2 / (1 - r): the first tokens have
-close relatives, the last have none. Only the proportions of the costs matter.
+A *cost* says how much removing tokens harms in a layer (a block's self-attention), for queries and for keys/values, in
+each phase of the run (equal shares of its steps). The penalty of a rate r is cost * r^2 / (1 - r): the first removed
+tokens have similar ones that remain, the last have none. Only the proportions of the costs matter.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from pydantic import BaseModel, Field, ValidationError
 from ...files import atomic_write
 
 Pair = tuple[float, float]  # of queries, of keys and values
-Table = dict[str, list[Pair]]  # site -> per span
+Table = dict[str, list[Pair]]  # layer -> one pair for each phase
 RATE_STEP = 0.05  # rates are multiples of this
-MIN_RATE = 0.25  # but not below this: shortening by less costs about the time that it saves
+MIN_RATE = 0.25  # but not below this: removing fewer tokens costs about the time that it saves
 PROFILE = "asymrnr.json"  # file of measured costs in a model's folder
 
 
 def allocate(costs: Table, budget: float, ceilings: Pair, count: int = 1, first: int = 0) -> Table:
-    """Rates that leave the share `budget` of the attention work of steps `first` to `count`, at the least harm found.
+    """Rates that leave the share `budget` of the attention work of steps `first` to `count`, at little total penalty.
 
-    Greedy: again and again the rate is raised that saves most work for its harm, up to the ceilings; if even these do
-    not reach the budget, the ceilings are what comes back. Spans without such a step stay at 0.
+    Greedy: the rate that saves most work for its penalty is raised again and again, up to the ceilings. If the budget
+    is out of reach, all rates are at the ceilings. Phases without such a step stay at 0.
     """
-    steps = {layer: _lengths(len(spans), count, first) for layer, spans in costs.items()}
-    rates = {(layer, span): [0.0, 0.0] for layer, held in steps.items() for span, n in enumerate(held) if n}
+    lengths = {layer: _phase_lengths(len(phases), count, first) for layer, phases in costs.items()}
+    rates = {(layer, phase): [0.0, 0.0] for layer, steps in lengths.items() for phase, n in enumerate(steps) if n}
 
     def price(cell: tuple[str, int], which: int) -> float:
-        """Harm for each unit of work saved by raising a rate by one rung; infinite beyond its ceiling."""
-        now, other, cost = rates[cell][which], rates[cell][1 - which], costs[cell[0]][cell[1]][which]
-        if (then := _next(now)) > ceilings[which] + 1e-9:
+        """Penalty for each unit of work saved by raising a rate by one step; infinite beyond its ceiling."""
+        rate, other, cost = rates[cell][which], rates[cell][1 - which], costs[cell[0]][cell[1]][which]
+        if (raised := _next(rate)) > ceilings[which] + 1e-9:
             return float("inf")
-        return max(cost, 1e-6) * (penalty(then) - penalty(now)) / ((then - now) * (1 - other))
+        return max(cost, 1e-6) * (penalty(raised) - penalty(rate)) / ((raised - rate) * (1 - other))
 
     queue = [(price(cell, which), cell, which) for cell in rates for which in (0, 1)]
     heapq.heapify(queue)
@@ -46,92 +46,98 @@ def allocate(costs: Table, budget: float, ceilings: Pair, count: int = 1, first:
         _, cell, which = queue[0]
         current = price(cell, which)
         if current <= queue[0][0] * (1 + 1e-9):  # else the cell's other rate has risen since, and this one saves less
-            now, then = rates[cell][which], _next(rates[cell][which])
-            surplus -= (then - now) * (1 - rates[cell][1 - which]) * steps[cell[0]][cell[1]]
-            rates[cell][which] = then
+            rate, raised = rates[cell][which], _next(rates[cell][which])
+            surplus -= (raised - rate) * (1 - rates[cell][1 - which]) * lengths[cell[0]][cell[1]]
+            rates[cell][which] = raised
             current = price(cell, which)
         heapq.heapreplace(queue, (current, cell, which))
     return {
-        layer: [tuple(rates.get((layer, s), (0.0, 0.0))) for s in range(len(held))] for layer, held in steps.items()
+        layer: [tuple(rates.get((layer, phase), (0.0, 0.0))) for phase in range(len(steps))]
+        for layer, steps in lengths.items()
     }
 
 
 def allocate_all_or_none(
     costs: Table, budget: float, ceilings: Pair, count: int, first: int, full_share: float
 ) -> Table:
-    """Rates as those of `allocate` where a reduced attention also runs whole in the share `whole` of its steps.
+    """Rates like those of `allocate`, for reduced attentions that also run full in the share `full_share` of the steps.
 
-    What it misses is then carried, and errors hardly depend on the rate: sites and spans are reduced at the ceilings or
-    not at all, the cheapest first, until the budget is met. None are if that would save nothing.
+    Their error is corrected then and hardly depends on the rate. So layers and phases are reduced at the ceilings or
+    not at all, the cheapest first, until the budget is met. None is if that would save nothing.
     """
-    lengths = {layer: _lengths(len(spans), count, first) for layer, spans in costs.items()}
-    rates = {layer: [(0.0, 0.0)] * len(spans) for layer, spans in costs.items()}
+    lengths = {layer: _phase_lengths(len(phases), count, first) for layer, phases in costs.items()}
+    rates = {layer: [(0.0, 0.0)] * len(phases) for layer, phases in costs.items()}
     surplus, saved = len(costs) * (count - first) * (1 - budget), 1 - remaining_work(ceilings, full_share)
-    cells = [(layer, span) for layer, spans in costs.items() for span in range(len(spans))]
-    for layer, span in sorted(cells, key=lambda cell: sum(costs[cell[0]][cell[1]])):
-        if surplus > 1e-9 and saved > 0 and lengths[layer][span]:
-            rates[layer][span] = ceilings
-            surplus -= saved * lengths[layer][span]
+    cells = [(layer, phase) for layer, phases in costs.items() for phase in range(len(phases))]
+    for layer, phase in sorted(cells, key=lambda cell: sum(costs[cell[0]][cell[1]])):
+        if surplus > 1e-9 and saved > 0 and lengths[layer][phase]:
+            rates[layer][phase] = ceilings
+            surplus -= saved * lengths[layer][phase]
     return rates
 
 
 def remaining_work(pair: Pair, full_share: float = 0.0) -> float:
-    """The share of an attention's work that is left at a pair of rates, if it also runs `whole` in a share of steps."""
+    """Share of an attention's work that is left at two rates, if it also runs full in `full_share` of the steps."""
     return (1 - pair[0]) * (1 - pair[1]) + full_share if max(pair) else 1.0
 
 
+def mean_work(rates: Table, count: int = 1, first: int = 0, full_share: float = 0.0) -> float:
+    """Mean share of the attention work that is left, over layers and steps `first` to `count`."""
+    left = [[remaining_work(pair, full_share) for pair in phases] for phases in rates.values()]
+    shares = [layer[phase_of(step, len(layer), count)] for layer in left for step in range(first, count)]
+    return sum(shares) / len(shares)
+
+
 def _next(rate: float) -> float:
-    """The next rung of the ladder of rates."""
+    """The next higher rate."""
     return round(max(MIN_RATE, rate + RATE_STEP), 6)
 
 
 def penalty(rate: float) -> float:
-    """What removing a share of the tokens does, in parts of its cost."""
+    """The harm of removing a share of the tokens, as a multiple of the cost."""
     return rate**2 / (1 - rate)
 
 
-def phase_of(step: int, spans: int, count: int) -> int:
-    """Which of so many spans a step of a run of `count` falls into."""
-    return step * spans // count
+def phase_of(step: int, phases: int, count: int) -> int:
+    """The phase, of `phases` equal ones, that a step of a run of `count` steps falls into."""
+    return step * phases // count
 
 
-def _lengths(spans: int, count: int, first: int) -> list[int]:
-    """How many of the steps from `first` on fall into each span."""
-    falls = Counter(phase_of(step, spans, count) for step in range(first, count))
-    return [falls[span] for span in range(spans)]
-
-
-def work(rates: Table, count: int = 1, first: int = 0, full_share: float = 0.0) -> float:
-    """Mean share of the attention work that is left, over sites and steps `first` to `count`."""
-    left = [[remaining_work(pair, full_share) for pair in spans] for spans in rates.values()]
-    each = [layer[phase_of(step, len(layer), count)] for layer in left for step in range(first, count)]
-    return sum(each) / len(each)
+def _phase_lengths(phases: int, count: int, first: int) -> list[int]:
+    """How many of the steps from `first` on fall into each phase."""
+    steps = Counter(phase_of(step, phases, count) for step in range(first, count))
+    return [steps[phase] for phase in range(phases)]
 
 
 class Profile(BaseModel, frozen=True, extra="forbid"):
-    """Measured costs of a model's attentions, per span of the steps, and how they were measured."""
+    """Measured costs of a model's attentions in each phase of the steps, and how they were measured."""
 
     grid: tuple[int, int, int]  # tokens (f, h, w)
     steps: int
-    rate: float
+    rate: float  # at which the costs were measured
     costs: dict[str, Annotated[list[Pair], Field(min_length=1)]]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, atomically."""
         with atomic_write(path) as part:
             part.write_text(self.model_dump_json(indent=1) + "\n")
 
 
-def load_profile(path: str | Path, layers: list[str]) -> Profile:
-    """The profile in a file. Raises ValueError if there is none or it is of a model with other blocks."""
-    path = Path(path)
+def read_profile(path: Path) -> Profile:
+    """The profile in a file. Raises ValueError if there is no such file or it is not a profile."""
     if not path.is_file():
         raise ValueError(f"profile {str(path)!r} does not exist: give the path of a JSON file, or leave it empty")
     try:
-        profile = Profile.model_validate_json(path.read_text())
+        return Profile.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path.name} is no profile: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+        problem = " ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise ValueError(f"{path.name} is not a profile: {problem}") from None
+
+
+def load_profile(path: Path, layers: list[str]) -> Profile:
+    """The profile in a file, for a model with these layers. Raises ValueError if it is of another model."""
+    profile = read_profile(path)
     if sorted(profile.costs) != sorted(layers):
         found = len(profile.costs)
         raise ValueError(f"profile {path.name} is of a model with {found} attentions, this one has {len(layers)}")

@@ -1,81 +1,87 @@
-"""What a reduced attention misses, carried from step to step.
+"""Corrects reduced attentions by the error that was last measured. This is ours, not the paper's.
 
-Now and then an attention runs whole and reduced; what lies between the two outputs is what the reduction missed there.
-Until it does so again, that difference, or the line through the last two of them by noise level, is added to what the
-reduced attention gives, which then has to follow only what has changed since. This is ours, not the paper's.
+At times an attention runs both full and reduced; the difference of the two outputs is the residual of the reduction.
+Until the next such step the residual, or a line through the last two by sigma, is added to the reduced output. So the
+reduction has to follow only what has changed since.
 
-Where another method takes the branches' difference and holds it (`Host.anchors`), both run whole: an error of one
-branch alone would be in that difference, grow with the guidance and stay until the next is taken.
+Where another method caches the difference of the branches (`Host.exact_steps`), both run full: an error of one branch
+alone would be in that difference, grow with the guidance scale and stay until the next one is taken.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from ...core.trace import Step
-from ...ops.tokens import Reduction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...ops.tokens import Reduction
+
+    Reductions = tuple[Reduction | None, Reduction | None]  # of queries, of keys and values
 
 Correction = Literal["none", "last", "linear"]
-DEPTH = {"none": 0, "last": 1, "linear": 2}  # differences held for each attention and branch
-Cuts = tuple[Reduction | None, Reduction | None]  # of queries, of keys and values
+DEPTH = {"none": 0, "last": 1, "linear": 2}  # residuals cached for each attention and branch
 
 
 @dataclass(frozen=True)
-class Missed:
-    """What a pair of cuts missed in one step."""
+class Residual:
+    """What a pair of reductions missed in one step."""
 
     step: int
     sigma: float
-    cuts: Cuts
-    tensor: Tensor  # (b, n, d) or (b, n, h, d): where the family restores
+    reductions: Reductions
+    tensor: Tensor  # (b, n, d), or (b, n, h, d) if the family restores before its projection
 
-    def of(self, cuts: Cuts) -> bool:
-        """Whether it is these cuts that missed it."""
-        return all(mine is other for mine, other in zip(self.cuts, cuts))
+    def is_of(self, reductions: Reductions) -> bool:
+        """Whether these reductions missed it."""
+        return all(mine is other for mine, other in zip(self.reductions, reductions))
 
 
 @dataclass
 class ResidualCache:
-    """The last differences of one run, by whatever key tells attentions and branches apart."""
+    """The last residuals of one run, by a key that names attention and branch."""
 
-    depth: int
-    interval: int  # steps from one whole attention to the next
-    found: dict[tuple, list[Missed]] = field(default_factory=dict)
-    called: dict[tuple, int] = field(default_factory=dict)  # step of the last call
+    depth: int  # residuals cached for each key
+    interval: int  # steps from one full attention to the next
+    entries: dict[tuple, list[Residual]] = field(default_factory=dict)
+    last_step: dict[tuple, int] = field(default_factory=dict)  # in which the attention was computed
 
-    def serves(self, key: tuple, step: Step, anchor: bool = False) -> bool:
-        """Whether the calls of an attention are near enough that what one misses serves the next.
+    def is_fresh(self, key: tuple, step: Step, exact: bool = False) -> bool:
+        """Whether the cached residual is still fresh enough; notes that the attention is computed at this step.
 
-        In an `anchor` step, from which the unconditional branch is rebuilt until the next one, that branch's are not.
-        What was missed in one that is not served is forgotten: half of all memory, once that branch is rebuilt.
+        It is not if the attention was last computed an interval ago or more, nor for the unconditional branch at an
+        `exact` step, after which another method rebuilds that branch. Residuals that are not fresh are dropped, which
+        halves the memory once that branch is rebuilt.
         """
-        before, self.called[key] = self.called.get(key, step.index), step.index
-        near = step.index - before < self.interval and not (anchor and step.branch == "uncond")
-        if not near:
-            self.found.pop(key, None)
-        return near
+        before, self.last_step[key] = self.last_step.get(key, step.index), step.index
+        fresh = step.index - before < self.interval and not (exact and step.branch == "uncond")
+        if not fresh:
+            self.entries.pop(key, None)
+        return fresh
 
-    def due(self, key: tuple, step: Step, cuts: Cuts, anchor: bool = False) -> bool:
-        """Whether the attention has to run whole: for an anchor, or as nothing is known of these cuts, or it is old."""
-        found = self.found.get(key)
-        return anchor or not found or not found[-1].of(cuts) or step.index - found[-1].step >= self.interval
+    def needs_refresh(self, key: tuple, step: Step, reductions: Reductions, exact: bool = False) -> bool:
+        """Whether the attention must run full: at exact steps, or with an old residual or none of these reductions."""
+        entries = self.entries.get(key)
+        if exact or not entries or not entries[-1].is_of(reductions):
+            return True
+        return step.index - entries[-1].step >= self.interval
 
-    def add(self, key: tuple, step: Step, cuts: Cuts, tensor: Tensor) -> None:
-        """Hold what was missed; what other cuts missed is forgotten."""
-        before = [missed for missed in self.found.get(key, []) if missed.of(cuts)]
-        self.found[key] = [*before, Missed(step.index, step.sigma, cuts, tensor)][-self.depth :]
+    def add(self, key: tuple, step: Step, reductions: Reductions, tensor: Tensor) -> None:
+        """Cache a residual; those of other reductions are dropped."""
+        before = [entry for entry in self.entries.get(key, []) if entry.is_of(reductions)]
+        self.entries[key] = [*before, Residual(step.index, step.sigma, reductions, tensor)][-self.depth :]
 
-    def now(self, key: tuple, step: Step) -> Tensor:
-        """What is missed at a step: the last difference, or the line through two."""
-        *before, last = self.found[key]
+    def extrapolate(self, key: tuple, step: Step) -> Tensor:
+        """The residual at a step: the last one, or the line through two by sigma."""
+        *before, last = self.entries[key]
         if not before:
             return last.tensor
         return last.tensor.lerp(before[0].tensor, -(step.sigma - last.sigma) / (last.sigma - before[0].sigma))
 
     @property
-    def held(self) -> int:
-        """Bytes of all differences."""
-        return sum(missed.tensor.nbytes for found in self.found.values() for missed in found)
+    def nbytes(self) -> int:
+        """Bytes of all residuals."""
+        return sum(entry.tensor.nbytes for entries in self.entries.values() for entry in entries)

@@ -1,45 +1,67 @@
-"""Which share of the tokens AsymRnR removes where: one budget, or fixed rates, as a rate for each site and step."""
+"""Decides which share of the tokens AsymRnR removes at each layer and step: from one budget, or by fixed rates."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING
 
 from ...core.attention import QKV
 from ...core.host import Host
 from ...students.scheduler import is_student_run
-from .budget import PROFILE, Pair, Table, allocate, allocate_all_or_none, load_profile, phase_of, remaining_work, work
+from .budget import (
+    PROFILE,
+    Pair,
+    Table,
+    allocate,
+    allocate_all_or_none,
+    load_profile,
+    mean_work,
+    phase_of,
+    remaining_work,
+)
 from .matching import PlanCache
+
+if TYPE_CHECKING:
+    from .asymrnr import AsymRnR
 
 
 @dataclass
 class RateSchedule:
-    """The rates of one run. They are settled at the first attention that may be reduced, for all of a transformer's."""
+    """The rates of one run. Those of all layers of a transformer are chosen at its first reduced attention."""
 
-    config: BaseModel  # AsymRnR's
+    config: AsymRnR
     host: Host
     plans: PlanCache
     first: int  # step from which tokens may be removed
-    whole: float  # share of the steps in which a reduced attention also runs whole; 0: nothing is carried
+    full_share: float  # share of the steps in which a reduced attention also runs full; 0 without correction
     costs: Table = field(default_factory=dict)
-    settled: dict[int, Table] = field(default_factory=dict)  # by transformer
-    similarity: dict[int, dict[str, Pair]] = field(
-        default_factory=dict
-    )  # of queries and values, by transformer and site
-    judged: dict[int, int] = field(default_factory=dict)  # step in which the last of these was found, by transformer
+    rates_by_model: dict[int, Table] = field(default_factory=dict)  # by index of the transformer
+    similarity: dict[int, dict[str, Pair]] = field(default_factory=dict)  # of queries and values, by transformer, layer
+    similarity_step: dict[int, int] = field(default_factory=dict)  # step of the last measurement, by transformer
 
-    def read(self, place: str) -> None:
-        """Take the costs of the profile that was given, or of the model's own; none if it has none, which is said."""
-        own, trace, host = Path(place) / PROFILE, self.host.trace, self.host
-        if not self.config.profile and not own.is_file():
+    @property
+    def layers(self) -> list[str]:
+        """The attentions of the transformer that runs."""
+        return list(self.host.attentions[self.host.active_index])
+
+    def check_layers(self) -> None:
+        """Raise ValueError if the given rates or profile are of another model, also if this run does not use them."""
+        if unknown := sorted(set(self.config.rates) - set(self.layers)):
+            raise ValueError(f"there is no attention {unknown[0]!r} to give a rate; there are {', '.join(self.layers)}")
+        if self.config.profile:
+            load_profile(Path(self.config.profile), self.layers)
+
+    def load_costs(self, model_dir: str) -> None:
+        """Load the costs of the given profile, or of the one in the model's folder; without any, say so."""
+        default, trace, host = Path(model_dir) / PROFILE, self.host.trace, self.host
+        if not self.config.profile and not default.is_file():
             trace.add_message(
-                "AsymRnR judges the blocks by likeness: no profile of this model (python -m accel profile)"
+                "AsymRnR distributes its budget by similarity: this model has no profile (python -m accel profile)"
             )
             return
-        profile = load_profile(self.config.profile or own, list(host.attentions[host.active_index]))
+        profile = load_profile(Path(self.config.profile or default), self.layers)
         if is_student_run(host.pipe):
             trace.add_message("AsymRnR: the costs were measured without the student that runs")
         if profile.grid != host.grid:
@@ -48,89 +70,89 @@ class RateSchedule:
             )
         self.costs = profile.costs
 
-    def acts(self, qkv: QKV, layer: str) -> bool:
-        """Whether tokens may be removed at this site and step."""
-        return not self._judges(qkv, layer) and self.host.step.index >= self.first
-
-    def _judges(self, qkv: QKV, layer: str) -> bool:
-        """Looks at likeness where it is asked for and not known yet; true while a block's is missing.
-
-        That is in the last protected step, or later for a block that another method skipped there.
-        """
-        host, config = self.host, self.config
-        wanted = config.threshold > 0 if config.schedule == "fixed" else not self.costs
-        seen, layers = self.similarity.setdefault(host.active_index, {}), host.attentions[host.active_index]
-        if not wanted or host.step.index < self.first - 1:
-            return False
-        if len(seen) == len(layers):  # both branches are reduced from the same step on
-            return host.step.index == self.judged[host.active_index]
-        if layer not in seen and host.step.branch == "cond":
-            features = (("query", qkv.query()), ("kv", qkv.value()))
-            with qkv.timer:
-                found = [self.plans.similarity(feature, x, host.grid) for feature, x in features]
-            seen[layer], spent = tuple(alike for alike, _ in found), sum(flops for _, flops in found)
-            host.trace.record(host.step, layer, "compute", 1 + spent / host.trace.flops[layer])
-            self.judged[host.active_index] = host.step.index
-        return True
+    def is_active(self, qkv: QKV, layer: str) -> bool:
+        """Whether tokens may be removed at this layer and step."""
+        return not self._measure_similarity(qkv, layer) and self.host.step.index >= self.first
 
     def rates(self, layer: str) -> Pair:
-        """Query and key/value rate of a site at this step."""
+        """The rates of queries and of keys and values in a layer at this step."""
         host = self.host
-        if host.active_index not in self.settled:
-            self.settled[host.active_index] = self._settle()
-            self._tell(self.settled[host.active_index])
-        spans = self.settled[host.active_index][layer]
-        return spans[phase_of(host.step.index, len(spans), host.step.count)]
+        if host.active_index not in self.rates_by_model:
+            self.rates_by_model[host.active_index] = self._choose_rates()
+            self._report(self.rates_by_model[host.active_index])
+        phases = self.rates_by_model[host.active_index][layer]
+        return phases[phase_of(host.step.index, len(phases), host.step.count)]
 
-    def _settle(self) -> Table:
-        rates = self._fixed() if self.config.schedule == "fixed" else self._spread()
-        one = lambda pair: (1 - math.sqrt((1 - pair[0]) * (1 - pair[1])),) * 2  # one plan: the same work by one rate
-        return (
-            {s: [one(pair) for pair in spans] for s, spans in rates.items()} if self.config.pairing == "one" else rates
-        )
+    def _measure_similarity(self, qkv: QKV, layer: str) -> bool:
+        """Measure a layer's similarity if it is needed and not known yet; True while a layer's is missing.
 
-    def _most(self) -> float:
-        """The highest rate that the cells allow; those of the keys are as large."""
+        That happens in the last step before the first reduced one, or later if another method skips the layer there.
+        """
+        host, config, layers = self.host, self.config, self.layers
+        needed = config.threshold > 0 if config.schedule == "fixed" else not self.costs
+        known = self.similarity.setdefault(host.active_index, {})
+        if not needed or host.step.index < self.first - 1:
+            return False
+        if len(known) == len(layers):  # both branches are reduced from the same step on
+            return host.step.index == self.similarity_step[host.active_index]
+        if layer not in known and host.step.branch == "cond":
+            features = (("query", qkv.query()), ("kv", qkv.value()))
+            with qkv.timer:
+                measured = [self.plans.similarity(feature, x, host.grid) for feature, x in features]
+            known[layer], flops = tuple(similarity for similarity, _ in measured), sum(n for _, n in measured)
+            host.trace.record(host.step, layer, "compute", 1 + flops / host.trace.flops[layer])
+            self.similarity_step[host.active_index] = host.step.index
+        return True
+
+    def _choose_rates(self) -> Table:
+        rates = self._fixed_rates() if self.config.schedule == "fixed" else self._allocated_rates()
+        if self.config.pairing != "one":
+            return rates
+        single = lambda pair: 1 - math.sqrt((1 - pair[0]) * (1 - pair[1]))  # one rate that leaves the same work
+        return {layer: [(single(pair),) * 2 for pair in phases] for layer, phases in rates.items()}
+
+    def _max_rate(self) -> float:
+        """The highest rate that the cells allow, of queries and of keys alike."""
         return self.plans.partition("query", self.host.grid, self.host.latents.device).max_rate
 
-    def _fixed(self) -> Table:
-        config, layers, most = self.config, self.host.attentions[self.host.active_index], self._most()
-        seen = self.similarity[self.host.active_index]
-        if strange := sorted(set(config.rates) - set(layers)):
-            raise ValueError(f"there is no attention {strange[0]!r} to give a rate; there are {', '.join(layers)}")
-        others = [(0.0, 0.0)] if config.rates else [(config.query_rate, config.kv_rate)]
-        pick = lambda pair, alike: tuple(min(r, most) * (a >= config.threshold) for r, a in zip(pair, alike))
-        return {s: [pick(pair, seen.get(s, (1.0, 1.0))) for pair in config.rates.get(s, others)] for s in layers}
+    def _fixed_rates(self) -> Table:
+        config, most, known = self.config, self._max_rate(), self.similarity[self.host.active_index]
+        default = [(0.0, 0.0)] if config.rates else [(config.query_rate, config.kv_rate)]
 
-    def _spread(self) -> Table:
-        config, most, seen = self.config, self._most(), self.similarity[self.host.active_index]
-        layers = self.host.attentions[self.host.active_index]
-        ceilings, steps = (
-            (min(config.query_rate, most), min(config.kv_rate, most)),
-            (self.host.step.count, self.first),
-        )
-        costs = self.costs or {layer: [tuple(1 - a for a in seen[layer])] for layer in layers}
-        if self.whole:
-            return allocate_all_or_none(costs, self._target(), ceilings, *steps, self.whole)
-        return allocate(costs, self._target(), ceilings, *steps)
+        def limit(pair: Pair, similarity: Pair) -> Pair:
+            return tuple(min(rate, most) * (s >= config.threshold) for rate, s in zip(pair, similarity))
+
+        return {
+            layer: [limit(pair, known.get(layer, (1.0, 1.0))) for pair in config.rates.get(layer, default)]
+            for layer in self.layers
+        }
+
+    def _allocated_rates(self) -> Table:
+        config, most, known = self.config, self._max_rate(), self.similarity[self.host.active_index]
+        ceilings = min(config.query_rate, most), min(config.kv_rate, most)
+        costs = self.costs or {layer: [tuple(1 - s for s in known[layer])] for layer in self.layers}
+        given = costs, self._target(), ceilings, self.host.step.count, self.first
+        return allocate_all_or_none(*given, self.full_share) if self.full_share else allocate(*given)
 
     def _target(self) -> float:
-        """The budget in parts of the steps that are not protected."""
+        """The budget as a share of the work of the steps that may be reduced."""
         count = self.host.step.count
         return max(0.0, self.config.budget * count - self.first) / (count - self.first)
 
-    def _tell(self, rates: Table) -> None:
-        """What is left of the attention work, if these rates hold to the end, as forecast; what is amiss, as notes."""
-        trace, now, count = self.host.trace, self.host.step.index, self.host.step.count
-        told, seen, config = trace.method_data["asymrnr"], self.similarity[self.host.active_index], self.config
-        before = [[remaining_work(pair) for pair in steps[:now]] for steps in told["rates"].values()]
-        to_come = work(rates, count, now, self.whole)
-        left = (sum(map(sum, before)) / len(before) + to_come * (count - now)) / count
-        told["forecast"] = round(1 / (1 - told["core_share"] * (1 - left)), 3)
-        if config.schedule == "fixed" and to_come == 1 and seen:
-            alike = max(max(pair) for pair in seen.values())
+    def _report(self, rates: Table) -> None:
+        """Write the forecast speed-up to the trace, and a message if the threshold or the budget cannot be met."""
+        trace, current, count = self.host.trace, self.host.step.index, self.host.step.count
+        data, known, config = trace.method_data["asymrnr"], self.similarity[self.host.active_index], self.config
+        done = [[remaining_work(pair) for pair in steps[:current]] for steps in data["rates"].values()]
+        to_come = mean_work(rates, count, current, self.full_share)
+        left = (sum(map(sum, done)) / len(done) + to_come * (count - current)) / count
+        data["forecast"] = round(1 / (1 - data["core_share"] * (1 - left)), 3)
+        if config.schedule == "fixed" and to_come == 1 and known:
+            most = max(max(pair) for pair in known.values())
             trace.add_message(
-                f"AsymRnR does nothing: the threshold is {config.threshold}, the most alike block has {alike:.2f}"
+                f"AsymRnR does nothing: the threshold is {config.threshold}, the highest similarity is {most:.2f}"
             )
-        elif config.schedule != "fixed" and work(rates, count, self.first, self.whole) > self._target() + 0.02:
+        elif (
+            config.schedule != "fixed" and mean_work(rates, count, self.first, self.full_share) > self._target() + 0.02
+        ):
             trace.add_message(f"AsymRnR: the budget of {config.budget} is out of reach, {left:.2f} of the work is left")

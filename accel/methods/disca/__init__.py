@@ -1,5 +1,1 @@
-"""DisCa: the step cache and the small network that predicts the output of the block stack."""
-
-from .disca import DisCa
-
-__all__ = ["DisCa"]
+"""DisCa: the feature cache (`disca`), the small network that predicts block outputs (`predictor`), its manifest."""

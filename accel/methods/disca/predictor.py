@@ -1,22 +1,27 @@
-"""DisCa's predictor (arXiv 2602.05449): what the stack of blocks would give, from its input and an older output."""
+"""DisCa's predictor (arXiv 2602.05449): predicts the block stack's output from its input and a cached output."""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...families import Family
+from .manifest import PredictorForm, PredictorManifest
 
-PredictorForm = Literal["residual", "paper"]
+if TYPE_CHECKING:
+    from ...families import Family
 
 
 class Predictor(nn.Module):
-    """Current tokens and the cached feature -> two linear layers -> blocks of the model's own kind -> the feature now.
+    """Current tokens and the cached feature -> two linear layers -> blocks like the model's own -> current feature.
 
-    `plain` is the paper's. `residual` adds what it gives, through a linear layer that is zero at first, to the cached
-    feature: it starts exactly as reuse.
+    Form `paper` is the paper's. Form `residual` is ours: it adds its output to the cached feature, through a linear
+    layer that is zero before training, so it starts as plain reuse.
     """
 
     def __init__(self, family: Family, model: nn.Module, form: PredictorForm, depth: int):
@@ -30,7 +35,10 @@ class Predictor(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor, cached: Tensor, *inputs) -> Tensor:
-        """The last block's output (b, n, d) for tokens `hidden` (b, n, d), an older such output, and its inputs."""
+        """The predicted output (b, n, d) of the block stack for tokens `hidden` (b, n, d).
+
+        `cached` (b, n, d) is its output at the last full step; `inputs` are the other inputs of the blocks.
+        """
         y = self.fuse(torch.cat([hidden, cached.to(hidden.dtype)], -1))
         for block in self.blocks:
             y = block(y, *inputs)
@@ -38,6 +46,24 @@ class Predictor(nn.Module):
 
 
 def flops(predictor: Predictor, tokens: int, block: int) -> int:
-    """FLOPs of a call on so many tokens (b n), one of whose blocks takes `block`."""
+    """FLOPs of one call on `tokens` tokens (b n), if one block takes `block` FLOPs."""
     layers = [m for m in (*predictor.fuse, predictor.out) if isinstance(m, nn.Linear)]
     return len(predictor.blocks) * block + sum(2 * tokens * layer.weight.numel() for layer in layers)
+
+
+def load_predictor(folder: Path, manifest: PredictorManifest, family: Family, model: nn.Module) -> Predictor:
+    """The trained predictor in a folder, on the model's device and in its dtype."""
+    with torch.random.fork_rng(devices=()):  # initialisation must not touch the global random state
+        predictor = Predictor(family, model, manifest.form, manifest.depth)
+    predictor.load_state_dict(load_file(folder / "model.safetensors"))
+    weight = model.patch_embedding.weight
+    return predictor.to(weight.device, weight.dtype).eval().requires_grad_(False)
+
+
+def num_parameters(folder: Path | None) -> int:
+    """Number of parameters of the predictor in a folder; 0 if there is none."""
+    file = folder and folder / "model.safetensors"
+    if not (file and file.is_file()):
+        return 0
+    with safe_open(file, "pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())

@@ -1,0 +1,175 @@
+"""One run of AsymRnR: reduces the tokens of the attention cores, restores the outputs and corrects their error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...core.attention import QKV
+from ...core.host import Host
+from ...core.trace import DENOISER, Timer
+from ...ops.tokens import Reduction
+from ...students.scheduler import is_student_run
+from ..base import model_path, run_spec
+from .correction import DEPTH, ResidualCache
+from .matching import PlanCache
+from .schedule import RateSchedule
+
+if TYPE_CHECKING:
+    from .asymrnr import AsymRnR
+    from .correction import Reductions
+
+MIN_CORE_SHARE = 0.15  # if the attention cores are less of the model's work, reduction saves too little
+
+
+class Reducer:
+    """The state of one run, and what it does at each attention core."""
+
+    def __init__(self, config: AsymRnR, host: Host):
+        """Decide whether to reduce at all. Raises ValueError if the profile or the rates are of another model."""
+        self.config, self.host = config, host
+        spec, trace = run_spec(host), host.trace
+        layers = list(host.attentions[host.active_index])
+        interval = config.steps_between(spec.count, is_student_run(host.pipe))
+        self.interval = interval
+        self.plans = PlanCache(config.cell_shape, config.matching, config.metric, config.heads == "shared")
+        corrects = config.correction != "none" and interval > 1
+        self.residuals = ResidualCache(DEPTH[config.correction], interval) if corrects else None
+        self.active_index = 0  # the transformer that plans and residuals belong to
+        self.timer = Timer()  # of matching, reducing and restoring
+        self.full_attention_timer = Timer()  # of the reduced attentions that run besides full ones
+        first, full_share = config.first_step(spec.count), 1 / interval if corrects else 0.0
+        self.schedule = RateSchedule(config, host, self.plans, first, full_share)
+        self.schedule.check_layers()
+        trace.estimated_bytes += config.estimate_memory(spec)
+        share = core_flops(host) * len(layers) / trace.flops[DENOISER]
+        reason = config.inactive_reason(spec)
+        if share < MIN_CORE_SHARE:
+            reason = f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size"
+        self.enabled = not reason
+        if reason:
+            trace.add_message(reason)
+        elif config.schedule == "profiled":
+            self.schedule.load_costs(model_path(host))
+        trace.method_data["asymrnr"] = {
+            "core_share": round(share, 4),
+            "rates": {layer: [[0.0, 0.0]] * spec.count for layer in layers},
+            "kept_tokens": {},
+            "overhead_ms": None,
+            "full_attention_ms": None,
+        }
+
+    def attend(self, inner: Callable[[QKV], Tensor], qkv: QKV, layer: str) -> Tensor:
+        """The output of one attention core: full, reduced, or (n or m tokens) reduced with its restoring put off."""
+        host, trace, step = self.host, self.host.trace, self.host.step
+        if not self.enabled or qkv.bias is not None:  # a bias is another method's, made for just these keys
+            return inner(qkv)
+        if qkv.shape[1] != math.prod(host.grid):
+            trace.add_message(f"AsymRnR is off: {qkv.shape[1]} tokens are not the grid of {host.grid}")
+            return inner(qkv)
+        qkv.timer = self.timer
+        if not self.schedule.is_active(qkv, layer) or not max(rates := self.schedule.rates(layer)):
+            return inner(qkv)
+        self._switch_model(host.active_index)
+        key, exact = (layer, step.branch), step.index in host.exact_steps
+        if self.residuals and not self.residuals.is_fresh(key, step, exact):
+            if step.branch == "cond":
+                trace.add_message(
+                    "AsymRnR does not reduce attentions that are computed too seldom to correct: raise its interval"
+                )
+            trace.set_memory("asymrnr", self.nbytes)  # less, if residuals were dropped
+            return inner(qkv)
+        reductions, matching_flops = self._reductions(qkv, rates, layer)
+        q, k = (len(r.keep[0]) if r else qkv.shape[1] for r in reductions)
+        full, reduced = core_flops(host), q * k / qkv.shape[1] ** 2 * core_flops(host)
+        if self.residuals and self.residuals.needs_refresh(key, step, reductions, exact):
+            y = self._full_and_reduced(inner, qkv, reductions, key)
+            extra = reduced - qkv.saved_flops + matching_flops
+            trace.record(step, layer, "compute", 1 + extra / trace.flops[layer])
+        else:
+            residual = self.residuals.extrapolate(key, step) if self.residuals else None
+            y = qkv.restore(inner(self._reduced(qkv, *reductions)), reductions[0], residual)
+            extra = reduced - full - qkv.saved_flops + matching_flops
+            trace.record(step, layer, "reduce", 1 + extra / trace.flops[layer])
+            trace.method_data["asymrnr"]["rates"][layer][step.index] = [*rates]
+        trace.set_memory("asymrnr", self.nbytes)
+        if host.latents.device.type != "cuda":  # there, this clock would see only the kernel launches
+            trace.method_data["asymrnr"] |= self._milliseconds()
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of plans, reductions and residuals."""
+        return self.plans.nbytes + (self.residuals.nbytes if self.residuals else 0)
+
+    def _switch_model(self, active_index: int) -> None:
+        """Drop everything of another transformer: Wan 2.2 switches to its second one."""
+        if self.active_index != active_index:
+            self.plans.clear()
+            if self.residuals:
+                self.residuals.entries.clear()
+            self.active_index = active_index
+
+    def _milliseconds(self) -> dict[str, float]:
+        timers = {"overhead_ms": self.timer, "full_attention_ms": self.full_attention_timer}
+        return {name: round(1000 * timer.seconds, 2) for name, timer in timers.items()}
+
+    def _full_and_reduced(self, inner: Callable, qkv: QKV, reductions: Reductions, key: tuple) -> Tensor:
+        """The full attention, and besides it the reduced one, to measure the residual."""
+        y = inner(QKV(qkv.query(), qkv.key(), qkv.value()))
+        reduced_qkv = self._reduced(qkv, *reductions)
+        with self.full_attention_timer:
+            reduced = inner(reduced_qkv)
+        self.residuals.add(key, self.host.step, reductions, qkv.residual(y, reduced, reductions[0]))
+        return y
+
+    def _reduced(self, qkv: QKV, queries: Reduction | None, keys: Reduction | None) -> QKV:
+        mean = self.config.merge == "mean"
+        q, k = qkv.query(queries, mean), qkv.key(keys, mean)
+        bias = keys.bias(qkv.shape[0], qkv.shape[2]) if keys and self.config.bias else None
+        return QKV(q, k, qkv.value(keys, self.config.merge != "replace"), bias)
+
+    def _reductions(self, qkv: QKV, rates: tuple[float, float], layer: str) -> tuple[Reductions, int]:
+        """The reductions of queries and of keys, and the FLOPs of matching."""
+        queries, query_flops = self._reduction("query", qkv, rates[0], layer)
+        if self.config.pairing == "one":
+            return (queries, queries), query_flops
+        keys, key_flops = self._reduction("kv", qkv, rates[1], layer)
+        return (queries, keys), query_flops + key_flops
+
+    def _reduction(self, feature: str, qkv: QKV, rate: float, layer: str) -> tuple[Reduction | None, int]:
+        """The reduction of "query" or "kv" at a rate, None at rate 0, and the FLOPs of matching."""
+        if not rate:
+            return None, 0
+        host = self.host
+        part = self.plans.partition(feature, host.grid, host.latents.device)
+        # A residual belongs to one reduction, so with correction one matching serves the whole run.
+        window = 0 if self.residuals else (host.step.index - self.schedule.first) // self.interval
+        key, flops = (layer, host.step.branch, feature), 0
+        if self.plans.needs_matching(key, window, qkv.shape):
+            x = qkv.query() if feature == "query" else qkv.value()
+            with self.timer:
+                flops = self.plans.match(key, window, x, part)
+        with self.timer:
+            reduction = self.plans.at_rate(key, rate)
+        if host.step.branch == "cond":
+            self._record_kept_tokens(feature, reduction, layer)
+        return reduction, flops
+
+    def _record_kept_tokens(self, feature: str, reduction: Reduction, layer: str) -> None:
+        """Record, once for each layer, which tokens of the middle frame stay: rows of "0" and "1" for the page."""
+        kept = self.host.trace.method_data["asymrnr"]["kept_tokens"].setdefault(layer, {})
+        if feature not in kept:
+            f, h, w = self.host.grid
+            stays = torch.zeros(f * h * w, dtype=torch.bool).index_fill(0, reduction.keep[0].long().cpu(), True)
+            kept[feature] = ["".join("01"[token] for token in row) for row in stays.view(f, h, w)[f // 2].tolist()]
+
+
+def core_flops(host: Host) -> int:
+    """FLOPs of one full attention core: of queries with keys, and of weights with values."""
+    hidden_size = host.family.hidden_size(host.denoisers[host.active_index])
+    return 4 * len(host.latents) * math.prod(host.grid) ** 2 * hidden_size

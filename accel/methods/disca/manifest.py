@@ -1,0 +1,24 @@
+"""What `predictor.json` says of a trained predictor."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+PredictorForm = Literal["residual", "paper"]
+
+
+class PredictorRuns(BaseModel, frozen=True):
+    """The runs that a predictor was trained for."""
+
+    supported_runs: dict[int, int]  # number of steps -> most steps from one full step to the next
+
+
+class PredictorManifest(BaseModel, frozen=True):
+    """The fields of `predictor.json` that a run needs."""
+
+    form: PredictorForm
+    depth: int = Field(ge=1)  # number of blocks
+    student_fingerprint: list[float]  # of the transformer whose features it was trained on
+    config: PredictorRuns
