@@ -1,1 +1,1 @@
-"""DisCa: the feature cache (`disca`), the small network that predicts block outputs (`predictor`), its manifest."""
+"""DisCa: the feature cache (`disca`), the small network that predicts block outputs (`predictor`), and its manifest."""

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from ...core.trace import DENOISER, Trace
 from ...students.manifest import load_manifest
 from ..base import Choices, Method, RunSpec, model_path, run_spec
-from .manifest import PredictorForm, PredictorManifest, PredictorRuns
+from .predictor_manifest import PredictorForm, PredictorManifest, PredictorRuns
 
 if TYPE_CHECKING:
     from torch import Tensor

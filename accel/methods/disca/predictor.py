@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .manifest import PredictorForm, PredictorManifest
+from .predictor_manifest import PredictorForm, PredictorManifest
 
 if TYPE_CHECKING:
     from ...families import Family
