@@ -350,11 +350,11 @@ def judge(
     from .world.judge import score
 
     scores = {name: score(np.stack(list(iio.imiter(folder / name))), text) for name, text in captions.items()}
-    for name, own in scores.items():
-        attributes = " ".join(f"{a} {v:.0f}" for a, v in own.items() if a != "mean")
-        print(name, attributes, f"mean {own.get('mean', 0):.2f}")
-    names = sorted({attribute for own in scores.values() for attribute in own})
-    means = {a: float(np.mean([own[a] for own in scores.values() if a in own])) for a in names}
+    for name, values in scores.items():
+        attributes = " ".join(f"{a} {v:.0f}" for a, v in values.items() if a != "mean")
+        print(name, attributes, f"mean {values.get('mean', 0):.2f}")
+    names = sorted({attribute for values in scores.values() for attribute in values})
+    means = {a: float(np.mean([values[a] for values in scores.values() if a in values])) for a in names}
     print_json({"n": len(scores), **means})
 
 

@@ -154,14 +154,14 @@ def _report(lines: list[dict], costs: Table, about: dict) -> str:
     """Two tables: all blocks at several rates, and the cost of each block alone."""
     rows = []
     for name in all_blocks() | merges():
-        own = [line for line in lines if line["setting"] == name]
-        work = np.mean([line["flops_ratio"] for line in own])
-        deltas = [line["adherence"][1] - line["adherence"][0] for line in own if line["adherence"][0] is not None]
-        ssim = format_interval(interval([line["ssim"] for line in own]), 4)
+        found = [line for line in lines if line["setting"] == name]
+        work = np.mean([line["flops_ratio"] for line in found])
+        deltas = [line["adherence"][1] - line["adherence"][0] for line in found if line["adherence"][0] is not None]
+        ssim = format_interval(interval([line["ssim"] for line in found]), 4)
         rows.append([name, f"{work:.2f}", ssim, format_interval(interval(deltas)) if deltas else "-"])
     head = [f"all blocks, from {START:.0%} of the steps on", "work", "SSIM", "delta adherence"]
     spans = [f"{feature}, span {s + 1}" for s in range(SPANS) for feature in FEATURES]
-    single = [[layer, *(f"{cost:.4f}" for pair in own for cost in pair)] for layer, own in costs.items()]
+    single = [[layer, *(f"{cost:.4f}" for pair in spans_of for cost in pair)] for layer, spans_of in costs.items()]
     return (
         f"{about['model']}, {about['prompts']} held-out prompts, {about['steps']} steps, {about['device']}, "
         f"{about['dtype']}; means with 95 % bootstrap intervals\n\n{markdown(head, rows)}\n"

@@ -77,7 +77,7 @@ def measure_layout(
     cases: list[Case] = [(PROMPT, seed) for seed in range(repeats)]
     log = ResultLog(file, settings_key(settings, pipe=pipe, defaults=defaults, **common))
     if len(log.lines) < repeats * len(settings):
-        for run in runs_of(settings, cases[0], defaults, **common).values():  # warm up each method's own kernels
+        for run in runs_of(settings, cases[0], defaults, **common).values():  # warm up the kernels of each method
             generate(run.model_copy(update={"steps": 2}), pipe, defaults)
     lines = measure_in_turn(settings, cases, common, log, pipe, defaults, lambda *_: {}, "gpu")
     by_seed = [case["rows"] for case in by_case(lines)]
@@ -87,13 +87,13 @@ def measure_layout(
 
 def _summary(measured: list[tuple[dict, dict]]) -> dict:
     """The figures of one setting from its lines, each with the baseline's line of the same seed."""
-    speedups = [base["denoise"] / own["denoise"] for own, base in measured]
+    speedups = [base["denoise"] / line["denoise"] for line, base in measured]
     speedup, work = statistics.median(speedups), measured[0][0]["flops"] / measured[0][1]["flops"]
     return {
-        "seconds": statistics.median(own["denoise"] for own, _ in measured),
+        "seconds": statistics.median(line["denoise"] for line, _ in measured),
         "speedup": speedup,
         "speedup_range": [min(speedups), max(speedups)],
         "work": work,
         "efficiency": speedup * work,
-        "peak_memory_bytes": max(own["peak_memory_bytes"] for own, _ in measured),
+        "peak_memory_bytes": max(line["peak_memory_bytes"] for line, _ in measured),
     }

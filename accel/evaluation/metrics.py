@@ -88,7 +88,7 @@ def measure(pair: Pair, metrics: Iterable[Metric]) -> dict[str, Value]:
 def report_metrics(pair: Pair, metrics: Iterable[Metric]) -> dict:
     """The metrics of a pair as `run.json` holds them; None for those that are not measured for its model.
 
-    A metric of one video has the keys NAME_a (baseline) and NAME_b, and its parts a key of their own.
+    A metric of one video has the keys NAME_a (baseline) and NAME_b, and its parts another key.
     """
     metrics, report = list(metrics), {}
     videos = {"a": Pair(pair.baseline, pair.baseline, pair.prompt), "b": pair}
@@ -145,18 +145,18 @@ def latent_nmse(pair: Pair) -> float | None:
 
 def motion_ratio(pair: Pair) -> float | None:
     """Mean change from frame to frame, divided by the baseline's."""
-    base, own = (
+    base, value = (
         np.abs(np.diff(video.frames.astype(np.float32), axis=0)).mean() if len(video.frames) > 1 else 0.0
         for video in (pair.baseline, pair.video)
     )
-    return _ratio(own, base)
+    return _ratio(value, base)
 
 
 def _high_frequency_ratio(pair: Pair, axis: int) -> float | None:
     from ..ops.spectrum import high_energy
 
-    base, own = (high_energy(video.latents.float())[axis] for video in (pair.baseline, pair.video))
-    return _ratio(own, base)
+    base, value = (high_energy(video.latents.float())[axis] for video in (pair.baseline, pair.video))
+    return _ratio(value, base)
 
 
 def adherence(pair: Pair) -> dict[str, float]:

@@ -69,19 +69,19 @@ def _difference(prompts: list[list[Case]], a: str, b: str, metric: Metric) -> tu
 
 
 def _setting(prompts: list[list[Case]], name: str, baseline: str) -> dict:
-    own, base = ([case[n] for cases in prompts for case in cases] for n in (name, baseline))
-    speedups = [b["denoise"] / r["denoise"] for r, b in zip(own, base, strict=True)]
-    work = float(np.median([r["flops"] / b["flops"] for r, b in zip(own, base, strict=True)]))
+    lines, base = ([case[n] for cases in prompts for case in cases] for n in (name, baseline))
+    speedups = [b["denoise"] / r["denoise"] for r, b in zip(lines, base, strict=True)]
+    work = float(np.median([r["flops"] / b["flops"] for r, b in zip(lines, base, strict=True)]))
     row = {
-        "seconds": float(np.median([r["denoise"] for r in own])),
-        "decode": float(np.median([r["decode"] for r in own])),
+        "seconds": float(np.median([r["denoise"] for r in lines])),
+        "decode": float(np.median([r["decode"] for r in lines])),
         "speedup": float(np.median(speedups)),
         "speedup_range": [float(q) for q in np.quantile(speedups, (0.05, 0.95))],
         "work": work,
         "efficiency": float(np.median(speedups)) * work,
     }
     for metric in METRICS.values():
-        if all(metric.name in r for r in own):
+        if all(metric.name in r for r in lines):
             row |= _metric(prompts, name, baseline, metric)
     return row
 

@@ -118,8 +118,8 @@ def weights(model: str) -> list[tuple[str, str]]:
     """
     folder = Path(resolve(model))
     files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])
-    own = [f for f in files if f.name != "training.json" and not STUDENTS.match(f.relative_to(folder).parts[0])]
-    return [(str(f.relative_to(folder)), hash_of(f)) for f in own]
+    files = [f for f in files if f.name != "training.json" and not STUDENTS.match(f.relative_to(folder).parts[0])]
+    return [(str(f.relative_to(folder)), hash_of(f)) for f in files]
 
 
 def hash_of(file: Path) -> str:
