@@ -11,7 +11,8 @@ from accel.methods import FasterCache
 from accel.methods.base import Method
 from accel.methods.fastercache import State, reuse_steps
 from accel.ops.spectrum import split
-from accel.runtime.generate import Run, estimate_memory
+from accel.runtime.generate import estimate_memory
+from accel.runtime.run import Run
 
 
 def at(index: int, count: int = 20, sigma: float = 0.5) -> Step:

@@ -13,8 +13,9 @@ from accel.methods.asymrnr.budget import Profile
 from accel.methods.base import Method
 from accel.methods.gpd import GPD
 from accel.ops.tokens import match
-from accel.runtime.generate import Run, preflight
+from accel.runtime.generate import preflight
 from accel.runtime.presets import build_methods
+from accel.runtime.run import Run
 from accel.students.scheduler import FixedSigmaEuler, euler_sampling
 from accel.students.weights import fingerprint, load_int8_delta, save_int8_delta
 from accel.training.networks import FullNetworks
