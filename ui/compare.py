@@ -45,7 +45,10 @@ class CompareJob:
         files: dict[str, str] = {"a": cached.path} if cached else {}
 
         def on_step(pane: str, done: int, trace: Trace, latents) -> None:
-            reporters[pane](done, trace, latents) if pane in reporters else job.check()
+            if pane == "warm-up":
+                job.check()
+            else:
+                reporters[pane](done, trace, latents)
 
         def on_video(pane: str, video: Video) -> None:
             if pane == "a":

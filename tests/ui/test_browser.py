@@ -192,5 +192,5 @@ def test_a_predictor_without_its_student_is_refused_in_a_sentence(page):
     page.uncheck("#use-meanflow input")
     set_steps(page, 2)
     page.click("#run")
-    page.wait_for_selector("#message >> text=put the meanflow that it was trained for before it", timeout=60_000)
+    page.wait_for_selector("#message >> text=put the meanflow that it was trained for before disca", timeout=60_000)
     assert "belongs to another model than the one that runs" in page.inner_text("#message")
