@@ -1,5 +1,7 @@
 """The command line. Progress goes to stderr, text to stdout; the last line of stdout is one JSON document."""
 
+# Torch takes seconds to import, so commands import it after their arguments are checked (tests/test_startup.py).
+
 from __future__ import annotations
 
 import json
@@ -222,7 +224,7 @@ def summary_text(report: dict, repeats: int) -> str:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="A suite of accel/evaluation/suites.py.")] = "base",
+    suite: Annotated[str, typer.Option(help="What to measure; a wrong name lists the suites.")] = "base",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 1,
     model: Model = TINY,
