@@ -17,9 +17,11 @@ from accel.students.weights import fingerprint
 from accel.training.feature_probe import FeatureProbe
 from accel.training.networks import FullNetworks
 from accel.training.optim import OptimConfig
-from accel.training.rollouts import MeanFlowContext, rollout_context
+from accel.training.rollouts import MeanFlowContext, RolloutContext, rollout_context
 from accel.training.stages import store
 from accel.training.tasks.base import build_tokenizer
+from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask
+from accel.training.tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask
 from accel.training.tasks.predictor_fit import PredictorConfig, PredictorTask
 from accel.training.tasks.vae import build_vae
 
@@ -104,27 +106,41 @@ def timed(pipe, steps=4) -> MeanFlowContext:
     )
 
 
-def predictor_task(pipe, form="residual", **config) -> PredictorTask:
-    """The training task of a random predictor on the pipeline's transformer."""
+def shifted_sigmas(n: int, shift: float = 3.0) -> torch.Tensor:
+    """Noise levels (n + 1,) of a schedule of n steps that is shifted towards noise."""
+    u = 1 - torch.arange(n + 1, dtype=torch.float64) / n
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def gpd_task(pipe, steps=48, rank_and_world=(0, 1), **config) -> GpdTask:
+    """Guided progressive distillation of a pipeline's transformer from a schedule of so many steps."""
+    sigmas = shifted_sigmas(steps)
+    draw_prompt = lambda rng: "a" * rng.randrange(1, 9)
+    context = RolloutContext(words_of, draw_prompt, sigmas, (1000 * sigmas[:-1]).long(), (4, 3, 8, 8))
+    config = GpdConfig(**{"trajectories": 2, "base_steps": steps} | config)
+    optim = OptimConfig(steps=10, lr=1e-3)
+    return GpdTask(optim, config, FullNetworks(pipe.transformer), context, rank_and_world)
+
+
+def meanflow_task(pipe, rank_and_world=(0, 1), **config) -> MeanFlowTask:
+    """Restricted MeanFlow of a pipeline's transformer on a schedule of four steps."""
+    if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
+        pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
+    fields = {"base_steps": 4, "steps": (4, 2), "guidance": (2.0, 5.0), "max_interval": 0.5, "trajectories": 4,
+              "max_stride": 1, "warm": 1} | config  # fmt: skip
+    optim, nets = OptimConfig(steps=4, lr=1e-3), FullNetworks(pipe.transformer)
+    return MeanFlowTask(optim, MeanFlowConfig(**fields), nets, timed(pipe), rank_and_world)
+
+
+def predictor_task(pipe, form="residual", rank_and_world=(0, 1), **config) -> PredictorTask:
+    """Training a predictor of a pipeline's transformer, on a schedule of `PREDICTOR_STEPS` steps."""
     if not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder):
         pipe.transformer.condition_embedder = IntervalEmbedder(pipe.transformer.condition_embedder)
     torch.manual_seed(0)
     predictor = Predictor(Wan(), pipe.transformer, form, 1)
     stack = pipe.transformer.blocks[0]
     pipe.transformer.blocks = getattr(stack, "blocks", pipe.transformer.blocks)
-    given = {
-        "steps": PREDICTOR_STEPS,
-        "guidance": (2.0, 5.0),
-        "trajectories": 4,
-        "full": (3, 3),
-        "strides": (1,),
-    } | config
-    optim = OptimConfig(steps=3, lr=1e-3, warmup=1, ema=0.0)
-    return PredictorTask(
-        optim,
-        PredictorConfig(**given),
-        FeatureProbe(pipe.transformer),
-        predictor,
-        timed(pipe, PREDICTOR_STEPS),
-        (3, 2, 2),
-    )
+    fields = {"steps": PREDICTOR_STEPS, "guidance": (2.0, 5.0), "trajectories": 4, "full": (3, 3), "strides": (1,)}
+    config, optim = PredictorConfig(**fields | config), OptimConfig(steps=3, lr=1e-3, warmup=1, ema=0.0)
+    student, context = FeatureProbe(pipe.transformer), timed(pipe, PREDICTOR_STEPS)
+    return PredictorTask(optim, config, student, predictor, context, (3, 2, 2), rank_and_world)

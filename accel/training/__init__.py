@@ -70,7 +70,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     `order`, for students alone: the fields of `orders.Order`. Only what belongs to the shipped model is recorded.
     """
     if job := _given(what, job):
-        folder = out / job.get("arm", what) / Path(job.get("model", "")).name
+        folder = out / job.get("ablation", what) / Path(job.get("model", "")).name
         return {what: train_students(what, minutes, resume, folder, **job)}
     state = PartialState()
     device = str(state.device)
@@ -111,8 +111,8 @@ def _given(what: str, job: dict) -> dict:
     if what not in (*PARTS, "all"):
         raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
     given = {key: value for key, value in job.items() if value is not None}
-    if given.get("arm") == what:  # no rival, the method itself
-        del given["arm"]
+    if given.get("ablation") == what:  # the method itself
+        del given["ablation"]
     if "videos" in given and what != "meanflow":
         raise ValueError("--videos is for meanflow alone: the others go whole ways, from noise")
     if given and what not in STUDENTS:
@@ -229,14 +229,14 @@ TRAINERS = {"vae": _train_vae, "base": _train_base}  # these begin with the weig
 
 def train_students(what: str, minutes: float | None, resume: bool, out: Path, **job) -> dict:
     """Distil a model; raises ValueError if the shipped one is asked for and is not there."""
-    from .gpd_job import train_gpd
-    from .jobs import DistillJob
-    from .meanflow_job import train_meanflow
-    from .predictor_job import train_predictor
+    from .gpd_job import GpdJob
+    from .jobs import DistillJob, run_job
+    from .meanflow_job import MeanFlowJob
+    from .predictor_job import PredictorJob
 
     asked, device = DistillJob(**job), str(PartialState().device)
     if asked.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise ValueError("the base model comes first: python -m accel train base")
     kind = "others" if not asked.is_toy() else "large" if device.startswith("cuda") else "small"
-    trainer = {"gpd": train_gpd, "meanflow": train_meanflow, "predictor": train_predictor}[what]
-    return trainer(OptimConfig(**OPTIM_CONFIGS[kind][what]), asked, device, minutes, resume, out)
+    spec = next(spec for spec in (GpdJob(), MeanFlowJob(), PredictorJob()) if spec.method == what)
+    return run_job(spec, OptimConfig(**OPTIM_CONFIGS[kind][what]), asked, device, minutes, resume, out)

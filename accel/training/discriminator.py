@@ -1,4 +1,4 @@
-"""Tells features of a model apart: those behind its own step, and those behind a predicted one (hinge, many scales)."""
+"""Discriminator between features after a full step and after a predicted one (hinge loss, several scales)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HIDDEN = 64
 
 
 class Discriminator(nn.Module):
-    """For each of some layers three spectrally normalised convolutions, which see it at every scale."""
+    """Three spectrally normalised convolutions per layer, applied to its feature at several spatial scales."""
 
     def __init__(self, width: int, layers: int):
         super().__init__()
@@ -28,26 +28,26 @@ class Discriminator(nn.Module):
         )  # fmt: skip
 
     def forward(self, features: list[Tensor], grid: tuple[int, int, int]) -> list[Tensor]:
-        """Logits (b, positions) of each layer and scale, for outputs (b, n, d) of the layers on a grid of tokens."""
+        """Logits (b, positions) for each layer and scale, from the layers' features (b, n, d) on a token grid."""
         logits = []
         for head, feature in zip(self.heads, features, strict=True):
             x = feature.float().transpose(1, 2).unflatten(2, grid)
-            x = x / expand_like(x.detach().flatten(1).std(1).clamp(min=1e-6), x)  # layers differ in size by orders
+            x = x / expand_like(x.detach().flatten(1).std(1).clamp(min=1e-6), x)  # magnitudes differ between layers
             for scale in SCALES:
                 if scale <= min(grid[1:]):
                     logits.append(head(F.avg_pool3d(x, (1, scale, scale))).flatten(1))
         return logits
 
 
-def hinge(logits: list[Tensor], real: bool, shares: Tensor) -> Tensor:
-    """Mean of max(0, 1 - logit) where they should be taken for real, else of max(0, 1 + logit).
+def hinge(logits: list[Tensor], real: bool, weights: Tensor) -> Tensor:
+    """Hinge loss: mean of max(0, 1 - logit) if the features count as real, else of max(0, 1 + logit).
 
-    Over layers, scales, and samples by their shares (b,); 0 leaves one out.
+    The mean is over layers and scales, and over samples by their weights (b,); weight 0 leaves a sample out.
     """
     sign = -1.0 if real else 1.0
-    return torch.stack([(F.relu(1 + sign * own).mean(1) * shares).sum() for own in logits]).mean()
+    return torch.stack([(F.relu(1 + sign * logit).mean(1) * weights).sum() for logit in logits]).mean()
 
 
-def accuracy(logits: list[Tensor], real: bool, shares: Tensor) -> float:
-    """How many of the logits are on the right side of zero, over samples by their shares (b,)."""
-    return (torch.cat([((own > 0) == real).float() for own in logits], 1).mean(1) * shares).sum().item()
+def accuracy(logits: list[Tensor], real: bool, weights: Tensor) -> float:
+    """Fraction of logits with the correct sign, over samples by their weights (b,)."""
+    return (torch.cat([((logit > 0) == real).float() for logit in logits], 1).mean(1) * weights).sum().item()

@@ -1,4 +1,4 @@
-"""A frozen student whose features can be read, and whose blocks can be stood in for."""
+"""A frozen student whose block outputs can be read, and whose blocks a predictor can replace."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .networks import velocity
 
 
 class RecordingBlocks(nn.Module):
-    """A transformer's blocks as one: it keeps what they give, or gives what a function does instead of them."""
+    """All blocks of a transformer as one: records their outputs, or calls a replacement instead of them."""
 
-    def __init__(self, blocks: nn.ModuleList, spare: bool):
-        """`spare`: compute blocks again on the way back instead of keeping what they had."""
+    def __init__(self, blocks: nn.ModuleList, checkpointing: bool):
+        """`checkpointing`: recompute blocks in the backward pass instead of storing their activations."""
         super().__init__()
-        self.blocks, self.spare, self.instead, self.outputs = blocks, spare, None, []
+        self.blocks, self.checkpointing, self.replacement, self.outputs = blocks, checkpointing, None, []
 
     def forward(self, hidden: Tensor, *inputs) -> Tensor:
-        if self.instead is not None:
-            return self.instead(hidden, *inputs)
+        if self.replacement is not None:
+            return self.replacement(hidden, *inputs)
         self.outputs = []
         for block in self.blocks:
-            if self.spare and hidden.requires_grad:
+            if self.checkpointing and hidden.requires_grad:
                 hidden = checkpoint(block, hidden, *inputs, use_reentrant=False)
             else:
                 hidden = block(hidden, *inputs)
@@ -33,44 +33,44 @@ class RecordingBlocks(nn.Module):
 
 
 class FeatureProbe:
-    """A frozen student whose features can be read, and its passes predicted."""
+    """Runs a frozen student in full or with a predictor, and returns its features."""
 
-    def __init__(self, transformer: nn.Module, spare: bool = False):
-        """`spare` memory for a large one, at the cost of time."""
-        self.stack = RecordingBlocks(transformer.blocks, spare)
+    def __init__(self, transformer: nn.Module, checkpointing: bool = False):
+        """`checkpointing` saves memory for a large student, at the cost of time."""
+        self.stack = RecordingBlocks(transformer.blocks, checkpointing)
         self.transformer = transformer.eval().requires_grad_(False)
         transformer.blocks = nn.ModuleList([self.stack])
         count = len(self.stack.blocks)
-        self.layers = sorted({max(0, count * part // 4 - 1) for part in (1, 2, 3, 4)})
+        self.layers = sorted({max(0, count * quarter // 4 - 1) for quarter in (1, 2, 3, 4)})
 
-    def whole(self, x: Tensor, time: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity (b, c, f, h, w) and last feature (b, n, d) of a whole pass."""
-        v = velocity(self.transformer, x, time, words)
+    def full_forward(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity (b, c, f, h, w) and last feature (b, n, d) of a full forward pass."""
+        v = velocity(self.transformer, x, t, text)
         return v, self.stack.outputs[-1].float()
 
-    def features(self, x: Tensor, time: Tensor, words: Tensor) -> list[Tensor]:
-        """Outputs (b, n, d) of the blocks a quarter, a half, three quarters and all the way through."""
-        velocity(self.transformer, x, time, words)
+    def features(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        """Outputs (b, n, d) of the blocks at a quarter, a half, three quarters and the end of the stack."""
+        velocity(self.transformer, x, t, text)
         return [self.stack.outputs[i] for i in self.layers]
 
-    def predicted(
-        self, predictor: nn.Module, cached: Tensor, x: Tensor, time: Tensor, words: Tensor
+    def predicted_forward(
+        self, predictor: nn.Module, cached: Tensor, x: Tensor, t: Tensor, text: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and feature of a predicted pass."""
+        """Velocity (b, c, f, h, w) and last feature (b, n, d) with a predictor in place of the blocks."""
         feature: list[Tensor] = []
 
-        def instead(hidden: Tensor, *inputs) -> Tensor:
+        def predict(hidden: Tensor, *inputs) -> Tensor:
             feature.append(predictor(hidden, cached, *inputs))
             return feature[0]
 
-        with self._by(instead):
-            v = velocity(self.transformer, x, time, words)
+        with self._replaced_blocks(predict):
+            v = velocity(self.transformer, x, t, text)
         return v, feature[0].float()
 
     @contextmanager
-    def _by(self, instead: Callable):
-        self.stack.instead = instead
+    def _replaced_blocks(self, replacement: Callable):
+        self.stack.replacement = replacement
         try:
             yield
         finally:
-            self.stack.instead = None
+            self.stack.replacement = None

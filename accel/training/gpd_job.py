@@ -1,124 +1,105 @@
-"""GPD as it is ordered: stage after stage, or a rival of equal compute; where its students go."""
+"""The job of guided progressive distillation: its ablations, the cost of its stages, how its students are stored."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..ops.spectrum import high_pass
-from ..runtime.models import model_defaults
 from ..students.weights import fingerprint
-from .jobs import DistillJob, prepare_dir, rank_and_world, share_stages
+from .jobs import JobSpec, LoadedJob, rank_and_world
 from .optim import OptimConfig
-from .stages import distil, remaining, store, totals
+from .stages import store
 from .tasks.gpd_distillation import TARGET_SCHEMES, GpdConfig, GpdTask
 
-LAST = 8  # horizon of the last student
-FIRST = 32  # times a stage's iterations in the first one, at twice the rates: taking in guidance is the largest error
-TRAINED = 3  # forward passes that a forward and a backward pass together cost
-ABLATIONS: dict[str, Callable[[float], dict]] = {  # GPD and its rivals: the curriculum at the model's own guidance
-    "gpd": lambda w: {"spatial_weight": 0.3, "temporal_weight": 0.3},
-    "no-constraint": lambda w: {},
-    "annealed": lambda w: {"guidance_start": 1.5 * w, "guidance_end": max(1.0, 0.375 * w), "guidance_anneal": "stage",
-                           "spatial_weight": 0.3, "temporal_weight": 0.3},
-    "halving": lambda w: {"target_scheme": "halving", "horizons": (1, 2, 4, LAST)},
-    "direct": lambda w: {"target_scheme": "direct", "horizons": (LAST,)},
-    "guidance-only": lambda w: {"horizons": (1,)},
-}  # fmt: skip
+LAST_HORIZON = 8
+FIRST_STAGE_FACTOR = 32  # iterations of the first stage relative to others, at twice the rates: guidance is hardest
+TRAINING_COST = 3  # a forward and backward pass of the student, in forward passes
 
 
-def train_gpd(optim: OptimConfig, job: DistillJob, device: str, minutes: float | None, resume: bool, out: Path) -> dict:
-    """Distil a model into students; GPD's lie beside a local model, `gpd-N48` to `gpd-N6`, a rival's in `out`.
+class GpdJob(JobSpec):
+    """48 guided steps into 24, 12, 8 and 6 (and 48, 16) without guidance, each stored as `gpd-N<steps>`."""
 
-    Raises ValueError for an order that cannot be carried out, or a resume of another order.
-    """
-    began, lines = time.monotonic(), job.lines(ABLATIONS)
-    pipe = job.pipeline(device)
-    task = _task(optim, job, pipe, lines, device)
-    optims, base = stage_recipes(optim, task.config), fingerprint(pipe.transformer)
-    told = {"base_fingerprint": base, "config": task.config.model_dump(mode="json"), **job.told(lines)}
-    prepare_dir(out, resume, optims, told)
-    own = job.ablation in (None, "gpd")
-    if not own:
-        resume |= share_stages(job.other_job_dir(out, "gpd"), out, list(task.stages), _stage_config)
-    target = job.beside() if own and job.beside() else out
-    print(f"students go into {target}", file=sys.stderr)
-    if task.config.spatial_weight or task.config.temporal_weight:
-        print(f"the last stage weighs {masked(task.context.shape)}", file=sys.stderr)
-    about = {"base_fingerprint": base, "shift": shift_of(pipe.scheduler)}
-    held, keep = job.held_out(task, pipe, lines), partial(_save_stage, task, about, target)
-    return totals(optims, distil(task, held, optims, out, keep, remaining(minutes, began), resume))
+    method = "gpd"
+    ablations: dict[str, Callable[[float], dict]] = {  # the model's own guidance -> fields of the config
+        "gpd": lambda w: {"spatial_weight": 0.3, "temporal_weight": 0.3},
+        "no-constraint": lambda w: {},
+        "annealed": lambda w: {"guidance_start": 1.5 * w, "guidance_end": max(1.0, 0.375 * w),
+                               "guidance_anneal": "stage", "spatial_weight": 0.3, "temporal_weight": 0.3},
+        "halving": lambda w: {"target_scheme": "halving", "horizons": (1, 2, 4, LAST_HORIZON)},
+        "direct": lambda w: {"target_scheme": "direct", "horizons": (LAST_HORIZON,)},
+        "guidance-only": lambda w: {"horizons": (1,)},
+    }  # fmt: skip
+
+    @contextmanager
+    def build(self, loaded: LoadedJob, optim: OptimConfig) -> Iterator[tuple[GpdTask, dict]]:
+        pipe, guidance = loaded.pipe, loaded.defaults.guidance
+        origin = {"base_fingerprint": fingerprint(pipe.transformer), "shift": schedule_shift(pipe.scheduler)}
+        fields = {"guidance_start": guidance, "guidance_end": guidance, "trajectories": loaded.job.num_trajectories()}
+        config = GpdConfig(**fields | self.ablations[loaded.job.ablation or self.method](guidance))
+        context, nets = loaded.context(config.base_steps), loaded.networks(optim.seed)
+        yield GpdTask(optim, config, nets, context, rank_and_world()), origin
+
+    def describe(self, task: GpdTask) -> list[str]:
+        if not (task.config.spatial_weight or task.config.temporal_weight):
+            return []
+        return [f"the last stage weights {describe_high_frequencies(task.context.shape)}"]
+
+    def optim_configs(self, optim: OptimConfig, config: GpdConfig) -> list[OptimConfig]:
+        """Optimizer settings of each stage, so that every ablation costs as many forward passes as GPD itself."""
+        own, fast = GpdConfig(), {"lr": 2 * optim.lr, "matrix_lr": 2 * optim.matrix_lr}
+        horizons = own.horizons[1:]
+        budget = optim.steps * (
+            FIRST_STAGE_FACTOR * iteration_cost(own, 1) + sum(iteration_cost(own, k) for k in horizons)
+        )
+        has_first_stage = config.horizons[0] == 1 and len(config.horizons) > 1
+        first = (
+            [optim.model_copy(update={"steps": FIRST_STAGE_FACTOR * optim.steps, **fast})] if has_first_stage else []
+        )
+        rest = config.horizons[len(first) :]
+        left = budget - sum(stage.steps * iteration_cost(config, 1) for stage in first)
+        steps = round(left / sum(iteration_cost(config, k) for k in rest))
+        each = optim.model_copy(update={"steps": steps, **({} if has_first_stage else fast)})
+        return [*first, *[each] * len(rest)]
+
+    def stage_config(self, record: dict, stage: int) -> dict:
+        """The frequency weights affect the last stage alone; without a jump, the target scheme affects nothing."""
+        config = record["config"]
+        horizons, is_last = config["horizons"][: stage + 1], stage + 1 == len(config["horizons"])
+        ignored = set() if is_last else {"spatial_weight", "temporal_weight"}
+        ignored |= {"target_scheme"} if horizons == [1] else set()
+        fields = {key: value for key, value in config.items() if key not in ignored}
+        fields |= {"horizons": horizons, "last": is_last}
+        return {**super().stage_config(record, stage), "config": fields}
+
+    def save_stage(self, task: GpdTask, origin: dict, results: dict, target: Path, out: Path) -> None:
+        """Store the student of a stage if its horizon divides the base steps."""
+        config, context = task.config, task.context
+        if config.base_steps % task.horizon:
+            return
+        stride = task.horizon if len(config.horizons) > 1 else LAST_HORIZON  # a single stage is run in six steps
+        steps = config.base_steps // stride
+        schedule = {"sigmas": context.sigmas[::stride].tolist(), "timesteps": context.timesteps[::stride].tolist()}
+        facts = {"steps": steps, "horizon": task.horizon, "guidance": 1.0, **schedule, **origin, "validation": results}
+        settings = {"config": config.model_dump(), "optim": task.optim.model_dump()}
+        store(task.nets, target / f"gpd-N{steps}", "gpd.json", facts | settings)
 
 
-def _task(optim: OptimConfig, job: DistillJob, pipe, lines: list[str], device: str) -> GpdTask:
-    defaults = model_defaults(pipe, job.model)
-    own = {
-        "guidance_start": defaults.guidance,
-        "guidance_end": defaults.guidance,
-        "trajectories": job.num_trajectories(),
-    }
-    config = GpdConfig(**own | ABLATIONS[job.ablation or "gpd"](defaults.guidance))
-    context = job.context(pipe, defaults, config.base_steps, lines)
-    nets = job.networks(pipe.transformer, optim.seed, device)
-    return GpdTask(optim, config, nets, context, rank_and_world())
-
-
-def _save_stage(task: GpdTask, about: dict, target: Path, facts: dict) -> None:
-    """Store a stage's student, if its horizon divides the base steps."""
-    config, context, k = task.config, task.context, task.horizon
-    if config.base_steps % k or not PartialState().is_main_process:
-        return
-    far = k if len(config.horizons) > 1 else LAST  # a single stage is there to be run in six steps
-    steps = config.base_steps // far
-    grid = {"sigmas": context.levels[::far].tolist(), "timesteps": context.times[::far].tolist()}
-    told = {"steps": steps, "horizon": k, "guidance": 1.0, **grid, **about, "validation": facts}
-    made = {"config": config.model_dump(), "optim": task.optim.model_dump()}
-    store(task.nets, target / f"gpd-N{steps}", "gpd.json", told | made)
-
-
-def _stage_config(job: dict, stage: int) -> dict:
-    """What of an order tells on a stage and on those before it: weights of frequencies on the last one alone."""
-    config = job["config"]
-    horizons, last = config["horizons"][: stage + 1], stage + 1 == len(config["horizons"])
-    silent = {
-        *(() if last else ("spatial_weight", "temporal_weight")),
-        *(("target_scheme",) if horizons == [1] else ()),
-    }
-    told = {knob: value for knob, value in config.items() if knob not in silent}
-    told |= {"horizons": horizons, "last": last}
-    return {**job, "config": told, "optims": job["optims"][: stage + 1]}
-
-
-def shift_of(scheduler) -> float | None:
-    """How far a scheduler shifts its levels towards noise, where it is told a number."""
+def schedule_shift(scheduler) -> float | None:
+    """The shift of a scheduler's sigmas towards noise, if its config has one."""
     config = scheduler.config
     return config.get("flow_shift", config.get("shift"))
 
 
-def masked(shape: tuple[int, ...]) -> str:
-    """Which frequencies of latents (c, f, h, w) the constraint takes for high ones: a # for each that counts."""
+def describe_high_frequencies(shape: tuple[int, ...]) -> str:
+    """A drawing of which frequencies of latents (c, f, h, w) the frequency loss counts as high: # for each of them."""
     spatial, temporal = (mask.int() for mask in high_pass(shape[1:]))
     draw = lambda line: "".join(".#"[on] for on in line.tolist())
     return f"temporal frequencies {draw(temporal[:, 0, 0])}, spatial ones {' '.join(map(draw, spatial[0]))}"
 
 
-def cost(config: GpdConfig, k: int) -> int:
-    """Forward passes that an iteration of horizon k costs: the pieces of its target, and the student's own."""
-    return sum(2 if who == "teacher" else 1 for who, _ in TARGET_SCHEMES[config.target_scheme](k)) + TRAINED
-
-
-def stage_recipes(optim: OptimConfig, config: GpdConfig) -> list[OptimConfig]:
-    """A recipe for each stage, so that every curriculum costs as many forward passes as GPD's own."""
-    own, fast = GpdConfig(), {"lr": 2 * optim.lr, "matrix_lr": 2 * optim.matrix_lr}
-    whole = optim.steps * (FIRST * cost(own, 1) + sum(cost(own, k) for k in own.horizons[1:]))
-    begins = config.horizons[0] == 1 and len(config.horizons) > 1
-    first = [optim.model_copy(update={"steps": FIRST * optim.steps, **fast})] if begins else []
-    rest = config.horizons[len(first) :]
-    left = whole - sum(r.steps * cost(config, 1) for r in first)
-    each = {"steps": round(left / sum(cost(config, k) for k in rest)), **({} if begins else fast)}
-    return [*first, *[optim.model_copy(update=each)] * len(rest)]
+def iteration_cost(config: GpdConfig, k: int) -> int:
+    """Forward passes of an iteration of horizon k: those of its target, and training the student."""
+    pieces = TARGET_SCHEMES[config.target_scheme](k)
+    return sum(2 if network == "teacher" else 1 for network, _ in pieces) + TRAINING_COST

@@ -1,16 +1,21 @@
-"""What a distillation is asked for, and what follows whatever the method: the model, its networks, its folder."""
+"""Distillation jobs: what a user asks for, and the flow from there to stored students, which all methods share."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate import PartialState
+from pydantic import BaseModel
 
 from ..evaluation.result_log import config_hash
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
@@ -18,156 +23,245 @@ from ..world.scene import caption, held_out_prompts, sample_scene
 from .networks import FullNetworks, Networks
 from .optim import OptimConfig
 from .rollouts import RolloutContext, rollout_context
-from .stages import StagedTask, TrajectoryValidator
+from .stages import distil, remaining, totals
+from .tasks.student_task import StagedTask
+from .validation import TrajectoryValidator, Validator
 from .video_folder import VideoFolder
 
-RANK = 64  # of adapters if none is given
-TOY_SLOTS = {"cpu": 16, "cuda": 64}  # as many cost a GPU hardly more time than 16
-LOOKS, HELD = 8, 2  # held-out prompts that are looked at: of the toy world, the last of a file
-PROMPT_SEED = 11  # of the former; figures are reported on others
+DEFAULT_RANK = 64
+TOY_TRAJECTORIES = {"cpu": 16, "cuda": 64}  # on a GPU, 64 take hardly more time than 16
+VALIDATION_PROMPTS = 2  # the last ones of a file of prompts
+TOY_VALIDATION_PROMPTS, TOY_VALIDATION_SEED = 8, 11  # held-out prompts of the toy world; results are reported on others
 
 
 @dataclass(frozen=True)
 class DistillJob:
-    """What is asked for. The toy world's own model needs neither prompts (a file of one a line) nor adapters."""
+    """What a user asks for. The toy world's own model needs neither a file of prompts nor LoRA."""
 
     model: str = TINY
-    ablation: str | None = None  # a rival or variant of the method; None: the method itself
-    prompts: Path | None = None
-    rank: int | None = None  # of the adapters; 0: full weights
-    videos: Path | None = None  # a folder of them, as `accel world sample` writes it, to begin with; None: noise
-    trajectories: int | None = None  # trajectories under way; None: of a large model one for each process
+    ablation: str | None = None  # a variant of the method; None: the method itself
+    prompts: Path | None = None  # a text file with one prompt per line
+    rank: int | None = None  # of the LoRA; 0: train all weights
+    videos: Path | None = None  # a folder as `accel world sample` writes it, to start trajectories from; None: noise
+    trajectories: int | None = None  # over all processes; None: one per process for large models
 
     def is_toy(self) -> bool:
         """Whether the model is of the toy world, whose captions are known."""
         defaults = read_defaults(self.model)
         return defaults is not None and defaults.toy_world
 
-    def adapters(self) -> bool:
-        """Whether the students are adapters: for every model but the toy world's, unless full weights are asked for."""
-        return not self.is_toy() and self.own_rank() > 0
+    def uses_lora(self) -> bool:
+        """Whether students are LoRA adapters: for every model but the toy world's, unless the rank is 0."""
+        return not self.is_toy() and self.lora_rank() > 0
 
-    def own_rank(self) -> int:
-        """Of the adapters, whether given or not."""
-        return RANK if self.rank is None else self.rank
+    def lora_rank(self) -> int:
+        """The rank that was given, or the default."""
+        return DEFAULT_RANK if self.rank is None else self.rank
 
-    def lines(self, ablations: Collection[str]) -> list[str]:
-        """The prompts of the file. Raises ValueError for an order that cannot be carried out."""
-        if self.ablation is not None and self.ablation not in ablations:
-            raise ValueError(f"unknown arm {self.ablation!r}; there are {', '.join(ablations)}")
+    def load_prompts(self) -> list[str]:
+        """The prompts of the file, none for the toy world. Raises ValueError if the job is not possible."""
         if self.is_toy():
             if self.prompts:
                 raise ValueError("this model is trained on captions of its own world: leave --prompts out")
             if self.rank is not None:
-                raise ValueError("this model is small, its students are whole: leave --rank out")
+                raise ValueError("this model is small, all weights of its students are trained: leave --rank out")
             if self.trajectories is not None:
-                raise ValueError("how many trajectories this model's students learn on is settled: leave --slots out")
+                raise ValueError("the number of trajectories is fixed for this model: leave --trajectories out")
             return []
         if self.prompts is None or not self.prompts.is_file():
-            raise ValueError("this model needs prompts to train on: give --prompts FILE, a text file of one a line")
-        lines = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
-        if len(lines) <= HELD:
+            raise ValueError("this model needs prompts to train on: give --prompts FILE, a text file with one per line")
+        prompts = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
+        if len(prompts) <= VALIDATION_PROMPTS:
             raise ValueError(
-                f"{self.prompts} has {len(lines)} prompts: {HELD + 1} are needed, {HELD} of them to look at"
+                f"{self.prompts} has {len(prompts)} prompts: at least {VALIDATION_PROMPTS + 1} are needed, "
+                f"{VALIDATION_PROMPTS} of them for validation"
             )
-        return lines
+        return prompts
 
-    def told(self, lines: list[str]) -> dict:
-        """What a folder remembers of it, so that nothing else is resumed there."""
-        given = {"prompts": config_hash(lines)} if lines else {}
-        given |= {"videos": str(self.videos)} if self.videos else {}
-        return {"rank": self.own_rank(), **given}
-
-    def pipeline(self, device: str):
-        """The pipeline to distil. Raises ValueError for one that cannot be."""
-        pipe = load_pipeline(self.model, device)
-        if getattr(pipe, "transformer_2", None) is not None or getattr(pipe, "image_encoder", None) is not None:
-            raise ValueError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
-        return pipe
+    def identity(self, prompts: list[str]) -> dict:
+        """What `job.json` records of the request, so that a different job is not resumed."""
+        optional = {"prompts": config_hash(prompts)} if prompts else {}
+        optional |= {"videos": str(self.videos)} if self.videos else {}
+        return {"rank": self.lora_rank(), **optional}
 
     def num_trajectories(self) -> int:
-        """How many are under way, over all processes."""
+        """The number of trajectories over all processes."""
         state = PartialState()
-        return self.trajectories or (
-            TOY_SLOTS.get(state.device.type, TOY_SLOTS["cpu"]) if self.is_toy() else state.num_processes
+        if self.trajectories:
+            return self.trajectories
+        return (
+            TOY_TRAJECTORIES.get(state.device.type, TOY_TRAJECTORIES["cpu"]) if self.is_toy() else state.num_processes
         )
 
-    def context(self, pipe, defaults: ModelDefaults, base_steps: int, lines: list[str]) -> RolloutContext:
-        """Where trajectories run: over the file's prompts, or captions of the toy world."""
-        draw = (lambda rng: rng.choice(lines[:-HELD])) if lines else (lambda rng: caption(sample_scene(rng), rng))
-        context = rollout_context(pipe, defaults, base_steps, draw)
-        if self.videos:
-            context = replace(context, clips=VideoFolder(self.videos, pipe, defaults).draw)
-        return context if self.is_toy() else replace(context, decode=None)  # a sheet of a large model takes minutes
+    def model_dir(self) -> Path | None:
+        """The folder of a local model, into which its students go; None for a hub id."""
+        folder = Path(resolve(self.model))
+        return folder if folder.is_dir() else None
 
-    def networks(self, transformer, seed: int, device: str) -> Networks:
-        """Teacher and students of a transformer."""
-        if self.is_toy():
-            return FullNetworks(transformer, device)
-        if not self.adapters():
+    def other_job_dir(self, out: Path, what: str) -> Path:
+        """The folder of the job that trains another method or ablation of the same model, given this job's folder."""
+        return out.parent / what if self.model == TINY else out.parent.parent / what / out.name
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job with its pipeline: builds what the tasks of all methods are made of."""
+
+    job: DistillJob
+    pipe: object
+    defaults: ModelDefaults
+    prompts: list[str]  # empty for the toy world
+    device: str
+    out: Path
+
+    def context(self, base_steps: int) -> RolloutContext:
+        """Rollouts over the training prompts of the file, or over captions of the toy world."""
+        if self.prompts:
+            draw_prompt = lambda rng: rng.choice(self.prompts[:-VALIDATION_PROMPTS])
+        else:
+            draw_prompt = lambda rng: caption(sample_scene(rng), rng)
+        context = rollout_context(self.pipe, self.defaults, base_steps, draw_prompt)
+        if self.job.videos:
+            context = replace(context, draw_video=VideoFolder(self.job.videos, self.pipe, self.defaults).draw)
+        # Decoding sample videos of a large model takes minutes.
+        return context if self.job.is_toy() else replace(context, decode=None)
+
+    def networks(self, seed: int) -> Networks:
+        """Teacher and students made from the pipeline's transformer; the seed initializes LoRA factors."""
+        transformer = self.pipe.transformer
+        if self.job.is_toy():
+            return FullNetworks(transformer, self.device)
+        if not self.job.uses_lora():
             nets = FullNetworks(transformer)
             nets.module.enable_gradient_checkpointing()
             return nets
         from .lora_networks import LoRANetworks
 
         torch.manual_seed(seed)
-        return LoRANetworks(transformer, self.own_rank())
+        return LoRANetworks(transformer, self.job.lora_rank())
 
-    def beside(self) -> Path | None:
-        """The folder of a local model, where its students go."""
-        folder = Path(resolve(self.model))
-        return folder if folder.is_dir() else None
+    def validation_prompts(self) -> list[str]:
+        """Prompts that are not trained on."""
+        return self.prompts[-VALIDATION_PROMPTS:] or held_out_prompts(TOY_VALIDATION_PROMPTS, TOY_VALIDATION_SEED)
 
-    def other_job_dir(self, out: Path, what: str) -> Path:
-        """The folder in which the same model was trained for something else, beside `out` of this order."""
-        return out.parent / what if self.model == TINY else out.parent.parent / what / out.name
 
-    def validation_prompts(self, lines: list[str]) -> list[str]:
-        """The prompts that a training is looked at with."""
-        return lines[-HELD:] or held_out_prompts(LOOKS, PROMPT_SEED)
+class JobSpec(ABC):
+    """What is specific to a distillation method; `run_job` does the rest."""
 
-    def held_out(self, task: StagedTask, pipe, lines: list[str]) -> TrajectoryValidator:
-        """The teacher's ways from these."""
-        return TrajectoryValidator(task, self.validation_prompts(lines), model_defaults(pipe, self.model).guidance)
+    method: ClassVar[str]  # as in `accel train METHOD`
+    ablations: ClassVar[Collection[str]]
+    reported: ClassVar[tuple[str, ...]] = ()  # keys of the origin that the summary of the job repeats
+
+    def check(self, job: DistillJob) -> None:
+        """Raise ValueError if the method cannot do the job; called before the model is loaded."""
+        if job.ablation is not None and job.ablation not in self.ablations:
+            raise ValueError(f"unknown ablation {job.ablation!r}; available: {', '.join(self.ablations)}")
+
+    @abstractmethod
+    def build(self, loaded: LoadedJob, optim: OptimConfig) -> AbstractContextManager[tuple[StagedTask, dict]]:
+        """A context with the task and its origin: what its weights start from, for `job.json` and manifests."""
+
+    @abstractmethod
+    def optim_configs(self, optim: OptimConfig, config: BaseModel) -> list[OptimConfig]:
+        """The optimizer settings of each stage, given the base settings and the task's config."""
+
+    @abstractmethod
+    def save_stage(self, task: StagedTask, origin: dict, results: dict, target: Path, out: Path) -> None:
+        """Store the student of a finished stage: a result in `target`, an intermediate student in `out`."""
+
+    def stage_config(self, record: dict, stage: int) -> dict:
+        """The fields of a `job.json` that affect stages 0 to `stage`."""
+        return {**record, "optims": record["optims"][: stage + 1]}
+
+    def validator(self, task: StagedTask, loaded: LoadedJob) -> Validator:
+        """Measures the students of the task."""
+        return TrajectoryValidator(task, loaded.validation_prompts(), loaded.defaults.guidance)
+
+    def is_ablation(self, job: DistillJob) -> bool:
+        """Whether students stay in the job's folder and may start from stages of the method's own job."""
+        return job.ablation not in (None, self.method)
+
+    def describe(self, task: StagedTask) -> list[str]:
+        """Lines to print before training."""
+        return []
+
+
+def run_job(
+    spec: JobSpec, optim: OptimConfig, job: DistillJob, device: str, minutes: float | None, resume: bool, out: Path
+) -> dict:
+    """Distil a model and store its students; returns a summary of the stages.
+
+    Students go into the folder of a local model, or into `out` for an ablation or a hub id. Raises ValueError for a job
+    that is not possible, or if `out` holds a different job that is to be resumed.
+    """
+    began = time.monotonic()
+    spec.check(job)
+    prompts = job.load_prompts()
+    loaded = _load(job, prompts, device, out)
+    with spec.build(loaded, optim) as (task, origin):
+        optims = spec.optim_configs(optim, task.config)
+        record = {**origin, "config": task.config.model_dump(mode="json"), **job.identity(prompts)}
+        prepare_dir(out, resume, optims, record)
+        if spec.is_ablation(job):
+            other = job.other_job_dir(out, spec.method)
+            resume |= share_stages(other, out, list(task.stages), spec.stage_config)
+        target = out if spec.is_ablation(job) else job.model_dir() or out
+        for line in (*spec.describe(task), f"students are stored in {target}"):
+            print(line, file=sys.stderr)
+        save_stage = lambda results: spec.save_stage(task, origin, results, target, out)
+        validator = spec.validator(task, loaded)
+        done = distil(task, validator, optims, out, save_stage, remaining(minutes, began), resume)
+    return {**{key: origin[key] for key in spec.reported}, **totals(optims, done)}
+
+
+def _load(job: DistillJob, prompts: list[str], device: str, out: Path) -> LoadedJob:
+    """Load the model of a job. Raises ValueError for one that cannot be distilled."""
+    pipe = load_pipeline(job.model, device)
+    if getattr(pipe, "transformer_2", None) is not None or getattr(pipe, "image_encoder", None) is not None:
+        raise ValueError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
+    return LoadedJob(job, pipe, model_defaults(pipe, job.model), prompts, device, out)
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Which process this is, of how many."""
+    """The index of this process and the number of processes."""
     return PartialState().process_index, PartialState().num_processes
 
 
-def prepare_dir(out: Path, resume: bool, optims: Sequence[OptimConfig], job: dict) -> None:
-    """Leave in a folder what is trained there, and by which recipes; without `resume`, empty it of earlier stages.
+def prepare_dir(out: Path, resume: bool, optims: Sequence[OptimConfig], record: dict) -> None:
+    """Write a job's record and optimizer settings to `job.json`; without `resume`, remove stages of an earlier job.
 
-    Raises ValueError if what is to be resumed is something else.
+    Raises ValueError if a different job is to be resumed.
     """
-    file, job = out / "order.json", {**job, "optims": [r.model_dump(mode="json") for r in optims]}
-    if resume and file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(job)):
-        raise ValueError(f"{out} holds another training (see its order.json): start without --resume, or give --out")
+    file = out / "job.json"
+    record = json.loads(json.dumps({**record, "optims": [optim.model_dump(mode="json") for optim in optims]}))
+    if resume and file.is_file() and json.loads(file.read_text()) != record:
+        raise ValueError(f"{out} holds another job (see its job.json): start without --resume, or give another --out")
     if PartialState().is_main_process:
         for stage in [] if resume else {file.parent for file in (*out.glob("*/state.pt"), *out.glob("*/done.json"))}:
             shutil.rmtree(stage)
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(job) + "\n")
+        file.write_text(json.dumps(record) + "\n")
     PartialState().wait_for_everyone()
 
 
-def share_stages(other: Path, own: Path, names: Sequence[str], tells: Callable[[dict, int], dict]) -> bool:
-    """Let a rival begin with those of its first stages that another training finished; whether there are any.
+def share_stages(other: Path, own: Path, names: Sequence[str], stage_config: Callable[[dict, int], dict]) -> bool:
+    """Copy the first stages that another job has finished and this one would train alike; returns whether any are.
 
-    `tells(order, stage)`: what of an order tells on a stage and on those before. Nothing is shared with a rival that
-    has begun, or where the other's order differs in that.
+    `stage_config(record, stage)`: the fields of a `job.json` that affect stages 0 to `stage`. A job that has already
+    begun copies nothing.
     """
-    file, shared = other / "order.json", []
+    file, shared = other / "job.json", []
     if (own / names[0]).is_dir() or not file.is_file():
         return False
-    asked, made = (json.loads((folder / "order.json").read_text()) for folder in (own, other))
+    own_record, other_record = (json.loads((folder / "job.json").read_text()) for folder in (own, other))
     for stage, name in enumerate(names):
-        if not (other / name / "done.json").is_file() or tells(asked, stage) != tells(made, stage):
+        if not (other / name / "done.json").is_file():
+            break
+        if stage_config(own_record, stage) != stage_config(other_record, stage):
             break
         shared.append(name)
-    print(f"{len(shared)} of {len(names)} stages are those of {other}", file=sys.stderr)
-    PartialState().wait_for_everyone()  # until all have looked
+    print(f"{len(shared)} of {len(names)} stages are copied from {other}", file=sys.stderr)
+    PartialState().wait_for_everyone()  # before the first copy: all processes must find the same stages
     for name in shared if PartialState().is_main_process else ():
         shutil.copytree(other / name, part := own / f"{name}.part", dirs_exist_ok=True)
         part.rename(own / name)

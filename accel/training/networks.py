@@ -1,4 +1,4 @@
-"""The three networks of a distillation: a frozen guided teacher, the frozen student before, and the one that learns."""
+"""The three networks of a distillation: guided teacher and previous student, both frozen, and the current student."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from .optimize import optimize_blocks
 class Networks(Protocol):
     """Velocities (b, c, f, h, w) of latents x at timesteps t (b,) for text embeddings (b, n, d)."""
 
-    module: nn.Module  # that learns
+    module: nn.Module  # the current student, which is trained
 
-    def matrices(self) -> list[nn.Parameter]: ...  # of it, for Muon
-    def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor: ...
-    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor: ...
-    def next_stage(self) -> None: ...  # the student becomes the previous one
-    def save(self, folder: Path) -> None: ...  # the student's weights, by their difference from the teacher's
+    def matrices(self) -> list[nn.Parameter]: ...  # parameters of the module that Muon trains
+    def previous(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
+    def teacher(self, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor: ...
+    def next_stage(self) -> None: ...  # the current student becomes the previous one
+    def save(self, folder: Path) -> None: ...  # the student's weights, as a difference from the teacher's
 
 
 class FullNetworks:
-    """Three copies of a small transformer, quickened if a device is given."""
+    """Three copies of a small transformer, with fast blocks if a device is given."""
 
     def __init__(self, transformer: nn.Module, device: str | None = None):
-        self.module = deepcopy(transformer).float().train()  # what is learnt would drown in half precision
+        self.module = deepcopy(transformer).float().train()  # half precision would round small updates away
         self._teacher, self._previous = (deepcopy(transformer).eval().requires_grad_(False) for _ in range(2))
         for net in (self.module, self._teacher, self._previous) if device else ():
             optimize_blocks(net.blocks, device)
 
     def matrices(self) -> list[nn.Parameter]:
-        """Weights of the blocks that are matrices."""
+        """The two-dimensional parameters of the student's blocks."""
         return [p for p in self.module.blocks.parameters() if p.ndim == 2]
 
     @torch.no_grad()
-    def previous(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        """Velocity by the frozen student before."""
-        return velocity(self._previous, x, t, words)
+    def previous(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Velocity of the frozen student of the previous stage."""
+        return velocity(self._previous, x, t, text)
 
     @torch.no_grad()
-    def teacher(self, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
-        """Guided velocity by the frozen base."""
-        return guided(self._teacher, x, t, words, empty, guidance)
+    def teacher(self, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
+        """Guided velocity of the frozen base model."""
+        return guided(self._teacher, x, t, text, empty, guidance)
 
     def next_stage(self) -> None:
-        """The student becomes the one before."""
+        """Make the current student the previous one."""
         self._previous.load_state_dict(self.module.state_dict())
 
     def save(self, folder: Path) -> None:
-        """The student's differences from the base, a byte each."""
+        """Save the student's difference from the base model in int8."""
         with ExitStack() as stack:
             for net in (self.module, self._teacher):
                 stack.enter_context(unwrapped(net))
@@ -65,22 +65,21 @@ class FullNetworks:
         save_interval_embedder(self.module, folder)
 
 
-def velocity(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, fine: bool = False) -> Tensor:
-    """One call of a transformer in bfloat16 where that is safe; states and what comes back stay float32.
+def velocity(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, full_precision: bool = False) -> Tensor:
+    """Velocity (b, c, f, h, w) of one transformer call in bfloat16 autocast; x and the result stay float32.
 
-    `fine`: in the dtype of its own weights, for differences of calls that bfloat16 would drown; by the class's own
-    forward, as accelerate puts its autocast around an instance's.
+    `full_precision` runs in the dtype of the model's weights, for differences between calls that bfloat16 would drown.
+    It takes the forward of the class, because accelerate wraps that of the instance in an autocast.
     """
-    call = partial(type(model).forward, model) if fine else model
-    with torch.autocast(
-        x.device.type, torch.bfloat16, enabled=not fine or model.patch_embedding.weight.dtype != x.dtype
-    ):
-        return call(x, t, words, return_dict=False)[0].float()
+    call = partial(type(model).forward, model) if full_precision else model
+    autocast = not full_precision or model.patch_embedding.weight.dtype != x.dtype
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        return call(x, t, text, return_dict=False)[0].float()
 
 
-def guided(model: nn.Module, x: Tensor, t: Tensor, words: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
-    """Guided velocity as `WanPipeline` forms it: uncond + guidance (cond - uncond); a number, or one a sample (b,)."""
-    cond = velocity(model, x, t, words)
+def guided(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
+    """Guided velocity as in `WanPipeline`, uncond + guidance (cond - uncond); one guidance, or one per sample (b,)."""
+    cond = velocity(model, x, t, text)
     if isinstance(guidance, Tensor):
         guidance = expand_like(guidance, x)
     elif guidance == 1:

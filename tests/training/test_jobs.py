@@ -1,10 +1,10 @@
-"""Which distillation: rivals of equal compute, large models by adapters, several processes, and orders refused."""
+"""Distillation jobs: ablations of equal compute, large models with LoRA, two processes, and jobs that are refused."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from safetensors.torch import load_file
-from support import build_pipe
+from support import build_pipe, gpd_task
 from transformers import UMT5Config, UMT5EncoderModel
 
 import accel
@@ -26,7 +26,8 @@ from accel.students.loading import load_student
 from accel.students.weights import NAME
 from accel.training import OPTIM_CONFIGS, train_parts
 from accel.training.feature_probe import FeatureProbe
-from accel.training.gpd_job import ABLATIONS, _stage_config, cost, masked, stage_recipes
+from accel.training.gpd_job import GpdJob, describe_high_frequencies, iteration_cost
+from accel.training.loop import fit
 from accel.training.lora_networks import LoRANetworks
 from accel.training.networks import FullNetworks, guided, velocity
 from accel.training.optim import OptimConfig
@@ -37,62 +38,93 @@ from accel.training.tasks.meanflow_distillation import MeanFlowConfig, MeanFlowT
 from accel.training.tasks.predictor_fit import PredictorConfig, PredictorTask
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_rival_costs_as_many_forward_passes_as_gpd(ablation):
+@pytest.mark.parametrize("ablation", GpdJob.ablations)
+def test_every_ablation_costs_as_many_forward_passes_as_gpd(ablation):
     def spent(config):
-        optims = stage_recipes(OptimConfig(steps=110, lr=1e-3), config)
-        return sum(r.steps * cost(config, k) for r, k in zip(optims, config.horizons, strict=True))
+        optims = GpdJob().optim_configs(OptimConfig(steps=110, lr=1e-3), config)
+        return sum(r.steps * iteration_cost(config, k) for r, k in zip(optims, config.horizons, strict=True))
 
-    assert spent(GpdConfig(**ABLATIONS[ablation](4.0))) == pytest.approx(spent(GpdConfig()), rel=0.01)
+    assert spent(GpdConfig(**GpdJob.ablations[ablation](4.0))) == pytest.approx(spent(GpdConfig()), rel=0.01)
 
 
-def test_the_bench_knows_the_rivals_that_can_be_trained():
-    assert {"gpd", *(name for names in bench.ABLATIONS.values() for name in names)} == set(ABLATIONS)
+def test_the_bench_has_every_ablation_that_can_be_trained():
+    assert {"gpd", *(name for names in bench.ABLATIONS.values() for name in names)} == set(GpdJob.ablations)
 
 
 @pytest.mark.parametrize(("ablation", "shared"), [("no-constraint", 7), ("halving", 1), ("annealed", 0), ("direct", 0),
                                              ("guidance-only", 0)])  # fmt: skip
-def test_a_rival_shares_the_stages_that_it_would_train_alike(ablation, shared):
-    def order(ablation):
-        config = GpdConfig(**ABLATIONS[ablation](4.0))
-        optims = [optim.model_dump() for optim in stage_recipes(OptimConfig(steps=110, lr=1e-3), config)]
+def test_an_ablation_shares_the_stages_that_it_would_train_alike(ablation, shared):
+    def record(ablation):
+        config = GpdConfig(**GpdJob.ablations[ablation](4.0))
+        optims = [optim.model_dump() for optim in GpdJob().optim_configs(OptimConfig(steps=110, lr=1e-3), config)]
         return {"base_fingerprint": [0.5], "config": config.model_dump(mode="json"), "optims": optims}
 
-    stages = range(len(order(ablation)["config"]["horizons"]))
-    alike = [_stage_config(order(ablation), stage) == _stage_config(order("gpd"), stage) for stage in stages]
+    stage_config = GpdJob().stage_config
+    stages = range(len(record(ablation)["config"]["horizons"]))
+    alike = [stage_config(record(ablation), stage) == stage_config(record("gpd"), stage) for stage in stages]
     assert alike == [stage < shared for stage in stages]
 
 
-def test_the_cost_of_an_iteration_does_not_grow_with_the_horizon_but_directly_it_does():
-    assert [cost(GpdConfig(), k) for k in (1, 2, 8)] == [5, 6, 6]
-    assert [cost(GpdConfig(target_scheme="direct"), k) for k in (1, 8)] == [5, 19]
+def test_the_cost_of_an_iteration_grows_with_the_horizon_for_direct_targets_only():
+    assert [iteration_cost(GpdConfig(), k) for k in (1, 2, 8)] == [5, 6, 6]
+    assert [iteration_cost(GpdConfig(target_scheme="direct"), k) for k in (1, 8)] == [5, 19]
 
 
-@pytest.fixture
-def large(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def large_template(tmp_path_factory) -> Path:
     """A pipeline folder that is not of the toy world, with a file of prompts beside it."""
     torch.manual_seed(0)
     text = UMT5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     pipe = build_pipe()
     pipe.register_modules(text_encoder=UMT5EncoderModel(text))
-    folder = tmp_path / "large"
+    folder = tmp_path_factory.mktemp("template") / "large"
     pipe.save_pretrained(folder)
-    defaults = {"height": 64, "width": 64, "frames": 5, "steps": 20, "guidance": 3.0, "text_length": 8}
+    defaults = {"height": 32, "width": 32, "frames": 5, "steps": 20, "guidance": 3.0, "text_length": 8}
     (folder / "accel.json").write_text(json.dumps(defaults))
-    (tmp_path / "prompts.txt").write_text("a red star\na blue disc\na green ring\na cyan cross\n")
+    (folder.parent / "prompts.txt").write_text("a red star\na blue disc\na green ring\na cyan cross\n")
     return folder
 
 
-def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_path, monkeypatch, sample):
-    monkeypatch.setitem(OPTIM_CONFIGS["others"], "gpd", {**OPTIM_CONFIGS["others"]["gpd"], "steps": 1, "lr": 1e-2})
-    done = train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
+@pytest.fixture
+def large(large_template, tmp_path) -> Path:
+    """A copy of the pipeline folder and its prompts."""
+    shutil.copytree(large_template.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "large"
+
+
+def train(what: str, model: Path, minutes=None, resume=False, **job) -> dict:
+    """Train a student of a large model, with one iteration in most stages."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps = {"gpd": 1, "meanflow": 1, "predictor": 3}[what]
+        config = {**OPTIM_CONFIGS["others"][what], "steps": steps, "lr": 1e-2}
+        patch.setitem(OPTIM_CONFIGS["others"], what, config)
+        patch.setattr("accel.training.gpd_job.FIRST_STAGE_FACTOR", 1)
+        job = {"model": str(model), "prompts": model.parent / "prompts.txt"} | job
+        return train_parts(what, minutes, resume, model.parent / "out", **job)
+
+
+@pytest.fixture(scope="module")
+def distilled(large_template, tmp_path_factory) -> Path:
+    """The folder of a large model with its GPD students, which are LoRA adapters."""
+    folder = tmp_path_factory.mktemp("distilled")
+    shutil.copytree(large_template.parent, folder, dirs_exist_ok=True)
+    done = train("gpd", folder / "large", rank=2)
     assert list(done["gpd"]["stages"]) == [f"k{k}" for k in range(1, 9)]
-    pipe = accel.load_pipeline(str(large))
-    facts = json.loads((large / "gpd-N6" / "gpd.json").read_text())
-    pipe.scheduler.set_timesteps(6)  # the model's own grid of as many steps
+    return folder / "large"
+
+
+def attributes(model: torch.nn.Module) -> dict[str, list[str]]:
+    """The names of all attributes of a model's modules."""
+    return {name: sorted(vars(module)) for name, module in model.named_modules()}
+
+
+def test_a_large_model_is_distilled_into_lora_students_that_run(distilled, sample):
+    pipe = accel.load_pipeline(str(distilled))
+    facts = json.loads((distilled / "gpd-N6" / "gpd.json").read_text())
+    pipe.scheduler.set_timesteps(6)  # the model's own schedule of as many steps
     assert facts["timesteps"] == pipe.scheduler.timesteps.tolist() and facts["shift"] == 3.0
     assert facts["sigmas"] == pytest.approx(pipe.scheduler.sigmas.tolist(), abs=1e-6)
-    plain, before = sample(pipe), {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()}
+    baseline, before = sample(pipe), attributes(pipe.transformer)
     with accel.apply(pipe, [GPD(steps=6)]) as trace:
         assert sample(pipe, steps=6, guidance=1.0).isfinite().all()
     assert trace.summary()["calls"] == {"compute": 6}
@@ -103,109 +135,159 @@ def test_a_large_model_is_distilled_by_adapters_and_its_student_runs(large, tmp_
         pipe.transformer.disable_adapters()
         with pytest.raises(ValueError, match="leave adapters and their scale alone"):
             sample(pipe, steps=6, guidance=1.0)
-    assert {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()} == before
-    assert torch.equal(sample(pipe), plain)
+    assert attributes(pipe.transformer) == before
+    assert torch.equal(sample(pipe), baseline)
 
 
-def test_a_large_model_learns_mean_velocities_and_a_predictor_and_both_run(large, tmp_path, monkeypatch, sample):
-    given = dict(model=str(large), prompts=tmp_path / "prompts.txt")
-    for what, steps in (("meanflow", 1), ("predictor", 3)):
-        monkeypatch.setitem(
-            OPTIM_CONFIGS["others"], what, {**OPTIM_CONFIGS["others"][what], "steps": steps, "lr": 1e-2}
-        )
-    train_parts("meanflow", None, False, tmp_path / "out", rank=2, **given)
-    train_parts("predictor", None, False, tmp_path / "out", **given)
+def test_a_student_leaves_the_users_own_lora_on(distilled, sample):
+    pipe = accel.load_pipeline(str(distilled))
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    names = list(pipe.transformer.state_dict())
+    styled = sample(pipe, steps=5)
+    with accel.apply(pipe, [GPD(steps=6)]):
+        assert pipe.transformer.active_adapters() == ["style", NAME]
+    assert pipe.transformer.active_adapters() == ["style"] and torch.equal(sample(pipe, steps=5), styled)
+    pipe.transformer.disable_adapters()
+    baseline = sample(pipe, steps=5)
+    with accel.apply(pipe, [GPD(steps=6)]):
+        assert pipe.transformer.active_adapters() == [NAME]
+    assert torch.equal(sample(pipe, steps=5), baseline) and not torch.equal(baseline, styled)
+    assert list(pipe.transformer.state_dict()) == names
+
+
+def test_a_large_model_is_distilled_into_meanflow_with_a_predictor_and_both_run(large, sample):
+    train("meanflow", large, rank=2)
+    train("predictor", large)
     assert sorted(p.name for p in (large / "meanflow").iterdir()) == [
-        "meanflow.json", "pytorch_lora_weights.safetensors", "told.safetensors",
+        "interval_embedder.safetensors", "meanflow.json", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     pipe = accel.load_pipeline(str(large))
-    plain, before = sample(pipe), {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()}
+    baseline, before = sample(pipe), attributes(pipe.transformer)
     with accel.apply(pipe, [MeanFlow(steps=5, guidance=3), DisCa(num_full_steps=3)]) as trace:
         assert sample(pipe, steps=5, guidance=1.0).isfinite().all()
     assert trace.summary()["calls"] == {"compute": 3, "predict": 2}
-    assert {name: sorted(vars(m)) for name, m in pipe.transformer.named_modules()} == before
-    assert torch.equal(sample(pipe), plain)
+    assert attributes(pipe.transformer) == before
+    assert torch.equal(sample(pipe), baseline)
 
 
-def test_full_weights_of_a_large_model_learn_too(large, tmp_path, monkeypatch, sample):
-    monkeypatch.setitem(
-        OPTIM_CONFIGS["others"], "meanflow", {**OPTIM_CONFIGS["others"]["meanflow"], "steps": 1, "lr": 1e-2}
-    )
-    given = dict(model=str(large), prompts=tmp_path / "prompts.txt", rank=0)
-    train_parts("meanflow", None, False, tmp_path / "out", **given)
+def test_all_weights_of_a_large_model_can_be_trained(large, sample):
+    train("meanflow", large, rank=0)
     assert (large / "meanflow" / "model.safetensors").is_file()
     pipe = accel.load_pipeline(str(large))
-    plain = sample(pipe, steps=5)
+    baseline = sample(pipe, steps=5)
     with accel.apply(pipe, [MeanFlow(steps=5, guidance=3)]):
         assert sample(pipe, steps=5, guidance=1.0).isfinite().all()
-    assert torch.equal(sample(pipe, steps=5), plain)
+    assert torch.equal(sample(pipe, steps=5), baseline)
 
 
-def wan_1_3b() -> WanTransformer3DModel:
-    """Random weights in the 1.3B layout, cut to two blocks, in half precision."""
+def test_a_job_is_resumed_with_the_prompts_that_it_began_with(large):
+    train("gpd", large, minutes=1e-9, rank=2)
+    (large.parent / "prompts.txt").write_text("a red ring\na blue disc\na green ring\na cyan cross\n")
+    with pytest.raises(ValueError, match="holds another job"):
+        train("gpd", large, minutes=1e-9, resume=True, rank=2)
+
+
+def half_precision_wan() -> WanTransformer3DModel:
+    """Random weights in half precision with the layout of Wan 2.1, but one block and narrow."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=32, text_dim=32, ffn_dim=64, num_layers=1, in_channels=16
+    )
     return model.to(torch.bfloat16)
 
 
-def plain_ground(words, levels) -> RolloutContext:
-    """One prompt's embeddings (1, n, d), and levels, for latents of that layout."""
-    encode = lambda texts: words.expand(len(texts), -1, -1)
-    return RolloutContext(encode, lambda rng: "a", levels, 1000 * levels[:-1], (16, 2, 4, 4))
+def constant_prompt_context(text: torch.Tensor, sigmas: torch.Tensor) -> RolloutContext:
+    """A context with one prompt's embeddings (1, n, d), for latents of that layout."""
+    encode = lambda texts: text.expand(len(texts), -1, -1)
+    return RolloutContext(encode, lambda rng: "a", sigmas, 1000 * sigmas[:-1], (16, 2, 4, 4))
 
 
-def test_the_wan_1_3b_layout_learns_mean_velocities_by_adapters():
-    model = wan_1_3b()
+def test_lora_learns_mean_velocities_of_a_half_precision_model():
+    model = half_precision_wan()
     model.condition_embedder = IntervalEmbedder(model.condition_embedder)
-    x, words, levels = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 6, 4096), torch.tensor([1.0, 0.5, 0.0]).double()
+    x, text, sigmas = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 6, 32), torch.tensor([1.0, 0.5, 0.0]).double()
     nets = LoRANetworks(model, rank=4)
-    context = MeanFlowContext(**vars(plain_ground(words, levels)), guidance=3.0)
+    context = MeanFlowContext(**vars(constant_prompt_context(text, sigmas)), guidance=3.0)
     config = MeanFlowConfig(
-        base_steps=2, steps=(2, 1), guidance=(2, 5), max_interval=0.5, equal=0, trajectories=1, max_stride=1, warm=1
-    )
+        base_steps=2, steps=(2, 1), guidance=(2, 5), max_interval=0.5, zero_interval_fraction=0, trajectories=1,
+        max_stride=1, warm=1,
+    )  # fmt: skip
     task = MeanFlowTask(OptimConfig(steps=2, lr=1e-3), config, nets, context)
-    told = pack_timestep(torch.tensor([0.7]), torch.tensor([0.7]), torch.tensor([3.0]))
+    timestep = pack_timestep(torch.tensor([0.7]), torch.tensor([0.7]), torch.tensor([3.0]))
     for stage in (0, 1):
         task.stage = stage
         loss, logs = task.loss(nets.module, 0, 0)
         loss.backward()
         assert loss.isfinite() and (stage == 0 or logs["correction"] > 0)
-    learnt = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
-    assert learnt and all(".current." in name or ".scalars." in name for name in learnt)
-    assert any("time_embedder.linear_1.lora_B" in name for name in learnt)
-    before = nets.previous(x, told, words)
+    trained = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert trained and all(".current." in name or ".scalars." in name for name in trained)
+    assert any("time_embedder.linear_1.lora_B" in name for name in trained)
+    before = nets.previous(x, timestep, text)
     with torch.no_grad():
         model.condition_embedder.scalars["end"].mlp.linear_2.weight.add_(0.1)
-    assert torch.equal(nets.previous(x, told, words), before)
-    assert not torch.equal(velocity(model, x, told, words), before)
+    assert torch.equal(nets.previous(x, timestep, text), before)
+    assert not torch.equal(velocity(model, x, timestep, text), before)
 
 
-def test_a_predictor_for_the_wan_1_3b_layout_learns_while_the_student_stays_frozen_in_half_precision():
-    model = wan_1_3b()
+def test_a_predictor_learns_in_float32_while_its_half_precision_student_stays_frozen():
+    model = half_precision_wan()
     model.condition_embedder = IntervalEmbedder(model.condition_embedder)
-    words, levels = torch.randn(1, 6, 4096), torch.linspace(1, 0, 5).double()
-    context = MeanFlowContext(**vars(plain_ground(words, levels)), guidance=3.0)
+    text, sigmas = torch.randn(1, 6, 32), torch.linspace(1, 0, 5).double()
+    context = MeanFlowContext(**vars(constant_prompt_context(text, sigmas)), guidance=3.0)
     config = PredictorConfig(steps=4, guidance=(2, 5), trajectories=1, full=(2, 3), strides=(1,))
-    predictor = Predictor(Wan(), model, "residual", 1)
-    learn = PredictorTask(
-        OptimConfig(steps=2, lr=1e-3), config, FeatureProbe(model, spare=True), predictor, context, (2, 2, 2)
-    )
-    learn.stage, learn.trajectories.index[:] = 1, 2
-    learn.cached.normal_()
-    loss, logs = learn.loss(learn.module, 0, 0)
+    predictor, student = Predictor(Wan(), model, "residual", 1), FeatureProbe(model, checkpointing=True)
+    task = PredictorTask(OptimConfig(steps=2, lr=1e-3), config, student, predictor, context, (2, 2, 2))
+    task.stage, task.trajectories.index[:] = 1, 2
+    task.cached.normal_()
+    loss, logs = task.loss(task.module, 0, 0)
     loss.backward()
     assert loss.isfinite() and logs["velocity"] > 0
     assert predictor.out.weight.grad.any() and all(p.grad is None for p in model.parameters())
-    assert {p.dtype for p in predictor.parameters()} == {torch.float32} and not learn.cached.isnan().any()
+    assert {p.dtype for p in predictor.parameters()} == {torch.float32} and not task.cached.isnan().any()
 
 
-def test_a_training_is_resumed_with_the_prompts_that_it_began_with(large, tmp_path, monkeypatch):
-    monkeypatch.setitem(OPTIM_CONFIGS["others"], "gpd", {**OPTIM_CONFIGS["others"]["gpd"], "steps": 1})
-    given = dict(model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
-    train_parts("gpd", 1e-9, False, tmp_path / "out", **given)
-    (tmp_path / "prompts.txt").write_text("a red ring\na blue disc\na green ring\na cyan cross\n")
-    with pytest.raises(ValueError, match="holds another training"):
-        train_parts("gpd", 1e-9, True, tmp_path / "out", **given)
+def test_only_the_current_lora_of_a_half_precision_model_is_trained_and_in_float32():
+    model = half_precision_wan()
+    x, t, text = torch.randn(1, 16, 2, 4, 4), torch.tensor([700]), torch.randn(1, 6, 32)
+    base = guided(model, x, t, text, 0 * text, 3.0)
+    nets = LoRANetworks(model, rank=4)
+    context = constant_prompt_context(text, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
+    config = GpdConfig(base_steps=2, trajectories=1, horizons=(2,))
+    loss, _ = GpdTask(OptimConfig(steps=2, lr=1e-3), config, nets, context).loss(nets.module, 0, 0)
+    loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    assert trained and all(".current." in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert all(p.requires_grad == (".current." in name) for name, p in model.named_parameters())
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.1)
+    v = velocity(model, x, t, text)
+    assert torch.equal(nets.teacher(x, t, text, 0 * text, 3.0), base)
+    assert (nets.previous(x, t, text) - v).abs().max() > 0.1
+    nets.next_stage()
+    assert torch.equal(nets.previous(x, t, text), v) and torch.equal(velocity(model, x, t, text), v)
+
+
+@pytest.mark.parametrize("has_interval", [False, True])
+def test_a_stored_lora_gives_the_velocities_of_the_trained_one(has_interval, tmp_path):
+    model = build_pipe().transformer
+    if has_interval:
+        model.condition_embedder = IntervalEmbedder(model.condition_embedder)
+    nets, t = LoRANetworks(model, 2), torch.tensor([500.0])
+    x, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 6, 16)
+    for name, weight in model.named_parameters():
+        if "current" in name or "scalars" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    timestep = pack_timestep(t / 1000, t / 2000, torch.tensor([3.0])) if has_interval else t
+    store(nets, tmp_path, "gpd.json", {})
+    fresh = build_pipe().transformer
+    with torch.no_grad(), load_student(tmp_path, fresh):
+        if has_interval:
+            with with_interval_embedder(fresh, load_file(tmp_path / INTERVAL_EMBEDDER)):
+                torch.testing.assert_close(velocity(fresh, x, timestep, text), velocity(model, x, timestep, text))
+        else:
+            torch.testing.assert_close(velocity(fresh, x, t, text), velocity(model, x, t, text))
+        assert not torch.allclose(velocity(fresh, x, t, text), velocity(build_pipe().transformer, x, t, text))
 
 
 def test_full_weights_are_refused_where_a_lora_is_on(pipe, tmp_path):
@@ -215,54 +297,8 @@ def test_full_weights_are_refused_where_a_lora_is_on(pipe, tmp_path):
         load_student(tmp_path, pipe.transformer)
 
 
-def test_the_shipped_models_students_are_made_as_recorded_or_not_at_all(tmp_path):
-    with pytest.raises(ValueError, match="leave --slots out"):
-        train_parts("gpd", 0, False, tmp_path, trajectories=8)
-
-
-def test_a_student_leaves_the_users_own_adapter_on(large, tmp_path, monkeypatch, sample):
-    monkeypatch.setitem(OPTIM_CONFIGS["others"], "gpd", {**OPTIM_CONFIGS["others"]["gpd"], "steps": 1, "lr": 1e-2})
-    train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt", rank=2)
-    pipe = accel.load_pipeline(str(large))
-    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
-    names = list(pipe.transformer.state_dict())
-    styled = sample(pipe)
-    with accel.apply(pipe, [GPD(steps=6)]):
-        assert pipe.transformer.active_adapters() == ["style", NAME]
-    assert pipe.transformer.active_adapters() == ["style"] and torch.equal(sample(pipe), styled)
-    pipe.transformer.disable_adapters()
-    plain = sample(pipe)
-    with accel.apply(pipe, [GPD(steps=6)]):
-        assert pipe.transformer.active_adapters() == [NAME]
-    assert torch.equal(sample(pipe), plain) and not torch.equal(plain, styled)
-    assert list(pipe.transformer.state_dict()) == names
-
-
-def test_adapters_of_the_wan_1_3b_layout_learn_alone_in_float32():
-    model = wan_1_3b()
-    x, t, words = torch.randn(1, 16, 2, 4, 4), torch.tensor([700]), torch.randn(1, 6, 4096)
-    base = guided(model, x, t, words, 0 * words, 3.0)
-    nets = LoRANetworks(model, rank=4)
-    levels = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
-    context = plain_ground(words, levels)
-    task = GpdTask(OptimConfig(steps=2, lr=1e-3), GpdConfig(base_steps=2, trajectories=1, horizons=(2,)), nets, context)
-    loss, _ = task.loss(nets.module, 0, 0)
-    loss.backward()
-    learnt = {name: p for name, p in model.named_parameters() if p.grad is not None}
-    assert learnt and all(".current." in name and p.dtype == torch.float32 for name, p in learnt.items())
-    assert all(p.requires_grad == (".current." in name) for name, p in model.named_parameters())
-    with torch.no_grad():
-        for p in learnt.values():
-            p.add_(0.01)
-    v = velocity(model, x, t, words)
-    assert torch.equal(nets.teacher(x, t, words, 0 * words, 3.0), base)
-    assert (nets.previous(x, t, words) - v).abs().max() > 0.1
-    nets.next_stage()
-    assert torch.equal(nets.previous(x, t, words), v) and torch.equal(velocity(model, x, t, words), v)
-
-
-def test_the_mask_of_the_constraint_is_spelled_out():
-    assert masked((28, 5, 4, 4)) == "temporal frequencies ..##., spatial ones .## ### ### ###"
+def test_high_frequencies_are_drawn_as_text():
+    assert describe_high_frequencies((28, 5, 4, 4)) == "temporal frequencies ..##., spatial ones .## ### ### ###"
 
 
 def test_a_model_of_two_transformers_is_refused(two_models, monkeypatch, tmp_path):
@@ -272,71 +308,50 @@ def test_a_model_of_two_transformers_is_refused(two_models, monkeypatch, tmp_pat
         train_parts("gpd", None, False, tmp_path / "out", model="other/model", prompts=tmp_path / "prompts.txt")
 
 
-@pytest.mark.parametrize("interval", [False, True])
-def test_a_stored_adapter_goes_the_way_of_the_trained_one(interval, tmp_path):
-    model = build_pipe().transformer
-    if interval:
-        model.condition_embedder = IntervalEmbedder(model.condition_embedder)
-    nets, t = LoRANetworks(model, 2), torch.tensor([500.0])
-    x, words = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 6, 16)
-    for name, weight in model.named_parameters():
-        if "current" in name or "scalars" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    time = pack_timestep(t / 1000, t / 2000, torch.tensor([3.0])) if interval else t
-    store(nets, tmp_path, "gpd.json", {})
-    fresh = build_pipe().transformer
-    with torch.no_grad(), load_student(tmp_path, fresh):
-        told = with_interval_embedder(fresh, load_file(tmp_path / INTERVAL_EMBEDDER)) if interval else nullcontext()
-        with told:
-            torch.testing.assert_close(velocity(fresh, x, time, words), velocity(model, x, time, words))
-        assert not torch.allclose(velocity(fresh, x, t, words), velocity(build_pipe().transformer, x, t, words))
-
-
-def test_orders_that_cannot_be_are_refused_with_the_reason(large, tmp_path):
-    for asked, reason in (
-        (dict(ablation="quartering"), "unknown arm 'quartering'; there are gpd, no-constraint"),
+def test_impossible_jobs_are_refused_with_the_reason(large, tmp_path):
+    for job, reason in (
+        (dict(ablation="quartering"), "unknown ablation 'quartering'; available: gpd, no-constraint"),
         (dict(model=str(large)), "this model needs prompts to train on: give --prompts FILE"),
         (dict(model=str(large), prompts=tmp_path / "none.txt"), "give --prompts FILE"),
+        (dict(rank=4), "all weights of its students are trained: leave --rank out"),
+        (dict(trajectories=8), "leave --trajectories out"),
     ):
         with pytest.raises(ValueError, match=reason):
-            train_parts("gpd", None, False, tmp_path / "out", **asked)
+            train_parts("gpd", None, False, tmp_path / "out", **job)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="has 2 prompts: at least 3 are needed, 2 of them for validation"):
+        train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt")
     with pytest.raises(ValueError, match="--rank is for gpd, meanflow, predictor alone, not for base"):
         train_parts("base", None, False, tmp_path / "out", rank=4)
-    with pytest.raises(ValueError, match="its students are whole: leave --rank out"):
-        train_parts("gpd", None, False, tmp_path / "out", rank=4)
-    (tmp_path / "prompts.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match="has 2 prompts: 3 are needed, 2 of them to look at"):
-        train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt")
 
 
-def launch(worker: str, n: int, folder: Path) -> None:
-    """Run a worker of this folder in n processes that know of each other, by gloo."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    path = os.pathsep.join(
-        [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
-    given = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    script = [str(Path(__file__).parent / worker), str(folder), str(n)]
-    done = subprocess.run([*start, *script], env=given, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """A folder in which two processes, connected by gloo, have trained every kind of student."""
+    folder, here = tmp_path_factory.mktemp("distributed"), Path(__file__).parent
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(here.parents[1]), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    script = [str(here / "distributed_worker.py"), str(folder)]
+    done = subprocess.run([*start, *script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
-def test_processes_of_mean_flow_and_of_a_predictor_stay_together(tmp_path):
-    launch("predictor_worker.py", 2, tmp_path)
-    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
-    for name in ("mean", "predictor"):
-        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
+@pytest.mark.parametrize("student", ["gpd", "meanflow", "predictor"])
+def test_two_processes_end_with_the_same_weights(student, two_processes):
+    first, second = (torch.load(two_processes / f"{i}.pt", weights_only=True)[student] for i in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
-    def run(n: int) -> tuple[float, dict]:
-        folder = tmp_path / str(n)
-        launch("gpd_worker.py", n, folder)
-        line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-        return line["loss"], torch.load(folder / "state.pt", weights_only=True)
-
-    (one, whole), (two, parts) = run(1), run(2)
+def test_two_processes_learn_what_one_learns(two_processes, pipe, tmp_path):
+    task = gpd_task(pipe, 4, trajectories=4, horizons=(1,))
+    task.optim = OptimConfig(steps=20, lr=1e-3, warmup=1, ema=0.0)
+    fit(task, tmp_path, minutes=None, resume=False)
+    folders = (tmp_path, two_processes / "gpd")
+    one, two = (json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["loss"] for folder in folders)
     assert one == pytest.approx(two, rel=0.01)  # after 20 iterations in bfloat16
-    assert torch.equal(whole["task"]["index"], parts["task"]["index"])
-    for name, weight in whole["module"].items():
-        torch.testing.assert_close(parts["module"][name], weight, rtol=0.02, atol=2e-3)
+    one, two = (torch.load(folder / "state.pt", weights_only=True) for folder in folders)
+    assert torch.equal(one["task"]["index"], two["task"]["index"])
+    for name, weight in one["module"].items():
+        torch.testing.assert_close(two["module"][name], weight, rtol=0.02, atol=2e-3)

@@ -1,4 +1,4 @@
-"""Training DisCa's predictor: what it is held against, where the caches come from, and the discriminator."""
+"""Training DisCa's predictor: targets, caches, trajectories as at inference, and the adversarial stage."""
 
 import json
 import random
@@ -7,66 +7,65 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import PREDICTOR_STEPS as STEPS
-from support import build_pipe, make_meanflow, random_wan, timed
-from support import predictor_task as task
+from support import build_pipe, make_meanflow, predictor_task, random_wan, timed
 
 from accel.families.wan import Wan
 from accel.methods.disca.disca import select_full_steps
 from accel.methods.disca.predictor import Predictor
 from accel.ops.flow import euler
+from accel.runtime.models import ModelDefaults
 from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
-from accel.training import predictor_job as teach_predictor
 from accel.training.feature_probe import FeatureProbe
-from accel.training.jobs import DistillJob
+from accel.training.jobs import DistillJob, run_job
 from accel.training.loop import fit
 from accel.training.networks import velocity
 from accel.training.optim import OptimConfig
-from accel.training.predictor_job import stage_recipes, train_predictor
+from accel.training.predictor_job import PredictorJob
 from accel.training.tasks.predictor_fit import PredictorConfig
 
 
-def test_a_watched_student_gives_what_it_gave_and_its_last_feature(pipe):
-    watched, x, time = pipe.transformer, torch.randn(2, 4, 3, 4, 4), torch.tensor([700.0, 200.0])
-    words = torch.randn(2, 6, 16)
+def test_probing_a_student_changes_no_output_and_gives_its_last_feature(pipe):
+    student, x, time = pipe.transformer, torch.randn(2, 4, 3, 4, 4), torch.tensor([700.0, 200.0])
+    text = torch.randn(2, 6, 16)
     with torch.no_grad():
-        plain = velocity(watched, x, time, words)
-        student = FeatureProbe(watched)
-        v, feature = student.whole(x, time, words)
-        u, same = student.predicted(lambda hidden, cached, *_: cached, feature, x, time, words)
-    assert torch.equal(v, plain) and torch.allclose(u, v, atol=1e-2) and torch.equal(same, feature)
-    assert student.layers == [0, 1]
+        original = velocity(student, x, time, text)
+        probe = FeatureProbe(student)
+        v, feature = probe.full_forward(x, time, text)
+        u, same = probe.predicted_forward(lambda hidden, cached, *_: cached, feature, x, time, text)
+    assert torch.equal(v, original) and torch.allclose(u, v, atol=1e-2) and torch.equal(same, feature)
+    assert probe.layers == [0, 1]
 
 
-def test_an_untrained_residual_predictor_errs_by_what_the_feature_has_changed(pipe):
-    learn = task(pipe)
-    learn.trajectories.index = torch.tensor([2, 3, 4, 1])  # of anchors 0, 1 and 5
-    learn.cached.normal_()
-    x, words, cached = learn.trajectories.x.clone(), learn.trajectories.words.clone(), learn.cached.clone()
-    time = learn._time()[2]
+def test_an_untrained_residual_predictor_errs_by_the_change_of_the_feature(pipe):
+    task = predictor_task(pipe)
+    task.trajectories.index = torch.tensor([2, 3, 4, 1])  # the full steps are 0, 1 and 5
+    task.cached.normal_()
+    x, text, cached = task.trajectories.x.clone(), task.trajectories.text.clone(), task.cached.clone()
+    time = task._interval()[2]
     with torch.no_grad():
-        v, feature = learn.student.whole(x, time, words)
-        u, _ = learn.student.predicted(lambda hidden, cached, *_: cached, cached, x, time, words)
-    loss, logs = learn.loss(learn.module, 0, 0)
+        v, feature = task.student.full_forward(x, time, text)
+        u, _ = task.student.predicted_forward(lambda hidden, cached, *_: cached, cached, x, time, text)
+    loss, logs = task.loss(task.module, 0, 0)
     each = [((a - b).square().mean() / size).item() for a, b, size in zip(cached, feature, feature.flatten(1).var(1))]
     errors = [((a - b).square().mean() / b.square().mean()).item() for a, b in zip(u, v)]
-    assert logs["feature"] == pytest.approx(sum(each[:3]) / 3, rel=1e-3)  # at an anchor nothing is predicted
+    assert logs["feature"] == pytest.approx(sum(each[:3]) / 3, rel=1e-3)  # at a full step nothing is predicted
     assert logs["velocity"] == pytest.approx(sum(errors[:3]) / 3, rel=1e-3)
     assert loss.item() == pytest.approx(logs["velocity"] + 0.1 * logs["feature"], rel=1e-3)
 
 
-def test_slots_that_are_all_at_anchors_go_on_until_there_is_something_to_predict(pipe):
-    learn = task(pipe)
-    assert (learn.trajectories.index == 0).all()
-    loss, logs = learn.loss(learn.module, 0, 0)
-    assert (learn.trajectories.index == 3).all()  # by whole passes over the anchors 0 and 1, and then the lesson at 2
-    assert loss.item() > 0 and logs["velocity"] > 0 and learn.cached.abs().sum() > 0
+def test_trajectories_that_are_all_at_full_steps_move_on_until_there_is_something_to_predict(pipe):
+    task = predictor_task(pipe)
+    assert (task.trajectories.index == 0).all()
+    loss, logs = task.loss(task.module, 0, 0)
+    assert (task.trajectories.index == 3).all()  # full forward passes at steps 0 and 1, r an iteration at 2
+    assert loss.item() > 0 and logs["velocity"] > 0 and task.cached.abs().sum() > 0
 
 
-def test_slots_run_as_the_predictor_is_served():
+def test_runs_in_training_are_those_at_inference():
     config = PredictorConfig(guidance=(2, 5))
-    runs = [config.run(random.Random(seed)) for seed in range(200)]
+    runs = [config.draw_run(random.Random(seed)) for seed in range(200)]
     assert {stride for stride, _ in runs} == {1, 2}
-    assert {(stride, *anchors) for stride, anchors in runs} == {
+    assert {(stride, *full_steps) for stride, full_steps in runs} == {
         (stride, *(stride * step for step in select_full_steps(full, 20 // stride)))
         for stride, counts in ((1, range(7, 13)), (2, range(4, 7))) for full in counts
     }  # fmt: skip
@@ -76,181 +75,189 @@ def test_slots_run_as_the_predictor_is_served():
             PredictorConfig(guidance=(2, 5), **given)
 
 
-def test_caches_are_refreshed_at_anchors_and_stay_between(pipe):
-    learn = task(pipe)
-    learn.trajectories.index = torch.tensor([2, 1, 3, 5])  # of anchors 0, 1 and 5
-    before = learn.cached.normal_().clone()
-    learn.loss(learn.module, 1, 0)
-    assert [torch.equal(a, b) for a, b in zip(before, learn.cached)] == [True, False, True, False]
+def test_caches_are_refreshed_at_full_steps_only(pipe):
+    task = predictor_task(pipe)
+    task.trajectories.index = torch.tensor([2, 1, 3, 5])  # the full steps are 0, 1 and 5
+    before = task.cached.normal_().clone()
+    task.loss(task.module, 1, 0)
+    assert [torch.equal(a, b) for a, b in zip(before, task.cached)] == [True, False, True, False]
 
 
-def test_runs_of_both_lengths_go_on_side_by_side(pipe):
-    learn = task(pipe, strides=(1, 2), trajectories=16)
-    learn.spread_timesteps()
-    runs = [learn.config.run(rng) for rng in learn.trajectories.rngs("run")]
-    place, before = learn.trajectories.index.clone(), learn.cached.clone()
+def test_runs_of_both_lengths_are_trained_together(pipe):
+    task = predictor_task(pipe, strides=(1, 2), trajectories=16)
+    task.spread_timesteps()
+    runs = [task.config.draw_run(rng) for rng in task.trajectories.rngs("run")]
+    place, before = task.trajectories.index.clone(), task.cached.clone()
     strides = torch.tensor([stride for stride, _ in runs])
     assert set(strides.tolist()) == {1, 2} and (place % strides == 0).all()
-    learn.loss(learn.module, 0, 0)
-    assert (learn.trajectories.index == (place + strides) % STEPS).all()
-    kept = [torch.equal(a, b) for a, b in zip(before, learn.cached)]
-    assert kept == [p not in anchors for p, (_, anchors) in zip(place.tolist(), runs)]
+    task.loss(task.module, 0, 0)
+    assert (task.trajectories.index == (place + strides) % STEPS).all()
+    unchanged = [torch.equal(a, b) for a, b in zip(before, task.cached)]
+    assert unchanged == [p not in full_steps for p, (_, full_steps) in zip(place.tolist(), runs)]
 
 
-def test_slots_of_a_shorter_run_go_two_levels_in_one_step(pipe):
-    learn = task(pipe, strides=(2,))  # three steps, of which the first and the last are whole
-    learn.trajectories.index[:] = 2
-    x, words = learn.trajectories.x.clone(), learn.trajectories.words.clone()
-    now, then, time, _ = learn._time()
+def test_steps_of_a_shorter_run_are_twice_as_long(pipe):
+    task = predictor_task(pipe, strides=(2,))  # three steps, the first and the last of them full
+    task.trajectories.index[:] = 2
+    x, text = task.trajectories.x.clone(), task.trajectories.text.clone()
+    t, r, time, _ = task._interval()
     with torch.no_grad():
-        u, _ = learn.student.predicted(learn.module.predictor, learn.cached, x, time, words)
-    assert learn.runs()[1].tolist() == 4 * [False]
-    learn.loss(learn.module, 0, 0)
-    assert (learn.trajectories.index == 4).all() and learn.runs()[1].all()
-    torch.testing.assert_close(learn.trajectories.x, euler(x, u, now.double(), then.double()), rtol=1e-3, atol=1e-3)
+        u, _ = task.student.predicted_forward(task.module.predictor, task.cached, x, time, text)
+    assert task.runs()[1].tolist() == 4 * [False]
+    task.loss(task.module, 0, 0)
+    assert (task.trajectories.index == 4).all() and task.runs()[1].all()
+    torch.testing.assert_close(task.trajectories.x, euler(x, u, t.double(), r.double()), rtol=1e-3, atol=1e-3)
 
 
-def test_between_anchors_slots_go_on_as_predicted_and_beside_them_the_way_of_whole_passes(pipe):
-    learn = task(pipe)  # anchors 0, 1 and 5
-    learn.trajectories.index = torch.tensor([3, 3, 0, 0])
-    learn.cached.normal_()
-    x, words, cached = learn.trajectories.x.clone(), learn.trajectories.words.clone(), learn.cached.clone()
-    now, then, time, _ = learn._time()
+def test_between_full_steps_x_follows_the_prediction_and_the_reference_full_forward_passes(pipe):
+    task = predictor_task(pipe)  # the full steps are 0, 1 and 5
+    task.trajectories.index = torch.tensor([3, 3, 0, 0])
+    task.cached.normal_()
+    x, text, cached = task.trajectories.x.clone(), task.trajectories.text.clone(), task.cached.clone()
+    t, r, time, _ = task._interval()
     with torch.no_grad():
-        v, _ = learn.student.whole(x, time, words)
-        u, _ = learn.student.predicted(learn.module.predictor, cached, x, time, words)
-    learn.loss(learn.module, 0, 0)
+        v, _ = task.student.full_forward(x, time, text)
+        u, _ = task.student.predicted_forward(task.module.predictor, cached, x, time, text)
+    task.loss(task.module, 0, 0)
     close = {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(
-        learn.trajectories.x, euler(x, torch.cat([u[:2], v[2:]]), now.double(), then.double()), **close
+        task.trajectories.x, euler(x, torch.cat([u[:2], v[2:]]), t.double(), r.double()), **close
     )
-    torch.testing.assert_close(learn.way, euler(x, v, now.double(), then.double()), **close)
-    assert not torch.equal(learn.way[:2], learn.trajectories.x[:2]) and torch.equal(
-        learn.way[2:], learn.trajectories.x[2:]
-    )
-    learn.loss(learn.module, 1, 0)
-    assert torch.equal(learn.way, learn.trajectories.x)  # two come to the last anchor, two from one
+    torch.testing.assert_close(task.reference, euler(x, v, t.double(), r.double()), **close)
+    assert not torch.equal(task.reference[:2], task.trajectories.x[:2])
+    assert torch.equal(task.reference[2:], task.trajectories.x[2:])
+    task.loss(task.module, 1, 0)
+    assert torch.equal(task.reference, task.trajectories.x)  # two arrive at the last full step, two come from one
 
 
 @pytest.mark.parametrize("short", [0.0, 0.1])
-def test_what_is_asked_of_a_slot_leads_to_where_whole_passes_lead(short, pipe, monkeypatch):
-    """A prediction that would lead there but for a share of the whole pass errs by the square of that share."""
-    learn = task(pipe)
-    learn.trajectories.index[:] = 2
-    now, then, *_ = learn._time()
-    learn.trajectories.x = learn.way + 0.1 * torch.randn_like(learn.way)  # astray
-    v, feature = learn._whole()
-    u = (euler(learn.way, v, now, then) - learn.trajectories.x) / (then - now).view(-1, 1, 1, 1, 1) - short * v
-    monkeypatch.setattr(learn.student, "predicted", lambda *_: (u, feature))
-    learn._lesson(learn.module, logs := {})
+def test_the_target_leads_to_where_full_forward_passes_lead(short, pipe, monkeypatch):
+    """A prediction that falls short of it by a fraction of the full pass has that fraction squared as its error."""
+    task = predictor_task(pipe)
+    task.trajectories.index[:] = 2
+    t, r, *_ = task._interval()
+    task.trajectories.x = task.reference + 0.1 * torch.randn_like(task.reference)  # astray
+    v, feature = task._full_forward()
+    u = (euler(task.reference, v, t, r) - task.trajectories.x) / (r - t).view(-1, 1, 1, 1, 1) - short * v
+    monkeypatch.setattr(task.student, "predicted_forward", lambda *_: (u, feature))
+    task._loss(task.module, logs := {})
     assert logs["velocity"] == pytest.approx(short**2, abs=1e-5)
 
 
-def test_slots_are_staggered_with_the_anchor_before_in_their_cache(pipe):
-    plain = task(pipe, trajectories=16)
-    for _ in (0, 1):  # both are anchors, the next one is the last step
+def test_spread_trajectories_have_the_feature_of_their_last_full_step_in_the_cache(pipe):
+    stepped = predictor_task(pipe, trajectories=16)
+    pool = stepped.trajectories
+    for _ in (0, 1):  # both are full steps, the next one is the last step
         with torch.no_grad():
-            v, feature = plain.student.whole(plain.trajectories.x, plain._time()[2], plain.trajectories.words)
-        plain.trajectories.move(v, plain.trajectories.index + 1)
-    learn = task(pipe, trajectories=16)
-    learn.spread_timesteps()
-    place = learn.trajectories.index
+            v, feature = stepped.student.full_forward(pool.x, stepped._interval()[2], pool.text)
+        pool.move(v, pool.index + 1)
+    task = predictor_task(pipe, trajectories=16)
+    task.spread_timesteps()
+    place = task.trajectories.index
     assert len(place.unique()) > 3
-    assert (learn.cached.flatten(1).abs().sum(1) > 0).tolist() == (place > 0).tolist()
-    torch.testing.assert_close(learn.cached[place > 1], feature[place > 1])
+    assert (task.cached.flatten(1).abs().sum(1) > 0).tolist() == (place > 0).tolist()
+    torch.testing.assert_close(task.cached[place > 1], feature[place > 1])
 
 
-def test_the_second_stage_teaches_each_side_its_own_part(pipe):
-    """What the predictor learns of being told apart has the weight of that; what the judge learns has its own."""
-    learn = task(pipe, feature=0.0)
-    learn.stage = 1
-    _, _, time, after = learn._time()
-    x, words, known = learn.trajectories.x, learn.trajectories.words, torch.tensor([0.0, 1, 1, 1])
-    learn.cached.normal_()
-    u, _ = learn.student.predicted(learn.module.predictor, learn.cached, x, time, words)
+def test_in_the_second_stage_predictor_and_discriminator_each_learn_from_their_own_loss(pipe):
+    """The weight of the adversarial loss scales the predictor's gradient and not the discriminator's."""
+    task = predictor_task(pipe, feature=0.0)
+    task.stage = 1
+    _, _, time, after = task._interval()
+    x, text, known = task.trajectories.x, task.trajectories.text, torch.tensor([0.0, 1, 1, 1])
+    task.cached.normal_()
+    u, _ = task.student.predicted_forward(task.module.predictor, task.cached, x, time, text)
     grads = {}
-    for sharpen in (0.0, 1e6):
-        learn.config = learn.config.model_copy(update={"adversarial": sharpen})
-        learn.module.zero_grad()
-        loss = learn._judged(learn.module.judge, [x, u], after, words, known, logs := {})
+    for weight in (0.0, 1e6):
+        task.config = task.config.model_copy(update={"adversarial": weight})
+        task.module.zero_grad()
+        loss = task._adversarial_loss(task.module.discriminator, [x, u], after, text, known, logs := {})
         loss.backward(retain_graph=True)
-        grads[sharpen] = {name: 0.0 if p.grad is None else p.grad.abs().sum().item()
-                          for name, p in learn.module.named_parameters()}  # fmt: skip
-    judge = next(name for name in grads[0.0] if name.startswith("judge") and grads[0.0][name])
+        grads[weight] = {name: 0.0 if p.grad is None else p.grad.abs().sum().item()
+                          for name, p in task.module.named_parameters()}  # fmt: skip
+    head = next(name for name in grads[0.0] if name.startswith("discriminator") and grads[0.0][name])
     assert grads[0.0]["predictor.out.weight"] == 0 and grads[1e6]["predictor.out.weight"] > 0
-    assert grads[1e6][judge] == pytest.approx(grads[0.0][judge], rel=0.01)  # spectral norms are estimated anew
-    assert set(logs) == {"fooled", "judge right"}
-    assert all(p.grad is None for p in learn.student.transformer.parameters())
-    assert all(p.requires_grad for p in learn.module.parameters())
+    assert grads[1e6][head] == pytest.approx(
+        grads[0.0][head], rel=0.01
+    )  # each call updates the estimated spectral norms
+    assert set(logs) == {"generator_loss", "discriminator_accuracy"}
+    assert all(p.grad is None for p in task.student.transformer.parameters())
+    assert all(p.requires_grad for p in task.module.parameters())
 
 
 def test_a_stored_predictor_predicts_as_the_trained_one(pipe, tmp_path):
-    learn = task(pipe)
-    torch.nn.init.normal_(learn.module.predictor.out.weight)
-    learn.save(tmp_path)
+    task = predictor_task(pipe)
+    torch.nn.init.normal_(task.module.predictor.out.weight)
+    task.save(tmp_path)
     again = Predictor(Wan(), random_wan(), "residual", 1)
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    x, words, time = learn.trajectories.x, learn.trajectories.words, learn._time()[2]
-    learn.cached.normal_()
+    x, text, time = task.trajectories.x, task.trajectories.text, task._interval()[2]
+    task.cached.normal_()
     with torch.no_grad():
-        ways = [learn.student.predicted(p, learn.cached, x, time, words)[0] for p in (learn.module.predictor, again)]
-    torch.testing.assert_close(*ways, rtol=3e-2, atol=3e-2)  # half precision
-    assert not torch.allclose(ways[0], learn.student.predicted(lambda _, c, *__: c, learn.cached, x, time, words)[0])
+        velocities = [
+            task.student.predicted_forward(p, task.cached, x, time, text)[0] for p in (task.module.predictor, again)
+        ]
+    torch.testing.assert_close(*velocities, rtol=3e-2, atol=3e-2)  # half precision
+    assert not torch.allclose(
+        velocities[0], task.student.predicted_forward(lambda _, c, *__: c, task.cached, x, time, text)[0]
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_resumed_stage_ends_with_the_weights_of_an_unbroken_one(stage, tmp_path):
-    whole, first, second = tasks = [task(build_pipe()) for _ in range(3)]
-    for learn in tasks:
-        learn.stage = stage
-        learn.trajectories.index[:] = 2  # and so on to 4, without a whole pass
-        learn.cached.copy_(torch.randn(learn.cached.shape, generator=torch.Generator().manual_seed(5)))
-    fit(whole, tmp_path / "whole", minutes=None, resume=False)
+    unbroken, first, second = tasks = [predictor_task(build_pipe()) for _ in range(3)]
+    for task in tasks:
+        task.stage = stage
+        task.trajectories.index[:] = 2  # so that steps 2 to 4 need no full forward pass
+        task.cached.copy_(torch.randn(task.cached.shape, generator=torch.Generator().manual_seed(5)))
+    fit(unbroken, tmp_path / "unbroken", minutes=None, resume=False)
     assert fit(first, tmp_path / "parts", minutes=0, resume=False)["step"] == 1
     fit(second, tmp_path / "parts", minutes=None, resume=True)
-    assert torch.equal(second.trajectories.x, whole.trajectories.x) and torch.equal(second.cached, whole.cached)
-    for one, two in zip(whole.module.parameters(), second.module.parameters()):
+    assert torch.equal(second.trajectories.x, unbroken.trajectories.x) and torch.equal(second.cached, unbroken.cached)
+    for one, two in zip(unbroken.module.parameters(), second.module.parameters()):
         assert torch.equal(one, two)
 
 
-def test_the_second_stage_is_shorter_and_finer():
-    first, second = stage_recipes(OptimConfig(steps=90, lr=1e-3, matrix_lr=2e-3))
+def test_the_second_stage_is_shorter_with_lower_rates():
+    first, second = PredictorJob().optim_configs(OptimConfig(steps=90, lr=1e-3, matrix_lr=2e-3), None)
     assert (first.steps, second.steps, second.lr, second.matrix_lr) == (90, 30, 5e-4, 1e-3)
 
 
-def test_without_a_student_nothing_is_trained(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(DistillJob, "pipeline", lambda self, device: pipe)
-    monkeypatch.setattr(DistillJob, "beside", lambda self: tmp_path)
+@pytest.fixture
+def toy_job(pipe, tmp_path, monkeypatch) -> DistillJob:
+    """A job whose model is the small pipeline in place of the shipped one, in a folder without students."""
+    defaults = ModelDefaults(height=32, width=32, frames=5, steps=4, guidance=3.0, text_length=6)
+    timed(pipe)
+    monkeypatch.setattr("accel.training.jobs.load_pipeline", lambda *_: pipe)
+    monkeypatch.setattr("accel.training.jobs.model_defaults", lambda *_: defaults)
+    monkeypatch.setattr(DistillJob, "model_dir", lambda self: tmp_path)
+    monkeypatch.setattr("accel.training.jobs.TOY_VALIDATION_PROMPTS", 1)
+    monkeypatch.setattr("accel.training.predictor_job.optimize_blocks", lambda blocks, device: None)
+    return DistillJob(ablation="paper")
+
+
+def test_without_a_student_no_predictor_is_trained(toy_job, tmp_path):
     with pytest.raises(ValueError, match="the student comes first: python -m accel train meanflow"):
-        train_predictor(OptimConfig(steps=1, lr=1e-3), DistillJob(), "cpu", None, False, tmp_path / "out")
+        run_job(PredictorJob(), OptimConfig(steps=1, lr=1e-3), toy_job, "cpu", None, False, tmp_path / "out")
 
 
-def test_a_trained_predictor_lies_beside_the_model_in_its_form(pipe, tmp_path, monkeypatch):
-    from accel.runtime.models import ModelDefaults
-
+def test_a_trained_predictor_is_stored_in_the_models_folder_by_its_form(toy_job, pipe, tmp_path):
     make_meanflow(pipe, tmp_path / "meanflow", (2.0, 5.0))
     file = tmp_path / "meanflow" / "meanflow.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher_guidance": 3.0}))
-    defaults = ModelDefaults(height=32, width=32, frames=5, steps=4, guidance=3.0, text_length=6)
-    timed(pipe)
-    monkeypatch.setattr(DistillJob, "pipeline", lambda self, device: pipe)
-    monkeypatch.setattr(DistillJob, "beside", lambda self: tmp_path)
-    monkeypatch.setattr(teach_predictor, "model_defaults", lambda *_: defaults)
-    monkeypatch.setattr("accel.training.jobs.LOOKS", 1)
-    monkeypatch.setattr(teach_predictor, "quicken", lambda blocks, device: None)
-    order = DistillJob(ablation="paper")
-    done = train_predictor(OptimConfig(steps=3, lr=1e-3, warmup=1), order, "cpu", None, False, tmp_path / "out")
+    optim = OptimConfig(steps=3, lr=1e-3, warmup=1)
+    done = run_job(PredictorJob(), optim, toy_job, "cpu", None, False, tmp_path / "out")
     assert done["finished"] and list(done["stages"]) == ["regression", "adversarial"]
     facts = json.loads((tmp_path / "predictor" / "paper" / "predictor.json").read_text())
     assert facts["form"] == "paper" and list(facts["stages"]) == ["regression", "adversarial"]
-    assert (tmp_path / "out" / "match-only" / "predictor.json").is_file()
+    assert (tmp_path / "out" / "regression-only" / "predictor.json").is_file()
     assert not isinstance(pipe.transformer.condition_embedder, IntervalEmbedder)
 
 
-def test_a_step_is_told_as_the_student_is_told_it(pipe):
-    learn = task(pipe)
-    learn.trajectories.index = torch.tensor([0, 1, 2, 3])
-    now, then, time, after = learn._time()
+def test_the_student_is_given_both_ends_of_its_step_and_the_guidance(pipe):
+    task = predictor_task(pipe)
+    task.trajectories.index = torch.tensor([0, 1, 2, 3])
+    t, r, time, after = task._interval()
     w = time[8:] / 1000
-    assert torch.equal(time, pack_timestep(now, then, w)) and torch.equal(after, pack_timestep(then, then, w))
+    assert torch.equal(time, pack_timestep(t, r, w)) and torch.equal(after, pack_timestep(r, r, w))
     assert ((w >= 2) & (w <= 5)).all()

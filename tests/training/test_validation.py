@@ -1,38 +1,39 @@
-"""Looks at a predictor in training: where stretches between anchors end, and the final latents."""
+"""Validation of a predictor: errors at the end of each run of predicted steps, and of the final latents."""
 
 import pytest
 import torch
 from support import PREDICTOR_STEPS as STEPS
-from support import predictor_task as task
+from support import predictor_task
 
 from accel.methods.disca.disca import select_full_steps
 from accel.training.validation import CachedRolloutValidator
 
 
-def test_all_anchors_end_where_the_student_ends_and_reuse_does_not(pipe):
-    learn = task(pipe)
-    assert CachedRolloutValidator(learn, ["a"], list(range(STEPS))).end(learn.module, 1) == 0
-    some = CachedRolloutValidator(learn, ["a"], select_full_steps(3, STEPS))
-    assert some.end(learn.module, 1) > 0 and some.jump(learn.module, 1) > 0
+def test_a_rollout_of_full_steps_has_no_error_and_one_with_reuse_has(pipe):
+    task = predictor_task(pipe)
+    assert CachedRolloutValidator(task, ["a"], list(range(STEPS))).final_latent_error(task.module, 1) == 0
+    cached = CachedRolloutValidator(task, ["a"], select_full_steps(3, STEPS))
+    assert cached.final_latent_error(task.module, 1) > 0 and cached.error(task.module, 1) > 0
 
 
-def test_looks_are_at_where_each_stretch_between_anchors_ends_by_the_feature_of_its_anchor(pipe, monkeypatch):
-    learn, seen = task(pipe), []
-    held = CachedRolloutValidator(learn, ["a"], [0, 1, 4])  # stretches of three steps and of two
-    ways, passes = held.ways, {}
+def test_errors_are_taken_after_each_run_of_predicted_steps_with_the_feature_of_its_full_step(pipe, monkeypatch):
+    task, predicted = predictor_task(pipe), []
+    validator = CachedRolloutValidator(task, ["a"], [0, 1, 4])  # predicted steps: 2 and 3, then 5
+    states, full_inputs = validator.states, {}
 
-    def whole(x, i):
-        passes[i] = x
-        v = (ways[i + 1] - ways[i]) / (learn.context.levels[i + 1] - learn.context.levels[i]).float()
+    def full_forward(x, i):
+        full_inputs[i] = x
+        v = (states[i + 1] - states[i]) / (task.context.sigmas[i + 1] - task.context.sigmas[i]).float()
         return v, torch.full((1, 12, 24), float(i))
 
-    def predicted(model, cached, x, i):
-        seen.append((i, cached.unique().item()))
-        return whole(ways[i], i)[0] * (1.1 if i == 3 else 1)
+    def predicted_forward(model, cached, x, i):
+        predicted.append((i, cached.unique().item()))
+        return full_forward(states[i], i)[0] * (1.1 if i == 3 else 1)
 
-    monkeypatch.setattr(held, "_whole", whole)
-    monkeypatch.setattr(held, "_predicted", predicted)
-    short = ways[4] - ways[3]
-    expected = (0.1 * short).square().mean() / (ways[4] - ways[1]).square().mean() / 2
-    assert held.jump(learn.module, 1) == pytest.approx(expected.item(), rel=1e-3)
-    assert seen == [(2, 1), (3, 1), (5, 4)] and torch.equal(passes[1], ways[1]) and torch.equal(passes[4], ways[4])
+    monkeypatch.setattr(validator, "_full_forward", full_forward)
+    monkeypatch.setattr(validator, "_predicted_forward", predicted_forward)
+    last = states[4] - states[3]
+    expected = (0.1 * last).square().mean() / (states[4] - states[1]).square().mean() / 2
+    assert validator.error(task.module, 1) == pytest.approx(expected.item(), rel=1e-3)
+    assert predicted == [(2, 1), (3, 1), (5, 4)]
+    assert torch.equal(full_inputs[1], states[1]) and torch.equal(full_inputs[4], states[4])

@@ -1,9 +1,10 @@
-"""Guided progressive distillation (arXiv 2602.01814): 48 guided steps into 6, one base step of horizon at a time.
+"""Guided progressive distillation (GPD, arXiv 2602.01814): from 48 guided steps to 6, in stages of growing horizon.
 
-Stage k teaches one call to go k base steps. Its target is made on the way: the frozen student of stage k - 1 goes
-k - 1 steps in one call, the frozen guided teacher does the last one, and the mean velocity of both is learnt. So an
-iteration costs the same in every stage after the first, and guidance enters once per base step and is built in.
-Data-free: captions and noise. The rivals (halving, direct) are other ways to the same end of a jump.
+The student of horizon k makes k base steps in one call. Its target combines two pieces: the frozen student of horizon
+k - 1 makes the first k - 1 base steps in one call, the frozen guided teacher makes the last one, and the mean velocity
+of both is the target. An iteration therefore costs the same in every stage after the first, and the student takes in
+the guidance one base step at a time. Training needs prompts and noise, but no videos. The ablations (halving, direct)
+reach the end of a jump in other pieces.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from ...ops.spectrum import high_energy
 from ..networks import Networks, velocity
 from ..optim import OptimConfig
 from ..rollouts import RolloutContext, sample_grid
-from ..stages import StudentTask
+from .student_task import StudentTask
 
-TARGET_SCHEMES = {  # who goes how far on the way of k base steps
+TARGET_SCHEMES = {  # horizon k -> pieces of the target: who makes how many base steps in one call
     "online": lambda k: [("previous", k - 1)] * (k > 1) + [("teacher", 1)],
     "halving": lambda k: [("previous", k // 2), ("previous", k - k // 2)] if k > 1 else [("teacher", 1)],
     "direct": lambda k: [("teacher", 1)] * k,
@@ -31,7 +32,7 @@ TARGET_SCHEMES = {  # who goes how far on the way of k base steps
 
 
 class GpdConfig(BaseModel, frozen=True, extra="forbid"):
-    """What a distillation does, apart from its optimizer."""
+    """Settings of a distillation, apart from those of its optimizers."""
 
     base_steps: int = Field(48, ge=1)
     horizons: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -39,125 +40,118 @@ class GpdConfig(BaseModel, frozen=True, extra="forbid"):
     guidance_start: float = Field(4.0, ge=1)
     guidance_end: float = Field(4.0, ge=1)
     guidance_anneal: Literal["none", "stage", "iteration"] = "none"
-    trajectories: int = Field(16, ge=1)  # trajectories that are carried, over all processes
-    advance: Literal["target", "student"] = "target"
-    off_grid: float = Field(0.25, ge=0, le=1)  # share of the jumps that stop where the last piece begins
-    max_stride: int = Field(
-        16, ge=1
-    )  # most base steps a slot moves on in one iteration: short stages see more prompts so
-    spatial_weight: float = Field(0.0, ge=0)  # weight of high spatial frequencies in the last stage
-    temporal_weight: float = Field(0.0, ge=0)  # of high temporal ones
+    trajectories: int = Field(16, ge=1)  # over all processes
+    advance: Literal["target", "student"] = "target"  # whose velocity moves the trajectories on
+    off_grid: float = Field(0.25, ge=0, le=1)  # fraction of the moves that end one piece early
+    max_stride: int = Field(16, ge=1)  # most base steps per move: long moves show short horizons more prompts
+    spatial_weight: float = Field(0.0, ge=0)  # loss weight of high spatial frequencies in the last stage
+    temporal_weight: float = Field(0.0, ge=0)  # loss weight of high temporal frequencies in the last stage
 
-    def guidance(self, stage: int, share: float) -> float:
-        """The teacher's guidance at a share of the iterations of a stage (counted from 0)."""
+    def guidance(self, stage: int, progress: float) -> float:
+        """The teacher's guidance in a stage, counted from 0, after a fraction `progress` of its iterations."""
         count = len(self.horizons)
-        done = {"none": 0.0, "stage": stage / max(1, count - 1), "iteration": min(1.0, (stage + share) / count)}
+        done = {
+            "none": 0.0,
+            "stage": stage / max(1, count - 1),
+            "iteration": min(1.0, (stage + progress) / count),
+        }
         return self.guidance_start + (self.guidance_end - self.guidance_start) * done[self.guidance_anneal]
 
 
 class GpdTask(StudentTask):
-    """A stage at a time; a process carries the slots first .. first + count of all."""
+    """Trains one stage at a time on this process's trajectories."""
+
+    diverged = False  # only the validation error ends a stage
 
     def __init__(
-        self,
-        optim: OptimConfig,
-        config: GpdConfig,
-        nets: Networks,
-        context: RolloutContext,
-        share: tuple[int, int] = (0, 1),
-    ):
-        """`share`: which process this is, of how many."""
-        super().__init__(optim, nets, context, config.trajectories, share)
+        self, optim: OptimConfig, config: GpdConfig, nets: Networks, context: RolloutContext,
+        rank_and_world: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
+        super().__init__(optim, nets, context, config.trajectories, rank_and_world)
         self.config = config
 
     @property
     def horizon(self) -> int:
-        """Base steps that a call of this stage goes."""
+        """Base steps in one call of this stage's student."""
         return self.config.horizons[self.stage]
 
     @property
     def stages(self) -> dict[str, int]:
-        """Names of the stages, and the horizons that their students are looked at with."""
+        """Names of the stages and the horizons of their students."""
         return {f"k{k}": k for k in self.config.horizons}
 
     @property
-    def best(self) -> bool:
-        """Whether the best student seen is the one to keep: not if what is looked at is not what is taught."""
+    def keep_best(self) -> bool:
+        """Whether validation measures what is trained: it does not while the guidance is annealed."""
         return self.config.guidance_anneal == "none"
 
-    diverged = False  # by itself; what is looked at tells
-
     @property
-    def last(self) -> bool:
+    def is_last(self) -> bool:
         """Whether this is the last stage."""
         return self.stage == len(self.config.horizons) - 1
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        """The student's error at the slots, which then move on."""
-        trajectories, device = self.trajectories, self.trajectories.x.device
-        guidance = self.config.guidance(self.stage, step / self.optim.steps)
-        target, stops, calls = self.way(trajectories.x, trajectories.index, trajectories.words, guidance)
-        v = velocity(
-            model, trajectories.x, self.context.tell(trajectories.index, stops[-1]).to(device), trajectories.words
-        )
-        error, logs = v - target, {"calls": calls, "guidance": guidance}
+        """The student's squared error on all trajectories, which then move on."""
+        pool, config = self.trajectories, self.config
+        guidance = config.guidance(self.stage, step / self.optim.steps)
+        target, stops, nfe = self.target(pool.x, pool.index, pool.text, guidance)
+        t = self.context.timestep(pool.index, stops[-1]).to(pool.x.device)
+        v = velocity(model, pool.x, t, pool.text)
+        error, logs = v - target, {"nfe": nfe, "guidance": guidance}
         loss = error.square().mean()
-        if self.last and (self.config.spatial_weight or self.config.temporal_weight):
-            logs["space"], logs["time"] = high_energy(error)
-            loss = loss + self.config.spatial_weight * logs["space"] + self.config.temporal_weight * logs["time"]
-        self._move(target if self.config.advance == "target" else v.detach(), stops, step)
+        if self.is_last and (config.spatial_weight or config.temporal_weight):
+            logs["spatial"], logs["temporal"] = high_energy(error)
+            loss = loss + config.spatial_weight * logs["spatial"] + config.temporal_weight * logs["temporal"]
+        self._move(target if config.advance == "target" else v.detach(), stops, step)
         return loss, {name: float(torch.as_tensor(value).detach()) for name, value in logs.items()}
 
-    def way(self, x: Tensor, index: Tensor, words: Tensor, guidance: float) -> tuple[Tensor, list[Tensor], int]:
-        """Mean velocity (s, c, f, h, w) of a jump from base steps `index` (s,); where its pieces end; calls it took.
+    def target(self, x: Tensor, index: Tensor, text: Tensor, guidance: float) -> tuple[Tensor, list[Tensor], int]:
+        """Target velocity (s, c, f, h, w) of jumps from base steps `index` (s,), the ends of their pieces, and its NFE.
 
-        Where fewer base steps are left than the horizon has, the first pieces are cut short.
+        Where fewer base steps remain than the horizon has, the first pieces become shorter.
         """
         pieces, n = TARGET_SCHEMES[self.config.target_scheme](self.horizon), self.config.base_steps
-        at, velocities, stops, calls = index, [], [index], 0
-        for place, (who, _) in enumerate(pieces):
-            far = sum(length for _, length in pieces[: place + 1])
-            later = sum(length for _, length in pieces[place + 1 :])
-            stop = torch.maximum(index, torch.minimum(index + far, n - torch.tensor(later)))
-            t = self.context.times[at.clamp(max=n - 1)].to(x.device)
-            if who == "teacher":
-                v = self.nets.teacher(x, t, words, self.empty, guidance)
+        at, velocities, stops, nfe = index, [], [index], 0
+        for i, (network, _) in enumerate(pieces):
+            covered = sum(length for _, length in pieces[: i + 1])
+            remaining = sum(length for _, length in pieces[i + 1 :])
+            stop = torch.maximum(index, torch.minimum(index + covered, n - torch.tensor(remaining)))
+            t = self.context.timesteps[at.clamp(max=n - 1)].to(x.device)
+            if network == "teacher":
+                v = self.nets.teacher(x, t, text, self.empty, guidance)
             else:
-                v = self.nets.previous(x, t, words)
-            calls += 1 + (who == "teacher" and guidance != 1)
-            x = euler(x, v, self.context.levels[at], self.context.levels[stop])
+                v = self.nets.previous(x, t, text)
+            nfe += 1 + (network == "teacher" and guidance != 1)
+            x = euler(x, v, self.context.sigmas[at], self.context.sigmas[stop])
             velocities.append(v)
             stops.append(stop)
             at = stop
-        return mean_velocity(velocities, [self.context.levels[s] for s in stops]), stops, calls
+        return mean_velocity(velocities, [self.context.sigmas[stop] for stop in stops]), stops, nfe
 
     def _move(self, v: Tensor, stops: list[Tensor], step: int) -> None:
-        """Carry the slots to the end of their jump or beyond; some stop a piece earlier: all phases are visited.
+        """Move the trajectories to the end of their jump or beyond; some stop one piece early, off the jump's grid.
 
-        In the last stage none does either, unless its horizon is 1: a slot that began in it is on the student's grid.
+        In the last stage all stay on the student's grid, unless its horizon is 1.
         """
-        trajectories, n = self.trajectories, self.config.base_steps
+        pool, n = self.trajectories, self.config.base_steps
         end = stops[-1].clone()
-        for i, number in enumerate(() if self.last and self.horizon > 1 else self._own()):
+        for i, number in enumerate(() if self.is_last and self.horizon > 1 else pool.numbers):
             rng = random.Random(f"{self.optim.seed} {self.stage} {step} {number}")
             early = rng.random() < self.config.off_grid
-            far = rng.randint(0, max(0, self.config.max_stride - self.horizon))
-            end[i] = stops[-2][i] if early and stops[-2][i] > trajectories.index[i] else min(n, int(end[i]) + far)
-        trajectories.move(v, end)
-
-    def _own(self) -> range:
-        """The numbers of this process's slots among all."""
-        return range(self.trajectories.first, self.trajectories.first + len(self.trajectories))
+            extra = rng.randint(0, max(0, self.config.max_stride - self.horizon))
+            end[i] = stops[-2][i] if early and stops[-2][i] > pool.index[i] else min(n, int(end[i]) + extra)
+        pool.move(v, end)
 
     def spread_timesteps(self) -> None:
-        """Let the guided teacher carry each slot to a base step of its own."""
+        """Let the guided teacher move each trajectory to a random base step."""
+        pool, guidance = self.trajectories, self.config.guidance(0, 0)
 
-        def guided(now: Tensor) -> Tensor:
-            at, guidance = self.context.times[now].to(self.trajectories.x.device), self.config.guidance(0, 0)
-            return self.nets.teacher(self.trajectories.x, at, self.trajectories.words, self.empty, guidance)
+        def guided(index: Tensor) -> Tensor:
+            t = self.context.timesteps[index].to(pool.x.device)
+            return self.nets.teacher(pool.x, t, pool.text, self.empty, guidance)
 
-        self.trajectories.spread_timesteps(guided, self.config.max_stride)
+        pool.spread_timesteps(guided, self.config.max_stride)
 
     def sample_grid(self, path: Path) -> None:
-        """Four prompts, from noise to the end in the student's own steps."""
+        """Write an image of four prompts, rolled out in the student's own steps."""
         sample_grid(self.module, self.context, self.horizon, path)

@@ -1,10 +1,12 @@
-"""Restricted MeanFlow (DisCa, arXiv 2602.05449): guidance distilled first, then mean velocities over short intervals.
+"""Restricted MeanFlow (DisCa, arXiv 2602.05449): distils the guidance first, then mean velocities of short intervals.
 
-First stage: one call, told a guidance, gives what the base gives in two. Second stage: one call, told where its step
-ends, gives the mean velocity u up to there. Its target follows from the MeanFlow identity, u = v - (t - r) du/dt, with
-v from the first stage's frozen student (or, in an arm, from the guided base itself); intervals t - r are drawn from
-[0, R], as the term that feeds the network's own errors back is multiplied by their length. R = 1 is plain MeanFlow.
-Data-free: captions and noise.
+First stage (guidance): one call that is given the guidance replaces the base model's two. Second stage (mean_velocity):
+one call that is given the end r of its step as well predicts the mean velocity u from t to r. Its target follows from
+the MeanFlow identity u = v - (t - r) du/dt, with v from the frozen student of the first stage (or from the guided base
+model, in an ablation). Intervals t - r are drawn from [0, R], since the term with du/dt, which feeds the student's own
+errors back, grows with their length. R = 1 is plain MeanFlow. Training needs prompts and noise, but no videos.
+
+Letters: t and r are sigmas (s,) at the start and end of an interval, w is the guidance (s,) of each trajectory.
 """
 
 from __future__ import annotations
@@ -24,36 +26,36 @@ from ...students.interval_embedding import pack_timestep
 from ..networks import Networks, velocity
 from ..optim import OptimConfig
 from ..rollouts import MeanFlowContext, sample_grid
-from ..stages import StudentTask
+from .student_task import StudentTask
 
-SEEN = 25  # iterations that the size of the correction is averaged over
-GROWN = 20.0  # times its first size, at which it is too much
+AVERAGED = 25  # iterations that the size of the correction is averaged over
+GROWTH_LIMIT = 20.0  # the stage ends when the correction exceeds its first size this many times
 
 
 class MeanFlowConfig(BaseModel, frozen=True, extra="forbid"):
-    """What both stages do, apart from their optimizers."""
+    """Settings of both stages, apart from those of their optimizers."""
 
-    base_steps: int = Field(60, ge=1)  # of the grid that trajectories run on
-    steps: tuple[int, ...] = (20, 10)  # numbers of steps that the student is made for
-    guidance: tuple[float, float] = (2.0, 5.0)
+    base_steps: int = Field(60, ge=1)  # of the schedule that trajectories run on
+    steps: tuple[int, ...] = (20, 10)  # step counts that the student is trained for
+    guidance: tuple[float, float] = (2.0, 5.0)  # range that the guidance of a trajectory is drawn from
     max_interval: float = Field(gt=0, le=1)  # R
-    limit_to_schedule: bool = True  # at most as far as the schedule of the fewest steps goes from that level
-    zero_interval_fraction: float = Field(0.5, ge=0, lt=1)  # share of the slots with r = t
-    source: Literal["student", "base"] = "student"  # of the second stage's velocities: the first's, or the guided base
+    limit_to_schedule: bool = True  # intervals end no further than a step of the schedule with the fewest steps
+    zero_interval_fraction: float = Field(0.5, ge=0, lt=1)  # fraction of the trajectories with r = t
+    source: Literal["student", "base"] = "student"  # of v in the second stage: first stage's student, or guided base
     jvp: Literal["central", "exact"] = "central"
-    eps: float = Field(5e-3, gt=0, lt=0.5)  # of the central difference
-    warm: int = Field(100, ge=1)  # iterations in which the correction comes in
-    trajectories: int = Field(16, ge=1)  # trajectories that are carried, over all processes
-    max_stride: int = Field(12, ge=1)  # most base steps a slot moves on in one iteration
+    eps: float = Field(5e-3, gt=0, lt=0.5)  # half width of the central difference
+    warm: int = Field(100, ge=1)  # iterations over which the correction is phased in
+    trajectories: int = Field(16, ge=1)  # over all processes
+    max_stride: int = Field(12, ge=1)  # most base steps per move
 
     @property
     def stages(self) -> dict[str, int]:
-        """Names, and the max_interval jump that each one's student is looked at with."""
+        """Names of the stages and the base steps of the jump that each student is validated with."""
         return {"guidance": 1, "mean_velocity": self.base_steps // min(self.steps)}
 
 
 def max_step_width(scheduler, steps: tuple[int, ...]) -> float:
-    """The widest interval between noise levels that a pipeline's scheduler makes in these numbers of steps: R."""
+    """R: the widest interval between the sigmas of a scheduler at these step counts."""
     widths = []
     for n in steps:
         scheduler.set_timesteps(n)
@@ -62,27 +64,22 @@ def max_step_width(scheduler, steps: tuple[int, ...]) -> float:
 
 
 class MeanFlowTask(StudentTask):
-    """Both stages; a process carries its share of the slots."""
+    """Trains both stages on this process's trajectories."""
+
+    keep_best = True
 
     def __init__(
-        self,
-        optim: OptimConfig,
-        config: MeanFlowConfig,
-        nets: Networks,
-        context: MeanFlowContext,
-        share: tuple[int, int] = (0, 1),
-    ):
-        """`share`: which process this is, of how many."""
-        super().__init__(optim, nets, context, config.trajectories, share)
+        self, optim: OptimConfig, config: MeanFlowConfig, nets: Networks, context: MeanFlowContext,
+        rank_and_world: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
+        super().__init__(optim, nets, context, config.trajectories, rank_and_world)
         self.config = config
-        self.sizes = torch.zeros(3)  # of the correction: how many were seen, the mean of the first, and of the latest
+        self.sizes = torch.zeros(3)  # of the correction: how many were averaged, mean of the first ones, recent mean
         _keep_zeros(nets.module.condition_embedder.base.time_embedder)
-
-    best = True
 
     @property
     def stage(self) -> int:
-        """Which stage is on; the first one's student knows velocities, not means."""
+        """Number of the stage; the student of the first one has learnt velocities, not mean velocities."""
         return self._stage
 
     @stage.setter
@@ -91,125 +88,125 @@ class MeanFlowTask(StudentTask):
 
     @property
     def stages(self) -> dict[str, int]:
-        """Names of the stages, and the jumps that their students are looked at with."""
+        """Names of the stages and the base steps of the jump that each student is validated with."""
         return self.config.stages
 
     @property
     def diverged(self) -> bool:
-        """Whether the network feeds on its own errors: its correction has grown many times."""
-        count, first, latest = self.sizes.tolist()
-        return count >= 2 * SEEN and latest > GROWN * first
+        """Whether the correction has grown many times: the student amplifies its own errors."""
+        count, first, recent = self.sizes.tolist()
+        return count >= 2 * AVERAGED and recent > GROWTH_LIMIT * first
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        """The student's error at the slots, which then move on."""
-        trajectories = self.trajectories
-        now = self.context.levels[trajectories.index].float()
-        w = trajectories.uniform(*self.config.guidance, "guidance")
+        """The student's mean squared error on all trajectories, which then move on."""
+        pool = self.trajectories
+        t = self.context.sigmas[pool.index].float()
+        w = pool.uniform(*self.config.guidance, "guidance")
         if self.stage == 0 or self.config.source == "base":
-            v = self.nets.teacher(
-                trajectories.x, 1000 * now.to(trajectories.x.device), trajectories.words, self.empty, w
-            )
+            v = self.nets.teacher(pool.x, 1000 * t.to(pool.x.device), pool.text, self.empty, w)
         else:
-            v = self.nets.previous(trajectories.x, self._told(now, now, w), trajectories.words)
-        then, target, logs = now, v, {}
+            v = self.nets.previous(pool.x, self._timestep(t, t, w), pool.text)
+        r, target, logs = t, v, {}
         if self.stage == 1:
-            then = self.ends(now, step)
-            target, logs = self._corrected(v, now, then, w, step)
-        u = velocity(model, trajectories.x, self._told(now, then, w), trajectories.words)
+            r = self.interval_ends(t, step)
+            target, logs = self._mean_velocity_target(v, t, r, w, step)
+        u = velocity(model, pool.x, self._timestep(t, r, w), pool.text)
         self._move(v, step)
         return (u - target).square().mean(), logs
 
-    def ends(self, now: Tensor, step: int) -> Tensor:
-        """Where the intervals from levels `now` (s,) end: their lengths are uniform in [0, R], or 0 for a share.
+    def interval_ends(self, t: Tensor, step: int) -> Tensor:
+        """Interval ends r (s,): the lengths t - r are uniform in [0, R], or 0 for a fraction of the trajectories.
 
-        A shifted schedule makes short steps where there is much noise, where guided velocities change most: there R is
-        the step that it makes, or the correction would be many times the velocity.
+        A shifted schedule makes short steps at high noise, where guided velocities change fastest. There the schedule's
+        own step replaces R, since otherwise the correction would be many times the velocity.
         """
-        farthest = (now - self.config.max_interval).clamp(min=0)
+        furthest = (t - self.config.max_interval).clamp(min=0)
         if self.config.limit_to_schedule:
-            beyond = (self.trajectories.index + self.stages["mean_velocity"]).clamp(max=self.config.base_steps)
-            farthest = torch.maximum(farthest, self.context.levels[beyond].float())
-        shares = self.trajectories.uniform(0, 1, "length", step)
-        moving = len(now) * (1 - self.config.zero_interval_fraction)
+            next_step = (self.trajectories.index + self.stages["mean_velocity"]).clamp(max=self.config.base_steps)
+            furthest = torch.maximum(furthest, self.context.sigmas[next_step].float())
+        lengths = self.trajectories.uniform(0, 1, "length", step)
+        nonzero = len(t) * (1 - self.config.zero_interval_fraction)
         first, *_ = self.trajectories.rngs("count", step)
-        count = int(moving) + (first.random() < moving % 1)  # always the same where it is whole
+        count = int(nonzero) + (first.random() < nonzero % 1)  # a fractional count is rounded at random
         order = self.trajectories.uniform(0, 1, "end", step).argsort()
-        shares[order[count:]] = 0
-        return now - shares * (now - farthest)
+        lengths[order[count:]] = 0
+        return t - lengths * (t - furthest)
 
-    def _corrected(self, v: Tensor, now: Tensor, then: Tensor, w: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The target of the mean velocity: v where an interval is empty."""
-        moving = (then < now).nonzero().flatten()
-        if not len(moving):
+    def _mean_velocity_target(
+        self, v: Tensor, t: Tensor, r: Tensor, w: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The target of the mean velocity, which is v where the interval is empty, and the size of the correction."""
+        nonzero = (r < t).nonzero().flatten()
+        if not len(nonzero):
             return v, {}
-        slope = self.slope(v[moving], now[moving], then[moving], w[moving], moving)
+        du_dt = self.du_dt(v[nonzero], t[nonzero], r[nonzero], w[nonzero], nonzero)
         warm = min(1.0, (step + 1) / self.config.warm)
         target = v.clone()
-        target[moving] = mean_flow_target(v[moving], warm * slope, now[moving], then[moving])
-        size = (target - v)[moving].square().mean().item() / warm**2
+        target[nonzero] = mean_flow_target(v[nonzero], warm * du_dt, t[nonzero], r[nonzero])
+        size = (target - v)[nonzero].square().mean().item() / warm**2
         if step >= self.config.warm:
-            self._watch(size)
+            self._record_correction(size)
         return target, {"correction": size, "velocity": v.square().mean().item()}
 
-    def _watch(self, size: float) -> None:
-        """Follow the size of the correction, and say so when it has grown too much."""
-        if self.sizes[0] < SEEN:
-            self.sizes[1] += size / SEEN
+    def _record_correction(self, size: float) -> None:
+        """Update the averages of the size of the correction; print a message when it has grown too much."""
+        if self.sizes[0] < AVERAGED:
+            self.sizes[1] += size / AVERAGED
             self.sizes[2] = self.sizes[1]
         else:
-            self.sizes[2] += (size - self.sizes[2]) / SEEN
+            self.sizes[2] += (size - self.sizes[2]) / AVERAGED
         self.sizes[0] += 1
         if self.diverged:
-            print(f"the correction (t - r) du/dt has grown {GROWN:g}-fold: the stage ends; a lower rate or R is needed",
-                  file=sys.stderr)  # fmt: skip
+            print(f"the correction (t - r) du/dt has grown {GROWTH_LIMIT:g}-fold: the stage ends. "
+                  "Use a lower learning rate or a smaller R.", file=sys.stderr)  # fmt: skip
 
     @torch.no_grad()
-    def slope(self, v: Tensor, now: Tensor, then: Tensor, w: Tensor, which: Tensor) -> Tensor:
-        """du/dt (m, ...) of the student as it stands, along the path, at some of the slots."""
-        x, words = self.trajectories.x[which], self.trajectories.words[which]
-        now, then, w = (a.to(x.device) for a in (now, then, w))
-        u = lambda x, level: velocity(self.module, x, pack_timestep(level, then, w), words, fine=True)
+    def du_dt(self, v: Tensor, t: Tensor, r: Tensor, w: Tensor, which: Tensor) -> Tensor:
+        """du/dt (m, c, f, h, w) of the current student along the path with velocity v, for m of the trajectories."""
+        x, text = self.trajectories.x[which], self.trajectories.text[which]
+        t, r, w = (a.to(x.device) for a in (t, r, w))
+        u = lambda x, t: velocity(self.module, x, pack_timestep(t, r, w), text, full_precision=True)
         if self.config.jvp == "central":
-            return jvp_central(u, x, now, v, then, self.config.eps)
+            return jvp_central(u, x, t, v, r, self.config.eps)
         with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-            return jvp_exact(u, x, now, v)
+            return jvp_exact(u, x, t, v)
 
-    def _told(self, now: Tensor, then: Tensor, w: Tensor) -> Tensor:
-        return pack_timestep(now, then, w).to(self.trajectories.x.device)
+    def _timestep(self, t: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return pack_timestep(t, r, w).to(self.trajectories.x.device)
 
     def _move(self, v: Tensor, step: int) -> None:
-        """Carry each slot some base steps on, along the teacher's velocity."""
-        far = [rng.randint(1, self.config.max_stride) for rng in self.trajectories.rngs("move", step)]
-        self.trajectories.move(v, (self.trajectories.index + torch.tensor(far)).clamp(max=self.config.base_steps))
+        """Move each trajectory some base steps along the teacher's velocity."""
+        strides = [rng.randint(1, self.config.max_stride) for rng in self.trajectories.rngs("move", step)]
+        self.trajectories.move(v, (self.trajectories.index + torch.tensor(strides)).clamp(max=self.config.base_steps))
 
     def spread_timesteps(self) -> None:
-        """Let the guided teacher carry each slot to a place of its own."""
-        trajectories, middle = self.trajectories, sum(self.config.guidance) / 2
+        """Let the guided teacher move each trajectory to a random base step."""
+        pool, mid_guidance = self.trajectories, sum(self.config.guidance) / 2
 
-        def guided(now: Tensor) -> Tensor:
-            time = 1000 * self.context.levels[now].float().to(trajectories.x.device)
-            return self.nets.teacher(trajectories.x, time, trajectories.words, self.empty, middle)
+        def guided(index: Tensor) -> Tensor:
+            t = 1000 * self.context.sigmas[index].float().to(pool.x.device)
+            return self.nets.teacher(pool.x, t, pool.text, self.empty, mid_guidance)
 
-        trajectories.spread_timesteps(guided, self.config.max_stride)
+        pool.spread_timesteps(guided, self.config.max_stride)
 
     def sample_grid(self, path: Path) -> None:
-        """Four prompts, from noise to the end in the fewest steps that the student is made for."""
+        """Write an image of four prompts, rolled out in the fewest steps that the student is trained for."""
         sample_grid(self.module, self.context, self.stages["mean_velocity"], path)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the weights: the slots, and what was seen of the correction."""
+        """What a resumed run needs besides the weights: the trajectories and the averages of the correction."""
         return {**super().state_dict(), "sizes": self.sizes.expand(len(self.trajectories), -1)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse, from the slots of all processes."""
+        """Restore this process's share from the state of all processes."""
         super().load_state_dict(state)
         if "sizes" in state:
             self.sizes = state["sizes"][self.trajectories.first].clone()
 
 
 def _keep_zeros(layer: nn.Module) -> None:
-    """Weights that are zero stay so: time frequencies that the base does not see (`smooth_time`) stay unseen."""
+    """Keep weights that are zero at zero: time frequencies that the base model ignores stay ignored."""
     for name, weight in layer.named_parameters():
-        if weight.requires_grad and ".lora_" not in name:  # those of adapters begin at zero
-            seen = weight.detach() != 0
-            weight.register_hook(lambda grad, seen=seen: grad * seen)
+        if weight.requires_grad and ".lora_" not in name:  # LoRA factors start at zero but are trained
+            nonzero = weight.detach() != 0
+            weight.register_hook(lambda grad, nonzero=nonzero: grad * nonzero)

@@ -1,10 +1,11 @@
-"""Training DisCa's predictor (arXiv 2602.05449) on the ways of the student that it will serve, at its own steps.
+"""Trains DisCa's predictor (arXiv 2602.05449) on trajectories of the student that it accelerates.
 
-Each slot goes its way in a run as it is served: with so many whole passes, the anchors, spread as ever. There the
-output of the student's blocks is cached; at the steps between, the predictor has that and the current tokens, and the
-slot goes on as it says. It learns to come where whole passes since the anchor would have come: also back from where
-its own errors have led. First by squared error, then with a discriminator on the frozen student's features one step on
-(hinge, on both sides). The paper, as far as it says, holds predictions against the student where the student has come.
+Trajectories are rolled out exactly as at inference: full forward passes at a few steps, spread as at inference, refresh
+the cached output of the student's blocks; at the other steps the predictor replaces the blocks, and the trajectory
+follows its prediction. The target at a predicted step leads to where full forward passes since the last full step
+would have led, so the predictor also learns to correct its own errors. First stage: squared error. Second stage: also a
+discriminator (hinge loss) on the frozen student's features one step later. The paper, as far as it says, compares
+predictions with the student on the student's own trajectory.
 """
 
 from __future__ import annotations
@@ -31,207 +32,214 @@ from ..rollouts import MeanFlowContext, TrajectoryPool
 
 
 class PredictorConfig(BaseModel, frozen=True, extra="forbid"):
-    """What both stages do, apart from their optimizers."""
+    """Settings of both stages, apart from those of their optimizers."""
 
-    steps: int = Field(20, ge=2)  # of the student, when it is served
-    strides: tuple[int, ...] = (1, 2)  # or when it goes two of these steps in one: a run of half as many
-    full: tuple[int, int] = (7, 12)  # fewest and most whole passes in a run of all steps; fewer in one of fewer
+    steps: int = Field(20, ge=2)  # of the student at inference
+    strides: tuple[int, ...] = (1, 2)  # a run with stride 2 makes half as many steps, each twice as long
+    full: tuple[int, int] = (7, 12)  # fewest and most full steps in a run of all steps; proportionally in shorter ones
     guidance: tuple[float, float]
-    feature: float = Field(0.1, ge=0)  # weight of the error to the feature of the whole pass beside, by its variance
-    sharpen: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
-    trajectories: int = Field(16, ge=1)
+    feature: float = Field(0.1, ge=0)  # loss weight of the feature's squared error, relative to its variance
+    adversarial: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
+    trajectories: int = Field(16, ge=1)  # over all processes
 
     @model_validator(mode="after")
-    def _predicts(self) -> PredictorConfig:
+    def _has_predicted_steps(self) -> PredictorConfig:
         for stride in self.strides:
-            if self.steps % stride or self._counts(stride)[1] >= self.steps // stride:
-                raise ValueError(f"runs of {self.steps} steps, {stride} in one, leave nothing to predict")
+            if self.steps % stride or self._num_full_steps(stride)[1] >= self.steps // stride:
+                raise ValueError(f"runs of {self.steps} steps with stride {stride} leave nothing to predict")
         return self
 
-    def _counts(self, stride: int) -> tuple[int, int]:
-        """Fewest and most whole passes of a run."""
+    def _num_full_steps(self, stride: int) -> tuple[int, int]:
+        """Fewest and most full steps in a run."""
         fewest = max(2, math.ceil(self.full[0] / stride))
         return fewest, max(fewest, self.full[1] // stride)
 
     @computed_field
     @property
     def supported_runs(self) -> dict[int, int]:
-        """The runs that come up: by their steps, how many of these lie from an anchor to the next at most."""
-        counts = {self.steps // stride: self._counts(stride)[0] for stride in self.strides}
+        """Step counts of the runs in training, and the most steps from one full step to the next in each."""
+        counts = {self.steps // stride: self._num_full_steps(stride)[0] for stride in self.strides}
         return {count: max_gap(select_full_steps(full, count)) for count, full in counts.items()}
 
-    def run(self, rng: random.Random) -> tuple[int, list[int]]:
-        """How many levels each step of a run goes on, and the run's anchors, as places on the grid of all steps."""
+    def draw_run(self, rng: random.Random) -> tuple[int, list[int]]:
+        """A random run: its stride, and its full steps as indices into the schedule of all steps."""
         stride = rng.choice(self.strides)
-        return stride, [
-            stride * step for step in select_full_steps(rng.randint(*self._counts(stride)), self.steps // stride)
-        ]
+        num_full_steps = rng.randint(*self._num_full_steps(stride))
+        return stride, [stride * step for step in select_full_steps(num_full_steps, self.steps // stride)]
 
 
 class PredictorWithDiscriminator(nn.Module):
-    """All that learns. Its forward is a whole lesson, so that with several processes gradients meet."""
+    """All trained parameters. Its forward computes a whole loss, so that DDP synchronizes the gradients."""
 
-    def __init__(self, predictor: Predictor, judge: Discriminator):
+    def __init__(self, predictor: Predictor, discriminator: Discriminator):
         super().__init__()
-        self.predictor, self.judge = predictor, judge
+        self.predictor, self.discriminator = predictor, discriminator
 
-    def forward(self, lesson: Callable[[PredictorWithDiscriminator], Tensor]) -> Tensor:
-        return lesson(self)
+    def forward(self, loss: Callable[[PredictorWithDiscriminator], Tensor]) -> Tensor:
+        return loss(self)
 
 
 class PredictorTask:
-    """Both stages; a process carries its share of the slots."""
+    """Trains both stages on this process's trajectories.
 
-    diverged = False
+    Per trajectory it holds the feature (n, d) of the last full step, `cached`, and the latents (c, f, h, w) to which
+    full forward passes since that step have led, `reference`.
+    """
+
+    diverged = False  # only the validation error ends a stage
     stages = {"regression": 1, "adversarial": 1}
 
     def __init__(
-        self, optim: OptimConfig, config: PredictorConfig, student: FeatureProbe, predictor: Predictor, context: MeanFlowContext,
-        tokens: tuple[int, int, int], share: tuple[int, int] = (0, 1),
+        self, optim: OptimConfig, config: PredictorConfig, student: FeatureProbe, predictor: Predictor,
+        context: MeanFlowContext, tokens: tuple[int, int, int], rank_and_world: tuple[int, int] = (0, 1),
     ):  # fmt: skip
-        """`tokens`: the student's grid of them; `share`: which process this is, of how many."""
+        """`tokens`: the token grid (f, h, w) of the student."""
         self.optim, self.config, self.student, self.context = optim, config, student, context
         self.tokens, self.nets = tokens, self
         width = predictor.fuse[-1].out_features
-        self.trajectories = TrajectoryPool(context, config.trajectories, share, optim.seed)
+        self.trajectories = TrajectoryPool(context, config.trajectories, rank_and_world, optim.seed)
         device = self.trajectories.x.device
-        count = len(self.trajectories)
-        self.cached = torch.zeros(count, tokens[0] * tokens[1] * tokens[2], width, device=device)
-        self.way = self.trajectories.x.clone()  # where whole passes since the last anchor have led each slot
-        judge = Discriminator(width, len(student.layers))
-        self.module = PredictorWithDiscriminator(predictor, judge).to(device)
+        self.cached = torch.zeros(len(self.trajectories), math.prod(tokens), width, device=device)
+        self.reference = self.trajectories.x.clone()
+        discriminator = Discriminator(width, len(student.layers))
+        self.module = PredictorWithDiscriminator(predictor, discriminator).to(device)
         self.stage = 0
 
     @property
     def stage(self) -> int:
-        """Which stage is on; the discriminator learns in the second one alone."""
+        """Number of the stage; only the second one trains the discriminator."""
         return self._stage
 
     @stage.setter
     def stage(self, stage: int) -> None:
         self._stage = stage
-        self.module.judge.requires_grad_(stage == 1)
+        self.module.discriminator.requires_grad_(stage == 1)
 
     @property
-    def best(self) -> bool:
-        """Whether the best one seen is to be kept: what is looked at is squared error, the first stage's aim."""
+    def keep_best(self) -> bool:
+        """Only in the first stage: validation measures squared error, which the second stage gives up in part."""
         return self.stage == 0
 
     def matrices(self) -> list[nn.Parameter]:
+        """Two-dimensional parameters of the predictor, which Muon trains."""
         return [p for p in self.module.predictor.parameters() if p.ndim == 2]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        """The predictor's error at the slots between anchors; then all move on.
+        """The predictor's error on the trajectories at predicted steps; then all trajectories move on.
 
-        Where a process has none, whole passes carry its slots to the next ones.
+        While a process has only trajectories at full steps, full forward passes move these on first.
         """
         logs: dict[str, float] = {}
         while self.runs()[1].all():
-            v, feature = self._whole()
+            v, feature = self._full_forward()
             self._move(v, v, feature)
-        return model(lambda own: self._lesson(own, logs)), logs
+        return model(lambda module: self._loss(module, logs)), logs
 
-    def _lesson(self, own: PredictorWithDiscriminator, logs: dict[str, float]) -> Tensor:
-        trajectories, (_, anchor) = self.trajectories, self.runs()
-        x, words, (now, then, time, after) = trajectories.x, trajectories.words, self._time()
-        v, feature = self._whole()
-        u, guess = self.student.predicted(own.predictor, self.cached, x, time, words)
-        supported_runs = (~anchor).to(u)  # at anchors nothing is predicted
-        shares = supported_runs / reduce(
-            supported_runs.sum(), "mean"
-        )  # over processes, as gradients are: each slot counts as much
-        each = lambda y: y.flatten(1).square().mean(1)
-        aim = v + (self.way - x) / expand_like(then - now, x)  # from where the slot is to where the whole pass leads
-        error = (shares * each(u - aim) / each(v)).sum()
-        similarity = (shares * each(guess - feature) / feature.flatten(1).var(1)).sum()
-        logs |= {"velocity": error.item(), "feature": similarity.item()}
-        loss = error + self.config.feature * similarity
+    def _loss(self, module: PredictorWithDiscriminator, logs: dict[str, float]) -> Tensor:
+        pool, (_, is_full) = self.trajectories, self.runs()
+        x, text, (t, r, timestep, next_timestep) = pool.x, pool.text, self._interval()
+        v, feature = self._full_forward()
+        u, predicted_feature = self.student.predicted_forward(module.predictor, self.cached, x, timestep, text)
+        predicted = (~is_full).to(u)  # full steps do not count
+        # The mean over processes, like that of the gradients: each predicted step has the same weight.
+        weights = predicted / reduce(predicted.sum(), "mean")
+        mean_square = lambda y: y.flatten(1).square().mean(1)
+        target = v + (self.reference - x) / expand_like(r - t, x)  # leads from x to the end of the full forward pass
+        error = (weights * mean_square(u - target) / mean_square(v)).sum()
+        feature_error = (weights * mean_square(predicted_feature - feature) / feature.flatten(1).var(1)).sum()
+        logs |= {"velocity": error.item(), "feature": feature_error.item()}
+        loss = error + self.config.feature * feature_error
         if self.stage == 1:
-            ends = [euler(x, way, now, then) for way in (aim, u)]
-            loss = loss + self._judged(own.judge, ends, after, words, shares, logs)
+            ends = [euler(x, direction, t, r) for direction in (target, u)]
+            loss = loss + self._adversarial_loss(module.discriminator, ends, next_timestep, text, weights, logs)
         self._move(u.detach(), v, feature)
         return loss
 
-    @torch.no_grad()
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """The student's velocities and last features on the ways of whole passes; at anchors the slots are there."""
-        return self.student.whole(self.way, self._time()[2], self.trajectories.words)
+    def _adversarial_loss(
+        self, discriminator: Discriminator, ends: list[Tensor], timestep: Tensor, text: Tensor, weights: Tensor,
+        logs: dict[str, float],
+    ) -> Tensor:  # fmt: skip
+        """Sum of the discriminator's loss and the predictor's, from the student's features at the step's two ends.
 
-    def runs(self) -> tuple[Tensor, Tensor]:
-        """Of each slot's run: how many levels its step goes on (s,), and whether that is an anchor's (s,)."""
-        runs = [self.config.run(rng) for rng in self.trajectories.rngs("run")]
-        anchor = [place in anchors for place, (_, anchors) in zip(self.trajectories.index.tolist(), runs, strict=True)]
-        return torch.tensor([stride for stride, _ in runs]), torch.tensor(anchor)
-
-    def _time(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Levels of the slots' steps, now and then, and what the student is told of these, and of the place behind."""
-        place = self.trajectories.index
-        now, then = (self.context.levels[i].float() for i in (place, place + self.runs()[0]))
-        w = self.trajectories.uniform(*self.config.guidance, "guidance")
-        return now, then, *(pack_timestep(start, then, w).to(self.trajectories.x.device) for start in (now, then))
-
-    def _judged(self, judge: Discriminator, ends: list[Tensor], after, words, shares: Tensor, logs: dict) -> Tensor:
-        """The discriminator's loss, and the predictor's for being told apart, from features at the true and its end.
-
-        Each slot counts by its share (s,): none at anchors, where nothing is predicted.
+        `ends`: the latents where the true and the predicted step end. `weights` (s,) are 0 at full steps.
         """
         with torch.no_grad():
-            real = self.student.features(ends[0], after, words)
-        told = self.student.features(ends[1], after, words)
-        judge.requires_grad_(False)
-        generator_loss = hinge(judge(told, self.tokens), True, shares)
-        judge.requires_grad_(True)
-        kinds = ((real, True), ([f.detach() for f in told], False))
-        logits = [(judge(features, self.tokens), kind) for features, kind in kinds]
-        logs["fooled"], logs["judge right"] = generator_loss.item(), sum(accuracy(*pair, shares) for pair in logits) / 2
-        return self.config.sharpen * generator_loss + sum(hinge(*pair, shares) for pair in logits)
+            real = self.student.features(ends[0], timestep, text)
+        fake = self.student.features(ends[1], timestep, text)
+        discriminator.requires_grad_(False)
+        generator_loss = hinge(discriminator(fake, self.tokens), True, weights)
+        discriminator.requires_grad_(True)
+        cases = ((real, True), ([feature.detach() for feature in fake], False))
+        logits = [(discriminator(features, self.tokens), is_real) for features, is_real in cases]
+        logs["generator_loss"] = generator_loss.item()
+        logs["discriminator_accuracy"] = sum(accuracy(*case, weights) for case in logits) / 2
+        return self.config.adversarial * generator_loss + sum(hinge(*case, weights) for case in logits)
+
+    @torch.no_grad()
+    def _full_forward(self) -> tuple[Tensor, Tensor]:
+        """The student's velocities and last features at the reference latents, which at full steps are x."""
+        return self.student.full_forward(self.reference, self._interval()[2], self.trajectories.text)
+
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """The stride of each trajectory's run (s,), and whether its current step is a full step (s,)."""
+        runs = [self.config.draw_run(rng) for rng in self.trajectories.rngs("run")]
+        indices = self.trajectories.index.tolist()
+        is_full = [index in full_steps for index, (_, full_steps) in zip(indices, runs, strict=True)]
+        return torch.tensor([stride for stride, _ in runs]), torch.tensor(is_full)
+
+    def _interval(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sigmas (s,) at start t and end r of each step; the student's timestep inputs for the step and at its end."""
+        index = self.trajectories.index
+        t, r = (self.context.sigmas[i].float() for i in (index, index + self.runs()[0]))
+        w = self.trajectories.uniform(*self.config.guidance, "guidance")
+        return t, r, *(pack_timestep(start, r, w).to(self.trajectories.x.device) for start in (t, r))
 
     def _move(self, u: Tensor, v: Tensor, feature: Tensor) -> None:
-        """Slots at an anchor refresh their caches and go on by the whole pass, the others as predicted."""
-        trajectories, (stride, anchor) = self.trajectories, self.runs()
-        self._refresh(anchor, feature)
-        goal = euler(
-            self.way, v, *(self.context.levels[place] for place in (trajectories.index, trajectories.index + stride))
-        )
-        trajectories.move(torch.where(_over(anchor, u), v, u), trajectories.index + stride)
-        self.way = torch.where(_over(self.runs()[1], u), trajectories.x, goal)  # a beginning is an anchor too
+        """Move trajectories by v and refresh their caches at full steps; move them by the prediction u elsewhere."""
+        pool, (stride, is_full) = self.trajectories, self.runs()
+        self._refresh(is_full, feature)
+        sigmas = (self.context.sigmas[index] for index in (pool.index, pool.index + stride))
+        reference = euler(self.reference, v, *sigmas)
+        pool.move(torch.where(_mask_like(is_full, u), v, u), pool.index + stride)
+        is_full = self.runs()[1]  # of the next step; the first step of a run is one
+        self.reference = torch.where(_mask_like(is_full, u), pool.x, reference)
 
     def _refresh(self, which: Tensor, feature: Tensor) -> None:
-        self.cached = torch.where(_over(which, feature), feature, self.cached)
+        self.cached = torch.where(_mask_like(which, feature), feature, self.cached)
 
     @torch.no_grad()
     def spread_timesteps(self) -> None:
-        """Let the student carry each slot to a step of its own, with the anchor before in its cache."""
-        trajectories, (stride, _) = self.trajectories, self.runs()
-        goal = torch.tensor([rng.randrange(self.config.steps) for rng in trajectories.rngs("goal")]) // stride * stride
-        while (on := trajectories.index < goal).any():
-            v, feature = self._whole()
-            self._refresh(on & self.runs()[1], feature)
-            trajectories.move(v, trajectories.index + on * stride)
-            self.way = trajectories.x.clone()
+        """Let the student move each trajectory to a random step, with the last full step's feature in its cache."""
+        pool, (stride, _) = self.trajectories, self.runs()
+        goal = torch.tensor([rng.randrange(self.config.steps) for rng in pool.rngs("goal")]) // stride * stride
+        while (moving := pool.index < goal).any():
+            v, feature = self._full_forward()
+            self._refresh(moving & self.runs()[1], feature)
+            pool.move(v, pool.index + moving * stride)
+            self.reference = pool.x.clone()
 
     def next_stage(self) -> None:
-        """Nothing: the predictor goes on from where it is."""
+        """Nothing: the second stage continues with the same predictor."""
 
     def save(self, folder: Path) -> None:
-        """The predictor's weights, in half precision."""
+        """Save the predictor's weights in half precision."""
         weights = self.module.predictor.state_dict()
         save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors")
 
     def sample_grid(self, path: Path) -> None:
-        """Nothing to see: a predictor makes no videos alone."""
+        """Nothing: a predictor makes no videos by itself."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the weights: the slots and their caches."""
-        return {**self.trajectories.state_dict(), "cached": self.cached, "way": self.way}
+        """What a resumed run needs besides the weights: trajectories, caches and reference latents."""
+        return {**self.trajectories.state_dict(), "cached": self.cached, "reference": self.reference}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse, from the slots of all processes."""
+        """Restore this process's share from the state of all processes."""
         own = slice(self.trajectories.first, self.trajectories.first + len(self.trajectories))
-        self.cached, self.way = (state[name][own].to(self.cached.device) for name in ("cached", "way"))
+        self.cached, self.reference = (state[name][own].to(self.cached.device) for name in ("cached", "reference"))
         self.trajectories.load_state_dict(state)
 
 
-def _over(which: Tensor, x: Tensor) -> Tensor:
-    """Truths (b,) in the shape of x (b, ...)."""
-    return expand_like(which, x).bool()
+def _mask_like(mask: Tensor, x: Tensor) -> Tensor:
+    """A boolean mask (b,) in the shape of x (b, ...)."""
+    return expand_like(mask, x).bool()
