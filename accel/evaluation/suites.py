@@ -133,7 +133,7 @@ def _meanflow(**ablations: str) -> Suite:
 
 
 def _disca() -> Suite:
-    regression = "checkpoints/predictor/match-only"
+    regression = "checkpoints/predictor/regression-only"
     variants = {
         "disca, predictor of the paper": Setting("disca", overrides={"disca": {"predictor": "paper"}}),
         "disca, regression stage alone": Setting("disca", overrides={"disca": {"predictor_dir": regression}}),

@@ -12,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from safetensors.torch import load_file
-from support import build_pipe, gpd_task
+from support import build_pipe
 from transformers import UMT5Config, UMT5EncoderModel
 
 import accel
@@ -27,7 +27,6 @@ from accel.students.weights import NAME
 from accel.training import OPTIM_CONFIGS, train_parts
 from accel.training.feature_probe import FeatureProbe
 from accel.training.gpd_job import GpdJob, describe_high_frequencies, iteration_cost
-from accel.training.loop import fit
 from accel.training.lora_networks import LoRANetworks
 from accel.training.networks import FullNetworks, guided, velocity
 from accel.training.optim import OptimConfig
@@ -325,16 +324,22 @@ def test_impossible_jobs_are_refused_with_the_reason(large, tmp_path):
         train_parts("base", None, False, tmp_path / "out", rank=4)
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
-    """A folder in which two processes, connected by gloo, have trained every kind of student."""
-    folder, here = tmp_path_factory.mktemp("distributed"), Path(__file__).parent
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def train_in_processes(n: int, folder: Path) -> None:
+    """Run the worker in n processes that are connected by gloo."""
+    here = Path(__file__).parent
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     path = os.pathsep.join([str(here.parents[1]), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    script = [str(here / "distributed_worker.py"), str(folder)]
+    script = [str(here / "distributed_worker.py"), str(folder), str(n)]
     done = subprocess.run([*start, *script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """A folder in which two processes have trained every kind of student."""
+    folder = tmp_path_factory.mktemp("distributed")
+    train_in_processes(2, folder)
     return folder
 
 
@@ -344,11 +349,9 @@ def test_two_processes_end_with_the_same_weights(student, two_processes):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_two_processes_learn_what_one_learns(two_processes, pipe, tmp_path):
-    task = gpd_task(pipe, 4, trajectories=4, horizons=(1,))
-    task.optim = OptimConfig(steps=20, lr=1e-3, warmup=1, ema=0.0)
-    fit(task, tmp_path, minutes=None, resume=False)
-    folders = (tmp_path, two_processes / "gpd")
+def test_two_processes_learn_what_one_learns(two_processes, tmp_path):
+    train_in_processes(1, tmp_path)
+    folders = [folder / "gpd" for folder in (tmp_path, two_processes)]
     one, two = (json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["loss"] for folder in folders)
     assert one == pytest.approx(two, rel=0.01)  # after 20 iterations in bfloat16
     one, two = (torch.load(folder / "state.pt", weights_only=True) for folder in folders)
