@@ -156,9 +156,9 @@ def test_each_part_can_be_switched_off(pipe, sample):
 
 
 def test_too_few_steps_switch_it_off_with_a_message(pipe, sample):
-    plain = sample(pipe, steps=6)
+    baseline = sample(pipe, steps=6)
     with accel.apply(pipe, [FasterCache()]) as trace:
-        assert torch.equal(sample(pipe, steps=6), plain)
+        assert torch.equal(sample(pipe, steps=6), baseline)
     assert trace.summary()["messages"] == ["FasterCache is off: 6 steps are too few, it needs at least 10"]
 
 

@@ -27,7 +27,7 @@ TIMESTEPS = [999, 750, 600, 400, 300, 100]
 
 @pytest.fixture
 def student(pipe, tmp_path) -> GPD:
-    """A student of 6 steps beside the pipeline's model: the base with its last projection halved."""
+    """A student of 6 steps in the model's folder: the base with its last projection halved."""
     pipe.register_to_config(_name_or_path=str(tmp_path))
     facts = {"steps": 6, "sigmas": SIGMAS, "timesteps": TIMESTEPS, "base_fingerprint": fingerprint(pipe.transformer)}
     nets = FullNetworks(pipe.transformer)
