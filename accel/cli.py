@@ -301,7 +301,7 @@ def train(
     parts = ("vae", "base", "gpd", "meanflow", "predictor", "all")
     if what not in parts:
         raise ValueError(f"unknown part {what!r}; there are {', '.join(parts)}")
-    from .training import export_base, shutdown_distributed, train_parts
+    from .training.parts import export_base, shutdown_distributed, train_parts
 
     if export:
         return print_json(export_base(setting or "small", out))

@@ -16,10 +16,9 @@ from ..families import family_of
 from ..methods.base import RunSpec
 from .models import ModelDefaults, resolve
 from .presets import build_methods
-from .run import Run, build_run, check_size
+from .run import Run, check_size
 from .video import warm_encoder
 
-__all__ = ["Run", "build_run", "generate"]
 StepCallback = Callable[[int, Trace, torch.Tensor], None]  # steps done, trace, latents
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from ..families import family_of
 from ..methods.disca.disca import select_full_steps
 from ..methods.disca.predictor import Predictor, PredictorForm
-from ..runtime.generate import build_run, grid
+from ..runtime.generate import grid
+from ..runtime.run import build_run
 from ..students.interval_embedding import INTERVAL_EMBEDDER, with_interval_embedder
 from ..students.loading import check_base, load_student
 from ..students.weights import fingerprint

@@ -17,9 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..ops.flow import euler
-from ..runtime.generate import build_run, latent_spec
+from ..runtime.generate import latent_spec
 from ..runtime.latents import denormalize
 from ..runtime.models import ModelDefaults
+from ..runtime.run import build_run
 from ..students.interval_embedding import pack_timestep
 from .networks import velocity
 from .tasks.vae import from_unit

@@ -24,13 +24,14 @@ from accel.methods.gpd import GPD
 from accel.students.interval_embedding import INTERVAL_EMBEDDER, IntervalEmbedder, pack_timestep, with_interval_embedder
 from accel.students.loading import load_student
 from accel.students.weights import NAME
-from accel.training import OPTIM_CONFIGS, train_parts
 from accel.training.feature_probe import FeatureProbe
 from accel.training.gpd_job import GpdJob, describe_high_frequencies, iteration_cost
 from accel.training.lora_networks import LoRANetworks
 from accel.training.networks import FullNetworks, guided, velocity
 from accel.training.optim import OptimConfig
+from accel.training.parts import train_parts
 from accel.training.rollouts import MeanFlowContext, RolloutContext
+from accel.training.settings import OPTIM_CONFIGS
 from accel.training.stages import store
 from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask
 from accel.training.tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask

@@ -7,7 +7,8 @@ import torch
 from transformers import UMT5EncoderModel
 
 from accel.runtime.models import TINY
-from accel.training import OPTIM_CONFIGS, SETTINGS, export_base, parent_run, train_parts
+from accel.training.parts import export_base, parent_run, train_parts
+from accel.training.settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
 from accel.training.tasks import base
 from accel.training.tasks.vae import build_vae
 
@@ -20,7 +21,7 @@ def test_an_unknown_part_is_named(tmp_path):
 
 
 def test_a_stopped_training_changes_neither_the_shipped_model_nor_its_record(tmp_path, monkeypatch):
-    monkeypatch.setattr("accel.training.ROOT", tmp_path)
+    monkeypatch.setattr("accel.training.parts.ROOT", tmp_path)
     monkeypatch.setattr("accel.training.tasks.vae.CURRICULUM", ((1.0, 1, 1),))
     finished = []
     monkeypatch.setattr("accel.training.tasks.vae.finish", lambda task, folder: finished.append(folder) or {})
@@ -33,9 +34,9 @@ def test_a_stopped_training_changes_neither_the_shipped_model_nor_its_record(tmp
 
 
 def test_an_export_writes_the_ema_weights_of_an_unfinished_base(tmp_path, monkeypatch):
-    monkeypatch.setattr("accel.training.ROOT", tmp_path)
+    monkeypatch.setattr("accel.training.parts.ROOT", tmp_path)
     monkeypatch.setattr(base, "CURRICULUM", ((1.0, 1, 2),))
-    monkeypatch.setitem(SETTINGS, "small", {"size": 16, "frames": 5, "fps": 8, "clips": 2})
+    monkeypatch.setitem(SETTINGS, "small", ModelSetting(16, 5, fps=8, clips=2))
     monkeypatch.setitem(OPTIM_CONFIGS["small"], "base", {"steps": 9, "lr": 1e-3, "warmup": 1})
     build_vae(8).save_pretrained(tmp_path / TINY / "vae")
     with pytest.raises(ValueError, match="holds no checkpoint"):

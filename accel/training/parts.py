@@ -1,0 +1,204 @@
+"""`python -m accel train PART`: trains the autoencoder, the base model or a student, and records how."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..files import atomic_write
+from ..runtime.models import TINY
+from ..runtime.paths import ROOT
+from .loop import fit, trainable
+from .optim import OptimConfig
+from .settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
+from .stages import remaining
+
+STUDENTS = ("gpd", "meanflow", "predictor")  # trained from a finished base model
+PARTS = ("vae", "base", *STUDENTS)
+
+
+def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
+    """Train a part, or all of them in order, into the setting's model; returns the record of how each was made.
+
+    A part that is stopped before its last step stays in `out`, for `resume`. `minutes` limits all parts together. The
+    default setting is small on a CPU and large on a GPU. `job` holds fields of `DistillJob`, for students only; such a
+    job is not recorded in the shipped model. Raises ValueError for an unknown part or setting.
+    """
+    if job := _job_fields(what, job):
+        folder = out / job.get("ablation", what) / Path(job.get("model", "")).name
+        return {what: train_student(what, minutes, resume, folder, **job)}
+    state = PartialState()
+    device = str(state.device)
+    setting = setting or ("large" if state.device.type == "cuda" else "small")
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
+    model, optims = SETTINGS[setting], OPTIM_CONFIGS[setting]
+    file, out = ROOT / model.target / "training.json", _checkpoint_dir(model, out)
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    device_name = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    began = time.monotonic()
+    for part in [p for p in PARTS if p in optims] if what == "all" else (what,):
+        left, optim = remaining(minutes, began), OptimConfig(**optims[part])
+        parent = parent_run(record.get(part), out / part) if resume and part in TRAINERS else None
+        if part in TRAINERS:
+            done = TRAINERS[part](optim, model, device, left, resume, out / part)
+        else:
+            done = train_student(part, left, resume, out / part)
+        stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
+        record[part] = {"setting": setting, "device": device_name, **done, "optim": optim.model_dump()}
+        if parent:
+            record[part]["parent_run"] = parent
+        if state.is_main_process and finished:
+            _write_record(file, record)
+        if stopped or not finished:  # the next part needs this one
+            break
+    return record
+
+
+def _job_fields(what: str, job: dict) -> dict:
+    """The fields of a job that were given. Raises ValueError for an unknown part, or a field that is not for it."""
+    if what not in (*PARTS, "all"):
+        raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
+    given = {key: value for key, value in job.items() if value is not None}
+    if given.get("ablation") == what:  # the method itself
+        del given["ablation"]
+    if "videos" in given and what != "meanflow":
+        raise ValueError("--videos is for meanflow only: the other students learn full trajectories, from noise")
+    if given and what not in STUDENTS:
+        raise ValueError(f"--{next(iter(given))} is for {', '.join(STUDENTS)} only, not for {what}")
+    return given
+
+
+def _checkpoint_dir(model: ModelSetting, out: Path) -> Path:
+    """The folder of unfinished parts of a model: `out` for the shipped model, a subfolder for another one."""
+    return out if model.target == TINY else out / Path(model.target).name
+
+
+def shutdown_distributed() -> None:
+    """Close the connections between training processes: if the interpreter closes them at its end, one can abort."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def parent_run(record: dict | None, folder: Path) -> dict | None:
+    """The record of the finished run from whose weights this run starts, if there is one."""
+    is_continued = (folder / "state.pt").is_file()  # this run's own checkpoint: its parent stays the same
+    return (record or {}).get("parent_run") if is_continued else record
+
+
+def _train_vae(
+    optim: OptimConfig, model: ModelSetting, device: str, minutes: float | None, resume: bool, out: Path
+) -> dict:
+    from .tasks import vae
+
+    target = ROOT / model.target / "vae"
+    task = vae.VaeTask(optim, model.size, model.frames, living=model.living)
+    if resume and (out / "state.pt").is_file():
+        task.shape_as(out / "state.pt")
+    elif resume and target.is_dir():
+        task.start_from(target)
+    elif model.start:
+        task.start_from(ROOT / model.start / "vae")
+    summary = fit(task, out, minutes=minutes, resume=resume)
+    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
+        return summary
+    return {**summary, **vae.finish(task, target)}
+
+
+def _train_base(
+    optim: OptimConfig, model: ModelSetting, device: str, minutes: float | None, resume: bool, out: Path
+) -> dict:
+    from .tasks import base
+
+    target, task = ROOT / model.target, _base_task(optim, model, device, out)
+    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
+        task.start_from(target)
+    elif model.start:
+        task.start_from(ROOT / model.start)
+    summary = fit(task, out, minutes=minutes, resume=resume, save_every=model.save_every)
+    if summary["step"] < summary["steps"] or not PartialState().is_main_process:
+        return summary
+    base.finish(task, target)
+    _write_defaults(model)
+    return summary
+
+
+TRAINERS = {"vae": _train_vae, "base": _train_base}  # with `resume` they start from the weights that they replace
+
+
+def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
+    """The task of the base model, with the model's own autoencoder. Raises ValueError if there is none yet."""
+    from diffusers import AutoencoderKLWan
+
+    from .optimize import can_compile
+    from .tasks import base
+
+    target, start = ROOT / model.target, model.start and ROOT / model.start
+    if not (target / "vae" / "config.json").is_file():
+        raise ValueError("the autoencoder comes first: python -m accel train vae")
+    autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
+    with PartialState().main_process_first():  # which encodes the clips that the others load
+        return base.BaseTask(
+            optim, autoencoder, model.size, model.frames, model.clips, out, device, can_compile(device), model.living,
+            start,
+        )  # fmt: skip
+
+
+def export_base(setting: str, out: Path) -> dict:
+    """Write the EMA weights of the base's last checkpoint into the setting's model, finished or not.
+
+    A training that is running is not disturbed. Raises ValueError if there is no checkpoint.
+    """
+    from .tasks import base
+
+    model = SETTINGS[setting]
+    folder, target = _checkpoint_dir(model, out) / "base", ROOT / model.target
+    if not (folder / "state.pt").is_file():
+        raise ValueError(f"{folder} holds no checkpoint: python -m accel train base --setting {setting}")
+    task = _base_task(OptimConfig(**OPTIM_CONFIGS[setting]["base"]), model, "cpu", folder)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for parameter, average in zip(trainable(task.module), state["ema"]["shadow_params"], strict=True):
+            parameter.copy_(average)
+    base.finish(task, target)
+    _write_defaults(model)
+    done = {"step": state["step"], "steps": task.optim.steps, "seconds": round(state["seconds"], 1)}
+    file = target / "training.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    _write_record(file, {**record, "base": {"setting": setting, **done, "optim": task.optim.model_dump()}})
+    return done
+
+
+def _write_record(file: Path, record: dict) -> None:
+    """Write how each part of a model was made."""
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _write_defaults(model: ModelSetting) -> None:
+    """Write the model's default settings, `accel.json`."""
+    from .tasks.base import MAX_TOKENS
+
+    defaults = {"height": model.size, "width": model.size, "frames": model.frames, "fps": model.fps}
+    defaults |= {"steps": 50, "guidance": 4.0, "text_length": MAX_TOKENS, "toy_world": True, "metrics": ["adherence"]}
+    (ROOT / model.target / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
+
+
+def train_student(what: str, minutes: float | None, resume: bool, out: Path, **job) -> dict:
+    """Distil a model into students. Raises ValueError if that is the shipped model and it does not exist yet."""
+    from .gpd_job import GpdJob
+    from .jobs import DistillJob, run_job
+    from .meanflow_job import MeanFlowJob
+    from .predictor_job import PredictorJob
+
+    distill_job, device = DistillJob(**job), str(PartialState().device)
+    if distill_job.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
+        raise ValueError("the base model comes first: python -m accel train base")
+    kind = "others" if not distill_job.is_toy() else "large" if device.startswith("cuda") else "small"
+    spec = next(spec for spec in (GpdJob(), MeanFlowJob(), PredictorJob()) if spec.method == what)
+    return run_job(spec, OptimConfig(**OPTIM_CONFIGS[kind][what]), distill_job, device, minutes, resume, out)

@@ -1,0 +1,56 @@
+"""What is trained at which size, and the optimizer settings of each part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..runtime.models import TINY
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """A model of the toy world: the size of its videos, its data, and where it starts from."""
+
+    size: int  # height and width in pixels
+    frames: int
+    fps: int
+    clips: int  # rendered for the base model
+    living: bool = False  # textures, shadows and second objects of the living world
+    start: str | None = None  # folder of a model whose weights the training starts from
+    target: str = TINY  # folder of the model that is made
+    save_every: float = 400  # seconds between checkpoints
+
+
+SETTINGS = {
+    "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
+    "medium": ModelSetting(
+        96, 17, fps=8, clips=2000, living=True, start=TINY, target=f"{TINY}-96", save_every=900
+    ),  # for a CPU; its sample grid takes half a minute
+    "large": ModelSetting(96, 33, fps=12, clips=40_000),  # the default on a GPU
+}
+_STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # stages are too short for an average
+OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the toy world
+    "small": {
+        "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
+        "base": {"steps": 4600, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 3},
+        "gpd": {"steps": 38, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
+        "meanflow": {"steps": 450, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
+    },
+    "medium": {
+        "vae": {"steps": 900, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
+        "base": {"steps": 6000, "lr": 1e-3, "matrix_lr": 3e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
+    },
+    "large": {
+        "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
+        "base": {"steps": 30_000, "lr": 1e-3, "matrix_lr": 4e-3, "betas": (0.9, 0.98)},
+        "gpd": {"steps": 150, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
+        "meanflow": {"steps": 1000, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 1000, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
+    },
+    "others": {
+        "gpd": {"steps": 75, "lr": 5e-5} | _STUDENT,
+        "meanflow": {"steps": 1000, "lr": 5e-5} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 1000, "lr": 1e-4} | _STUDENT | {"ema": 0.98},
+    },
+}
