@@ -303,7 +303,7 @@ def test_a_signal_in_the_last_iteration_of_a_stage_stops_before_the_next_stage(p
 
 def test_an_interrupted_distillation_ends_as_an_unbroken_one(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("accel.training.stages.VALIDATE_EVERY", 1)
-    optims = [OptimConfig(steps=2, lr=1e-2, warmup=1, ema=0.0)] * 2
+    optims = [OptimConfig(steps=2, lr=1e-4, matrix_lr=1e-4, warmup=1, ema=0.0)] * 2
 
     def run(folder, resume):
         gpd = gpd_task(pipe, 4, horizons=(1, 2))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from support import instant, mean, meanflow_task, timed
 
 from accel.runtime.latents import normalize
@@ -276,7 +277,15 @@ def test_initial_weights_keep_zeros_of_the_time_embedding(pipe, tmp_path):
     assert torch.allclose(student.proj_out.weight, base.proj_out.weight + 0.1, atol=2e-3)
 
 
-def test_derivatives_have_full_precision_inside_the_training_loop(pipe):
+@pytest.fixture
+def fresh_accelerator():
+    """Lets a test choose the mixed precision, which accelerate fixes for the rest of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_derivatives_have_full_precision_inside_the_training_loop(pipe, fresh_accelerator):
     """accelerate wraps the module's forward in an autocast, in which differences of bfloat16 would be noise."""
     task = meanflow_task(pipe)
     given = torch.tensor([0.8]), torch.tensor([0.7]), torch.tensor([4.0]), torch.tensor([0])
