@@ -322,7 +322,7 @@ def test_impossible_jobs_are_refused_with_the_reason(large, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="has 2 prompts: at least 3 are needed, 2 of them for validation"):
         train_parts("gpd", None, False, tmp_path / "out", model=str(large), prompts=tmp_path / "prompts.txt")
-    with pytest.raises(ValueError, match="--rank is for gpd, meanflow, predictor alone, not for base"):
+    with pytest.raises(ValueError, match="--rank is for gpd, meanflow, predictor only, not for base"):
         train_parts("base", None, False, tmp_path / "out", rank=4)
 
 
