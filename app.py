@@ -119,7 +119,7 @@ class Page:
         self, request: gr.Request, prompt, seed, steps, guidance, same_steps_baseline, *method_values
     ) -> Iterator[dict]:
         """Generate a baseline and an accelerated video from the same noise, and report the progress."""
-        from ui.compare import CompareJob  # imports torch: the page answers before that
+        from ui.compare_job import CompareJob
 
         methods = self.controls.settings(method_values)
         settings = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance, "methods": methods}

@@ -16,10 +16,10 @@ from accel.students.interval_embedding import IntervalEmbedder
 from accel.students.weights import fingerprint
 from accel.training.feature_probe import FeatureProbe
 from accel.training.networks import FullNetworks
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 from accel.training.rollouts import MeanFlowContext, RolloutContext, rollout_context
 from accel.training.stages import store
-from accel.training.tasks.base import build_tokenizer
+from accel.training.tasks.base_model import build_tokenizer
 from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask
 from accel.training.tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask
 from accel.training.tasks.predictor_fit import PredictorConfig, PredictorTask

@@ -7,7 +7,7 @@ from statistics import median
 from markupsafe import Markup
 
 from accel.evaluation.metrics import metric_texts
-from ui.render import render
+from ui.templating import render
 from ui.timeline import timeline
 
 EMPTY_PANE = ""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from accel.core.trace import DENOISER
-from ui.render import render
+from ui.templating import render
 
 
 class ActionStyle(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from ui.render import render
+from ui.templating import render
 from ui.timeline import ACTION_STYLE, CELL, GAP, LEFT
 
 FEATURES = {"query": "queries", "kv": "keys and values"}  # in the order of a rate pair

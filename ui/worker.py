@@ -95,7 +95,7 @@ class Worker:
                 self._finished = job.number
 
     def _load(self) -> None:
-        from accel.runtime import models  # imports torch and diffusers: not before the page answers
+        from accel.runtime import models
 
         try:
             pipe = models.load_pipeline(self.model)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ..ops.tokens import Reduction
+from ..ops.token_matching import Reduction
 from .trace import Timer
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..ops.tokens import Reduction
+from ..ops.token_matching import Reduction
 from .attention import QKV
 
 

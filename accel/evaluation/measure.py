@@ -12,7 +12,7 @@ from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults, hash_of, resolve, weights
 from ..runtime.presets import build_methods
 from ..runtime.run import Run, build_run
-from ..students.scheduler import euler_sampling
+from ..students.euler_scheduler import euler_sampling
 from .result_log import ResultLog, config_hash
 from .suites import Setting
 

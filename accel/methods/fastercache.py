@@ -68,7 +68,7 @@ class State:
 
 
 class FasterCache(Method):
-    """Extrapolates self-attention outputs and rebuilds the unconditional branch on scheduled steps."""
+    """Extrapolates self-attention outputs, and estimates the unconditional branch from its last computed output."""
 
     title: ClassVar[str] = "FasterCache"
     paper: ClassVar[str] = "arXiv 2410.19355"

@@ -36,7 +36,7 @@ class GPDManifest(BaseModel, frozen=True):
 
 
 class GPD(StudentMethod):
-    """Runs the student of a number of steps in place of the denoiser."""
+    """Replaces the denoiser by a student that was trained for exactly that many steps."""
 
     title: ClassVar[str] = "GPD"
     paper: ClassVar[str] = "arXiv 2602.01814"
@@ -71,8 +71,8 @@ class GPD(StudentMethod):
         if not self.steps:
             yield
             return
+        from ..students.euler_scheduler import StudentEuler, use_scheduler
         from ..students.loading import check_base, forbid_cfg, load_student, weight_bytes
-        from ..students.scheduler import StudentEuler, use_scheduler
 
         weights_dir, model = self.weights_dir(model_path(host)), host.denoisers[0]
         reserve_memory = host.per_run(lambda: trace.reserve_memory("gpd", weight_bytes(weights_dir, model)))

@@ -36,7 +36,7 @@ class MeanFlowManifest(BaseModel, frozen=True):
 
 
 class MeanFlow(StudentMethod):
-    """Runs the student in place of the denoiser, in a chosen number of steps."""
+    """Replaces the denoiser by a student that takes any of several step counts."""
 
     title: ClassVar[str] = "MeanFlow"
     paper: ClassVar[str] = "arXiv 2602.05449"
@@ -81,9 +81,9 @@ class MeanFlow(StudentMethod):
         import torch
         from safetensors.torch import load_file
 
+        from ..students.euler_scheduler import StudentEuler, use_scheduler
         from ..students.interval_embedding import INTERVAL_EMBEDDER, pack_timestep, with_interval_embedder
         from ..students.loading import check_base, forbid_cfg, load_student, weight_bytes
-        from ..students.scheduler import StudentEuler, use_scheduler
 
         weights_dir, model, pipe = self.weights_dir(model_path(host)), host.denoisers[0], host.pipe
         manifest = self.load_manifest(weights_dir)

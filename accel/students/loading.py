@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.hooks import patched_method
 from ..core.host import Host
-from .scheduler import is_student_run
+from .euler_scheduler import is_student_run
 from .weights import ADAPTER, check_adapter, load_int8_delta, matches_fingerprint, swapped_parameters, with_lora
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..ops.spectrum import high_pass
 from ..students.weights import fingerprint
 from .jobs import JobSpec, LoadedJob, rank_and_world
-from .optim import OptimConfig
+from .optimizer import OptimConfig
 from .stages import store
 from .tasks.gpd_distillation import TARGET_SCHEMES, GpdConfig, GpdTask
 

@@ -21,7 +21,7 @@ from ..evaluation.result_log import config_hash
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
 from .networks import FullNetworks, Networks
-from .optim import OptimConfig
+from .optimizer import OptimConfig
 from .rollouts import RolloutContext, rollout_context
 from .stages import distil, remaining, totals
 from .tasks.student_task import StagedTask

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import atomic_write
-from .optim import BatchedMuon, OptimConfig, learning_rate
-from .optimize import has_fast_bfloat16
+from .fast_blocks import has_fast_bfloat16
+from .optimizer import BatchedMuon, OptimConfig, learning_rate
 
 
 class Task(Protocol):

@@ -14,7 +14,7 @@ from torch import nn
 from ..students.interval_embedding import IntervalEmbedder, unwrapped
 from ..students.weights import fingerprint, load_int8_delta, matches_fingerprint
 from .jobs import JobSpec, LoadedJob, rank_and_world
-from .optim import OptimConfig
+from .optimizer import OptimConfig
 from .rollouts import MeanFlowContext
 from .stages import store
 from .tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask, max_step_width

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops.flow import expand_like
 from ..students.interval_embedding import save_interval_embedder, unwrapped
 from ..students.weights import save_int8_delta
-from .optimize import optimize_blocks
+from .fast_blocks import optimize_blocks
 
 
 class Networks(Protocol):

@@ -13,7 +13,7 @@ from ..files import atomic_write
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
 from .loop import fit, trainable
-from .optim import OptimConfig
+from .optimizer import OptimConfig
 from .settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
 from .stages import remaining
 
@@ -113,7 +113,7 @@ def _train_vae(
 def _train_base(
     optim: OptimConfig, model: ModelSetting, device: str, minutes: float | None, resume: bool, out: Path
 ) -> dict:
-    from .tasks import base
+    from .tasks import base_model as base
 
     target, task = ROOT / model.target, _base_task(optim, model, device, out)
     if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
@@ -135,8 +135,8 @@ def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
     """The task of the base model, with the model's own autoencoder. Raises ValueError if there is none yet."""
     from diffusers import AutoencoderKLWan
 
-    from .optimize import can_compile
-    from .tasks import base
+    from .fast_blocks import can_compile
+    from .tasks import base_model as base
 
     target, start = ROOT / model.target, model.start and ROOT / model.start
     if not (target / "vae" / "config.json").is_file():
@@ -154,7 +154,7 @@ def export_base(setting: str, out: Path) -> dict:
 
     A training that is running is not disturbed. Raises ValueError if there is no checkpoint.
     """
-    from .tasks import base
+    from .tasks import base_model as base
 
     model = SETTINGS[setting]
     folder, target = _checkpoint_dir(model, out) / "base", ROOT / model.target
@@ -182,7 +182,7 @@ def _write_record(file: Path, record: dict) -> None:
 
 def _write_defaults(model: ModelSetting) -> None:
     """Write the model's default settings, `accel.json`."""
-    from .tasks.base import MAX_TOKENS
+    from .tasks.base_model import MAX_TOKENS
 
     defaults = {"height": model.size, "width": model.size, "frames": model.frames, "fps": model.fps}
     defaults |= {"steps": 50, "guidance": 4.0, "text_length": MAX_TOKENS, "toy_world": True, "metrics": ["adherence"]}

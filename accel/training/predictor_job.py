@@ -19,10 +19,10 @@ from ..runtime.run import build_run
 from ..students.interval_embedding import INTERVAL_EMBEDDER, with_interval_embedder
 from ..students.loading import check_base, load_student
 from ..students.weights import fingerprint
+from .fast_blocks import optimize_blocks
 from .feature_probe import FeatureProbe
 from .jobs import DistillJob, JobSpec, LoadedJob, rank_and_world
-from .optim import OptimConfig
-from .optimize import optimize_blocks
+from .optimizer import OptimConfig
 from .rollouts import MeanFlowContext
 from .stages import store
 from .tasks.predictor_fit import PredictorConfig, PredictorTask

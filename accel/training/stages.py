@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from .loop import any_process, fit, trainable
 from .networks import Networks
-from .optim import OptimConfig
+from .optimizer import OptimConfig
 from .tasks.student_task import StagedTask
 from .validation import StageMonitor, Validator
 

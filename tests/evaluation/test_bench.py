@@ -12,7 +12,7 @@ from accel.evaluation.report import pairs_table, summarize, table
 from accel.evaluation.suites import SUITES, Setting, Suite
 from accel.runtime.generate import Video
 from accel.runtime.models import ModelDefaults
-from accel.students.scheduler import euler_sampling
+from accel.students.euler_scheduler import euler_sampling
 
 
 def test_results_of_another_model_or_machine_have_another_key(pipe, monkeypatch):

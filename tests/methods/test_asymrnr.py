@@ -11,7 +11,7 @@ from accel.families import family_of
 from accel.methods import METHODS
 from accel.methods.asymrnr.budget import Profile
 from accel.methods.base import RunSpec
-from accel.ops.tokens import match
+from accel.ops.token_matching import match
 from accel.runtime.presets import build_methods
 
 AsymRnR = METHODS["asymrnr"]
@@ -71,7 +71,7 @@ def test_queries_or_keys_can_be_reduced_alone(pipe, sample):
 def test_matching_runs_once_for_each_window_of_steps_and_branch(pipe, sample, monkeypatch):
     """20 steps, the first two not reduced, windows of 3: 6 windows x 2 branches x 2 blocks x 2 features."""
     calls = []
-    monkeypatch.setattr("accel.methods.asymrnr.matching.match", lambda *args: calls.append(1) or match(*args))
+    monkeypatch.setattr("accel.methods.asymrnr.plan_cache.match", lambda *args: calls.append(1) or match(*args))
     with accel.apply(pipe, [AsymRnR(**FIXED, interval=3)]):
         sample(pipe)
     assert len(calls) == 6 * 2 * 2 * 2

@@ -11,7 +11,7 @@ from accel.families.wan import Wan
 from accel.methods import METHODS
 from accel.methods.asymrnr.correction import ResidualCache
 from accel.methods.base import RunSpec
-from accel.ops.tokens import match, partition
+from accel.ops.token_matching import match, partition
 
 AsymRnR = METHODS["asymrnr"]
 FIXED = {"schedule": "fixed", "query_rate": 0.5, "kv_rate": 0.5, "start": 0.1, "cell": "1x2x2", "interval": 3}

@@ -12,11 +12,11 @@ from accel.methods import AsymRnR, FasterCache
 from accel.methods.asymrnr.budget import Profile
 from accel.methods.base import Method
 from accel.methods.gpd import GPD
-from accel.ops.tokens import match
+from accel.ops.token_matching import match
 from accel.runtime.generate import preflight
 from accel.runtime.presets import build_methods
 from accel.runtime.run import Run
-from accel.students.scheduler import FixedSigmaEuler, euler_sampling
+from accel.students.euler_scheduler import FixedSigmaEuler, euler_sampling
 from accel.students.weights import fingerprint, load_int8_delta, save_int8_delta
 from accel.training.networks import FullNetworks
 from accel.training.stages import store
@@ -224,7 +224,7 @@ def test_methods_that_cannot_save_anything_are_reported_before_the_run(students,
 def test_under_a_student_every_step_is_matched_anew(students, pipe, sample, monkeypatch):
     """24 baseline steps match in every third; two blocks, queries and keys."""
     made = []
-    monkeypatch.setattr("accel.methods.asymrnr.matching.match", lambda *a, **k: made.append(1) or match(*a, **k))
+    monkeypatch.setattr("accel.methods.asymrnr.plan_cache.match", lambda *a, **k: made.append(1) or match(*a, **k))
     reduction = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.5, correction="none")
     for methods, steps in (([GPD(steps=24)], 12), ([], 4)):
         made.clear()

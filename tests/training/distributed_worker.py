@@ -8,7 +8,7 @@ from accelerate import PartialState
 from support import build_pipe, gpd_task, meanflow_task, predictor_task
 
 from accel.training.loop import fit
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 from accel.training.parts import shutdown_distributed
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from accel.runtime.models import ModelDefaults
 from accel.students.weights import ADAPTER, load_int8_delta
 from accel.training.loop import fit
 from accel.training.networks import FullNetworks, guided, velocity
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 from accel.training.rollouts import RolloutContext, rollout_context
 from accel.training.stages import distil, store
 from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask

@@ -28,7 +28,7 @@ from accel.training.feature_probe import FeatureProbe
 from accel.training.gpd_job import GpdJob, describe_high_frequencies, iteration_cost
 from accel.training.lora_networks import LoRANetworks
 from accel.training.networks import FullNetworks, guided, velocity
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 from accel.training.parts import train_parts
 from accel.training.rollouts import MeanFlowContext, RolloutContext
 from accel.training.settings import OPTIM_CONFIGS

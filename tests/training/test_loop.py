@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from accel.training.loop import fit
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 
 
 class Line:

@@ -21,7 +21,7 @@ from accel.training.jobs import share_stages
 from accel.training.loop import fit
 from accel.training.meanflow_job import MeanFlowJob, has_initial_student, initialize_from
 from accel.training.networks import FullNetworks, velocity
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 from accel.training.rollouts import TrajectoryPool
 from accel.training.stages import store
 from accel.training.tasks.meanflow_distillation import AVERAGED, MeanFlowConfig, MeanFlowTask, max_step_width

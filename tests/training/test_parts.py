@@ -9,7 +9,7 @@ from transformers import UMT5EncoderModel
 from accel.runtime.models import TINY
 from accel.training.parts import export_base, parent_run, train_parts
 from accel.training.settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
-from accel.training.tasks import base
+from accel.training.tasks import base_model as base
 from accel.training.tasks.vae import build_vae
 
 

@@ -19,7 +19,7 @@ from accel.training.feature_probe import FeatureProbe
 from accel.training.jobs import DistillJob, run_job
 from accel.training.loop import fit
 from accel.training.networks import velocity
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 from accel.training.predictor_job import PredictorJob
 from accel.training.tasks.predictor_fit import PredictorConfig
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from accel.training.optim import OptimConfig
+from accel.training.optimizer import OptimConfig
 from accel.training.tasks.vae import Autoencoder, VaeTask, build_vae, clips, replace_files, without_dead_channels
 
 

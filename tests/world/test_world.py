@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from accel.training.tasks.base import build_tokenizer
+from accel.training.tasks.base_model import build_tokenizer
 from accel.world.judge import read, score
 from accel.world.render import render
 from accel.world.scene import (

@@ -18,7 +18,7 @@ from ...core.trace import Step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...ops.tokens import Reduction
+    from ...ops.token_matching import Reduction
 
     Reductions = tuple[Reduction | None, Reduction | None]  # of queries, of keys and values
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from ...core.attention import QKV
 from ...core.host import Host
 from ...core.trace import DENOISER, Timer
-from ...ops.tokens import Reduction
-from ...students.scheduler import is_student_run
+from ...ops.token_matching import Reduction
+from ...students.euler_scheduler import is_student_run
 from ..base import model_path, run_spec
 from .correction import DEPTH, ResidualCache
-from .matching import PlanCache
+from .plan_cache import PlanCache
 from .schedule import RateSchedule
 
 if TYPE_CHECKING:

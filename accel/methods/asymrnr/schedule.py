@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...core.attention import QKV
 from ...core.host import Host
-from ...students.scheduler import is_student_run
+from ...students.euler_scheduler import is_student_run
 from .budget import (
     PROFILE,
     Pair,
@@ -21,7 +21,7 @@ from .budget import (
     phase_of,
     remaining_work,
 )
-from .matching import PlanCache
+from .plan_cache import PlanCache
 
 if TYPE_CHECKING:
     from .asymrnr import AsymRnR

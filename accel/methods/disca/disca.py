@@ -58,7 +58,7 @@ class TaylorCache:
 
 
 class DisCa(Method):
-    """Predicts the output of the block stack between full steps."""
+    """Predicts the output of all blocks between full steps, by a small network or a series; best on `meanflow`."""
 
     title: ClassVar[str] = "DisCa"
     paper: ClassVar[str] = "arXiv 2602.05449"

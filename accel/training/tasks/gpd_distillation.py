@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...ops.flow import euler, mean_velocity
 from ...ops.spectrum import high_energy
 from ..networks import Networks, velocity
-from ..optim import OptimConfig
+from ..optimizer import OptimConfig
 from ..rollouts import RolloutContext, sample_grid
 from .student_task import StudentTask
 

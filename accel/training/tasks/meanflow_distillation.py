@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...ops.flow import jvp_central, jvp_exact, mean_flow_target
 from ...students.interval_embedding import pack_timestep
 from ..networks import Networks, velocity
-from ..optim import OptimConfig
+from ..optimizer import OptimConfig
 from ..rollouts import MeanFlowContext, sample_grid
 from .student_task import StudentTask
 

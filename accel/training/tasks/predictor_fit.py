@@ -27,7 +27,7 @@ from ...ops.flow import euler, expand_like
 from ...students.interval_embedding import pack_timestep
 from ..discriminator import Discriminator, accuracy, hinge
 from ..feature_probe import FeatureProbe
-from ..optim import OptimConfig
+from ..optimizer import OptimConfig
 from ..rollouts import MeanFlowContext, TrajectoryPool
 
 

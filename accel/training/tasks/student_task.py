@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..loop import Task
 from ..networks import Networks
-from ..optim import OptimConfig
+from ..optimizer import OptimConfig
 from ..rollouts import RolloutContext, TrajectoryPool
 
 

@@ -24,7 +24,7 @@ from ...evaluation.metrics import psnr
 from ...world.judge import read
 from ...world.render import render
 from ...world.scene import ATTRIBUTES, Scene, sample_scene
-from ..optim import OptimConfig
+from ..optimizer import OptimConfig
 
 # (until this share of the steps, frames (0: all), clips per batch)
 CURRICULUM = ((0.08, 1, 48), (0.16, 5, 16), (0.95, 9, 10), (1.0, 0, 5))

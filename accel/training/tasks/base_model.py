@@ -32,8 +32,8 @@ from ...files import atomic_write
 from ...runtime.latents import normalize
 from ...world.render import render
 from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
-from ..optim import OptimConfig
-from ..optimize import DenseAttention, has_fast_bfloat16
+from ..fast_blocks import DenseAttention, has_fast_bfloat16
+from ..optimizer import OptimConfig
 from .vae import Autoencoder, replace_files, to_unit
 
 MAX_TOKENS = 32  # a prompt is padded or truncated to so many tokens

@@ -12,7 +12,7 @@ from accel.core.attention import fold_bias_into_channels
 from accel.families.wan import Wan
 from accel.methods import AsymRnR
 from accel.methods.base import RunSpec
-from accel.ops.tokens import grid_plan, match, partition, size_bias
+from accel.ops.token_matching import grid_plan, match, partition, size_bias
 
 GRID = (3, 5, 4)  # no side but the last is a multiple of the cells below
 

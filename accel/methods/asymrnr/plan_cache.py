@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...ops.tokens import MergePlan, Metric, Partition, Reduction, grid_plan, match, partition
+from ...ops.token_matching import MergePlan, Metric, Partition, Reduction, grid_plan, match, partition
 from .asymrnr import Matching
 
 SEEDS = {"query": 0, "kv": 1}  # of the partitions; both guidance branches share them

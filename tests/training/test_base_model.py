@@ -7,9 +7,9 @@ from diffusers import WanPipeline
 from transformers import UMT5EncoderModel
 
 from accel.training.loop import fit
-from accel.training.optim import OptimConfig
-from accel.training.tasks import base
-from accel.training.tasks.base import Denoiser, build_models, build_tokenizer
+from accel.training.optimizer import OptimConfig
+from accel.training.tasks import base_model as base
+from accel.training.tasks.base_model import Denoiser, build_models, build_tokenizer
 from accel.training.tasks.vae import build_vae
 
 

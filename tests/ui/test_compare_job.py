@@ -11,7 +11,7 @@ from accel.core.trace import Step, Trace
 from accel.runtime.generate import Video, generate
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.run import build_run
-from ui.compare import CompareJob
+from ui.compare_job import CompareJob
 from ui.panels import metric_cards, note
 from ui.player import ABPlayer
 from ui.recorded import recorded_pairs
@@ -40,7 +40,7 @@ def generated(monkeypatch) -> list:
         runs.append(run)
         return gray_video()
 
-    for module in ("ui.compare", "accel.evaluation.compare"):
+    for module in ("ui.compare_job", "accel.evaluation.compare"):
         monkeypatch.setattr(f"{module}.generate", instantly)
     monkeypatch.setattr("accel.evaluation.compare.warm_up", lambda *args: None)
     return runs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from accel.training.optim import BatchedMuon, OptimConfig, learning_rate
+from accel.training.optimizer import BatchedMuon, OptimConfig, learning_rate
 
 
 def test_the_learning_rate_warms_up_holds_and_falls_to_zero():

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from .optimize import has_fast_bfloat16
+from .fast_blocks import has_fast_bfloat16
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
