@@ -40,7 +40,7 @@ RECIPES = {
         "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "medium": {
-        "vae": {"steps": 900, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
+        "vae": {"steps": 520, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
         "base": {"steps": 6000, "lr": 1e-3, "matrix_lr": 3e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
     },
     "large": {
