@@ -225,9 +225,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint, or from the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
     setting: Annotated[str, typer.Option(help="small, medium (the living world, 96x96) or large. [by device]")] = None,
-    export: Annotated[
-        bool, typer.Option(help="Do not train: write the averaged weights of the base's last checkpoint.")
-    ] = False,
+    export: Annotated[bool, typer.Option(help="Only write the averaged weights of the base's checkpoint.")] = False,
     model: Annotated[str, typer.Option(help="Of a student: another model to distil, by LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one a line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA, or 0: full weights. [64]")] = None,
@@ -247,10 +245,10 @@ def train(
     """
     from .training import export_base, part_ways, train_parts
 
-    if export:
-        return _finish(export_base(setting or "small", out))
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, slots=slots, arm=arm)
-    _finish(train_parts(what, minutes, resume, out, setting, **given))
+    _finish(
+        export_base(setting or "small", out) if export else train_parts(what, minutes, resume, out, setting, **given)
+    )
     part_ways()
 
 
@@ -258,7 +256,7 @@ def train(
 def sample(
     n: Annotated[int, typer.Option(min=1)] = 16, seed: Seed = 0, size: Size = 96, frames: Size = 33,
     held_out: Annotated[bool, typer.Option(help="Only combinations that training never sees.")] = False,
-    living: Annotated[bool, typer.Option(help="Living textures, shadows and second objects.")] = False,
+    living: Annotated[bool, typer.Option(help="Living textures, shadows, second objects.")] = False,
     out: Out = Path("runs/world"),
 ) -> None:  # fmt: skip
     """Render n captioned scenes: mp4s, captions.json and a contact sheet."""

@@ -26,7 +26,7 @@ SETTINGS = {
         "living": True,
         "start": TINY,
         "target": f"{TINY}-96",
-        "save_every": 900,  # seconds: a contact sheet takes half a minute
+        "save_every": 900,  # seconds: a contact sheet takes a while
     },
     "large": {"size": 96, "frames": 33, "fps": 12, "clips": 40_000},
 }
@@ -41,7 +41,15 @@ RECIPES = {
     },
     "medium": {
         "vae": {"steps": 520, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
-        "base": {"steps": 6000, "lr": 1e-3, "matrix_lr": 3e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
+        "base": {
+            "steps": 6000,
+            "lr": 1e-3,
+            "matrix_lr": 3e-3,
+            "warmup": 40,
+            "decay_from": 0.7,
+            "betas": (0.9, 0.98),
+            "seed": 5,
+        },
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
