@@ -314,6 +314,7 @@ def train(
 def sample(
     n: Annotated[int, typer.Option(min=1, help="Scenes.")] = 16, seed: Seed = 0, size: Size = 96, frames: Size = 33,
     held_out: Annotated[bool, typer.Option(help="Only combinations that are held out of training.")] = False,
+    living: Annotated[bool, typer.Option(help="Living textures, shadows, second objects.")] = False,
     out: Out = Path("runs/world"),
 ) -> None:  # fmt: skip
     """Render captioned scenes: mp4s, captions.json and a contact sheet in --out."""
@@ -329,7 +330,7 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     rng, captions, rows = random.Random(seed), {}, []
     for i in range(n):
-        scene = sample_scene(rng, held_out)
+        scene = sample_scene(rng, held_out, living)
         text, video = caption(scene, rng), render(scene, frames, size).numpy()
         captions[f"{i:03d}.mp4"] = text
         write_mp4(out / f"{i:03d}.mp4", video, 12, {"caption": text})

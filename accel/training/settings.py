@@ -25,7 +25,7 @@ SETTINGS = {
     "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
     "medium": ModelSetting(
         96, 17, fps=8, clips=2000, living=True, start=TINY, target=f"{TINY}-96", save_every=900
-    ),  # for a CPU; its sample grid takes half a minute
+    ),  # for a CPU; its sample grid takes a while
     "large": ModelSetting(96, 33, fps=12, clips=40_000),  # the default on a GPU
 }
 _STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # stages are too short for an average
@@ -38,8 +38,9 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
         "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "medium": {
-        "vae": {"steps": 900, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
-        "base": {"steps": 6000, "lr": 1e-3, "matrix_lr": 3e-3, "decay_from": 0.7, "betas": (0.9, 0.98), "seed": 5},
+        "vae": {"steps": 520, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
+        "base": {"steps": 6000, "lr": 1e-3, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.7, "betas": (0.9, 0.98),
+                 "seed": 5},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
@@ -53,4 +54,4 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
         "meanflow": {"steps": 1000, "lr": 5e-5} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 1000, "lr": 1e-4} | _STUDENT | {"ema": 0.98},
     },
-}
+}  # fmt: skip

@@ -22,8 +22,8 @@ from .texture_stats import activity, nearest_texture
 
 FIT_THRESHOLD = 0.55  # overlap with the best outline below which there is no object
 WAVE_THRESHOLD = 0.012  # amplitude of a regular pattern below which a background is plain
-ACTIVITY_THRESHOLD = 0.025  # change of a background's fine detail above which its texture is alive,
-CHANGE_THRESHOLD = 0.4  # if the change is also more than this share of the detail: shadows move over stripes as well
+ACTIVITY_THRESHOLD = 0.007  # change of a background's fine detail above which its texture is alive,
+CHANGE_THRESHOLD = 0.2  # if the change is also more than this share of the detail: shadows move over stripes as well
 SYMMETRY = {"circle": 0, "ring": 0, "square": 4, "cross": 4, "triangle": 3, "star": 5}
 SIZE_THRESHOLD = 0.203  # mean radius in frame widths
 SECOND_SIZE_THRESHOLD = 0.115
@@ -119,7 +119,7 @@ def _pattern(video: Tensor, value: Tensor, mask: Tensor) -> str | None:
     known = (weight > 0).float()
     if known.mean() < 0.2:
         return None
-    change, share = activity(value, mask)
+    change, share = activity(video.mean(-1), mask)
     if change > ACTIVITY_THRESHOLD and share > CHANGE_THRESHOLD:
         return nearest_texture(value, mask)
     image = (video.mean(-1) * (1 - grown)).sum(0) / weight.clamp(min=1)

@@ -54,14 +54,14 @@ def nearest_texture(value: Tensor, mask: Tensor) -> str:
     return min(surprise, key=surprise.get)
 
 
-def activity(value: Tensor, mask: Tensor) -> tuple[float, float]:
-    """How much the fine detail of values (f, h, w) outside a mask changes over an eighth of the clip.
+def activity(light: Tensor, mask: Tensor) -> tuple[float, float]:
+    """How much the fine detail of a brightness (f, h, w) in [0, 1] outside a mask changes over an eighth of the clip.
 
     The root mean square change, and its ratio to the detail itself. Fine detail leaves out the soft shadows, which
     move over a regular pattern as well.
     """
-    fine = value - F.avg_pool2d(value[:, None], 7, 1, 3, count_include_pad=False)[:, 0]
-    stride, weight = max(1, (len(value) - 1) // 8), 1 - grow(mask, 9)
+    fine = light - F.avg_pool2d(light[:, None], 7, 1, 3, count_include_pad=False)[:, 0]
+    stride, weight = max(1, (len(light) - 1) // 8), 1 - grow(mask, 9)
     both = weight[stride:] * weight[:-stride]
     mean = lambda x: ((x * both).sum() / both.sum().clamp(min=1)).item()
     change, detail = mean((fine[stride:] - fine[:-stride]).square()), mean(fine[stride:].square())

@@ -33,6 +33,15 @@ PINNED = [
 ]  # of the shipped model's tables and recordings
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The judge makes many small tensors: a second thread only costs, and much where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def still(shape: str = "star", motion: str = "spins") -> Scene:
     item = Object("large", "red", shape, motion, "quickly", 0.5, 0.5, 0.1, 0.5, 1)
     return Scene((item,), "gray", "plain", (0.0, 0.0))
