@@ -137,7 +137,7 @@ class Page:
 def launch(
     model: str = TINY, host: str = "127.0.0.1", port: int | None = None, share: bool = False, **options
 ) -> gr.Blocks:
-    """Start the server, then load the model in the background; the Blocks. `options` go to Gradio's `launch`."""
+    """Start the server and return its Blocks; the model loads in the background. `options` go to Gradio's `launch`."""
     page = Page(model)
     demo = page.build()
     demo.queue(max_size=20).launch(

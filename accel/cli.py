@@ -22,7 +22,7 @@ world = typer.Typer(no_args_is_help=True, help="The captioned toy world: render 
 app.add_typer(world, name="world")
 
 Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows sentences like examples/prompts.txt.")]
-Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial noise, or of the sampled scenes.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or a YAML file; 'none' for no method.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps; default: the model's.")]
@@ -286,7 +286,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, or the shipped weights.")] = False,
     out: Out = Path("checkpoints"),
     setting: Annotated[str, typer.Option(help="small, medium (living world, 96x96) or large. [by device]")] = None,
-    export: Annotated[bool, typer.Option(help="Only write the EMA weights of the last checkpoint.")] = False,
+    export: Annotated[bool, typer.Option(help="With base: only write the EMA weights of its last checkpoint.")] = False,
     model: Annotated[str, typer.Option(help="For students: another model to distill, with LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one per line.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA; 0: all weights. [64]")] = None,
@@ -304,7 +304,7 @@ def train(
     from .training.parts import export_base, shutdown_distributed, train_parts
 
     if export:
-        return print_json(export_base(setting or "small", out))
+        return print_json(export_base(what, setting, out))
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, trajectories=trajectories, ablation=ablation)
     print_json(train_parts(what, minutes, resume, out, setting, **given))
     shutdown_distributed()
@@ -312,7 +312,9 @@ def train(
 
 @world.command()
 def sample(
-    n: Annotated[int, typer.Option(min=1, help="Scenes.")] = 16, seed: Seed = 0, size: Size = 96, frames: Size = 33,
+    n: Annotated[int, typer.Option(min=1, help="Scenes.")] = 16, seed: Seed = 0,
+    size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 96,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each scene.")] = 33,
     held_out: Annotated[bool, typer.Option(help="Only combinations that are held out of training.")] = False,
     living: Annotated[bool, typer.Option(help="Living textures, shadows, second objects.")] = False,
     out: Out = Path("runs/world"),

@@ -1,8 +1,8 @@
 """Attention processors that let methods wrap a self-attention: all of it, or its softmax with queries, keys and values.
 
-Blocks that are compiled see one opaque operator with the layer's id in a tensor. So all blocks share one graph, and
-nothing is compiled again when a method decides otherwise in another step.
-Letters: b batch, n tokens, m tokens that stay, d channels, k attention heads.
+In compiled blocks the attention is a custom operator that gets the layer's id as a tensor. So all blocks share one
+graph, and methods may decide differently at each step without recompilation.
+Letters: b batch, n tokens, m tokens that stay, k attention heads, d channels per head (of hidden states: the width).
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ class InterceptedProcessor:
         backend, d = self._attention_backend, q.shape[-1]
         name = str(getattr(backend, "value", backend))
         if bias is not None and "sage" in name:
-            raise ValueError(f"attention backend {name} takes no bias: switch the size bias off or choose another")
+            raise ValueError(
+                f"attention backend {name} takes no bias: set the method's bias to false or choose another backend"
+            )
         if bias is not None and q.is_cuda:
             q, k, v = fold_bias_into_channels(q, k, v, bias)
             return dispatch_attention_fn(q, k, v, scale=d**-0.5, backend=backend)[..., :d]
@@ -214,5 +216,5 @@ def _check_core_is_known(processor) -> None:
         raise ValueError("tokens cannot be reduced under context parallelism: each device sees only a part of the grid")
     if not type(processor).__module__.startswith("diffusers."):
         raise ValueError(
-            f"{type(processor).__name__} is no attention processor of diffusers: tokens inside it are unknown"
+            f"{type(processor).__name__} is no attention processor of diffusers: only in those can tokens be reduced"
         )

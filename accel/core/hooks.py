@@ -40,7 +40,9 @@ def wrapped_forward(module: nn.Module, wrapper: Callable) -> Iterator[None]:
     """
     had_registry, had_forward = "_diffusers_hook" in module.__dict__, "forward" in module.__dict__
     if had_registry and module._diffusers_hook.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING):
-        raise ValueError("group offloading with streams finds its order in a first run: make one before accel.apply")
+        raise ValueError(
+            "group offloading with streams learns its order in a first call: call the pipeline once before accel.apply"
+        )
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(ForwardHook(wrapper), "accel")
     registry.invalidate_child_registries_cache()

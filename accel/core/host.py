@@ -254,7 +254,7 @@ def enter_all(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
 
 @contextmanager
 def _registered(wrappers: list[Callable], fn: Callable, opener: Callable = nullcontext) -> Iterator[None]:
-    """Add a wrapper to its list. The first one opens the place and, as contexts nest, is the last to leave it."""
+    """Add a wrapper to its list; `opener` installs the hooks with the first wrapper and removes them with the last."""
     with nullcontext() if wrappers else opener():
         wrappers.append(fn)
         try:

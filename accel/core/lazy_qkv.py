@@ -5,7 +5,7 @@ reducing before the projection gives the same result as reducing after it, and t
 never computed. This holds while all heads share one plan and nothing (such as matching) needs the full tensor.
 
 A family supplies its `Projections`; nothing here knows a model.
-Letters: b batch, n tokens, m tokens that stay, d width, k attention heads.
+Letters: b batch, n tokens, m tokens that stay, k attention heads, d channels per head (of hidden states: the width).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class LazyQKV(QKV):
     def _norm_and_rope(
         self, full: Tensor | None, layer: nn.Module, norm: Callable, reduction: Reduction | None, mean: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """The full tensor (b, n, k, d) if it exists now, and what was asked for; means are taken of the full one."""
+        """The tensor of all tokens (None if only kept tokens were projected) and the requested one; means need all."""
         if full is None and self._can_reduce_first(reduction) and not mean:
             return None, self._rotated(norm(self._project_reduced(layer, reduction)), reduction)
         if full is None:

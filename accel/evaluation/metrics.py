@@ -184,20 +184,20 @@ METRICS: dict[str, Metric] = {
             shown_in=frozenset({"report", "page"}),
         ),
         Metric(
-            "latent_nmse", "latent error", "squared error of the final latents, in parts of the baseline's mean square",
+            "latent_nmse", "latent error", "squared error of the final latents, relative to the baseline's mean square",
             latent_nmse, higher_is_better=False, shown_in=frozenset({"details", "pairs"}),
         ),
         Metric(
-            "motion_ratio", "motion ratio", "mean change from frame to frame, in parts of the baseline's",
+            "motion_ratio", "motion ratio", "mean change from frame to frame, relative to the baseline's",
             motion_ratio, higher_is_better=None, shown_in=frozenset({"details"}),
         ),
         Metric(
-            "spatial_hf", "spatial detail", "latents' energy in high spatial frequencies, in parts of the baseline's",
+            "spatial_hf", "spatial detail", "latents' energy in high spatial frequencies, relative to the baseline's",
             lambda pair: _high_frequency_ratio(pair, 0), higher_is_better=None, shown_in=frozenset({"details"}),
         ),
         Metric(
             "temporal_hf", "temporal detail",
-            "latents' energy in high temporal frequencies, in parts of the baseline's",
+            "latents' energy in high temporal frequencies, relative to the baseline's",
             lambda pair: _high_frequency_ratio(pair, 1), higher_is_better=None, shown_in=frozenset({"details"}),
         ),
         Metric(

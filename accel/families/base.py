@@ -1,6 +1,7 @@
 """What the host must know of a model family, as a typed protocol. One implementation a file; nobody else knows a model.
 
-Letters: b batch, f frames, h w grid rows and columns, n tokens, m tokens that stay, d width, k attention heads.
+Letters: b batch, f frames, h w grid rows and columns, n tokens, m tokens that stay, k attention heads, d channels per
+head (of hidden states: the width).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Pure tensor mathematics: token partition and matching, frequency bands, flow matching.."""
+"""Pure tensor mathematics: token partition and matching, frequency bands, flow matching."""

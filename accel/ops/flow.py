@@ -18,10 +18,12 @@ def euler(x: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Tensor:
 
 
 def mean_velocity(velocities: list[Tensor], sigmas: list[Tensor]) -> Tensor:
-    """The velocity (b, ...) that alone leads as far as p pieces, each with its velocity between two of p + 1 sigmas.
+    """The mean (b, ...) of p velocities, weighted by the widths of the intervals between p + 1 sigmas.
 
-    A convex combination: the difference of two states divided by a small step would amplify their rounding. Pieces may
-    be empty, but not all of them.
+    One Euler step with it ends where the p Euler steps end.
+
+    Computed as a convex combination: the difference of two states divided by a small step would amplify their
+    rounding. Intervals may be empty, but not all of them.
     """
     widths = torch.stack([t - r for t, r in zip(sigmas, sigmas[1:])])
     shares = (widths / widths.sum(0)).to(velocities[0])

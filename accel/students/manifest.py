@@ -20,7 +20,7 @@ def load_manifest(folder: Path, file: str, kind: type[M], parameter: str, comman
     if not path.is_file():
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{file}"))
         found = "there are " + ", ".join(others) if others else f"`python -m accel {command}` makes one"
-        raise ValueError(f"there is no {what} {folder.name!r} in that place ({parameter} names another); {found}")
+        raise ValueError(f"there is no {what} {folder.name!r} ({parameter} names another folder); {found}")
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -64,7 +64,7 @@ class GpdJob(JobSpec):
         return [*first, *[each] * len(rest)]
 
     def stage_config(self, record: dict, stage: int) -> dict:
-        """The frequency weights affect the last stage alone; without a jump, the target scheme affects nothing."""
+        """Leaves out what has no effect yet: frequency weights before the last stage, the scheme at horizon 1."""
         config = record["config"]
         horizons, is_last = config["horizons"][: stage + 1], stage + 1 == len(config["horizons"])
         ignored = set() if is_last else {"spatial_weight", "temporal_weight"}

@@ -26,20 +26,22 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
 
     A part that is stopped before its last step stays in `out`, for `resume`. `minutes` limits all parts together. The
     default setting is small on a CPU and large on a GPU. `job` holds fields of `DistillJob`, for students only; such a
-    job is not recorded in the shipped model. Raises ValueError for an unknown part or setting.
+    job is not recorded in the shipped model. Raises ValueError for an unknown part or setting, or one that has no
+    optimizer settings for the part.
     """
     if job := _job_fields(what, job):
+        if setting:
+            raise ValueError("--setting is for the shipped model: leave it out with --model or --ablation")
         folder = out / job.get("ablation", what) / Path(job.get("model", "")).name
-        return {what: train_student(what, minutes, resume, folder, **job)}
+        return {what: train_student(what, minutes, resume, folder, None, **job)}
     state = PartialState()
     device = str(state.device)
-    setting = setting or ("large" if state.device.type == "cuda" else "small")
-    if setting not in SETTINGS:
-        raise ValueError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
+    setting = _setting_name(setting)
     model, optims = SETTINGS[setting], OPTIM_CONFIGS[setting]
+    if what not in (*optims, "all"):
+        raise ValueError(f"the setting {setting} has no {what}; it has {', '.join(optims)}")
     file, out = ROOT / model.target / "training.json", _checkpoint_dir(model, out)
     record = json.loads(file.read_text()) if file.is_file() else {}
-    device_name = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     began = time.monotonic()
     for part in [p for p in PARTS if p in optims] if what == "all" else (what,):
         left, optim = remaining(minutes, began), OptimConfig(**optims[part])
@@ -47,9 +49,9 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
         if part in TRAINERS:
             done = TRAINERS[part](optim, model, device, left, resume, out / part)
         else:
-            done = train_student(part, left, resume, out / part)
+            done = train_student(part, left, resume, out / part, setting)
         stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
-        record[part] = {"setting": setting, "device": device_name, **done, "optim": optim.model_dump()}
+        record[part] = {"setting": setting, "device": _device_name(), **done, "optim": optim.model_dump()}
         if parent:
             record[part]["parent_run"] = parent
         if state.is_main_process and finished:
@@ -71,6 +73,21 @@ def _job_fields(what: str, job: dict) -> dict:
     if given and what not in STUDENTS:
         raise ValueError(f"--{next(iter(given))} is for {', '.join(STUDENTS)} only, not for {what}")
     return given
+
+
+def _setting_name(setting: str | None) -> str:
+    """A setting's name, by default that of the device. Raises ValueError for an unknown one."""
+    setting = setting or ("large" if PartialState().device.type == "cuda" else "small")
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
+    return setting
+
+
+def _device_name() -> str:
+    """The training device, for the record."""
+    if PartialState().device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _checkpoint_dir(model: ModelSetting, out: Path) -> Path:
@@ -149,13 +166,16 @@ def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
         )  # fmt: skip
 
 
-def export_base(setting: str, out: Path) -> dict:
+def export_base(what: str, setting: str | None, out: Path) -> dict:
     """Write the EMA weights of the base's last checkpoint into the setting's model, finished or not.
 
-    A training that is running is not disturbed. Raises ValueError if there is no checkpoint.
+    A training that is running is not disturbed. Raises ValueError for another part, or if there is no checkpoint.
     """
     from .tasks import base_model as base
 
+    if what != "base":
+        raise ValueError(f"only the base model can be exported, not {what}")
+    setting = _setting_name(setting)
     model = SETTINGS[setting]
     folder, target = _checkpoint_dir(model, out) / "base", ROOT / model.target
     if not (folder / "state.pt").is_file():
@@ -170,7 +190,8 @@ def export_base(setting: str, out: Path) -> dict:
     done = {"step": state["step"], "steps": task.optim.steps, "seconds": round(state["seconds"], 1)}
     file = target / "training.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
-    _write_record(file, {**record, "base": {"setting": setting, **done, "optim": task.optim.model_dump()}})
+    about = {"setting": setting, "device": _device_name()}
+    _write_record(file, {**record, "base": {**about, **done, "optim": task.optim.model_dump()}})
     return done
 
 
@@ -189,7 +210,7 @@ def _write_defaults(model: ModelSetting) -> None:
     (ROOT / model.target / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
 
 
-def train_student(what: str, minutes: float | None, resume: bool, out: Path, **job) -> dict:
+def train_student(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
     """Distil a model into students. Raises ValueError if that is the shipped model and it does not exist yet."""
     from .gpd_job import GpdJob
     from .jobs import DistillJob, run_job
@@ -199,6 +220,6 @@ def train_student(what: str, minutes: float | None, resume: bool, out: Path, **j
     distill_job, device = DistillJob(**job), str(PartialState().device)
     if distill_job.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise ValueError("the base model comes first: python -m accel train base")
-    kind = "others" if not distill_job.is_toy() else "large" if device.startswith("cuda") else "small"
+    kind = _setting_name(setting) if distill_job.is_toy() else "others"
     spec = next(spec for spec in (GpdJob(), MeanFlowJob(), PredictorJob()) if spec.method == what)
     return run_job(spec, OptimConfig(**OPTIM_CONFIGS[kind][what]), distill_job, device, minutes, resume, out)

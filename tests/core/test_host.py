@@ -110,7 +110,7 @@ def test_the_host_stays_attached_to_models_that_are_offloaded_after_each_call(pi
 def test_group_offloading_that_would_remove_the_hook_is_refused(pipe):
     registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
     registry.register_hook(ModelHook(), "lazy_prefetch_group_offloading")
-    with pytest.raises(ValueError, match="make one before accel.apply"):
+    with pytest.raises(ValueError, match="call the pipeline once before accel.apply"):
         with accel.apply(pipe, []):
             pass
 

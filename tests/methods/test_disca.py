@@ -193,7 +193,7 @@ def test_the_work_of_predictions_is_counted(student_pipe, sample):
         ([DisCa(), MeanFlow(steps=8)], "belongs to another model than the one that runs: put the meanflow"),
         (
             [MeanFlow(steps=8), DisCa(predictor_dir="nowhere")],
-            "there is no predictor 'nowhere' in that place .disca.predictor_dir names another",
+            "there is no predictor 'nowhere' .disca.predictor_dir names another",
         ),
     ],
 )
@@ -239,5 +239,5 @@ def test_compiled_blocks_stay_compiled(pipe, sample):
 
 
 def test_a_predictor_dir_without_a_predictor_is_refused_though_the_setting_is_not_used():
-    with pytest.raises(ValueError, match="there is no predictor 'nowhere' in that place"):
+    with pytest.raises(ValueError, match="there is no predictor 'nowhere'"):
         DisCa(predictor="reuse", predictor_dir="nowhere")

@@ -142,7 +142,7 @@ def test_runs_that_a_student_cannot_make_are_refused_with_the_reason(pipe, stude
         with accel.apply(pipe, [student]):
             pipe.scheduler = scheduler
             sample(pipe, steps=5, guidance=1.0)
-    with pytest.raises(ValueError, match="there is no student 'nowhere' in that place .*; there are meanflow"):
+    with pytest.raises(ValueError, match="there is no student 'nowhere' .*; there are meanflow"):
         with accel.apply(pipe, [MeanFlow(student=str(student.weights_dir(pipe.name_or_path).parent / "nowhere"))]):
             pass
     assert pipe.scheduler is scheduler

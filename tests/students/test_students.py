@@ -103,7 +103,7 @@ def test_students_that_are_missing_damaged_or_of_another_base_are_refused(studen
         with pytest.raises(ValueError, match=reason), accel.apply(pipe, [method]):
             pass
 
-    refuses(GPD(steps=12), "there is no student 'gpd-N12' in that place .*; there are gpd-N6")
+    refuses(GPD(steps=12), "there is no student 'gpd-N12' .*; there are gpd-N6")
     file = tmp_path / "gpd-N6" / "gpd.json"
     facts = json.loads(file.read_text())
     file.write_text(json.dumps({**facts, "base_fingerprint": [m + 1 for m in facts["base_fingerprint"]]}))
@@ -116,7 +116,7 @@ def test_students_that_are_missing_damaged_or_of_another_base_are_refused(studen
 
 def test_a_student_folder_without_a_student_is_refused_though_the_setting_is_not_used():
     for name in ("gpd", "meanflow"):
-        with pytest.raises(ValueError, match=f"there is no student 'nowhere' in that place .{name}.student names"):
+        with pytest.raises(ValueError, match=f"there is no student 'nowhere' .{name}.student names"):
             build_methods({name: {"steps": 0, "student": "nowhere"}})
 
 

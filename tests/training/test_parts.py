@@ -40,10 +40,10 @@ def test_an_export_writes_the_ema_weights_of_an_unfinished_base(tmp_path, monkey
     monkeypatch.setitem(OPTIM_CONFIGS["small"], "base", {"steps": 9, "lr": 1e-3, "warmup": 1})
     build_vae(8).save_pretrained(tmp_path / TINY / "vae")
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        export_base("small", tmp_path / "out")
+        export_base("base", "small", tmp_path / "out")
     train_parts("base", 0, False, tmp_path / "out")
     assert not (tmp_path / TINY / "transformer").exists()
-    assert export_base("small", tmp_path / "out")["step"] == 1
+    assert export_base("base", "small", tmp_path / "out")["step"] == 1
     weights = torch.load(tmp_path / "out" / "base" / "state.pt", weights_only=True)["ema"]["shadow_params"]
     written = UMT5EncoderModel.from_pretrained(tmp_path / TINY / "text_encoder").shared.weight
     assert torch.equal(written, weights[0])
@@ -56,3 +56,14 @@ def test_the_record_of_a_run_includes_the_run_whose_weights_it_started_from(tmp_
     (tmp_path / "state.pt").touch()
     assert parent_run({"steps": 5, "parent_run": first}, tmp_path) == first  # the second chunk of such a run
     assert parent_run(first, tmp_path) is None  # the second chunk of a run from scratch
+
+
+def test_a_setting_is_refused_where_it_would_be_ignored(tmp_path):
+    with pytest.raises(ValueError, match="the setting medium has no gpd; it has vae, base"):
+        train_parts("gpd", None, False, tmp_path, "medium")
+    with pytest.raises(ValueError, match="leave it out with --model or --ablation"):
+        train_parts("gpd", None, False, tmp_path, "small", ablation="halving")
+    with pytest.raises(ValueError, match="unknown setting 'huge'; there are small, medium, large"):
+        export_base("base", "huge", tmp_path)
+    with pytest.raises(ValueError, match="only the base model can be exported, not gpd"):
+        export_base("gpd", None, tmp_path)

@@ -64,7 +64,8 @@ class AsymRnR(Method):
         "2x2x2", description="Frames x rows x columns of a cell, in which one token always stays; larger blurs more."
     )
     matching: Matching = Field(
-        "cell", description="Merge into the cell's own token (fast), the most similar of all (slow), or unmatched."
+        "cell",
+        description="Tokens merge into their cell's token, the most similar of all (slow), or their cell's unsorted.",
     )
     metric: Literal["euclidean", "cosine", "dot"] = Field("euclidean", description="How similarity is measured.")
     heads: Literal["shared", "separate"] = Field(

@@ -63,7 +63,7 @@ def allocate_all_or_none(
     """Rates like those of `allocate`, for reduced attentions that also run full in the share `full_share` of the steps.
 
     Their error is corrected then and hardly depends on the rate. So layers and phases are reduced at the ceilings or
-    not at all, the cheapest first, until the budget is met. None is if that would save nothing.
+    not at all, the cheapest first, until the budget is met. If that would save nothing, no layer is reduced.
     """
     lengths = {layer: _phase_lengths(len(phases), count, first) for layer, phases in costs.items()}
     rates = {layer: [(0.0, 0.0)] * len(phases) for layer, phases in costs.items()}

@@ -28,15 +28,15 @@ DEPTH = {"none": 0, "last": 1, "linear": 2}  # residuals cached for each attenti
 
 @dataclass(frozen=True)
 class Residual:
-    """What a pair of reductions missed in one step."""
+    """Full minus reduced attention output, measured at one step."""
 
     step: int
     sigma: float
     reductions: Reductions
-    tensor: Tensor  # (b, n, d), or (b, n, h, d) if the family restores before its projection
+    tensor: Tensor  # (b, n, d), or (b, n, k, d) if each head has its own plan
 
     def is_of(self, reductions: Reductions) -> bool:
-        """Whether these reductions missed it."""
+        """Whether this residual was measured with these reductions."""
         return all(mine is other for mine, other in zip(self.reductions, reductions))
 
 

@@ -33,12 +33,12 @@ class PlanCache:
         return self.partitions[feature, grid]
 
     def needs_matching(self, key: tuple, window: int, shape: tuple[int, ...]) -> bool:
-        """Whether there is no plan of this window of steps for features of `shape` (b, n, h, d)."""
+        """Whether there is no plan of this window of steps for features of `shape` (b, n, k, d)."""
         cached_window, plan = self.plans.get(key, (-1, None))
         return cached_window != window or len(plan.order) != self._groups(shape)
 
     def match(self, key: tuple, window: int, x: Tensor, part: Partition) -> int:
-        """Match features x (b, n, h, d) and cache the plan for a window of steps; returns the FLOPs."""
+        """Match features x (b, n, k, d) and cache the plan for a window of steps; returns the FLOPs."""
         self.plans[key] = (window, self._match(x, part))
         return self._flops(x, part)
 
@@ -53,7 +53,7 @@ class PlanCache:
         return reduction
 
     def similarity(self, feature: str, x: Tensor, grid: tuple[int, int, int]) -> tuple[float, int]:
-        """Mean similarity of features x (b, n, h, d) to their destinations (0: random, 1: equal), and the FLOPs."""
+        """Mean similarity of features x (b, n, k, d) to their destinations (0: random, 1: equal), and the FLOPs."""
         part = self.partition(feature, grid, x.device)
         return self._match(x, part).similarity.mean().item(), self._flops(x, part)
 

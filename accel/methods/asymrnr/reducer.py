@@ -64,7 +64,7 @@ class Reducer:
         }
 
     def attend(self, inner: Callable[[QKV], Tensor], qkv: QKV, layer: str) -> Tensor:
-        """The output of one attention core: full, reduced, or (n or m tokens) reduced with its restoring put off."""
+        """A core's output (b, n, k, d), full or restored; (b, m, k, d) if it is restored after its projection."""
         host, trace, step = self.host, self.host.trace, self.host.step
         if not self.enabled or qkv.bias is not None:  # a bias is another method's, made for just these keys
             return inner(qkv)

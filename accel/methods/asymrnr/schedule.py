@@ -84,7 +84,7 @@ class RateSchedule:
         return phases[phase_of(host.step.index, len(phases), host.step.count)]
 
     def _measure_similarity(self, qkv: QKV, layer: str) -> bool:
-        """Measure a layer's similarity if it is needed and not known yet; True while a layer's is missing.
+        """Measure a layer's similarity if it is needed and unknown; True until the step after the last measurement.
 
         That happens in the last step before the first reduced one, or later if another method skips the layer there.
         """
