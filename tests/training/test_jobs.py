@@ -345,12 +345,14 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("two processes")  # they share a run that takes long
 @pytest.mark.parametrize("student", ["gpd", "meanflow", "predictor"])
 def test_two_processes_end_with_the_same_weights(student, two_processes):
     first, second = (torch.load(two_processes / f"{i}.pt", weights_only=True)[student] for i in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.xdist_group("two processes")
 def test_two_processes_learn_what_one_learns(two_processes, tmp_path):
     train_in_processes(1, tmp_path)
     folders = [folder / "gpd" for folder in (tmp_path, two_processes)]
