@@ -189,7 +189,7 @@ class DisCa(Method):
 
     def _record_prediction(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
         """Record a predicted pass with the work that is left: embedding, head and predictor."""
-        full, block = trace.flops[DENOISER], trace.flops["blocks.0"]
+        full, block = trace.flops[DENOISER], trace.flops[f"{host.family.BLOCKS_ATTR}.0"]
         left = full - host.num_blocks[host.active_index] * block
         if predictor is not None:
             from .predictor import flops
