@@ -70,3 +70,8 @@ def sample():
         ).frames  # fmt: skip
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the groups that stay in one process: at the end, the other process would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
