@@ -19,29 +19,12 @@ from ..runtime.models import TINY
 from ..runtime.paths import ROOT
 from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
-from .suites import SUITES
+from .suites import OVERVIEW, SUITES, results
 
-RESULTS = ROOT / "docs" / "results"
 CARD = ROOT / TINY / "README.md"
 NOT_YET = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- ([\w.-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
-OVERVIEW = {  # preset -> its suite and its setting there
-    "baseline": ("base", "baseline"),
-    "fastercache": ("fastercache", "fastercache"),
-    "asymrnr": ("asymrnr", "asymrnr"),
-    "balanced": ("balanced", "fastercache + asymrnr"),
-    "meanflow": ("meanflow", "meanflow, 20 steps"),
-    "disca": ("disca", "disca"),
-    "gpd": ("gpd", "gpd, 6 steps"),
-    "turbo": ("disca", "turbo"),
-}
 SAME_TIME = 0.9  # a baseline is as fast as a preset if it reaches this share of its speed-up
-
-
-def results(suite: str) -> dict | None:
-    """The committed results of a suite, if it was measured."""
-    file = RESULTS / suite / "results.json"
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def overview() -> str:

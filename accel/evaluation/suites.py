@@ -6,12 +6,26 @@ Students of ablations lie in `checkpoints/`, where `python -m accel train ... --
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 from ..runtime.models import resolve
+from ..runtime.paths import ROOT
 from ..runtime.presets import Preset, build_methods, load_preset
 
+RESULTS = ROOT / "docs" / "results"
 PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; no method is tuned to them
+
+OVERVIEW = {  # preset -> its suite and its setting there
+    "baseline": ("base", "baseline"),
+    "fastercache": ("fastercache", "fastercache"),
+    "asymrnr": ("asymrnr", "asymrnr"),
+    "balanced": ("balanced", "fastercache + asymrnr"),
+    "meanflow": ("meanflow", "meanflow, 20 steps"),
+    "disca": ("disca", "disca"),
+    "gpd": ("gpd", "gpd, 6 steps"),
+    "turbo": ("disca", "turbo"),
+}
 
 
 @dataclass(frozen=True)
@@ -175,3 +189,9 @@ def check_suite(suite: str) -> None:
     """Raise ValueError for an unknown suite."""
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+
+
+def results(suite: str) -> dict | None:
+    """The committed results of a suite, if it was measured."""
+    file = RESULTS / suite / "results.json"
+    return json.loads(file.read_text()) if file.is_file() else None

@@ -55,12 +55,14 @@ class Method(BaseModel, frozen=True, extra="forbid"):
 
     Parameters are `Field(default, ge=, le=, multiple_of=, description=)`: widgets, CLI flags, preset checks and the
     docs' tables are generated from them. One with `json_schema_extra={"page": False}` is for presets and Python only.
-    `neutral` holds settings at which the output is bitwise the baseline's.
+    `neutral` holds settings at which the output is bitwise the baseline's. `basic` are the parameters to turn first;
+    the page shows the others under "Advanced".
     """
 
     title: ClassVar[str]
     paper: ClassVar[str]
     neutral: ClassVar[dict]
+    basic: ClassVar[tuple[str, ...]]
 
     @classmethod
     def parameters(cls) -> dict[str, dict]:

@@ -73,6 +73,7 @@ class FasterCache(Method):
     title: ClassVar[str] = "FasterCache"
     paper: ClassVar[str] = "arXiv 2410.19355"
     neutral: ClassVar[dict] = {"attention": False, "guidance": False}
+    basic: ClassVar[tuple[str, ...]] = ("attention_interval", "guidance_interval")
 
     attention: bool = Field(True, description="Extrapolate attention outputs between computed steps.")
     attention_interval: int = Field(

@@ -41,6 +41,7 @@ class GPD(StudentMethod):
     title: ClassVar[str] = "GPD"
     paper: ClassVar[str] = "arXiv 2602.01814"
     neutral: ClassVar[dict] = {"steps": 0}
+    basic: ClassVar[tuple[str, ...]] = ("steps",)
     manifest_file: ClassVar[str] = "gpd.json"
     manifest_type: ClassVar[type[BaseModel]] = GPDManifest
 

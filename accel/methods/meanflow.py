@@ -41,6 +41,7 @@ class MeanFlow(StudentMethod):
     title: ClassVar[str] = "MeanFlow"
     paper: ClassVar[str] = "arXiv 2602.05449"
     neutral: ClassVar[dict] = {"steps": 0}
+    basic: ClassVar[tuple[str, ...]] = ("steps",)
     manifest_file: ClassVar[str] = "meanflow.json"
     manifest_type: ClassVar[type[BaseModel]] = MeanFlowManifest
 

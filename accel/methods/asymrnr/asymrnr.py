@@ -41,6 +41,7 @@ class AsymRnR(Method):
     title: ClassVar[str] = "AsymRnR"
     paper: ClassVar[str] = "arXiv 2412.11706"
     neutral: ClassVar[dict] = {"budget": 1.0}
+    basic: ClassVar[tuple[str, ...]] = ("budget", "query_rate", "kv_rate")
 
     schedule: Literal["profiled", "similarity", "fixed"] = Field(
         "profiled", description="Distribute the budget by measured cost or by similarity per block; or use fixed rates."

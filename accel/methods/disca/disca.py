@@ -63,6 +63,7 @@ class DisCa(Method):
     title: ClassVar[str] = "DisCa"
     paper: ClassVar[str] = "arXiv 2602.05449"
     neutral: ClassVar[dict] = {"num_full_steps": 50, "predictor": "reuse"}
+    basic: ClassVar[tuple[str, ...]] = ("num_full_steps", "predictor")
 
     num_full_steps: int = Field(
         8, ge=2, le=50, description="Full forward passes, the others are predicted; fewer lose motion and shape."

@@ -1,0 +1,34 @@
+"""The presets as cards: name, one line, and what was measured with it on the shipped model."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from accel.runtime.models import TINY
+from accel.runtime.presets import load_preset, preset_names
+
+PLAIN = "plain"  # the card without methods
+FEATURED = ("balanced", "fastercache", "asymrnr", "meanflow", "disca", "gpd", "turbo")  # before the research variants
+
+
+def card_choices(model: str) -> list[tuple[str, str]]:
+    """(text of the card, preset) of each card; the text has three lines: name, figures, about."""
+    names = [*FEATURED, *(name for name in preset_names() if name not in FEATURED)]
+    cards = [("\n".join((name, _figures(name, model), load_preset(name).about)), name) for name in names]
+    return [*cards, (f"{PLAIN}\nno method\nThe stock pipeline, at the steps you choose.", PLAIN)]
+
+
+def _figures(preset: str, model: str) -> str:
+    """Measured speed-up and SSIM of a preset on the shipped model; a dash for others."""
+    figures = measured_figures().get(preset) if model == TINY else None
+    return f"{figures[0]:.1f}× · SSIM {figures[1]:.3f}".replace("SSIM 0", "SSIM ") if figures else "not measured here"
+
+
+@cache
+def measured_figures() -> dict[str, tuple[float, float]]:
+    """{preset: (speed-up, SSIM)} from the committed results; empty where they are not installed."""
+    from accel.evaluation.suites import OVERVIEW, results
+
+    found = {preset: (results(suite), setting) for preset, (suite, setting) in OVERVIEW.items()}
+    rows = {preset: result["rows"].get(setting) for preset, (result, setting) in found.items() if result}
+    return {preset: (row["speedup"], row["ssim"][0]) for preset, row in rows.items() if row}
