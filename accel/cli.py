@@ -181,7 +181,10 @@ def compare(
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Times that a and b are generated in turn.")] = 3,
     out: Out = Path("runs/compare"),
 ) -> None:  # fmt: skip
-    """Generate a (baseline) and b (with the preset) from the same noise: a.mp4 b.mp4 a.npy b.npy run.json in --out."""
+    """Generate a (baseline) and b (with the preset) from the same noise, into --out.
+
+    Files: a.mp4 b.mp4, their frames a.npy b.npy, previews of the denoising a.jpg b.jpg, and run.json.
+    """
     common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
     make_runs = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=True)
     pipe, defaults, (a, b) = load_for(model, make_runs)
@@ -202,6 +205,8 @@ def compare(
     with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
         count = lambda pane, *_: bar.update(pane != "warm-up")
         pair = compare_runs(a, b, pipe, defaults, repeats, count, write)
+    for pane, video in (("a", pair.a), ("b", pair.b)):
+        (out / f"{pane}.jpg").write_bytes(video.race.sheet)
     (out / "run.json").write_text(json.dumps(pair.report, indent=1))
     print(summary_text(pair.report, repeats))
     print_messages(pair.b.trace.messages, printed)

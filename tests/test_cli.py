@@ -42,6 +42,8 @@ def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
         frames = np.load(tmp_path / f"{pane}.npy")
         assert frames.dtype == np.uint8 and frames.shape == (17, 64, 64, 3)
         assert set(report[pane]) == {"text", "denoise", "decode", "encode"} | ({"load"} if pane == "b" else set())
+        assert (tmp_path / f"{pane}.jpg").read_bytes()[:2] == b"\xff\xd8"
+        assert report["race"][pane]["steps"] == list(range(1, 13))
     assert read_settings(tmp_path / "b.mp4")["methods"] == report["methods"]
     assert report["work_ratio"] < 1 and 0 <= report["adherence_b"] <= 1
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 
 import torch
-from PIL import Image
 
 from accel.core.trace import Trace
-from accel.runtime.latents import denormalize
+from accel.runtime.preview import preview_image
 from accel.runtime.run import Run
 from ui.worker import Job
 
@@ -38,14 +35,3 @@ class ProgressReporter:
         self.job.emit("step", which=self.which, pane_values=values)
         ended = time.monotonic()
         self.next_preview = ended + max(PREVIEW_SECONDS, PREVIEW_COST_FACTOR * (ended - began))
-
-
-@torch.no_grad()
-def preview_image(pipe, latents: torch.Tensor) -> str:
-    """The first frame of latents (1, c, f, h, w) as a data URI. One latent frame is cheap to decode on its own."""
-    z = denormalize(pipe.vae, latents[:, :, :1]).to(pipe.vae.dtype)
-    frame = pipe.vae.decode(z).sample[0, :, 0]
-    pixels = ((frame.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

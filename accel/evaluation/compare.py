@@ -12,13 +12,17 @@ import torch
 from ..core.trace import Trace
 from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults
+from ..runtime.preview import RaceRecorder
 from ..runtime.run import Run
 from .metrics import Pair, metrics_of, report_metrics
 
 
 @dataclass
 class Comparison:
-    """A baseline a and an accelerated run b of the same noise: their last videos, and the content of `run.json`."""
+    """A baseline a and an accelerated run b of the same noise: their last videos, and the content of `run.json`.
+
+    `a.race.sheet` and `b.race.sheet` are JPEGs of the previews that the report's "race" gives the times of.
+    """
 
     a: Video
     b: Video
@@ -44,14 +48,18 @@ def compare(
     videos: dict[str, Video] = {} if baseline is None else {"a": baseline}
     seconds = {"a": [video.seconds for video in videos.values()], "b": []}
     runs = {"a": a, "b": b} if baseline is None else {"b": b}
+    recorders: dict[str, RaceRecorder] = {}  # of the last repeat
     callback = lambda pane: (lambda *step: on_step(pane, *step)) if on_step else None
     warm_up(b, pipe, defaults, callback("warm-up"))
     for _ in range(repeats):
         for pane, run in runs.items():
-            videos[pane] = generate(run, pipe, defaults, callback(pane))
+            recorders[pane] = RaceRecorder(run.steps, callback(pane))
+            videos[pane] = generate(run, pipe, defaults, recorders[pane])
             if on_video:
                 on_video(pane, videos[pane])
             seconds[pane].append(videos[pane].seconds)
+    for pane, recorder in recorders.items():
+        videos[pane].race = recorder.finish(pipe, videos[pane].seconds["denoise"])
     return Comparison(videos["a"], videos["b"], report(a, b, videos["a"], videos["b"], seconds, pipe, defaults))
 
 
@@ -83,5 +91,6 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
         "bit_equal": pair.bit_equal if pair.same_shape else None,
         "ssim_frames": [round(ssim, 5) for ssim in pair.ssim_frames] if pair.same_shape else None,
         **report_metrics(pair, metrics_of(defaults)),
+        "race": {p: video.race and video.race.to_json() for p, video in (("a", video_a), ("b", video_b))},
         "trace": video_b.trace.to_json(),
     }

@@ -16,6 +16,7 @@ from ..families import family_of
 from ..methods.base import RunSpec
 from .models import ModelDefaults, resolve
 from .presets import build_methods
+from .preview import Race
 from .run import Run, check_size
 from .video import warm_encoder
 
@@ -70,6 +71,7 @@ class Video:
     latents: torch.Tensor
     seconds: dict[str, float]
     trace: Trace
+    race: Race | None = None  # where previews were recorded
 
 
 def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> Video:

@@ -9,6 +9,7 @@ from accel.evaluation import compare as module
 from accel.evaluation.compare import compare
 from accel.runtime.generate import Video
 from accel.runtime.models import ModelDefaults
+from accel.runtime.preview import Race
 from accel.runtime.run import build_run
 
 DEFAULTS = ModelDefaults(height=16, width=16, frames=5, steps=4)
@@ -38,6 +39,8 @@ def generated(monkeypatch):
 
     monkeypatch.setattr(module, "generate", generate)
     monkeypatch.setattr(module, "warm_up", lambda run, pipe, defaults, on_step=None: on_step and on_step(1, None, None))
+    race = lambda recorder, pipe, total: Race(b"", [1], [total], total, 8, 16, 16)
+    monkeypatch.setattr(module.RaceRecorder, "finish", race)
     monkeypatch.setattr(module, "environment", lambda pipe: {"device": "cpu", "threads": 1, "dtype": "float32"})
     return seen
 
@@ -67,3 +70,16 @@ def test_callbacks_see_every_step_and_every_video_and_may_add_a_stage(generated)
     report = compare(A, B, None, DEFAULTS, on_step=lambda *args: steps.append(args[:2]), on_video=on_video).report
     assert steps == [("warm-up", 1), ("a", 4), ("b", 10)] and videos == ["a", "b"]
     assert report["a"]["encode"] == [0.5] and report["speedup_total"] == pytest.approx(4.5 / 2.5)
+
+
+def test_the_report_has_the_race_of_the_last_videos(generated):
+    pair = compare(A, B, None, DEFAULTS, repeats=2)
+    assert pair.report["race"]["a"]["total"] == 8 and pair.report["race"]["b"]["times"] == [2]
+    assert pair.a.race.sheet == b"" and "sheet" not in pair.report["race"]["a"]
+
+
+def test_a_baseline_that_was_generated_before_keeps_its_race_or_has_none(generated):
+    before = video(A, 6.0)
+    assert compare(A, B, None, DEFAULTS, baseline=before).report["race"]["a"] is None
+    before.race = Race(b"", [1], [6.0], 6.0, 8, 16, 16)
+    assert compare(A, B, None, DEFAULTS, baseline=before).report["race"]["a"]["total"] == 6
