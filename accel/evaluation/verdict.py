@@ -1,0 +1,80 @@
+"""What a pair shows, in one sentence: faster, slower, equal or nothing done, and how near the videos are."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from ..methods import METHODS
+
+SAME_SPEED = 0.05  # a ratio this near to 1 is no difference: two equal runs differ by as much
+NEARNESS = (  # SSIM from which on a sentence holds
+    (0.99, "hardly differs from the reference"),
+    (0.95, "differs a little from the reference"),
+    (0.85, "differs visibly from the reference"),
+    (-1.0, "is a different video from the reference"),
+)
+
+
+def verdict(report: dict) -> str:
+    """One sentence about a pair, from the content of its `run.json`."""
+    if idle := idle_reason(report):
+        return f"{idle}. {_speed(report, 'It')}, and {_likeness(report)}."
+    return f"{_speed(report, subject(report))}, and {_likeness(report)}."
+
+
+def subject(report: dict) -> str:
+    """What was compared with the reference: the methods' titles, else the solver or the number of steps."""
+    if report["methods"]:
+        return " + ".join(METHODS[name].title if name in METHODS else name for name in report["methods"])
+    if report.get("solver", "default") != report.get("solver_a", "default"):
+        return f"The {report['solver']} solver in {_count(report['steps'], 'step')}"
+    return f"The model in {_count(report['steps'], 'step')}"
+
+
+def idle_reason(report: dict) -> str:
+    """A clause that says that the methods saved nothing, and why; empty if they did something."""
+    trace = report["trace"]
+    if not report["methods"]:
+        same = all(report.get(key) == report.get(f"{key}_a", report.get(key)) for key in RUN_SETTINGS)
+        return "Both runs have the same settings and no method was on" if same else ""
+    if report["steps"] != report["steps_a"] or report["guidance"] != report["guidance_a"]:
+        return ""  # a student's own steps
+    if any(action != "compute" for _, _, _, action, _ in trace["events"]) or report["work_ratio"] < 0.999:
+        return ""
+    reasons = [text for text in trace["summary"]["messages"] if " does nothing: " in text or " is off: " in text]
+    because = f", because {'; '.join(_reason(text) for text in reasons)}" if reasons else ""
+    return f"{subject(report)} computed everything and saved nothing{because}"
+
+
+RUN_SETTINGS = ("steps", "guidance", "solver", "shift")
+
+
+def _reason(message: str) -> str:
+    """What stands after the colon of "FasterCache does nothing: at these settings ..."."""
+    return message.partition(": ")[2].rstrip(".")
+
+
+def _speed(report: dict, name: str) -> str:
+    ratio, times = report["speedup_denoise"], [median(report[side]["denoise"]) for side in "ba"]
+    took = f"{times[0]:.2f} s of denoising instead of {times[1]:.2f} s"
+    low, high = report.get("speedup_range", (ratio, ratio))
+    if abs(ratio - 1) < SAME_SPEED or (low < 1 < high):
+        return f"{name} took as long as the reference ({took}, no difference beyond chance)"
+    if ratio > 1:
+        return f"{name} was {ratio:.2f} times as fast ({took})"
+    work = report["work_ratio"]
+    although = f", although it computed {work:.0%} of the work" if work < 1 - SAME_SPEED else ""
+    return f"{name} was slower: {ratio:.2f} times the speed ({took}{although})"
+
+
+def _likeness(report: dict) -> str:
+    if report["bit_equal"]:
+        return "its video is identical to the reference, bit for bit"
+    if report["ssim"] is None:
+        return "its video has another size than the reference, so the two are not compared"
+    words = next(words for least, words in NEARNESS if report["ssim"] >= least)
+    return f"its video {words} (SSIM {report['ssim']:.3f})"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

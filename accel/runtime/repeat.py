@@ -1,0 +1,127 @@
+"""A run as text that repeats it elsewhere: Python code, a command line, and a preset file.
+
+All functions take a `Run` as a dict, or the report of a pair, which holds the accelerated run's fields.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import yaml
+
+from ..methods import METHODS
+from .models import TINY, ModelDefaults, read_defaults
+from .presets import Preset, load_preset, preset_names, required_settings
+
+SOLVER = {"solver": "default", "shift": None}  # settings that runs of an earlier version lack, and their values then
+
+
+def python_code(run: dict[str, Any]) -> str:
+    """Code that generates the video of a run from the same noise."""
+    arguments = {"num_inference_steps": run["steps"], "guidance_scale": run["guidance"], "height": run["height"],
+                 "width": run["width"], "num_frames": run["frames"]}  # fmt: skip
+    defaults = read_defaults(run["model"])
+    if defaults and defaults.text_length != ModelDefaults().text_length:
+        arguments["max_sequence_length"] = defaults.text_length
+    call = "".join(f"        {name}={value!r},\n" for name, value in arguments.items())
+    methods = "".join(f"    {_method(name, parameters)},\n" for name, parameters in run["methods"].items())
+    return (
+        "import accel\nimport torch\n\n"
+        f"pipe = accel.load_pipeline({run['model']!r})  # or a stock diffusers pipeline of your own\n"
+        f"methods = [\n{methods}]\n"
+        "with accel.apply(pipe, methods) as trace:\n"
+        f"    video = pipe(\n        {run['prompt']!r},\n{call}"
+        f"        generator=torch.Generator().manual_seed({run['seed']}),\n"
+        "    ).frames[0]\n"
+        "print(trace.summary())\n"
+    )
+
+
+def command(report: dict[str, Any]) -> str:
+    """A command line, quoted for the shell, that generates both videos of a pair again.
+
+    One `compare` where its options can say both runs; else one `run` for each video.
+    """
+    if _one_command(report):
+        a = {**report, "steps": report["steps_a"], "guidance": report["guidance_a"]}
+        return f"python -m accel compare {_options(a, report['methods'])}"
+    reference = {**report, **{key: report.get(f"{key}_a", value) for key, value in SOLVER.items()}}
+    reference |= {"steps": report["steps_a"], "guidance": report["guidance_a"]}
+    runs = {"a": _options(reference, {}), "b": _options(report, report["methods"])}
+    return "\n".join(f"python -m accel run {options} --out runs/{side}" for side, options in runs.items())
+
+
+def preset_yaml(run: dict[str, Any]) -> str:
+    """The methods of a run, and the settings that they do not bring themselves, as a preset file.
+
+    Its first lines are comments with what a preset does not hold: model, prompt and seed.
+    """
+    notes = [f"# {key}: {json.dumps(run[key])}" for key in ("model", "prompt", "seed")]
+    required = required_settings(run["methods"])
+    fields = [key for key in ("steps", "guidance", *SOLVER) if key in Preset.model_fields and key not in required]
+    values = {key: run[key] for key in fields if run.get(key) not in (None, SOLVER.get(key))}
+    preset = {**values, "methods": changed_methods(run["methods"])}
+    return "\n".join(notes) + "\n" + yaml.safe_dump(preset, sort_keys=False, allow_unicode=True)
+
+
+def changed_methods(methods: dict[str, dict]) -> dict[str, dict]:
+    """The methods, each with the parameters that differ from its defaults."""
+    return {name: _changed(name, parameters) for name, parameters in methods.items()}
+
+
+def preset_of(methods: dict[str, dict]) -> str | None:
+    """The name of the shipped preset that has exactly these methods and parameters."""
+    wanted = list(changed_methods(methods).items())
+    return next((n for n in preset_names() if list(changed_methods(load_preset(n).methods).items()) == wanted), None)
+
+
+def _changed(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    fields = METHODS[name].model_fields
+    return {k: v for k, v in parameters.items() if v != fields[k].get_default(call_default_factory=True)}
+
+
+def _method(name: str, parameters: dict[str, Any]) -> str:
+    values = _changed(name, parameters)
+    return f"accel.METHODS[{name!r}]({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def _one_command(report: dict[str, Any]) -> bool:
+    """Whether the options of `compare` say both runs: its steps and guidance apply to both, or to a student's teacher."""
+    required = required_settings(report["methods"])
+    same = all(key in required or report[key] == report[f"{key}_a"] for key in ("steps", "guidance"))
+    return same and all(report.get(key, value) == report.get(f"{key}_a", value) for key, value in SOLVER.items())
+
+
+def _options(run: dict[str, Any], methods: dict[str, dict]) -> str:
+    """The options of `run` and `compare` for a run with some methods."""
+    defaults = read_defaults(run["model"])
+    values = {"prompt": run["prompt"], "seed": run["seed"], "steps": run["steps"], "guidance": run["guidance"]}
+    values |= {k: run[k] for k in ("height", "width", "frames") if not defaults or run[k] != getattr(defaults, k)}
+    values |= {key: run[key] for key, value in SOLVER.items() if run.get(key, value) != value}
+    values |= {"model": run["model"]} if run["model"] != TINY else {}
+    words = [*(word for key, value in values.items() for word in _option(key, value)), *_method_options(methods)]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """An option with its value, in one word where the value begins with a dash."""
+    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+
+
+def _method_options(methods: dict[str, dict]) -> list[str]:
+    if name := preset_of(methods) if methods else "none":
+        return ["--preset", name]
+    words = ["--preset", "none"]
+    for name, parameters in methods.items():
+        complete = METHODS[name](**parameters).model_dump()
+        changed = _changed(name, parameters) or dict([next(iter(complete.items()))])  # one, to name the method
+        for key, value in changed.items():
+            words += ["--set", f"{name}.{key}={_yaml(value)}"]
+    return words
+
+
+def _yaml(value: Any) -> str:
+    """A value in one line, as `--set` reads it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
