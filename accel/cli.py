@@ -228,6 +228,20 @@ def summary_text(report: dict, repeats: int) -> str:
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `compare` wrote.")],
+    out: Annotated[Path, typer.Option(help="The zip; default: report.zip in the folder.")] = None,
+) -> None:
+    """Make a zip of a pair that opens without a network: the videos, one with both, figures, settings, a page."""
+    from .evaluation.pair_report import write_report
+
+    out = out or folder / "report.zip"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_report(folder, out)
+    print_json({"out": str(out), "bytes": out.stat().st_size})
+
+
+@app.command()
 def bench(
     suite: Annotated[str, typer.Option(help="What to measure; a wrong name lists the suites.")] = "base",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,

@@ -1,94 +1,57 @@
-"""The timeline: what each step computed, reused or rebuilt, per branch and layer, as one SVG."""
+"""The timeline: the map of steps and layers, with a line that reads out the cell under the pointer, and as a table."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from markupsafe import Markup
 
-from accel.core.trace import DENOISER
+from accel.evaluation.step_map import ACTIONS, actions_by_layer, branches, step_map
 from ui.templating import render
 
-
-class ActionStyle(NamedTuple):
-    """How an action is drawn and what it is called."""
-
-    colour: str
-    label: str
-
-
-ACTION_STYLE = {
-    "compute": ActionStyle("#3b82f6", "computed"),
-    "reuse": ActionStyle("#f59e0b", "attention reused"),
-    "rebuild": ActionStyle("#a3a3a3", "branch rebuilt"),
-    "reduce": ActionStyle("#10b981", "tokens reduced"),
-    "predict": ActionStyle("#a855f7", "predicted"),
-    "skip": ActionStyle("#e5e5e5", "skipped"),
-}
-CELL, GAP = 12, 2  # pixels from one cell to the next, and between them
-LEFT, TOP = 78, 16  # pixels for the names of rows and the numbers of steps
-BAR_HEIGHT = 28  # pixels of the slowest step
+# For a `gr.HTML`: shows the hint of the cell under the pointer, or touched, in the line below the map.
+READ_OUT = (
+    "element.addEventListener('pointerover', e => { "
+    "const t = e.target.tagName === 'rect' && e.target.firstElementChild; "
+    "if (t) t.closest('.timeline, .token-maps').querySelector('.read-out').textContent = t.textContent; })"
+)
 
 
-class Cell(NamedTuple):
-    """One square: what one layer did in one step and branch."""
+class Row(NamedTuple):
+    """A step of the table: its number, noise level, duration, and what each branch did in words."""
 
-    x: int
-    y: int
-    action: str
-    hint: str
-
-
-class Bar(NamedTuple):
-    """Duration of one step."""
-
-    x: int
-    height: float
-    hint: str
+    step: int
+    sigma: float
+    ms: float
+    branches: list[str]
 
 
 def timeline(trace: dict) -> Markup:
-    """SVG of a trace (`Trace.to_json()`): a column per step, a row per branch and layer; empty if there is no step."""
-    steps, layers = trace.get("steps", []), trace.get("layers", [])
-    if not steps:
+    """HTML of a trace (`Trace.to_json()`); empty if there is no step.
+
+    A `gr.HTML` that shows it needs `js_on_load=READ_OUT` for the line under the map.
+    """
+    picture = step_map(trace)
+    if not picture:
         return Markup()
-    labels = [(LEFT + (i - 1) * CELL, 9, i) for i in range(1, len(steps) + 1, 5)]
-    cells, top = [], TOP
-    for branch in _branches(trace):
-        labels.append((0, top + 9, branch))
-        cells += _cells(trace, branch, top)
-        top += len(layers) * CELL + 8
-    labels.append((0, top + 20, "ms/step"))
-    used = {cell.action for cell in cells}
-    return render(
-        "timeline", cells=cells, labels=labels, bars=_bars(steps), bottom=top + BAR_HEIGHT, size=CELL - GAP,
-        width=LEFT + len(steps) * CELL, height=top + BAR_HEIGHT + 6, styles=ACTION_STYLE,
-        legend=[style for action, style in ACTION_STYLE.items() if action in used],
-    )  # fmt: skip
+    return render("timeline", picture=picture, rows=_rows(trace), branches=branches(trace))
 
 
-def _branches(trace: dict) -> list[str]:
-    recorded = {branch for _, branch, *_ in trace["events"]}
-    return [branch for branch in ("cond", "uncond") if branch in recorded]
-
-
-def _cells(trace: dict, branch: str, top: int) -> list[Cell]:
-    """The cells of one branch. An action on the whole denoiser covers all its layers."""
-    actions = {(step, layer): action for step, b, layer, action, _ in trace["events"] if b == branch}
-    cells = []
-    for row, layer in enumerate(trace["layers"]):
-        for column, step in enumerate(trace["steps"]):
-            denoiser = actions.get((step["index"], DENOISER), "compute")
-            action = denoiser if denoiser != "compute" else actions.get((step["index"], layer), "compute")
-            label = ACTION_STYLE[action].label
-            hint = f"step {step['index'] + 1}, σ {step['sigma']:.3f}, {branch}, {layer}: {label}"
-            cells.append(Cell(LEFT + column * CELL, top + row * CELL, action, hint))
-    return cells
-
-
-def _bars(steps: list[dict]) -> list[Bar]:
-    slowest = max(step["ms"] for step in steps) or 1
+def _rows(trace: dict) -> list[Row]:
+    actions = [list(zip(*actions_by_layer(trace, branch))) for branch in branches(trace)]
     return [
-        Bar(LEFT + i * CELL, BAR_HEIGHT * step["ms"] / slowest, f"step {step['index'] + 1}: {step['ms']:.0f} ms")
-        for i, step in enumerate(steps)
+        Row(
+            step["index"] + 1,
+            step["sigma"],
+            step["ms"],
+            [_words(of_branch[i]) if of_branch else "" for of_branch in actions],
+        )
+        for i, step in enumerate(trace["steps"])
     ]
+
+
+def _words(actions: tuple[str, ...]) -> str:
+    """What the layers of one step did: "computed", or "4 computed, 4 attention reused"."""
+    counts = Counter(ACTIONS[action].label for action in actions)
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {label}" for label, n in counts.items())

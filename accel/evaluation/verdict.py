@@ -5,8 +5,11 @@ from __future__ import annotations
 from statistics import median
 
 from ..methods import METHODS
+from ..runtime.presets import required_settings
+from ..runtime.repeat import reference_of
 
 SAME_SPEED = 0.05  # a ratio this near to 1 is no difference: two equal runs differ by as much
+RUN_SETTINGS = ("steps", "guidance", "solver", "shift", "methods")
 NEARNESS = (  # SSIM from which on a sentence holds
     (0.99, "hardly differs from the reference"),
     (0.95, "differs a little from the reference"),
@@ -26,27 +29,24 @@ def subject(report: dict) -> str:
     """What was compared with the reference: the methods' titles, else the solver or the number of steps."""
     if report["methods"]:
         return " + ".join(METHODS[name].title if name in METHODS else name for name in report["methods"])
-    if report.get("solver", "default") != report.get("solver_a", "default"):
-        return f"The {report['solver']} solver in {_count(report['steps'], 'step')}"
-    return f"The model in {_count(report['steps'], 'step')}"
+    steps = f"{report['steps']} step{'s' * (report['steps'] != 1)}"
+    solver = report.get("solver", "default")
+    return f"The {solver} solver in {steps}" if solver != "default" else f"The model in {steps}"
 
 
 def idle_reason(report: dict) -> str:
-    """A clause that says that the methods saved nothing, and why; empty if they did something."""
-    trace = report["trace"]
+    """A clause that says that the candidate's methods saved nothing, and why; empty if they did something."""
     if not report["methods"]:
-        same = all(report.get(key) == report.get(f"{key}_a", report.get(key)) for key in RUN_SETTINGS)
+        reference = reference_of(report)
+        same = all(reference.get(key) == report.get(key, reference.get(key)) for key in RUN_SETTINGS)
         return "Both runs have the same settings and no method was on" if same else ""
-    if report["steps"] != report["steps_a"] or report["guidance"] != report["guidance_a"]:
-        return ""  # a student's own steps
-    if any(action != "compute" for _, _, _, action, _ in trace["events"]) or report["work_ratio"] < 0.999:
-        return ""
+    trace = report["trace"]
+    idle = all(action == "compute" for _, _, _, action, _ in trace["events"])
+    if required_settings(report["methods"]) or not idle or trace["summary"]["flops_ratio"] < 0.999:
+        return ""  # a student saves steps: what it computes, it computes in full
     reasons = [text for text in trace["summary"]["messages"] if " does nothing: " in text or " is off: " in text]
     because = f", because {'; '.join(_reason(text) for text in reasons)}" if reasons else ""
     return f"{subject(report)} computed everything and saved nothing{because}"
-
-
-RUN_SETTINGS = ("steps", "guidance", "solver", "shift")
 
 
 def _reason(message: str) -> str:
@@ -61,7 +61,7 @@ def _speed(report: dict, name: str) -> str:
     if abs(ratio - 1) < SAME_SPEED or (low < 1 < high):
         return f"{name} took as long as the reference ({took}, no difference beyond chance)"
     if ratio > 1:
-        return f"{name} was {ratio:.2f} times as fast ({took})"
+        return f"{name} was {ratio:.{1 if ratio >= 10 else 2}f} times as fast ({took})"
     work = report["work_ratio"]
     although = f", although it computed {work:.0%} of the work" if work < 1 - SAME_SPEED else ""
     return f"{name} was slower: {ratio:.2f} times the speed ({took}{although})"
@@ -74,7 +74,3 @@ def _likeness(report: dict) -> str:
         return "its video has another size than the reference, so the two are not compared"
     words = next(words for least, words in NEARNESS if report["ssim"] >= least)
     return f"its video {words} (SSIM {report['ssim']:.3f})"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

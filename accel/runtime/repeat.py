@@ -1,6 +1,6 @@
 """A run as text that repeats it elsewhere: Python code, a command line, and a preset file.
 
-All functions take a `Run` as a dict, or the report of a pair, which holds the accelerated run's fields.
+All functions take a `Run` as a dict, or the report of a pair, which holds the candidate's fields.
 """
 
 from __future__ import annotations
@@ -44,13 +44,18 @@ def command(report: dict[str, Any]) -> str:
 
     One `compare` where its options can say both runs; else one `run` for each video.
     """
-    if _one_command(report):
-        a = {**report, "steps": report["steps_a"], "guidance": report["guidance_a"]}
-        return f"python -m accel compare {_options(a, report['methods'])}"
-    reference = {**report, **{key: report.get(f"{key}_a", value) for key, value in SOLVER.items()}}
-    reference |= {"steps": report["steps_a"], "guidance": report["guidance_a"]}
-    runs = {"a": _options(reference, {}), "b": _options(report, report["methods"])}
+    reference = reference_of(report)
+    if _one_command(reference, report):
+        return f"python -m accel compare {_options(reference, report['methods'])}"
+    runs = {"a": _options(reference, reference["methods"]), "b": _options(report, report["methods"])}
     return "\n".join(f"python -m accel run {options} --out runs/{side}" for side, options in runs.items())
+
+
+def reference_of(report: dict[str, Any]) -> dict[str, Any]:
+    """The run of a pair's reference. A report without one was made when references had no methods of their own."""
+    stock = {**SOLVER, "steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
+    shared = {key: report[key] for key in ("model", "prompt", "seed", "height", "width", "frames")}
+    return {**shared, **(report.get("reference") or stock)}
 
 
 def preset_yaml(run: dict[str, Any]) -> str:
@@ -87,11 +92,12 @@ def _method(name: str, parameters: dict[str, Any]) -> str:
     return f"accel.METHODS[{name!r}]({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
-def _one_command(report: dict[str, Any]) -> bool:
-    """Whether the options of `compare` say both runs: its steps and guidance apply to both, or to a student's teacher."""
-    required = required_settings(report["methods"])
-    same = all(key in required or report[key] == report[f"{key}_a"] for key in ("steps", "guidance"))
-    return same and all(report.get(key, value) == report.get(f"{key}_a", value) for key, value in SOLVER.items())
+def _one_command(reference: dict[str, Any], candidate: dict[str, Any]) -> bool:
+    """Whether `compare` can say both runs: its options apply to both, but to the reference alone beside a student."""
+    required = required_settings(candidate["methods"])
+    values = lambda run: {**SOLVER, **{k: run[k] for k in ("steps", "guidance", *SOLVER) if k in run}}
+    a, b = values(reference), values(candidate)
+    return not reference["methods"] and all(key in required or a[key] == b[key] for key in a)
 
 
 def _options(run: dict[str, Any], methods: dict[str, dict]) -> str:

@@ -63,6 +63,17 @@ def test_the_command_is_quoted_for_the_shell(prompt):
     assert complete(repeated(command(report))) == complete(report)
 
 
+def test_a_pair_with_an_accelerated_reference_is_repeated_by_two_runs():
+    reference = pair({"fastercache": {}})
+    report = {
+        **pair(load_preset("gpd").methods),
+        "reference": {k: reference[k] for k in ("steps", "guidance", "methods")},
+    }
+    first, second = map(parsed, command(report).splitlines())
+    assert first["set_"] == ["fastercache.attention=true"] and first["steps"] == 30
+    assert (second["preset"], second["steps"], second["guidance"]) == ("gpd", 6, 1.0)
+
+
 def test_methods_without_changed_parameters_keep_their_order():
     report = pair({"asymrnr": {}, "fastercache": {}})
     again = repeated(command(report))
