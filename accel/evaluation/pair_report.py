@@ -58,7 +58,8 @@ def report_page(report: dict) -> str:
     return render(
         "pair_report", report=report, verdict=verdict(report), figures=figures(report), labels=labels(report),
         settings=_settings(report), conditions=conditions(report),
-        stages=stage_bars(report, ("reference", subject(report))), step_map=step_map(report["trace"]), command=command(report), code=python_code(report),
+        stages=stage_bars(report, ("reference", subject(report))), step_map=step_map(report["trace"]),
+        command=command(report), code=python_code(report),
         messages=report["trace"]["summary"].get("messages", []),
     )  # fmt: skip
 
