@@ -15,6 +15,7 @@ import yaml
 from tqdm import tqdm
 from typer.exceptions import TyperException
 
+from .errors import AccelError, explain_os_error
 from .runtime.models import TINY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -33,7 +34,7 @@ Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing
 
 
 def main() -> None:
-    """Run a command. Bad input ends with one line on stderr and exit code 2."""
+    """Run a command. Bad input ends with one line on stderr and exit code 2, a full disk with code 1."""
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -41,12 +42,19 @@ def main() -> None:
         text = error.format_message()
         print(text if "Usage:" in text else f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except AccelError as error:
+        _fail(str(error), 2)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        _fail(explain_os_error(error), 2)
+    except OSError as error:
+        _fail(explain_os_error(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped", 130)
+
+
+def _fail(sentence: str, code: int) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
 
 
 def print_json(document: dict) -> None:
@@ -64,11 +72,11 @@ def parse_settings(preset: str, changes: list[str] | None) -> dict:
         target, _, value = change.partition("=")
         name, _, parameter = target.partition(".")
         if not (parameter and value):
-            raise ValueError(f"--set {change!r} is not understood: write method.parameter=value")
+            raise AccelError(f"--set {change!r} is not understood: write method.parameter=value")
         try:
             methods.setdefault(name, {})[parameter] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ValueError(f"--set {change!r} is not understood: put the value into quotes") from None
+            raise AccelError(f"--set {change!r} is not understood: put the value into quotes") from None
     build_methods(methods)
     return {"methods": methods, "steps": loaded.steps, "guidance": loaded.guidance}
 
@@ -76,7 +84,7 @@ def parse_settings(preset: str, changes: list[str] | None) -> dict:
 def load_for(model: str, make_runs: Callable) -> tuple:
     """Pipeline, defaults and runs `make_runs(defaults)` of a model.
 
-    Raises ValueError before the model is loaded where its files tell that a run is not possible.
+    Raises AccelError before the model is loaded where its files tell that a run is not possible.
     """
     from .runtime.models import check_model, load_pipeline, model_defaults, read_defaults
     from .runtime.run import check_size, check_size_from_files
@@ -131,13 +139,13 @@ def run(
     if source is not None:
         given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
         if more := [name.rstrip("_") for name in given if name not in ("source", "out")]:
-            raise ValueError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
+            raise AccelError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
         if source.resolve() == (out / "video.mp4").resolve():
-            raise ValueError(f"{source} would be replaced by what is made from it: give another --out")
+            raise AccelError(f"{source} would be replaced by what is made from it: give another --out")
         stored = read_run(source)
         model, make_runs = stored["model"], lambda defaults: (build_run(defaults, **stored),)
     elif prompt is None:
-        raise ValueError("give a --prompt, or a video to repeat with --from")
+        raise AccelError("give a --prompt, or a video to repeat with --from")
     else:
         common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
         make_pair = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=False)
@@ -164,12 +172,12 @@ def run(
 
 
 def read_run(source: Path) -> dict:
-    """The run stored in a video. Raises ValueError if it holds none."""
+    """The run stored in a video. Raises AccelError if it holds none."""
     from .runtime.video import read_settings
 
     stored = read_settings(source)
     if "model" not in stored:
-        raise ValueError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
+        raise AccelError(f"{source} was not made by `accel run` or `compare`: it holds no run to repeat")
     return stored
 
 
@@ -319,7 +327,7 @@ def train(
     """
     parts = ("vae", "base", "gpd", "meanflow", "predictor", "all")
     if what not in parts:
-        raise ValueError(f"unknown part {what!r}; there are {', '.join(parts)}")
+        raise AccelError(f"unknown part {what!r}; there are {', '.join(parts)}")
     from .training.parts import export_base, shutdown_distributed, train_parts
 
     if export:
@@ -383,13 +391,13 @@ def judge(
 
 
 def read_captions(folder: Path) -> dict[str, str]:
-    """{file name: caption} of a folder of mp4s. Raises ValueError if captions.json or a video is missing."""
+    """{file name: caption} of a folder of mp4s. Raises AccelError if captions.json or a video is missing."""
     file = folder / "captions.json"
     if not file.is_file():
-        raise ValueError(f"{file} is missing: it maps each mp4 of the folder to its caption")
+        raise AccelError(f"{file} is missing: it maps each mp4 of the folder to its caption")
     captions = json.loads(file.read_text())
     if not isinstance(captions, dict):
-        raise ValueError(f"{file} does not map each mp4 of its folder to a caption: it is not a JSON object")
+        raise AccelError(f"{file} does not map each mp4 of its folder to a caption: it is not a JSON object")
     if missing := [name for name in captions if not (folder / name).is_file()]:
-        raise ValueError(f"{file} does not map each mp4 of its folder to a caption: {missing[0]} is missing")
+        raise AccelError(f"{file} does not map each mp4 of its folder to a caption: {missing[0]} is missing")
     return captions

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ACCEL = ROOT / "accel"
 # A package imports what stands before it or in its own group.
-ORDER = [("files",), ("ops",), ("core", "families"), ("methods", "students"), ("world",), ("runtime",), ("evaluation",)]
-ORDER += [("training",), ("cli", "__main__", "__init__")]
+ORDER = [("errors",), ("files",), ("ops",), ("core", "families"), ("methods", "students"), ("world",), ("runtime",)]
+ORDER += [("evaluation",), ("training",), ("cli", "__main__", "__init__")]
 WORLD_USERS = {"world", "evaluation", "training", "cli"}
 
 

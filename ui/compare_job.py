@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from accel.core.trace import Trace
+from accel.errors import AccelError
 from accel.evaluation.compare import compare
 from accel.evaluation.metrics import Pair, measure, metrics_of
 from accel.runtime.generate import Video, generate, preflight
@@ -22,7 +23,7 @@ from ui.worker import Job
 class CompareJob:
     """Generates a baseline and an accelerated video and compares them; a baseline in the cache is reused.
 
-    Emits "started", "step", "pair" and, if asked to, "same_steps_baseline". Raises ValueError for refused settings.
+    Emits "started", "step", "pair" and, if asked to, "same_steps_baseline". Raises AccelError for refused settings.
     """
 
     def __init__(self, model: str, settings: dict, videos: VideoCache, same_steps_baseline: bool = False):
@@ -108,9 +109,9 @@ def _same_steps_label(run: Run, baseline: CachedVideo, defaults: ModelDefaults) 
 
 
 def _integer(value, name: str) -> int:
-    """A widget's number as an int. Raises ValueError if it is missing or has a fraction."""
+    """A widget's number as an int. Raises AccelError if it is missing or has a fraction."""
     if value is None or float(value) != int(value):
-        raise ValueError(f"{name} = {value} is not a whole number")
+        raise AccelError(f"{name} = {value} is not a whole number")
     return int(value)
 
 

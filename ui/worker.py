@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from accel.errors import AccelError
 from accel.runtime.run import Cancelled
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class Worker:
         try:
             pipe = models.load_pipeline(self.model)
             self.defaults, self.pipe = models.model_defaults(pipe, self.model), pipe
-        except (ValueError, OSError) as error:
+        except AccelError as error:
             self.load_error = str(error)
         except Exception as error:
             log.exception("the model could not be loaded")
@@ -116,7 +117,7 @@ class Worker:
             job.events.put(("done", {}))
         except Cancelled:
             job.events.put(("stopped", {}))
-        except (ValueError, OSError) as error:
+        except AccelError as error:
             job.events.put(("refused", {"reason": str(error)}))
         except Exception:
             error_id = f"{hash(traceback.format_exc()) & 0xFFFF:04x}"

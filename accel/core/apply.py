@@ -21,7 +21,7 @@ def apply(pipe, methods: Iterable[Applicable]) -> Iterator[Trace]:
     """Run the pipeline with the methods (inner to outer) inside the `with` block; returns the trace of its last run.
 
     Takes a preset or any list of methods; without methods the output is bitwise the baseline's. On exit the pipeline
-    is as it was, also after an error or a cancelled run. Raises ValueError for an unsupported pipeline.
+    is as it was, also after an error or a cancelled run. Raises AccelError for an unsupported pipeline.
     """
     trace = Trace()
     host = Host(pipe, trace)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from ..errors import AccelError
 from ..ops.token_matching import Reduction
 from .trace import Timer
 
@@ -147,12 +148,12 @@ class InterceptedProcessor:
         return self.core_wrapper(self.softmax_attention, qkv)
 
     def softmax_attention(self, qkv: QKV) -> Tensor:
-        """Softmax attention (b, n, k, d) on the backend that the user chose. Raises ValueError if it takes no bias."""
+        """Softmax attention (b, n, k, d) on the backend that the user chose. Raises AccelError if it takes no bias."""
         q, k, v, bias = qkv.query(), qkv.key(), qkv.value(), qkv.bias
         backend, d = self._attention_backend, q.shape[-1]
         name = str(getattr(backend, "value", backend))
         if bias is not None and "sage" in name:
-            raise ValueError(
+            raise AccelError(
                 f"attention backend {name} takes no bias: set the method's bias to false or choose another backend"
             )
         if bias is not None and q.is_cuda:
@@ -181,7 +182,7 @@ def intercept_attention(
 ) -> Iterator[None]:
     """Set wrappers on an attention module for the time of the context; see `InterceptedProcessor`.
 
-    Raises ValueError where the family's attention would not compute what the module's own processor does.
+    Raises AccelError where the family's attention would not compute what the module's own processor does.
     """
     intercepted = isinstance(module.processor, InterceptedProcessor)
     with nullcontext() if intercepted else _with_interceptor(module, family):
@@ -211,10 +212,10 @@ def _with_interceptor(module: nn.Module, family: Family) -> Iterator[None]:
 
 
 def _check_core_is_known(processor) -> None:
-    """Raise ValueError if the family cannot stand in for what a processor does inside."""
+    """Raise AccelError if the family cannot stand in for what a processor does inside."""
     if getattr(processor, "_parallel_config", None) is not None:
-        raise ValueError("tokens cannot be reduced under context parallelism: each device sees only a part of the grid")
+        raise AccelError("tokens cannot be reduced under context parallelism: each device sees only a part of the grid")
     if not type(processor).__module__.startswith("diffusers."):
-        raise ValueError(
+        raise AccelError(
             f"{type(processor).__name__} is no attention processor of diffusers: only in those can tokens be reduced"
         )

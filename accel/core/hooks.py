@@ -9,6 +9,8 @@ from diffusers.hooks.group_offloading import _LAZY_PREFETCH_GROUP_OFFLOADING
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
 
+from ..errors import AccelError
+
 
 class ForwardHook(ModelHook):
     """Calls `wrapper(hook, *args, **kwargs)` in place of a module's forward; sees the pipeline's cache context."""
@@ -36,11 +38,11 @@ class ForwardHook(ModelHook):
 def wrapped_forward(module: nn.Module, wrapper: Callable) -> Iterator[None]:
     """Put a hook around a module's forward; on exit the module has exactly the attributes it had before.
 
-    Raises ValueError where group offloading would remove the hook in the module's first call.
+    Raises AccelError where group offloading would remove the hook in the module's first call.
     """
     had_registry, had_forward = "_diffusers_hook" in module.__dict__, "forward" in module.__dict__
     if had_registry and module._diffusers_hook.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING):
-        raise ValueError(
+        raise AccelError(
             "group offloading with streams learns its order in a first call: call the pipeline once before accel.apply"
         )
     registry = HookRegistry.check_if_exists_or_initialize(module)

@@ -23,6 +23,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ..errors import AccelError
 from ..families import family_of
 from .attention import QKV, intercept_attention
 from .flops import count_flops
@@ -57,7 +58,7 @@ class Host:
         self.pipe, self.trace, self.family = pipe, trace, family_of(pipe)
         self.denoisers = self.family.denoisers(pipe)
         if any(hasattr(model, "_orig_mod") for model in self.denoisers):
-            raise ValueError(
+            raise AccelError(
                 "a transformer that is compiled as a whole cannot be wrapped inside: compile its blocks, by "
                 "pipe.transformer.compile_repeated_blocks()"
             )
@@ -130,7 +131,7 @@ class Host:
         """Replace a model's list of blocks by a `BlockStack` that runs through the block wrappers."""
         family, blocks = self.family, self.family.blocks(model)
         if type(model).__name__ not in family.STACKABLE:
-            raise ValueError(f"{type(model).__name__} changes hidden states between its blocks: they are not one stack")
+            raise AccelError(f"{type(model).__name__} changes hidden states between its blocks: they are not one stack")
 
         def run_blocks(hidden: Tensor, *inputs, **named) -> Tensor:
             for block in blocks:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import AccelError
 from ..families import family_of
 from ..methods.asymrnr.budget import PROFILE, Profile, Table
 from ..runtime.generate import Video, environment, grid
@@ -38,7 +39,7 @@ BASELINE = {"baseline": Setting()}
 def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     """Costs of a model, after writing asymrnr.json, profile.md and profile.png. A second call resumes the first.
 
-    A local model gets a copy of asymrnr.json. Raises ValueError if the steps or the example prompts are too few.
+    A local model gets a copy of asymrnr.json. Raises AccelError if the steps or the example prompts are too few.
     """
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
@@ -65,9 +66,9 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
 
 
 def check_steps(steps: int) -> None:
-    """Raise ValueError if there are too few steps for the spans."""
+    """Raise AccelError if there are too few steps for the spans."""
     if steps <= SPANS:
-        raise ValueError(f"{steps} steps are too few: each of the {SPANS} spans needs one besides the first step")
+        raise AccelError(f"{steps} steps are too few: each of the {SPANS} spans needs one besides the first step")
 
 
 def _asymrnr(**parameters) -> Setting:
@@ -114,7 +115,7 @@ def _cases(n: int, defaults: ModelDefaults) -> list[Case]:
     else:
         prompts = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[:n]
         if len(prompts) < n:
-            raise ValueError(f"{n} prompts are too many: examples/prompts.txt has {len(prompts)}")
+            raise AccelError(f"{n} prompts are too many: examples/prompts.txt has {len(prompts)}")
     return [(prompt, seed) for seed, prompt in enumerate(prompts)]
 
 
@@ -124,7 +125,7 @@ def _recorder(defaults: ModelDefaults):
 
     def record(name: str, run: Run, baseline: Video, video: Video) -> dict:
         if video.trace.messages:  # with fixed rates, AsymRnR writes a message only if something keeps it from acting
-            raise ValueError(f"nothing to measure: {video.trace.messages[0]}")
+            raise AccelError(f"nothing to measure: {video.trace.messages[0]}")
         read = lambda shown: (
             mean_of(METRICS["adherence"].measure(Pair(baseline, shown, run.prompt))) if judged else None
         )

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
@@ -19,7 +20,7 @@ from .suites import PROMPT_SEED, SUITES, Setting, check_suite
 def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> dict:
     """The summary of a suite, after writing results.json, report.md and pareto.png. A second call resumes the first.
 
-    Raises ValueError for an unknown suite, or if `out` holds results of more prompts or of other settings.
+    Raises AccelError for an unknown suite, or if `out` holds results of more prompts or of other settings.
     """
     from ..world.scene import held_out_prompts
 
@@ -45,9 +46,9 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
 
 
 def _check_out(file: Path, settings: dict[str, Setting], n: int) -> None:
-    """Raise ValueError if results exist here that fewer results would replace."""
+    """Raise AccelError if results exist here that fewer results would replace."""
     found = json.loads(file.read_text()) if file.is_file() else {"n": 0, "rows": {}}
     lost = [name for name in found["rows"] if name not in settings]
     if found["n"] > n or lost:
         more = f"the settings {', '.join(lost)}" if lost else f"{found['n']} prompts and seeds, more than {n}"
-        raise ValueError(f"{file.parent} holds results of {more}: give another --out, or delete it first")
+        raise AccelError(f"{file.parent} holds results of {more}: give another --out, or delete it first")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from ..errors import AccelError
 from ..families import FAMILIES
 from ..methods import METHODS
 from ..runtime.models import TINY
@@ -225,11 +226,11 @@ PARTS |= {f"{suite}-pairs": partial(suite_pairs, suite) for suite in SUITES}
 
 
 def fill(text: str) -> str:
-    """The text with every marked part as it should be. Raises ValueError for a name that `PARTS` lacks."""
+    """The text with every marked part as it should be. Raises AccelError for a name that `PARTS` lacks."""
 
     def part(match: re.Match) -> str:
         if match[2] not in PARTS:
-            raise ValueError(f"unknown generated part {match[2]!r}; there are {', '.join(PARTS)}")
+            raise AccelError(f"unknown generated part {match[2]!r}; there are {', '.join(PARTS)}")
         return match[1] + PARTS[match[2]]() + match[4]
 
     return MARKED.sub(part, text)
@@ -241,14 +242,14 @@ def pages() -> list[Path]:
 
 
 def write() -> list[Path]:
-    """Fill all documents; returns those that changed. Raises ValueError, naming the document, for an unknown part."""
+    """Fill all documents; returns those that changed. Raises AccelError, naming the document, for an unknown part."""
     changed = []
     for page in pages():
         text = page.read_text()
         try:
             filled = fill(text)
-        except ValueError as error:
-            raise ValueError(f"{page.relative_to(ROOT)}: {error}") from None
+        except AccelError as error:
+            raise AccelError(f"{page.relative_to(ROOT)}: {error}") from None
         if filled != text:
             page.write_text(filled)
             changed.append(page)

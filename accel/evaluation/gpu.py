@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.generate import environment, generate
 from ..runtime.models import TINY, ModelDefaults, load_pipeline
@@ -31,12 +32,12 @@ PROMPT = "a large red star spins slowly over a striped navy background"
 def run_gpu(layout: str, steps: int | None, frames: int | None, repeats: int, out: Path) -> dict:
     """Speed and memory of each setting, after writing results.json. A second call resumes the first.
 
-    Raises ValueError for an unknown layout, or without a GPU.
+    Raises AccelError for an unknown layout, or without a GPU.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+        raise AccelError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
     if not torch.cuda.is_available():
-        raise ValueError("this needs a GPU: on a CPU one run takes hours")
+        raise AccelError("this needs a GPU: on a CPU one run takes hours")
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), LAYOUTS[layout], "cuda")
         pipe = load_pipeline(folder)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import AccelError
+
 if TYPE_CHECKING:  # the page reads this list before it imports torch
     from ..runtime.generate import Video
     from ..runtime.models import ModelDefaults
@@ -74,9 +76,9 @@ def mean_of(value: Value) -> float | None:
 
 
 def metrics_of(defaults: ModelDefaults) -> list[Metric]:
-    """The metrics that are measured for a model. Raises ValueError if its accel.json names one that does not exist."""
+    """The metrics that are measured for a model. Raises AccelError if its accel.json names one that does not exist."""
     if unknown := [name for name in defaults.metrics if name not in METRICS]:
-        raise ValueError(f"accel.json: unknown metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+        raise AccelError(f"accel.json: unknown metric {unknown[0]!r}; there are {', '.join(METRICS)}")
     return [metric for metric in METRICS.values() if not metric.extra or metric.name in defaults.metrics]
 
 
@@ -125,11 +127,11 @@ def ssim_frames(a: np.ndarray, b: np.ndarray) -> list[float]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
-    """PSNR in dB of uint8 frames (f, h, w, c); None if they are equal. Raises ValueError for different shapes."""
+    """PSNR in dB of uint8 frames (f, h, w, c); None if they are equal. Raises AccelError for different shapes."""
     from skimage.metrics import peak_signal_noise_ratio
 
     if a.shape != b.shape:
-        raise ValueError(f"videos of shapes {a.shape} and {b.shape} cannot be compared")
+        raise AccelError(f"videos of shapes {a.shape} and {b.shape} cannot be compared")
     return None if np.array_equal(a, b) else float(peak_signal_noise_ratio(a, b, data_range=255))
 
 

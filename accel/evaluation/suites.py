@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from ..errors import AccelError
 from ..runtime.models import resolve
 from ..runtime.paths import ROOT
 from ..runtime.presets import Preset, build_methods, load_preset
@@ -186,9 +187,9 @@ SUITES: dict[str, Suite] = {
 
 
 def check_suite(suite: str) -> None:
-    """Raise ValueError for an unknown suite."""
+    """Raise AccelError for an unknown suite."""
     if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+        raise AccelError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
 
 
 def results(suite: str) -> dict | None:

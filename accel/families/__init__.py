@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import AccelError
 from .base import Family
 from .wan import Wan
 
@@ -9,9 +10,9 @@ FAMILIES: dict[str, Family] = {"Wan": Wan()}  # by the beginning of the pipeline
 
 
 def family_of(pipe) -> Family:
-    """The family of a diffusers pipeline, by its class name. Raises ValueError if it is not supported."""
+    """The family of a diffusers pipeline, by its class name. Raises AccelError if it is not supported."""
     name = type(pipe).__name__
     for prefix, family in FAMILIES.items():
         if name.startswith(prefix):
             return family
-    raise ValueError(f"{name} is not supported yet; pipelines whose names start with {', '.join(FAMILIES)} are")
+    raise AccelError(f"{name} is not supported yet; pipelines whose names start with {', '.join(FAMILIES)} are")

@@ -123,7 +123,7 @@ class StudentMethod(Method):
 
     @classmethod
     def load_manifest(cls, folder: Path) -> BaseModel:
-        """The manifest of the student in a folder. Raises ValueError if there is none or it is not valid."""
+        """The manifest of the student in a folder. Raises AccelError if there is none or it is not valid."""
         name = cls.manifest_file.removesuffix(".json")
         return load_manifest(folder, cls.manifest_file, cls.manifest_type, f"{name}.student", f"train {name}")
 

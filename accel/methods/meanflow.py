@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from pydantic import BaseModel, Field
 
 from ..core.trace import Trace
+from ..errors import AccelError
 from .base import Choices, StudentMethod, model_path
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class MeanFlow(StudentMethod):
         check_base(weights_dir, manifest.base_fingerprint, pipe)
         low, high = manifest.guidance
         if not low <= self.guidance <= high:
-            raise ValueError(f"meanflow.guidance = {self.guidance:g}: this student was trained on {low:g} to {high:g}")
+            raise AccelError(f"meanflow.guidance = {self.guidance:g}: this student was trained on {low:g} to {high:g}")
         added_bytes = weight_bytes(weights_dir, model)
         begin = host.per_run(lambda: self._begin(added_bytes, manifest, host, trace))
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..errors import AccelError
+
 Metric = Literal["euclidean", "cosine", "dot"]
 MAX_MATCHING_BYTES = 256 * 2**20  # that matching over the whole grid may use at a time
 
@@ -44,10 +46,10 @@ def partition(grid: tuple[int, int, int], cell: tuple[int, int, int], seed: int,
     """Cells of at most `cell` (f, h, w) tokens over the grid (f, h, w), each with one destination drawn by `seed`.
 
     Cells at the far edges are smaller, so that the last frames, rows and columns have destinations too. The global
-    random state is not touched. Raises ValueError if a side of the cell is not positive.
+    random state is not touched. Raises AccelError if a side of the cell is not positive.
     """
     if min(cell) < 1:
-        raise ValueError(f"a cell of {cell} tokens is not possible: each side must be at least 1")
+        raise AccelError(f"a cell of {cell} tokens is not possible: each side must be at least 1")
     positions = [torch.arange(n) // step for n, step in zip(grid, cell)]
     counts = [-(-n // step) for n, step in zip(grid, cell)]
     f, h, w = torch.meshgrid(*positions, indexing="ij")
@@ -73,10 +75,10 @@ class MergePlan:
     similarity: Tensor  # (g,) 0: no more than random tokens, 1: equal
 
     def at_rate(self, rate: float) -> Reduction:
-        """The reduction that removes the share `rate` of all tokens. Raises ValueError above `max_rate`."""
+        """The reduction that removes the share `rate` of all tokens. Raises AccelError above `max_rate`."""
         part, (g, _) = self.part, self.order.shape
         if not 0 <= rate <= part.max_rate:
-            raise ValueError(f"rate {rate} is not possible: these cells allow 0 to {part.max_rate:.3f}")
+            raise AccelError(f"rate {rate} is not possible: these cells allow 0 to {part.max_rate:.3f}")
         removed = int(part.tokens * rate + 1e-6)
         every = torch.arange(part.tokens, device=self.order.device).expand(g, -1)
         order, replacement = self.order.long(), part.destinations[self.destination_index[:, :removed]]

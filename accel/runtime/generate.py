@@ -77,7 +77,7 @@ class Video:
 def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> Video:
     """The video of a run. `on_step` is called after each step; its time is not counted.
 
-    Raises ValueError if the model cannot make this size.
+    Raises AccelError if the model cannot make this size.
     """
     check_size(run, pipe)
     device = next(pipe.transformer.parameters()).device

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
+from ..errors import AccelError
 from .paths import ROOT
 
 if TYPE_CHECKING:
@@ -44,18 +45,18 @@ def resolve(model: str) -> str:
 
 
 def check_model(model: str) -> None:
-    """Raise ValueError if a local model's folder, or one of its files, is missing or damaged; says how to get it."""
+    """Raise AccelError if a local model's folder, or one of its files, is missing or damaged; says how to get it."""
     path = Path(resolve(model))
     if path.is_dir():
         check_files(path)
     elif model.startswith((".", "/", "models/")) or model.count("/") != 1:
-        raise ValueError(f"no model folder {model!r}; the shipped model is {TINY!r}, or give a Hugging Face id")
+        raise AccelError(f"no model folder {model!r}; the shipped model is {TINY!r}, or give a Hugging Face id")
 
 
 def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dtype | None = None):
     """The diffusers pipeline of a folder or hub id, on the GPU if there is one.
 
-    By default in float32, but a large model on a GPU in bfloat16. Raises ValueError for missing or damaged weights.
+    By default in float32, but a large model on a GPU in bfloat16. Raises AccelError for missing or damaged weights.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -69,19 +70,19 @@ def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dty
         try:
             pipe = DiffusionPipeline.from_pretrained(resolve(model), torch_dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{model!r} could not be loaded: {str(error).splitlines()[0]}") from None
+            raise AccelError(f"{model!r} could not be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
 def check_files(folder: Path) -> None:
-    """Raise ValueError naming the first missing or damaged file of a pipeline folder, and how to get it."""
+    """Raise AccelError naming the first missing or damaged file of a pipeline folder, and how to get it."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"{index} is missing: {folder} is not a diffusers pipeline; {_remedy(folder)}")
+        raise AccelError(f"{index} is missing: {folder} is not a diffusers pipeline; {_remedy(folder)}")
     for part in [name for name, kind in read_json(index).items() if isinstance(kind, list) and kind[0]]:
         if not (folder / part).is_dir():
-            raise ValueError(f"{folder / part} is missing; {_remedy(folder)}")
+            raise AccelError(f"{folder / part} is missing; {_remedy(folder)}")
         if (folder / part / "config.json").is_file():  # a model; schedulers and tokenizers have no weights
             _check_part(folder, folder / part)
 
@@ -92,23 +93,23 @@ def _check_part(folder: Path, part: Path) -> None:
     listed = [read_json(index)["weight_map"].values() for index in part.glob("*.safetensors.index.json")]
     weights = {part / name for names in listed for name in names} or set(part.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"{part} holds no .safetensors file; {_remedy(folder)}")
+        raise AccelError(f"{part} holds no .safetensors file; {_remedy(folder)}")
     for file in sorted(weights):
         if not file.is_file():
-            raise ValueError(f"{file} is missing; {_remedy(folder)}")
+            raise AccelError(f"{file} is missing; {_remedy(folder)}")
         try:
             with safe_open(file, "np") as weights:
                 weights.keys()
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
+            raise AccelError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
 
 
 def read_json(file: Path) -> dict:
-    """The content of a JSON file of a model. Raises ValueError if it is damaged."""
+    """The content of a JSON file of a model. Raises AccelError if it is damaged."""
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error}); {_remedy(file.parent)}") from None
+        raise AccelError(f"{file} is damaged ({error}); {_remedy(file.parent)}") from None
 
 
 def weights(model: str) -> list[tuple[str, str]]:
@@ -133,13 +134,13 @@ def _remedy(folder: Path) -> str:
 
 
 def read_defaults(model: str) -> ModelDefaults | None:
-    """The content of a local model's `accel.json`, if it has one. Raises ValueError if it is not valid."""
+    """The content of a local model's `accel.json`, if it has one. Raises AccelError if it is not valid."""
     file = Path(resolve(model)) / "accel.json"
     try:
         return ModelDefaults.model_validate_json(file.read_text()) if file.is_file() else None
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise AccelError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def model_defaults(pipe, model: str) -> ModelDefaults:

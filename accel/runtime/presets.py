@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from ..errors import AccelError
 from ..methods import METHODS, Method
 from .paths import ROOT
 
@@ -31,24 +32,24 @@ class Preset(BaseModel, frozen=True, extra="forbid"):
 
 
 def build_methods(settings: dict[str, dict]) -> list[Method]:
-    """The methods of {name: {parameter: value}}. Raises ValueError naming an unknown method or a wrong parameter."""
+    """The methods of {name: {parameter: value}}. Raises AccelError naming an unknown method or a wrong parameter."""
     methods = []
     for name, parameters in settings.items():
         if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
+            raise AccelError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
         try:
             methods.append(METHODS[name](**(parameters or {})))
         except ValidationError as error:
-            raise ValueError(explain(error, METHODS[name], f"{name}.")) from None
+            raise AccelError(explain(error, METHODS[name], f"{name}.")) from None
     return methods
 
 
 def required_settings(settings: dict[str, dict]) -> dict[str, float]:
-    """The `steps` and `guidance` that methods require of a run. Raises ValueError if two of them require any."""
+    """The `steps` and `guidance` that methods require of a run. Raises AccelError if two of them require any."""
     required = {name: method.required_settings() for name, method in zip(settings, build_methods(settings))}
     required = {name: values for name, values in required.items() if values}
     if len(required) > 1:
-        raise ValueError(f"{' and '.join(required)} do not go together: each replaces the model by a student")
+        raise AccelError(f"{' and '.join(required)} do not go together: each replaces the model by a student")
     return next(iter(required.values()), {})
 
 
@@ -79,17 +80,17 @@ def describe_range(model: type[BaseModel], parameter: str) -> str:
 
 
 def load_preset(name: str | Path) -> Preset:
-    """The preset of a name in `presets/` or of a YAML file. Raises ValueError saying what is wrong with it."""
+    """The preset of a name in `presets/` or of a YAML file. Raises AccelError saying what is wrong with it."""
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"no preset {str(name)!r}; there are {', '.join(preset_names())}, or give a .yaml file")
+        raise AccelError(f"no preset {str(name)!r}; there are {', '.join(preset_names())}, or give a .yaml file")
     try:
         data = yaml.safe_load(path.read_text()) or {}
         preset = Preset(**data)
     except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"{path.name} is not a valid preset: {str(error).splitlines()[0]}") from None
+        raise AccelError(f"{path.name} is not a valid preset: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
-        raise ValueError(f"{path.name}: {explain(error, Preset)}") from None
+        raise AccelError(f"{path.name}: {explain(error, Preset)}") from None
     build_methods(preset.methods)
     return preset
 

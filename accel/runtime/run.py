@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from ..errors import AccelError
 from ..methods import METHODS
 from .models import ModelDefaults, read_json, resolve
 from .presets import explain, required_settings
@@ -39,7 +40,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 def build_run(defaults: ModelDefaults, **settings) -> Run:
     """A checked run. Settings that are missing or None come from the methods' requirements, else from the defaults.
 
-    Raises ValueError in one sentence.
+    Raises AccelError in one sentence.
     """
     given = {k: v for k, v in settings.items() if v is not None}
     required = required_settings(given.get("methods", {}))
@@ -48,18 +49,18 @@ def build_run(defaults: ModelDefaults, **settings) -> Run:
             names = " + ".join(given["methods"])
             parameters = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
             hint = f"; set {' or '.join(parameters)} instead" if parameters else ""
-            raise ValueError(f"{key} = {given[key]} is not possible with {names}, which needs {key} = {value:g}{hint}")
+            raise AccelError(f"{key} = {given[key]} is not possible with {names}, which needs {key} = {value:g}{hint}")
     base = {key: getattr(defaults, key) for key in ("height", "width", "frames", "steps", "guidance")}
     try:
         return Run(**{**base, **required, **given})
     except ValidationError as error:
         first = error.errors()[0]
         sentence = str(first["ctx"]["error"]) if first["type"] == "value_error" else explain(error, Run)
-        raise ValueError(sentence) from None
+        raise AccelError(sentence) from None
 
 
 def check_size(run: Run, pipe) -> None:
-    """Raise ValueError if a loaded model cannot make this size."""
+    """Raise AccelError if a loaded model cannot make this size."""
     patch = pipe.transformer.config.patch_size[-1]
     _check_multiples(run, pipe.vae_scale_factor_spatial * patch, pipe.vae_scale_factor_temporal)
 
@@ -78,9 +79,9 @@ def _check_multiples(run: Run, space: int, time: int) -> None:
     """Height and width are multiples of `space`, and frames - 1 is one of `time`."""
     for name, value in (("height", run.height), ("width", run.width)):
         if value % space:
-            raise ValueError(f"{name} = {value} is not possible: it must be a multiple of {space}")
+            raise AccelError(f"{name} = {value} is not possible: it must be a multiple of {space}")
     if (run.frames - 1) % time:
-        raise ValueError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time}")
+        raise AccelError(f"frames = {run.frames} is not possible: it must be 1 more than a multiple of {time}")
 
 
 class Cancelled(Exception):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import AccelError
+
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = None) -> float:
     """Write uint8 frames (f, h, w, c) as H.264 that browsers play; returns the seconds it took.
@@ -50,9 +52,9 @@ def warm_encoder() -> None:
 
 
 def read_settings(path: Path) -> dict:
-    """The settings in an mp4 that `write_mp4` wrote. Raises ValueError if there are none."""
+    """The settings in an mp4 that `write_mp4` wrote. Raises AccelError if there are none."""
     if not Path(path).is_file():
-        raise ValueError(f"no file {path}")
+        raise AccelError(f"no file {path}")
     command = [_ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, text=True).stdout
     unescaped = "".join(_unescape(text))
@@ -64,7 +66,7 @@ def read_settings(path: Path) -> dict:
                 break
             if isinstance(settings, dict):
                 return settings
-    raise ValueError(f"{path} holds no settings; only videos made by `python -m accel` do")
+    raise AccelError(f"{path} holds no settings; only videos made by `python -m accel` do")
 
 
 def _ffmpeg() -> str:

@@ -10,6 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from ..errors import AccelError
+
 
 class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
     """The stock Euler scheduler on sigmas and timesteps that are given, not computed."""
@@ -20,9 +22,9 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32)  # the stock step refuses whole numbers
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
-        """Start a run. Raises ValueError for any number of steps but that of the given timesteps."""
+        """Start a run. Raises AccelError for any number of steps but that of the given timesteps."""
         if num_inference_steps != len(self.timesteps):
-            raise ValueError(self._wrong_count(len(self.timesteps), num_inference_steps))
+            raise AccelError(self._wrong_count(len(self.timesteps), num_inference_steps))
         self.num_inference_steps, self.timesteps = num_inference_steps, self.timesteps.to(device)
         self._step_index = self._begin_index = None
 

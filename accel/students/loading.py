@@ -11,29 +11,30 @@ from torch import Tensor, nn
 
 from ..core.hooks import patched_method
 from ..core.host import Host
+from ..errors import AccelError
 from .euler_scheduler import is_student_run
 from .weights import ADAPTER, check_adapter, load_int8_delta, matches_fingerprint, swapped_parameters, with_lora
 
 
 def check_base(folder: Path, fingerprint: list[float], pipe) -> None:
-    """Raise ValueError unless the student in a folder was made from the pipeline's only transformer."""
+    """Raise AccelError unless the student in a folder was made from the pipeline's only transformer."""
     if is_student_run(pipe):
-        raise ValueError(f"student {folder.name!r} and another one do not go together: each replaces the whole model")
+        raise AccelError(f"student {folder.name!r} and another one do not go together: each replaces the whole model")
     if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(f"student {folder.name!r} replaces one transformer, this pipeline has two")
+        raise AccelError(f"student {folder.name!r} replaces one transformer, this pipeline has two")
     if not matches_fingerprint(pipe.transformer, fingerprint):
-        raise ValueError(f"student {folder.name!r} was made from another base model: train it from this one")
+        raise AccelError(f"student {folder.name!r} was made from another base model: train it from this one")
 
 
 def load_student(folder: Path, module: nn.Module) -> AbstractContextManager:
     """A context inside which a module has the weights of the student in a folder.
 
-    Raises ValueError if the folder has full weights and the module has LoRA adapters.
+    Raises AccelError if the folder has full weights and the module has LoRA adapters.
     """
     if (folder / ADAPTER).is_file():
         return with_lora(module, folder)
     if getattr(module, "peft_config", None):
-        raise ValueError(f"student {folder.name!r} replaces all weights, which a LoRA is on: unload the LoRA first")
+        raise AccelError(f"student {folder.name!r} replaces all weights, which a LoRA is on: unload the LoRA first")
     return swapped_parameters(module, load_int8_delta(module, folder / "model.safetensors"))
 
 
@@ -50,10 +51,10 @@ def forbid_cfg(host: Host) -> Iterator[None]:
 
     def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
         if host.family.is_guided(host.pipe):
-            raise ValueError("a student has guidance distilled in: set guidance to 1")
+            raise AccelError("a student has guidance distilled in: set guidance to 1")
         if not is_student_run(host.pipe):
             scheduler = type(host.pipe.scheduler).__name__
-            raise ValueError(f"a student predicts mean velocities, which {scheduler} cannot use: keep its scheduler")
+            raise AccelError(f"a student predicts mean velocities, which {scheduler} cannot use: keep its scheduler")
         check_adapter(host.denoisers[host.active_index], (inputs.get("attention_kwargs") or {}).get("scale", 1))
         return inner(x, **inputs)
 
@@ -73,7 +74,7 @@ def _forbid_negative_prompt(pipe) -> Iterator[None]:
         has_text = any([texts] if isinstance(texts, str) else texts)
         has_negative = has_text or arguments.get("negative_prompt_embeds") is not None
         if has_negative and not arguments.get("do_classifier_free_guidance", True):  # a guided run is refused anyway
-            raise ValueError("a student has no unconditional branch for a negative prompt to act in: leave it out")
+            raise AccelError("a student has no unconditional branch for a negative prompt to act in: leave it out")
         return encode(*args, **kwargs)
 
     with patched_method(pipe, "encode_prompt", refuse):

@@ -7,21 +7,23 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ..errors import AccelError
+
 M = TypeVar("M", bound=BaseModel)
 
 
 def load_manifest(folder: Path, file: str, kind: type[M], parameter: str, command: str) -> M:
     """The manifest `file` of the weights in a folder, validated as `kind`.
 
-    Raises ValueError if it is missing or not valid. The message names the `parameter` that selects another folder, such
+    Raises AccelError if it is missing or not valid. The message names the `parameter` that selects another folder, such
     as "gpd.student", and the `command` that trains one.
     """
     path, what = folder / file, parameter.partition(".")[2].removesuffix("_dir")
     if not path.is_file():
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{file}"))
         found = "there are " + ", ".join(others) if others else f"`python -m accel {command}` makes one"
-        raise ValueError(f"there is no {what} {folder.name!r} ({parameter} names another folder); {found}")
+        raise AccelError(f"there is no {what} {folder.name!r} ({parameter} names another folder); {found}")
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path} is no {what}: {error.errors()[0]['msg']}") from None
+        raise AccelError(f"{path} is no {what}: {error.errors()[0]['msg']}") from None

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import AccelError
+
 ADAPTER = "pytorch_lora_weights.safetensors"
 NAME = "accel-student"  # the LoRA's adapter name on the module
 SCALE = ".scale"  # suffix of the per-row scales of an int8 parameter
@@ -43,13 +45,13 @@ def save_int8_delta(module: nn.Module, base: nn.Module, file: Path) -> None:
 def load_int8_delta(base: nn.Module, file: Path) -> dict[str, Tensor]:
     """The parameters that `save_int8_delta` stored as differences from `base`, on its device and in its dtypes.
 
-    Raises ValueError if the file has other names or shapes.
+    Raises AccelError if the file has other names or shapes.
     """
     stored, parameters = load_file(file), dict(base.named_parameters())
     shapes = {name: (p.numel(), p.shape[0] if p.ndim > 1 else 1) for name, p in parameters.items()}
     found = {k: (w.numel(), stored[k + SCALE].numel()) for k, w in stored.items() if k + SCALE in stored}
     if found != shapes:
-        raise ValueError(f"{file.name} in {file.parent.name} holds weights of another architecture")
+        raise AccelError(f"{file.name} in {file.parent.name} holds weights of another architecture")
 
     loaded = allocate_contiguous(parameters)
     for name, p in parameters.items():
@@ -113,12 +115,12 @@ def with_lora(module: nn.Module, folder: Path) -> Iterator[None]:
 
 
 def check_adapter(module: nn.Module, scale: float) -> None:
-    """Raise ValueError if the adapter that `with_lora` put on a module is inactive or scaled."""
+    """Raise AccelError if the adapter that `with_lora` put on a module is inactive or scaled."""
     if NAME not in (getattr(module, "peft_config", None) or {}):
         return
     layers = [layer for layer in module.modules() if NAME in getattr(layer, "lora_A", ())]
     if scale != 1 or any(layer.disable_adapters or NAME not in layer.active_adapters for layer in layers):
-        raise ValueError("the student is a LoRA and acts in full or not at all: leave adapters and their scale alone")
+        raise AccelError("the student is a LoRA and acts in full or not at all: leave adapters and their scale alone")
 
 
 def _unwrap_empty(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from pydantic import BaseModel
 
+from ..errors import AccelError
 from ..evaluation.result_log import config_hash
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
@@ -59,20 +60,20 @@ class DistillJob:
         return DEFAULT_RANK if self.rank is None else self.rank
 
     def load_prompts(self) -> list[str]:
-        """The prompts of the file, none for the toy world. Raises ValueError if the job is not possible."""
+        """The prompts of the file, none for the toy world. Raises AccelError if the job is not possible."""
         if self.is_toy():
             if self.prompts:
-                raise ValueError("this model is trained on captions of its own world: leave --prompts out")
+                raise AccelError("this model is trained on captions of its own world: leave --prompts out")
             if self.rank is not None:
-                raise ValueError("this model is small, all weights of its students are trained: leave --rank out")
+                raise AccelError("this model is small, all weights of its students are trained: leave --rank out")
             if self.trajectories is not None:
-                raise ValueError("the number of trajectories is fixed for this model: leave --trajectories out")
+                raise AccelError("the number of trajectories is fixed for this model: leave --trajectories out")
             return []
         if self.prompts is None or not self.prompts.is_file():
-            raise ValueError("this model needs prompts to train on: give --prompts FILE, a text file with one per line")
+            raise AccelError("this model needs prompts to train on: give --prompts FILE, a text file with one per line")
         prompts = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
         if len(prompts) <= VALIDATION_PROMPTS:
-            raise ValueError(
+            raise AccelError(
                 f"{self.prompts} has {len(prompts)} prompts: at least {VALIDATION_PROMPTS + 1} are needed, "
                 f"{VALIDATION_PROMPTS} of them for validation"
             )
@@ -153,9 +154,9 @@ class JobSpec(ABC):
     reported: ClassVar[tuple[str, ...]] = ()  # keys of the origin that the summary of the job repeats
 
     def check(self, job: DistillJob) -> None:
-        """Raise ValueError if the method cannot do the job; called before the model is loaded."""
+        """Raise AccelError if the method cannot do the job; called before the model is loaded."""
         if job.ablation is not None and job.ablation not in self.ablations:
-            raise ValueError(f"unknown ablation {job.ablation!r}; available: {', '.join(self.ablations)}")
+            raise AccelError(f"unknown ablation {job.ablation!r}; available: {', '.join(self.ablations)}")
 
     @abstractmethod
     def build(self, loaded: LoadedJob, optim: OptimConfig) -> AbstractContextManager[tuple[StagedTask, dict]]:
@@ -191,7 +192,7 @@ def run_job(
 ) -> dict:
     """Distil a model and store its students; returns a summary of the stages.
 
-    Students go into the folder of a local model, or into `out` for an ablation or a hub id. Raises ValueError for a job
+    Students go into the folder of a local model, or into `out` for an ablation or a hub id. Raises AccelError for a job
     that is not possible, or if `out` holds a different job that is to be resumed.
     """
     began = time.monotonic()
@@ -215,10 +216,10 @@ def run_job(
 
 
 def _load(job: DistillJob, prompts: list[str], device: str, out: Path) -> LoadedJob:
-    """Load the model of a job. Raises ValueError for one that cannot be distilled."""
+    """Load the model of a job. Raises AccelError for one that cannot be distilled."""
     pipe = load_pipeline(job.model, device)
     if getattr(pipe, "transformer_2", None) is not None or getattr(pipe, "image_encoder", None) is not None:
-        raise ValueError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
+        raise AccelError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
     return LoadedJob(job, pipe, model_defaults(pipe, job.model), prompts, device, out)
 
 
@@ -230,12 +231,12 @@ def rank_and_world() -> tuple[int, int]:
 def prepare_dir(out: Path, resume: bool, optims: Sequence[OptimConfig], record: dict) -> None:
     """Write a job's record and optimizer settings to `job.json`; without `resume`, remove stages of an earlier job.
 
-    Raises ValueError if a different job is to be resumed.
+    Raises AccelError if a different job is to be resumed.
     """
     file = out / "job.json"
     record = json.loads(json.dumps({**record, "optims": [optim.model_dump(mode="json") for optim in optims]}))
     if resume and file.is_file() and json.loads(file.read_text()) != record:
-        raise ValueError(f"{out} holds another job (see its job.json): start without --resume, or give another --out")
+        raise AccelError(f"{out} holds another job (see its job.json): start without --resume, or give another --out")
     if PartialState().is_main_process:
         for stage in [] if resume else {file.parent for file in (*out.glob("*/state.pt"), *out.glob("*/done.json"))}:
             shutil.rmtree(stage)

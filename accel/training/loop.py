@@ -22,6 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..errors import AccelError
 from ..files import atomic_write
 from .fast_blocks import has_fast_bfloat16
 from .optimizer import BatchedMuon, OptimConfig, learning_rate
@@ -150,7 +151,7 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     with accelerator.autocast():
         loss, logs = task.loss(model, step, seed)
     if not math.isfinite(loss.item()):
-        raise RuntimeError(f"the loss became {loss.item()} at step {step}: lower the learning rate and resume")
+        raise AccelError(f"the loss became {loss.item()} at step {step}: lower the learning rate and resume")
     accelerator.backward(loss)
     logs["grad"] = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip))
     for optimizer in optimizers:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
@@ -26,12 +27,12 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
 
     A part that is stopped before its last step stays in `out`, for `resume`. `minutes` limits all parts together. The
     default setting is small on a CPU and large on a GPU. `job` holds fields of `DistillJob`, for students only; such a
-    job is not recorded in the shipped model. Raises ValueError for an unknown part or setting, or one that has no
+    job is not recorded in the shipped model. Raises AccelError for an unknown part or setting, or one that has no
     optimizer settings for the part.
     """
     if job := _job_fields(what, job):
         if setting:
-            raise ValueError("--setting is for the shipped model: leave it out with --model or --ablation")
+            raise AccelError("--setting is for the shipped model: leave it out with --model or --ablation")
         folder = out / job.get("ablation", what) / Path(job.get("model", "")).name
         return {what: train_student(what, minutes, resume, folder, None, **job)}
     state = PartialState()
@@ -39,7 +40,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     setting = _setting_name(setting)
     model, optims = SETTINGS[setting], OPTIM_CONFIGS[setting]
     if what not in (*optims, "all"):
-        raise ValueError(f"the setting {setting} has no {what}; it has {', '.join(optims)}")
+        raise AccelError(f"the setting {setting} has no {what}; it has {', '.join(optims)}")
     file, out = ROOT / model.target / "training.json", _checkpoint_dir(model, out)
     record = json.loads(file.read_text()) if file.is_file() else {}
     began = time.monotonic()
@@ -62,24 +63,24 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
 
 
 def _job_fields(what: str, job: dict) -> dict:
-    """The fields of a job that were given. Raises ValueError for an unknown part, or a field that is not for it."""
+    """The fields of a job that were given. Raises AccelError for an unknown part, or a field that is not for it."""
     if what not in (*PARTS, "all"):
-        raise ValueError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
+        raise AccelError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
     given = {key: value for key, value in job.items() if value is not None}
     if given.get("ablation") == what:  # the method itself
         del given["ablation"]
     if "videos" in given and what != "meanflow":
-        raise ValueError("--videos is for meanflow only: the other students learn full trajectories, from noise")
+        raise AccelError("--videos is for meanflow only: the other students learn full trajectories, from noise")
     if given and what not in STUDENTS:
-        raise ValueError(f"--{next(iter(given))} is for {', '.join(STUDENTS)} only, not for {what}")
+        raise AccelError(f"--{next(iter(given))} is for {', '.join(STUDENTS)} only, not for {what}")
     return given
 
 
 def _setting_name(setting: str | None) -> str:
-    """A setting's name, by default that of the device. Raises ValueError for an unknown one."""
+    """A setting's name, by default that of the device. Raises AccelError for an unknown one."""
     setting = setting or ("large" if PartialState().device.type == "cuda" else "small")
     if setting not in SETTINGS:
-        raise ValueError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
+        raise AccelError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
     return setting
 
 
@@ -149,7 +150,7 @@ TRAINERS = {"vae": _train_vae, "base": _train_base}  # with `resume` they start 
 
 
 def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
-    """The task of the base model, with the model's own autoencoder. Raises ValueError if there is none yet."""
+    """The task of the base model, with the model's own autoencoder. Raises AccelError if there is none yet."""
     from diffusers import AutoencoderKLWan
 
     from .fast_blocks import can_compile
@@ -157,7 +158,7 @@ def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
 
     target, start = ROOT / model.target, model.start and ROOT / model.start
     if not (target / "vae" / "config.json").is_file():
-        raise ValueError("the autoencoder comes first: python -m accel train vae")
+        raise AccelError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
     with PartialState().main_process_first():  # which encodes the clips that the others load
         return base.BaseTask(
@@ -169,17 +170,17 @@ def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
 def export_base(what: str, setting: str | None, out: Path) -> dict:
     """Write the EMA weights of the base's last checkpoint into the setting's model, finished or not.
 
-    A training that is running is not disturbed. Raises ValueError for another part, or if there is no checkpoint.
+    A training that is running is not disturbed. Raises AccelError for another part, or if there is no checkpoint.
     """
     from .tasks import base_model as base
 
     if what != "base":
-        raise ValueError(f"only the base model can be exported, not {what}")
+        raise AccelError(f"only the base model can be exported, not {what}")
     setting = _setting_name(setting)
     model = SETTINGS[setting]
     folder, target = _checkpoint_dir(model, out) / "base", ROOT / model.target
     if not (folder / "state.pt").is_file():
-        raise ValueError(f"{folder} holds no checkpoint: python -m accel train base --setting {setting}")
+        raise AccelError(f"{folder} holds no checkpoint: python -m accel train base --setting {setting}")
     task = _base_task(OptimConfig(**OPTIM_CONFIGS[setting]["base"]), model, "cpu", folder)
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():
@@ -211,7 +212,7 @@ def _write_defaults(model: ModelSetting) -> None:
 
 
 def train_student(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
-    """Distil a model into students. Raises ValueError if that is the shipped model and it does not exist yet."""
+    """Distil a model into students. Raises AccelError if that is the shipped model and it does not exist yet."""
     from .gpd_job import GpdJob
     from .jobs import DistillJob, run_job
     from .meanflow_job import MeanFlowJob
@@ -219,7 +220,7 @@ def train_student(what: str, minutes: float | None, resume: bool, out: Path, set
 
     distill_job, device = DistillJob(**job), str(PartialState().device)
     if distill_job.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
-        raise ValueError("the base model comes first: python -m accel train base")
+        raise AccelError("the base model comes first: python -m accel train base")
     kind = _setting_name(setting) if distill_job.is_toy() else "others"
     spec = next(spec for spec in (GpdJob(), MeanFlowJob(), PredictorJob()) if spec.method == what)
     return run_job(spec, OptimConfig(**OPTIM_CONFIGS[kind][what]), distill_job, device, minutes, resume, out)

@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from safetensors.torch import load_file
 
+from ..errors import AccelError
 from ..families import family_of
 from ..methods.disca.disca import select_full_steps
 from ..methods.disca.predictor import Predictor, PredictorForm
@@ -42,7 +43,7 @@ class PredictorJob(JobSpec):
     def check(self, job: DistillJob) -> None:
         super().check(job)
         if job.rank is not None:
-            raise ValueError("a predictor is small, all its weights are trained: leave --rank out")
+            raise AccelError("a predictor is small, all its weights are trained: leave --rank out")
 
     def is_ablation(self, job: DistillJob) -> bool:
         return False  # both forms are stored in the model's folder
@@ -64,7 +65,7 @@ class PredictorJob(JobSpec):
     def _student_dir(self, loaded: LoadedJob) -> Path:
         folder = loaded.job.model_dir() or loaded.job.other_job_dir(loaded.out, "meanflow")
         if not (folder / "meanflow" / "meanflow.json").is_file():
-            raise ValueError("the student comes first: python -m accel train meanflow")
+            raise AccelError("the student comes first: python -m accel train meanflow")
         return folder / "meanflow"
 
     def _task(self, loaded: LoadedJob, optim: OptimConfig, manifest: dict, form: str) -> PredictorTask:

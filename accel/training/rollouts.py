@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import AccelError
 from ..ops.flow import euler
 from ..runtime.generate import latent_spec
 from ..runtime.latents import denormalize
@@ -114,10 +115,10 @@ class TrajectoryPool:
     """
 
     def __init__(self, context: RolloutContext, total: int, rank_and_world: tuple[int, int], seed: int):
-        """`total` counts the trajectories of all processes. Raises ValueError if they cannot be shared equally."""
+        """`total` counts the trajectories of all processes. Raises AccelError if they cannot be shared equally."""
         rank, world = rank_and_world
         if total % world:
-            raise ValueError(f"{total} trajectories cannot be shared by {world} processes: give --trajectories")
+            raise AccelError(f"{total} trajectories cannot be shared by {world} processes: give --trajectories")
         count = total // world
         self.context, self.first, self.seed = context, rank * count, seed
         empty = context.encode([""])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import AccelError
 from ..runtime.latents import normalize
 from ..runtime.models import ModelDefaults
 from .tasks.vae import to_unit
@@ -20,28 +21,28 @@ class VideoFolder:
     """Videos of a folder with `captions.json`, {file: caption}, as written by `accel world sample`."""
 
     def __init__(self, folder: Path, pipe, defaults: ModelDefaults):
-        """Raises ValueError if there are no captions, or a video that they name is missing."""
+        """Raises AccelError if there are no captions, or a video that they name is missing."""
         file = folder / "captions.json"
         if not file.is_file():
-            raise ValueError(f"{file} is missing: it maps each video of the folder to its caption")
+            raise AccelError(f"{file} is missing: it maps each video of the folder to its caption")
         self.captions: dict[str, str] = json.loads(file.read_text())
         if missing := [name for name in self.captions if not (folder / name).is_file()]:
-            raise ValueError(f"{folder} has no {missing[0]}, which captions.json names")
+            raise AccelError(f"{folder} has no {missing[0]}, which captions.json names")
         if not self.captions:
-            raise ValueError(f"{file} names no videos")
+            raise AccelError(f"{file} names no videos")
         self.folder, self.vae = folder, pipe.vae
         self.shape = (defaults.frames, defaults.height, defaults.width)
 
     def draw(self, rng: random.Random) -> tuple[str, Tensor]:
         """A random caption, and normalised latents (c, f, h, w) of its video's first frames at the model's size.
 
-        Raises ValueError for a video that is too short.
+        Raises AccelError for a video that is too short.
         """
         name = rng.choice(sorted(self.captions))
         f, *size = self.shape
         frames = torch.from_numpy(iio.imread(self.folder / name))[:f, ..., :3]
         if len(frames) < f:
-            raise ValueError(f"{self.folder / name} has {len(frames)} frames, {f} are needed")
+            raise AccelError(f"{self.folder / name} has {len(frames)} frames, {f} are needed")
         x = F.interpolate(to_unit(frames).transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
         with torch.no_grad():
             z = self.vae.encode(x[None].to(self.vae.device, self.vae.dtype)).latent_dist.mode()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import AccelError
 from .render import render
 from .scene import LIVING, sample_scene
 from .segmentation import OBJECT_THRESHOLD, clean, distance_to_background, find_background, grow, texture_value
@@ -31,10 +32,10 @@ MIN_DEVIATION = 0.2  # of a statistic among true renders: 16 renders tell no sma
 def texture_distance(frames: np.ndarray, pattern: str) -> float | None:
     """Distance of the background of frames (uint8, f h w c) to a living texture; `None` if no background is found.
 
-    Raises ValueError for a pattern that is no living texture.
+    Raises AccelError for a pattern that is no living texture.
     """
     if pattern not in LIVING:
-        raise ValueError(f"{pattern!r} is no living texture; these are {', '.join(LIVING)}")
+        raise AccelError(f"{pattern!r} is no living texture; these are {', '.join(LIVING)}")
     video = (torch.as_tensor(frames).float() / 255).permute(3, 0, 1, 2)
     background, away = find_background(video)
     if background is None:

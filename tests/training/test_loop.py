@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from accel.errors import AccelError
 from accel.training.loop import fit
 from accel.training.optimizer import OptimConfig
 
@@ -67,5 +68,5 @@ def test_training_stops_when_its_minutes_are_over(tmp_path):
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     broken = Line()
     broken.loss = lambda *a: (broken.module.weight.sum() * float("nan"), {})
-    with pytest.raises(RuntimeError, match="the loss became nan at step 0"):
+    with pytest.raises(AccelError, match="the loss became nan at step 0"):
         fit(broken, tmp_path, minutes=None, resume=False)

@@ -3,6 +3,7 @@
 import threading
 from types import SimpleNamespace
 
+from accel.errors import AccelError
 from ui.worker import Worker
 
 
@@ -91,7 +92,7 @@ def test_a_visitor_who_leaves_stops_the_job(worker):
 
 def test_refused_input_is_reported_in_full_and_an_unexpected_error_by_its_id(worker, caplog):
     def refuse(job, pipe, defaults):
-        raise ValueError("the prompt is empty")
+        raise AccelError("the prompt is empty")
 
     def fail(job, pipe, defaults):
         raise KeyError("secret path")
@@ -103,7 +104,7 @@ def test_refused_input_is_reported_in_full_and_an_unexpected_error_by_its_id(wor
 
 def test_every_visitor_reads_why_a_model_cannot_be_loaded(load_model):
     def missing(model):
-        raise ValueError("no model folder 'none'")
+        raise AccelError("no model folder 'none'")
 
     load_model(missing)
     worker = Worker("none")

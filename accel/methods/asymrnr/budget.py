@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
+from ...errors import AccelError
 from ...files import atomic_write
 
 Pair = tuple[float, float]  # of queries, of keys and values
@@ -124,21 +125,21 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_profile(path: Path) -> Profile:
-    """The profile in a file. Raises ValueError if there is no such file or it is not a profile."""
+    """The profile in a file. Raises AccelError if there is no such file or it is not a profile."""
     if not path.is_file():
-        raise ValueError(f"profile {str(path)!r} does not exist: give the path of a JSON file, or leave it empty")
+        raise AccelError(f"profile {str(path)!r} does not exist: give the path of a JSON file, or leave it empty")
     try:
         return Profile.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         problem = " ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        raise ValueError(f"{path.name} is not a profile: {problem}") from None
+        raise AccelError(f"{path.name} is not a profile: {problem}") from None
 
 
 def load_profile(path: Path, layers: list[str]) -> Profile:
-    """The profile in a file, for a model with these layers. Raises ValueError if it is of another model."""
+    """The profile in a file, for a model with these layers. Raises AccelError if it is of another model."""
     profile = read_profile(path)
     if sorted(profile.costs) != sorted(layers):
         found = len(profile.costs)
-        raise ValueError(f"profile {path.name} is of a model with {found} attentions, this one has {len(layers)}")
+        raise AccelError(f"profile {path.name} is of a model with {found} attentions, this one has {len(layers)}")
     return profile

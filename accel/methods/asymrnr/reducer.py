@@ -30,7 +30,7 @@ class Reducer:
     """The state of one run, and what it does at each attention core."""
 
     def __init__(self, config: AsymRnR, host: Host):
-        """Decide whether to reduce at all. Raises ValueError if the profile or the rates are of another model."""
+        """Decide whether to reduce at all. Raises AccelError if the profile or the rates are of another model."""
         self.config, self.host = config, host
         spec, trace = run_spec(host), host.trace
         layers = list(host.attentions[host.active_index])

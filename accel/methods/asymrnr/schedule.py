@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...core.attention import QKV
 from ...core.host import Host
+from ...errors import AccelError
 from ...students.euler_scheduler import is_student_run
 from .budget import (
     PROFILE,
@@ -47,9 +48,9 @@ class RateSchedule:
         return list(self.host.attentions[self.host.active_index])
 
     def check_layers(self) -> None:
-        """Raise ValueError if the given rates or profile are of another model, also if this run does not use them."""
+        """Raise AccelError if the given rates or profile are of another model, also if this run does not use them."""
         if unknown := sorted(set(self.config.rates) - set(self.layers)):
-            raise ValueError(f"there is no attention {unknown[0]!r} to give a rate; there are {', '.join(self.layers)}")
+            raise AccelError(f"there is no attention {unknown[0]!r} to give a rate; there are {', '.join(self.layers)}")
         if self.config.profile:
             load_profile(Path(self.config.profile), self.layers)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from ...core.trace import DENOISER, Trace
+from ...errors import AccelError
 from ...students.manifest import load_manifest
 from ..base import Choices, Method, RunSpec, model_path, run_spec
 from .predictor_manifest import PredictorForm, PredictorManifest, PredictorRuns
@@ -124,10 +125,10 @@ class DisCa(Method):
         return weights + cached * (1 + spec.guided) * tokens * spec.family.hidden_size(spec.model) * itemsize
 
     def steps(self, count: int) -> list[int]:
-        """The full steps of `count` steps. Raises ValueError if given ones do not end with the last step."""
+        """The full steps of `count` steps. Raises AccelError if given ones do not end with the last step."""
         given = [int(word) for word in self.full_steps.split()]
         if given and given[-1] != count - 1:
-            raise ValueError(
+            raise AccelError(
                 f"disca.full_steps ends with step {given[-1]}, but a run of {count} steps ends with step {count - 1}, "
                 "which must be full"
             )
@@ -173,7 +174,7 @@ class DisCa(Method):
         spec = run_spec(host)
         count, full_steps = spec.count, self.steps(spec.count)
         if count == 1:
-            raise ValueError("disca and a run of 1 step do not go together: there is nothing to predict")
+            raise AccelError("disca and a run of 1 step do not go together: there is nothing to predict")
         if inactive_reason := self.inactive_reason(spec):
             trace.add_message(inactive_reason)
         gap = max_gap(full_steps)
@@ -218,19 +219,19 @@ class DisCa(Method):
         )
 
     def _load(self, host: Host) -> tuple[Predictor, PredictorRuns]:
-        """The trained predictor and its runs. Raises ValueError if there is none, or not for this model and form."""
+        """The trained predictor and its runs. Raises AccelError if there is none, or not for this model and form."""
         from ...students.weights import matches_fingerprint
         from .predictor import load_predictor
 
         weights_dir, model = self.weights_dir(model_path(host)), host.denoisers[0]
         manifest = _load_manifest(weights_dir)
         if not matches_fingerprint(model, manifest.student_fingerprint):
-            raise ValueError(
+            raise AccelError(
                 f"disca: predictor {weights_dir.name!r} belongs to another model than the one that runs: put the "
                 "meanflow that it was trained for before disca, or choose the predictor reuse or taylor-1"
             )
         if manifest.form != self.predictor:
-            raise ValueError(
+            raise AccelError(
                 f"disca.predictor = {self.predictor}, but the predictor in {weights_dir.name!r} "
                 f"has the form {manifest.form}"
             )

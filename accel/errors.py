@@ -1,0 +1,31 @@
+"""The error whose text is meant for the user, and what the operating system refuses in a sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+REFUSALS = {
+    errno.ENOENT: "there is no {}",
+    errno.EEXIST: "{} exists already",
+    errno.ENOTDIR: "{} is not a folder",
+    errno.EISDIR: "{} is a folder, not a file",
+    errno.EACCES: "the operating system does not allow to use {}",
+    errno.EPERM: "the operating system does not allow to use {}",
+    errno.EROFS: "{} is on a disk that cannot be written to",
+    errno.ENAMETOOLONG: "the name {} is too long",
+}
+
+
+class AccelError(ValueError):
+    """An input or a set-up that cannot work. Its text is one sentence: what was wrong, and what is allowed."""
+
+
+def explain_os_error(error: OSError, name: str | None = None) -> str:
+    """One sentence about an error of the operating system. `name`: what to call the file in place of its own path."""
+    if error.errno in DISK_FULL:
+        return "the disk is full: free some space and try again"
+    what = name or (os.fsdecode(error.filename) if error.filename is not None else "this file")
+    reason = (error.strerror or type(error).__name__).lower()
+    return REFUSALS.get(error.errno, "{} could not be used: " + reason.replace("{", "").replace("}", "")).format(what)
