@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.models import TINY
 from ..runtime.presets import build_methods
@@ -24,7 +25,7 @@ NEEDED = ("model", "prompt", "seed", "methods", "a", "b", "speedup_denoise", "wo
 def write_report(folder: Path, out: Path) -> None:
     """Write the zip of a folder of `accel compare`: a.mp4, b.mp4, side_by_side.mp4, run.json, preset.yaml, index.html.
 
-    Raises ValueError in one sentence if the folder holds no pair.
+    Raises AccelError in one sentence if the folder holds no pair.
     """
     report = read_report(folder)
     with tempfile.TemporaryDirectory(prefix="accel-") as temporary, atomic_write(out) as part:
@@ -39,16 +40,16 @@ def write_report(folder: Path, out: Path) -> None:
 
 
 def read_report(folder: Path) -> dict:
-    """The content of `run.json` of a folder of `accel compare`. Raises ValueError in one sentence if it is none."""
+    """The content of `run.json` of a folder of `accel compare`. Raises AccelError in one sentence if it is none."""
     file = folder / "run.json"
     if missing := [name for name in ("run.json", *VIDEOS) if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} holds no pair: {missing[0]} is missing; make one with `python -m accel compare`")
+        raise AccelError(f"{folder} holds no pair: {missing[0]} is missing; make one with `python -m accel compare`")
     try:
         report = json.loads(file.read_text())
     except ValueError:
-        raise ValueError(f"{file} is damaged: it is not JSON") from None
+        raise AccelError(f"{file} is damaged: it is not JSON") from None
     if not isinstance(report, dict) or any(key not in report for key in NEEDED):
-        raise ValueError(f"{file} is not the report of a pair; make one with `python -m accel compare`")
+        raise AccelError(f"{file} is not the report of a pair; make one with `python -m accel compare`")
     build_methods(report["methods"])
     return report
 
