@@ -269,6 +269,42 @@ def bench(
 
 
 @app.command()
+def sweep(
+    axis: Annotated[list[str], typer.Option(help="steps=20,30,50 or gpd.steps=6..16; once or twice.")],
+    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.txt.")] = None,
+    seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
+    steps: Steps = None, guidance: Guidance = None, model: Model = TINY,
+    height: Size = None, width: Size = None, frames: Size = None,
+    plain_steps: Annotated[str, typer.Option(help="Also measure the baseline in these steps: 10,20,30.")] = "",
+    out: Out = Path("runs/sweep"),
+) -> None:  # fmt: skip
+    """Measure the values of one or two axes against one baseline: results.json, pareto.png, folders. Resumable."""
+    from .evaluation.sweep import check_available, expand, parse_axis_option, parse_steps
+    from .runtime.paths import ROOT
+    from .runtime.run import build_run
+
+    prompt = prompt or (ROOT / "examples" / "prompts.txt").read_text().splitlines()[0]
+    common = dict(model=model, prompt=prompt, height=height, width=width, frames=frames)
+    reference = {"seed": seed, "steps": steps, "guidance": guidance}
+    base = {**parse_settings(preset, set_), "seed": seed}
+    base |= {key: value for key, value in reference.items() if value is not None}
+    cells = expand(base, [parse_axis_option(option) for option in axis], reference, parse_steps(plain_steps))
+    for cell in cells:
+        check_available(cell, model)
+    make_runs = lambda defaults: [
+        build_run(defaults, **common, **settings)
+        for cell in cells
+        for settings in ({**reference, "seed": cell.settings["seed"]}, cell.settings)
+    ]
+    pipe, defaults, runs = load_for(model, make_runs)
+    from .evaluation.sweep_run import run_sweep, sweep_table
+
+    results = run_sweep(list(zip(cells, runs[::2], runs[1::2])), pipe, defaults, out)
+    print(sweep_table(results["rows"]))
+    print_json({**results, "out": str(out)})
+
+
+@app.command()
 def profile(
     model: Model = TINY,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that costs are averaged over.")] = 4,
