@@ -1,0 +1,193 @@
+"""Settings from outside: links `?p=...` and `?preset=NAME&seed=42`, and preset files. Nothing in them is trusted.
+
+Everything is checked by the models of presets and runs. Methods take only the parameters that the page shows, so no
+text from outside becomes a path.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from accel.methods import METHODS
+from accel.runtime.models import ModelDefaults
+from accel.runtime.presets import Preset, build_methods, explain, load_preset, preset_names
+from accel.runtime.repeat import SOLVER, changed_methods, preset_of, reference_of
+from accel.runtime.run import Run
+
+MAX_LINK = 4096  # characters of `p`
+MAX_TEXT = 16 * 1024  # bytes of a preset file, or of what a link holds
+MAX_MESSAGE = 300  # characters
+SIDE = ("steps", "guidance", *(key for key in SOLVER if key in Run.model_fields))
+RUN = ("prompt", "seed", *SIDE)  # what a link can say of the candidate beside its methods
+LINK = ("preset", "methods", "model", "reference", *RUN)
+NOT_OURS = ("owner", "deep_link", "logs")  # query parameters that others read
+
+
+@dataclass(frozen=True)
+class SharedSettings:
+    """Checked settings: the candidate's methods, and of its run what was given; `model` is None if not given.
+
+    `run` may hold "reference", the settings of the reference: steps, guidance, solver, shift and methods.
+    """
+
+    preset: Preset
+    run: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+
+
+def link_parameter(report: dict) -> str:
+    """The `?p=` of a pair: its settings as compact text for a URL."""
+    reference = reference_of(report)
+    values = {key: report[key] for key in RUN if report.get(key) not in (None, SOLVER.get(key))}
+    values |= {"model": report["model"], "methods": changed_methods(report["methods"])}
+    side = {key: reference[key] for key in SIDE if reference.get(key) not in (None, SOLVER.get(key))}
+    values["reference"] = {**side, "methods": changed_methods(reference["methods"])}
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = packer.compress(json.dumps(values, separators=(",", ":")).encode()) + packer.flush()
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def readable_link(report: dict) -> str | None:
+    """A query that a person can read and change; None if the pair's methods are no shipped preset."""
+    from urllib.parse import urlencode
+
+    name = preset_of(report["methods"])
+    values = {"preset": name, **{key: report[key] for key in RUN if report.get(key) not in (None, SOLVER.get(key))}}
+    return urlencode(values) if name else None
+
+
+def read_link(query: Mapping[str, str], models: Collection[str]) -> SharedSettings | None:
+    """The settings of a page's query parameters; None if it has none. `models`: those that the page offers.
+
+    Raises ValueError in one sentence.
+    """
+    given = {key: value for key, value in query.items() if not key.startswith("__") and key not in NOT_OURS}
+    if not given:
+        return None
+    if "p" in given:
+        if len(given) > 1:
+            raise ValueError("the link has p and other settings: p alone holds them all")
+        given = _unpack(given["p"])
+    elif unreadable := {"methods", "reference"} & given.keys():
+        raise ValueError(f"{unreadable.pop()} cannot be written out in a link: only p holds it")
+    return check_settings(given, models)
+
+
+def check_settings(given: dict[str, Any], models: Collection[str]) -> SharedSettings:
+    """Checked settings from untrusted values. Raises ValueError in one sentence that says what is allowed."""
+    if unknown := [key for key in given if key not in LINK]:
+        raise ValueError(_short(f"unknown setting {unknown[0]!r} in the link; known are p, {', '.join(LINK)}"))
+    if "preset" in given and "methods" in given:
+        raise ValueError("the link has a preset and methods: one of them says which methods run")
+    model = given.get("model")
+    if model is not None and model not in models:
+        raise ValueError(_short(f"this page does not offer the model {model!r}; it offers {', '.join(models)}"))
+    if "preset" in given and given["preset"] not in preset_names():
+        raise ValueError(_short(f"no preset {given['preset']!r}; there are {', '.join(preset_names())}"))
+    preset = load_preset(given["preset"]) if "preset" in given else _preset({"methods": given.get("methods", {})})
+    run = _run({key: given[key] for key in RUN if key in given})
+    if "reference" in given:
+        run["reference"] = _side(given["reference"])
+    return SharedSettings(preset, run, model)
+
+
+def read_preset(text: str | bytes) -> Preset:
+    """The preset in the text of a YAML file. Raises ValueError in one sentence that says what is wrong with it."""
+    data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"the preset has {len(data)} bytes, at most {MAX_TEXT} are allowed")
+    try:
+        values = yaml.load(data.decode(), _Loader)  # a SafeLoader: it makes plain values only
+    except UnicodeDecodeError:
+        raise ValueError("the preset is not a text in UTF-8") from None
+    except RecursionError:
+        raise ValueError("the preset is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(_short(f"the preset is not valid YAML: {' '.join(str(error).split())}")) from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"a preset is a mapping; its keys are {', '.join(Preset.model_fields)}")
+    return _preset(values)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases: a few of them, nested, stand for billions of values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _unpack(text: str) -> dict[str, Any]:
+    """What a `?p=` holds. It is inflated up to a limit, so a small text cannot fill the memory."""
+    damaged = ValueError("the link is damaged: its settings cannot be read")
+    if len(text) > MAX_LINK:
+        raise ValueError(f"the link has {len(text)} characters of settings, at most {MAX_LINK} are allowed")
+    try:
+        unpacker = zlib.decompressobj(-15)
+        data = unpacker.decompress(base64.b64decode(text + "=" * (-len(text) % 4), "-_", validate=True), MAX_TEXT)
+        if unpacker.unconsumed_tail or not unpacker.eof:
+            raise damaged
+        values = json.loads(data, parse_constant=_refuse_constant)
+    except (binascii.Error, zlib.error, ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(values, dict):
+        raise damaged
+    return values
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _preset(values: dict[str, Any]) -> Preset:
+    try:
+        preset = Preset(**values)
+    except ValidationError as error:
+        raise ValueError(_short(explain(error, Preset))) from None
+    for name, parameters in preset.methods.items():
+        shown = METHODS[name].parameters() if name in METHODS else parameters
+        if hidden := [key for key in parameters if key not in shown and key in METHODS[name].model_fields]:
+            raise ValueError(
+                f"{name}.{hidden[0]} names a folder: the page takes it from Python and the command line only"
+            )
+    try:
+        build_methods(preset.methods)
+    except ValueError as error:
+        raise ValueError(_short(str(error))) from None
+    return preset
+
+
+def _run(given: dict[str, Any]) -> dict[str, Any]:
+    """The given settings of a run, as `Run` takes them."""
+    defaults = ModelDefaults()
+    complete = {key: getattr(defaults, key) for key in ("height", "width", "frames", "steps", "guidance")}
+    try:
+        run = Run(**{**complete, "model": "none", "prompt": "none", **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        sentence = str(first["ctx"]["error"]) if first["type"] == "value_error" else explain(error, Run)
+        raise ValueError(_short(sentence)) from None
+    return {key: getattr(run, key) for key in given}
+
+
+def _side(given: Any) -> dict[str, Any]:
+    """The settings of the reference."""
+    allowed = (*SIDE, "methods")
+    if not isinstance(given, dict) or any(key not in allowed for key in given):
+        raise ValueError(f"the reference of the link is not understood; it may hold {', '.join(allowed)}")
+    methods = _preset({"methods": given.get("methods", {})}).methods
+    return {**_run({key: value for key, value in given.items() if key != "methods"}), "methods": methods}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
