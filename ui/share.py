@@ -157,9 +157,7 @@ def _preset(values: dict[str, Any]) -> Preset:
     for name, parameters in preset.methods.items():
         shown = METHODS[name].parameters() if name in METHODS else parameters
         if hidden := [key for key in parameters if key not in shown and key in METHODS[name].model_fields]:
-            raise ValueError(
-                f"{name}.{hidden[0]} names a folder: the page takes it from Python and the command line only"
-            )
+            raise ValueError(f"{name}.{hidden[0]} is for Python and the command line only, not for the page")
     try:
         build_methods(preset.methods)
     except ValueError as error:
