@@ -13,12 +13,13 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlencode
 
 import yaml
 from pydantic import ValidationError
 
 from accel.methods import METHODS
-from accel.runtime.models import ModelDefaults
+from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.presets import Preset, build_methods, explain, load_preset, preset_names
 from accel.runtime.repeat import SOLVER, changed_methods, preset_of, reference_of
 from accel.runtime.run import Run
@@ -47,22 +48,23 @@ class SharedSettings:
 def link_parameter(report: dict) -> str:
     """The `?p=` of a pair: its settings as compact text for a URL."""
     reference = reference_of(report)
-    values = {key: report[key] for key in RUN if report.get(key) not in (None, SOLVER.get(key))}
-    values |= {"model": report["model"], "methods": changed_methods(report["methods"])}
-    side = {key: reference[key] for key in SIDE if reference.get(key) not in (None, SOLVER.get(key))}
-    values["reference"] = {**side, "methods": changed_methods(reference["methods"])}
+    values = {**_given(report, RUN), "model": report["model"], "methods": changed_methods(report["methods"])}
+    values["reference"] = {**_given(reference, SIDE), "methods": changed_methods(reference["methods"])}
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     data = packer.compress(json.dumps(values, separators=(",", ":")).encode()) + packer.flush()
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-def readable_link(report: dict) -> str | None:
-    """A query that a person can read and change; None if the pair's methods are no shipped preset."""
-    from urllib.parse import urlencode
-
-    name = preset_of(report["methods"])
-    values = {"preset": name, **{key: report[key] for key in RUN if report.get(key) not in (None, SOLVER.get(key))}}
-    return urlencode(values) if name else None
+def link_query(report: dict) -> str:
+    """The query that restores a pair's settings: readable where names and numbers say all, else `p=`."""
+    name, reference = preset_of(report["methods"]), reference_of(report)
+    stock = {**SOLVER, **(read_defaults(report["model"]) or ModelDefaults()).model_dump(), "methods": {}}
+    plain = all(reference.get(key, stock[key]) == stock[key] for key in (*SOLVER, "steps", "guidance", "methods"))
+    if not (name and plain and report["model"] == TINY):
+        return f"p={link_parameter(report)}"
+    return urlencode(
+        {"preset": name, **{key: report[key] for key in RUN if report.get(key) not in (None, SOLVER.get(key))}}
+    )
 
 
 def read_link(query: Mapping[str, str], models: Collection[str]) -> SharedSettings | None:
@@ -143,6 +145,11 @@ def _unpack(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise damaged
     return values
+
+
+def _given(run: dict, keys: Collection[str]) -> dict[str, Any]:
+    """Those settings of a run that are not the model's own."""
+    return {key: run[key] for key in keys if run.get(key) not in (None, SOLVER.get(key))}
 
 
 def _refuse_constant(name: str):

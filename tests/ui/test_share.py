@@ -13,7 +13,7 @@ from accel.runtime.models import TINY, read_defaults
 from accel.runtime.presets import build_methods, load_preset, preset_names
 from accel.runtime.repeat import preset_yaml
 from accel.runtime.run import build_run
-from ui.share import MAX_LINK, MAX_TEXT, link_parameter, read_link, read_preset, readable_link
+from ui.share import MAX_LINK, MAX_TEXT, link_parameter, link_query, read_link, read_preset
 
 MODELS = [TINY]
 
@@ -63,13 +63,26 @@ def test_a_link_restores_an_accelerated_reference():
     assert read_link({"p": link_parameter(pair)}, MODELS).run["reference"] == pair["reference"]
 
 
-def test_a_readable_link_is_the_same_settings():
+def test_a_link_is_readable_where_names_and_numbers_say_all():
     pair = report(load_preset("fastercache").methods, prompt="a & b = c")
-    query = dict(parse_qsl(readable_link(pair)))
+    query = dict(parse_qsl(link_query(pair)))
     assert query["preset"] == "fastercache" and query["seed"] == "7" and query["prompt"] == "a & b = c"
     shared = read_link(query, MODELS)
     assert shared.preset == load_preset("fastercache") and shared.run["seed"] == 7 and shared.run["steps"] == 50
-    assert readable_link(report({"fastercache": {"attention_interval": 6}})) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"methods": {"fastercache": {"attention_interval": 6}}}, {"steps_a": 30}, {"model": "a/b"},
+     {"reference": {"steps": 50, "guidance": 4.0, "methods": {"gpd": {}}}}],
+    ids=str,
+)  # fmt: skip
+def test_a_link_is_packed_where_it_must_hold_more(changes):
+    pair = {**report(load_preset("fastercache").methods), **changes}
+    query = dict(parse_qsl(link_query(pair)))
+    shared = read_link(query, [TINY, "a/b"])
+    assert list(query) == ["p"] and shared.model == pair["model"]
+    assert complete(shared.preset.methods) == complete(pair["methods"])
 
 
 def test_only_what_is_given_is_changed():

@@ -1,0 +1,155 @@
+"""The Code tab: the pair shown in Compare as Python, as a command and as a preset file; a link and downloads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+from markupsafe import Markup
+
+from accel.evaluation.verdict import subject
+from accel.runtime.paths import ROOT
+from accel.runtime.repeat import command, preset_yaml, python_code
+from ui.context import Context
+from ui.panels import READ_ALOUD, note
+from ui.share import SharedSettings, link_query, read_link, read_preset
+from ui.templating import render
+
+Update = dict[gr.components.Component, Any]
+
+RECORDED = ROOT / "examples" / "runs"
+RUN_ID, RECORDED_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[a-z0-9][a-z0-9-]*")
+# Without a clipboard, as on plain http, the whole link is in the box.
+COPY = """(text) => { const url = new URL(text, location.href).href;
+navigator.clipboard?.writeText(url).catch(() => {}); return url; }"""
+
+
+class CodeTab:
+    """Code, command, preset and link of the pair shown; create it inside a `gr.Tab`, then `wire` it."""
+
+    def __init__(self, context: Context):
+        """Create the components; they show the first recorded pair."""
+        self.context = context
+        views = self._views(None)
+        self.about = gr.HTML(views[0], elem_id="code-about")
+        self.message = gr.HTML(elem_id="code-message", html_template=READ_ALOUD)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                self.code = gr.Code(views[1], language="python", label="In your own code", interactive=False,
+                                    elem_id="code", wrap_lines=True)  # fmt: skip
+                self.command = gr.Code(views[2], language="shell", label="On the command line", interactive=False,
+                                       elem_id="command", wrap_lines=True)  # fmt: skip
+            with gr.Column(scale=2, min_width=320):
+                self._add_take_home(views)
+
+    def _add_take_home(self, views: list) -> None:
+        self.preset = gr.Code(views[3], language="yaml", label="As a preset: change it and use it here",
+                              interactive=True, elem_id="preset-yaml", wrap_lines=True)  # fmt: skip
+        with gr.Row():
+            self.use = gr.Button("Use this preset", size="sm", min_width=120, elem_id="use-preset")
+            self.upload = gr.UploadButton("Upload a preset file", size="sm", min_width=120, type="binary",
+                                          file_types=[".yaml", ".yml"], elem_id="upload-preset")  # fmt: skip
+        self.link = gr.Textbox(views[4], label="Link to these settings", interactive=False, elem_id="share-link",
+                               lines=1, max_lines=3)  # fmt: skip
+        self.copy = gr.Button("Copy the link", size="sm", elem_id="copy-link")
+        self.downloads = gr.HTML(views[5], elem_id="downloads")
+
+    @property
+    def views(self) -> list[gr.components.Component]:
+        """What changes with the pair that is shown."""
+        return [self.about, self.code, self.command, self.preset, self.link, self.downloads]
+
+    def wire(self, page) -> None:
+        """Connect the events; `page.compare` says which pair is shown and takes settings."""
+        self.page = page
+        quick = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+        page.compare.shown.change(self.show, page.compare.shown, self.views, **quick)
+        outputs = [self.message, *page.compare.outputs]
+        self.use.click(self.use_preset, self.preset, outputs, **quick)
+        self.upload.upload(self.use_preset, self.upload, outputs, **quick)
+        self.copy.click(None, self.link, self.link, js=COPY, **quick)
+
+    def show(self, shown: str | None) -> Update:
+        """The views of a pair: the id of a stored one, or the name of a recorded one."""
+        return dict(zip(self.views, self._views(shown)))
+
+    def use_preset(self, text: str | bytes) -> Update:
+        """The settings of a preset file in the Compare tab, or a message that says what is wrong with it."""
+        try:
+            preset = read_preset(text or "")
+        except ValueError as error:
+            return {self.message: note(str(error), bad=True)}
+        return {
+            self.message: "", self.page.tabs: gr.Tabs(selected="compare"),
+            **self.page.compare.load_settings(preset, {}),
+            self.page.compare.message: note("The preset is set. Press Run to generate with it."),
+        }  # fmt: skip
+
+    def settings_of_url(self, request: gr.Request) -> Update:
+        """The settings in a page's address in the Compare tab, or a message that says what is wrong with them."""
+        try:
+            shared = read_link(dict(request.query_params), self._models())
+        except ValueError as error:
+            return {self.page.compare.message: note(f"The link was not used: {error}.", bad=True)}
+        return self._load(shared) if shared else {self.page.compare.message: gr.skip()}  # Gradio refuses {}
+
+    def code_of(self, run_id: str) -> dict:
+        """A stored pair as text that repeats it: Python code, a command, a preset file, and a link's query.
+
+        Example: code(run_id)["python"]
+        """
+        report, _ = self._find(run_id)
+        if report is None:
+            raise gr.Error("That result is no longer stored.")
+        return {"python": python_code(report), "command": command(report), "preset": preset_yaml(report),
+                "link": f"?{link_query(report)}"}  # fmt: skip
+
+    def add_endpoints(self) -> None:
+        """Register the tab's endpoint; call it inside the page's `gr.Blocks`."""
+        gr.api(self.code_of, api_name="code", queue=False)
+
+    def _load(self, shared: SharedSettings) -> Update:
+        text = "The settings are those of the link. Press Run to generate with them."
+        if shared.model not in (None, self.context.model):
+            text = f"The settings are those of the link, which was made with {shared.model}: choose that model above."
+        updates = self.page.compare.load_settings(shared.preset, shared.run)
+        return {**updates, self.page.compare.message: note(text)}
+
+    def _models(self) -> list[str]:
+        """The models that the page offers."""
+        return [choice[1] if isinstance(choice, tuple) else choice for choice in self.context.models.choices()]
+
+    def _views(self, shown: str | None) -> list[Any]:
+        """Values of `views`; empty if there is no pair."""
+        report, url = self._find(shown)
+        if report is None:
+            return [note("That result is no longer stored.", bad=True), "", "", "", "", ""]
+        about = render("code_about", subject=subject(report), prompt=report["prompt"], seed=report["seed"])
+        preset, link = preset_yaml(report), f"?{link_query(report)}"
+        return [about, python_code(report), command(report), preset, link, downloads(preset, url)]
+
+    def _find(self, shown: str | None) -> tuple[dict | None, str]:
+        """The report of a pair and the address of its folder."""
+        if shown and RUN_ID.fullmatch(shown):
+            stored = self.context.store.find(shown)
+            return (stored.report, f"runs/{shown}") if stored else (None, "")
+        file = recorded_file(shown)
+        return (json.loads(file.read_text()), f"recorded/{file.parent.name}") if file else (None, "")
+
+
+def recorded_file(name: str | None) -> Path | None:
+    """`run.json` of a recorded pair; of the first one without a name; None if there is none."""
+    if name is None:
+        return next(iter(sorted(RECORDED.glob("*/run.json"))), None)
+    file = RECORDED / name / "run.json"
+    return file if RECORDED_NAME.fullmatch(name) and file.is_file() else None
+
+
+def downloads(preset: str, url: str) -> Markup:
+    """Links to the preset as a file, the report as a zip, and all values."""
+    data = f"data:text/yaml;charset=utf-8,{quote(preset)}"  # made here, so it needs no file on the server
+    return render("downloads", preset=data, url=url)
