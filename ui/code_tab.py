@@ -9,8 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from accel.errors import AccelError
 from accel.evaluation.verdict import subject
 from accel.runtime.paths import ROOT
 from accel.runtime.repeat import command, preset_yaml, python_code
@@ -21,6 +22,7 @@ from ui.templating import render
 
 Update = dict[gr.components.Component, Any]
 
+SHOWN = {"interactive": False, "wrap_lines": True, "lines": 1, "max_lines": 30, "buttons": ["copy"]}  # of a `gr.Code`
 RECORDED = ROOT / "examples" / "runs"
 RUN_ID, RECORDED_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[a-z0-9][a-z0-9-]*")
 # Without a clipboard, as on plain http, the whole link is in the box.
@@ -36,25 +38,25 @@ class CodeTab:
         self.context = context
         views = self._views(None)
         self.about = gr.HTML(views[0], elem_id="code-about")
-        self.message = gr.HTML(elem_id="code-message", html_template=READ_ALOUD)
+        self.message = gr.HTML(visible=False, elem_id="code-message", html_template=READ_ALOUD)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                self.code = gr.Code(views[1], language="python", label="In your own code", interactive=False,
-                                    elem_id="code", wrap_lines=True)  # fmt: skip
-                self.command = gr.Code(views[2], language="shell", label="On the command line", interactive=False,
-                                       elem_id="command", wrap_lines=True)  # fmt: skip
+                self.code = gr.Code(views[1], language="python", label="In your own code", elem_id="code",
+                                    **SHOWN)  # fmt: skip
+                self.command = gr.Code(views[2], language="shell", label="On the command line", elem_id="command",
+                                       **SHOWN)  # fmt: skip
             with gr.Column(scale=2, min_width=320):
                 self._add_take_home(views)
 
     def _add_take_home(self, views: list) -> None:
         self.preset = gr.Code(views[3], language="yaml", label="As a preset: change it and use it here",
-                              interactive=True, elem_id="preset-yaml", wrap_lines=True)  # fmt: skip
+                              elem_id="preset-yaml", **{**SHOWN, "interactive": True})  # fmt: skip
         with gr.Row():
             self.use = gr.Button("Use this preset", size="sm", min_width=120, elem_id="use-preset")
             self.upload = gr.UploadButton("Upload a preset file", size="sm", min_width=120, type="binary",
                                           file_types=[".yaml", ".yml"], elem_id="upload-preset")  # fmt: skip
         self.link = gr.Textbox(views[4], label="Link to these settings", interactive=False, elem_id="share-link",
-                               lines=1, max_lines=3)  # fmt: skip
+                               lines=2, max_lines=8)  # fmt: skip
         self.copy = gr.Button("Copy the link", size="sm", elem_id="copy-link")
         self.downloads = gr.HTML(views[5], elem_id="downloads")
 
@@ -81,10 +83,11 @@ class CodeTab:
         """The settings of a preset file in the Compare tab, or a message that says what is wrong with it."""
         try:
             preset = read_preset(text or "")
-        except ValueError as error:
-            return {self.message: note(str(error), bad=True)}
+        except AccelError as error:
+            gr.Warning(str(escape(error)))
+            return {self.message: gr.update(value=note(str(error), bad=True), visible=True)}
         return {
-            self.message: "", self.page.tabs: gr.Tabs(selected="compare"),
+            self.message: gr.update(visible=False), self.page.tabs: gr.Tabs(selected="compare"),
             **self.page.compare.load_settings(preset, {}),
             self.page.compare.message: note("The preset is set. Press Run to generate with it."),
         }  # fmt: skip
@@ -93,7 +96,7 @@ class CodeTab:
         """The settings in a page's address in the Compare tab, or a message that says what is wrong with them."""
         try:
             shared = read_link(dict(request.query_params), self._models())
-        except ValueError as error:
+        except AccelError as error:
             return {self.page.compare.message: note(f"The link was not used: {error}.", bad=True)}
         return self._load(shared) if shared else {self.page.compare.message: gr.skip()}  # Gradio refuses {}
 

@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 import yaml
 from pydantic import ValidationError
 
+from accel.errors import AccelError
 from accel.methods import METHODS
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.presets import Preset, build_methods, explain, load_preset, preset_names
@@ -70,31 +71,31 @@ def link_query(report: dict) -> str:
 def read_link(query: Mapping[str, str], models: Collection[str]) -> SharedSettings | None:
     """The settings of a page's query parameters; None if it has none. `models`: those that the page offers.
 
-    Raises ValueError in one sentence.
+    Raises AccelError in one sentence.
     """
     given = {key: value for key, value in query.items() if not key.startswith("__") and key not in NOT_OURS}
     if not given:
         return None
     if "p" in given:
         if len(given) > 1:
-            raise ValueError("the link has p and other settings: p alone holds them all")
+            raise AccelError("the link has p and other settings: p alone holds them all")
         given = _unpack(given["p"])
     elif unreadable := {"methods", "reference"} & given.keys():
-        raise ValueError(f"{unreadable.pop()} cannot be written out in a link: only p holds it")
+        raise AccelError(f"{unreadable.pop()} cannot be written out in a link: only p holds it")
     return check_settings(given, models)
 
 
 def check_settings(given: dict[str, Any], models: Collection[str]) -> SharedSettings:
-    """Checked settings from untrusted values. Raises ValueError in one sentence that says what is allowed."""
+    """Checked settings from untrusted values. Raises AccelError in one sentence that says what is allowed."""
     if unknown := [key for key in given if key not in LINK]:
-        raise ValueError(_short(f"unknown setting {unknown[0]!r} in the link; known are p, {', '.join(LINK)}"))
+        raise AccelError(_short(f"unknown setting {unknown[0]!r} in the link; known are p, {', '.join(LINK)}"))
     if "preset" in given and "methods" in given:
-        raise ValueError("the link has a preset and methods: one of them says which methods run")
+        raise AccelError("the link has a preset and methods: one of them says which methods run")
     model = given.get("model")
     if model is not None and model not in models:
-        raise ValueError(_short(f"this page does not offer the model {model!r}; it offers {', '.join(models)}"))
+        raise AccelError(_short(f"this page does not offer the model {model!r}; it offers {', '.join(models)}"))
     if "preset" in given and given["preset"] not in preset_names():
-        raise ValueError(_short(f"no preset {given['preset']!r}; there are {', '.join(preset_names())}"))
+        raise AccelError(_short(f"no preset {given['preset']!r}; there are {', '.join(preset_names())}"))
     preset = load_preset(given["preset"]) if "preset" in given else _preset({"methods": given.get("methods", {})})
     run = _run({key: given[key] for key in RUN if key in given})
     if "reference" in given:
@@ -103,20 +104,20 @@ def check_settings(given: dict[str, Any], models: Collection[str]) -> SharedSett
 
 
 def read_preset(text: str | bytes) -> Preset:
-    """The preset in the text of a YAML file. Raises ValueError in one sentence that says what is wrong with it."""
+    """The preset in the text of a YAML file. Raises AccelError in one sentence that says what is wrong with it."""
     data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if len(data) > MAX_TEXT:
-        raise ValueError(f"the preset has {len(data)} bytes, at most {MAX_TEXT} are allowed")
+        raise AccelError(f"the preset has {len(data)} bytes, at most {MAX_TEXT} are allowed")
     try:
         values = yaml.load(data.decode(), _Loader)  # a SafeLoader: it makes plain values only
     except UnicodeDecodeError:
-        raise ValueError("the preset is not a text in UTF-8") from None
+        raise AccelError("the preset is not a text in UTF-8") from None
     except RecursionError:
-        raise ValueError("the preset is nested too deeply") from None
+        raise AccelError("the preset is nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ValueError(_short(f"the preset is not valid YAML: {' '.join(str(error).split())}")) from None
+        raise AccelError(_short(f"the preset is not valid YAML: {' '.join(str(error).split())}")) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"a preset is a mapping; its keys are {', '.join(Preset.model_fields)}")
+        raise AccelError(f"a preset is a mapping; its keys are {', '.join(Preset.model_fields)}")
     return _preset(values)
 
 
@@ -131,9 +132,9 @@ class _Loader(yaml.SafeLoader):
 
 def _unpack(text: str) -> dict[str, Any]:
     """What a `?p=` holds. It is inflated up to a limit, so a small text cannot fill the memory."""
-    damaged = ValueError("the link is damaged: its settings cannot be read")
+    damaged = AccelError("the link is damaged: its settings cannot be read")
     if len(text) > MAX_LINK:
-        raise ValueError(f"the link has {len(text)} characters of settings, at most {MAX_LINK} are allowed")
+        raise AccelError(f"the link has {len(text)} characters of settings, at most {MAX_LINK} are allowed")
     try:
         unpacker = zlib.decompressobj(-15)
         data = unpacker.decompress(base64.b64decode(text + "=" * (-len(text) % 4), "-_", validate=True), MAX_TEXT)
@@ -160,15 +161,15 @@ def _preset(values: dict[str, Any]) -> Preset:
     try:
         preset = Preset(**values)
     except ValidationError as error:
-        raise ValueError(_short(explain(error, Preset))) from None
+        raise AccelError(_short(explain(error, Preset))) from None
     for name, parameters in preset.methods.items():
         shown = METHODS[name].parameters() if name in METHODS else parameters
         if hidden := [key for key in parameters if key not in shown and key in METHODS[name].model_fields]:
-            raise ValueError(f"{name}.{hidden[0]} is for Python and the command line only, not for the page")
+            raise AccelError(f"{name}.{hidden[0]} is for Python and the command line only, not for the page")
     try:
         build_methods(preset.methods)
     except ValueError as error:
-        raise ValueError(_short(str(error))) from None
+        raise AccelError(_short(str(error))) from None
     return preset
 
 
@@ -181,7 +182,7 @@ def _run(given: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         sentence = str(first["ctx"]["error"]) if first["type"] == "value_error" else explain(error, Run)
-        raise ValueError(_short(sentence)) from None
+        raise AccelError(_short(sentence)) from None
     return {key: getattr(run, key) for key in given}
 
 
@@ -189,7 +190,7 @@ def _side(given: Any) -> dict[str, Any]:
     """The settings of the reference."""
     allowed = (*SIDE, "methods")
     if not isinstance(given, dict) or any(key not in allowed for key in given):
-        raise ValueError(f"the reference of the link is not understood; it may hold {', '.join(allowed)}")
+        raise AccelError(f"the reference of the link is not understood; it may hold {', '.join(allowed)}")
     methods = _preset({"methods": given.get("methods", {})}).methods
     return {**_run({key: value for key, value in given.items() if key != "methods"}), "methods": methods}
 

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 
+from accel.errors import AccelError
 from accel.runtime.models import TINY, read_defaults
 from accel.runtime.presets import build_methods, load_preset, preset_names
 from accel.runtime.repeat import preset_yaml
@@ -37,7 +38,7 @@ def pack(values) -> str:
 
 
 def refusal(query: dict) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(AccelError) as error:
         read_link(query, MODELS)
     text = str(error.value)
     assert "\n" not in text and len(text) <= 300
@@ -141,7 +142,7 @@ def test_random_links_are_read_or_refused_in_a_sentence():
             text[rng.randrange(len(text))] = rng.choice("abcXYZ019-_=%\u20ac")
         try:
             read_link({"p": "".join(text)}, MODELS)
-        except ValueError as error:
+        except AccelError as error:
             assert len(str(error)) <= 300 and "\n" not in str(error)
 
 
@@ -170,6 +171,6 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{y}: &{y} [*{x}, *{x}]\n" for x, y in zip("a
     ],
 )  # fmt: skip
 def test_a_preset_that_is_not_allowed_is_refused_in_one_sentence(text, reason):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(AccelError) as error:
         read_preset(text)
     assert reason in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) <= 300

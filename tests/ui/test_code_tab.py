@@ -1,0 +1,127 @@
+"""The Code tab: which pair it shows, and what it does with presets and links."""
+
+import json
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+
+from accel.runtime.models import TINY
+from ui.code_tab import RECORDED, CodeTab, recorded_file
+
+RUN_ID = "0" * 32
+EVIL = "</div><script>alert(1)</script>"
+
+
+class Compare:
+    """As much of the Compare tab as the Code tab uses; `loaded` holds the settings that it was given."""
+
+    def __init__(self):
+        self.shown, self.message, self.loaded = gr.State(None), gr.HTML(), []
+
+    @property
+    def outputs(self) -> list:
+        return [self.message]
+
+    def load_settings(self, preset, run, model=None) -> dict:
+        self.loaded.append((preset, run))
+        return {}
+
+
+@pytest.fixture
+def report() -> dict:
+    report = json.loads((RECORDED / "ring" / "run.json").read_text())
+    return {**report, "methods": {"fastercache": {"attention_interval": 3}}, "prompt": EVIL}
+
+
+@pytest.fixture
+def tab(report) -> CodeTab:
+    store = SimpleNamespace(find=lambda run_id: SimpleNamespace(report=report) if run_id == RUN_ID else None)
+    models = SimpleNamespace(choices=lambda: [("tiny", TINY), ("other", "a/b")])
+    with gr.Blocks():
+        tab = CodeTab(SimpleNamespace(model=TINY, store=store, models=models))
+        page = SimpleNamespace(compare=Compare(), tabs=gr.Tabs())
+        tab.wire(page)
+    return tab
+
+
+def shown(tab: CodeTab, name: str | None) -> dict[str, str]:
+    """{id of a component: its value}"""
+    return {component.elem_id: str(value) for component, value in tab.show(name).items()}
+
+
+def request(**query) -> SimpleNamespace:
+    return SimpleNamespace(query_params=query)
+
+
+def message(tab: CodeTab, update: dict) -> str:
+    return str(update[tab.page.compare.message])
+
+
+def test_a_stored_pair_is_shown_with_links_to_its_own_files(tab):
+    values = shown(tab, RUN_ID)
+    assert "attention_interval=3" in values["code"] and "--set fastercache.attention_interval=3" in values["command"]
+    assert "attention_interval: 3" in values["preset-yaml"] and values["share-link"].startswith("?p=")
+    assert f'href="runs/{RUN_ID}/report.zip"' in values["downloads"]
+
+
+def test_the_first_recorded_pair_is_shown_before_anything_was_generated(tab):
+    assert shown(tab, None) == shown(tab, "ring")
+    assert 'href="recorded/ring/report.zip"' in shown(tab, None)["downloads"]
+
+
+@pytest.mark.parametrize("name", ["1" * 32, "../ring", "/etc", "ring/..", "RING", EVIL])
+def test_a_pair_that_is_not_there_is_told(tab, name):
+    values = shown(tab, name)
+    assert "no longer stored" in values["code-about"] and values["code"] == values["downloads"] == ""
+
+
+def test_a_name_is_never_a_path():
+    assert recorded_file("ring") == RECORDED / "ring" / "run.json"
+    assert recorded_file("..") is None and recorded_file("../runs/ring") is None
+
+
+def test_the_prompt_is_escaped(tab):
+    values = shown(tab, RUN_ID)
+    assert "<script>" not in values["code-about"] + values["downloads"]
+
+
+def test_a_preset_file_sets_the_compare_tab(tab):
+    tab.use_preset(b"methods: {fastercache: {attention_interval: 3}}")
+    (preset, run), *_ = tab.page.compare.loaded
+    assert preset.methods == {"fastercache": {"attention_interval": 3}} and run == {}
+
+
+def test_a_wrong_preset_file_is_refused_and_changes_nothing(tab):
+    with pytest.warns(UserWarning, match="fastercache.speed"):
+        update = tab.use_preset("methods: {fastercache: {speed: 9}}")
+    assert list(update) == [tab.message] and not tab.page.compare.loaded
+
+
+def test_settings_of_the_address_are_loaded(tab):
+    update = tab.settings_of_url(request(preset="gpd", seed="42", prompt="a red star"))
+    (preset, run), *_ = tab.page.compare.loaded
+    assert list(preset.methods) == ["gpd"] and run == {"seed": 42, "prompt": "a red star"}
+    assert "those of the link" in message(tab, update)
+
+
+def test_a_link_of_another_model_says_so(tab):
+    assert "choose that model" in message(tab, tab.settings_of_url(request(model="a/b")))
+
+
+def test_an_address_without_settings_changes_nothing(tab):
+    update = tab.settings_of_url(request(__theme="dark"))
+    assert update == {tab.page.compare.message: gr.skip()} and not tab.page.compare.loaded
+
+
+def test_a_wrong_address_is_told_and_escaped(tab):
+    text = message(tab, tab.settings_of_url(request(preset=EVIL)))
+    assert "The link was not used: no preset" in text and "<script>" not in text and not tab.page.compare.loaded
+
+
+def test_the_endpoint_gives_the_same_text(tab):
+    values = shown(tab, RUN_ID)
+    assert tab.code_of(RUN_ID) == {"python": values["code"], "command": values["command"],
+                                   "preset": values["preset-yaml"], "link": values["share-link"]}  # fmt: skip
+    with pytest.raises(gr.Error, match="no longer stored"):
+        tab.code_of("1" * 32)
