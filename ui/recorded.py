@@ -5,31 +5,56 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from accel.runtime.paths import ROOT
+from ui.player import pair_value
+
+RUNS = ROOT / "examples" / "runs"
+
+
+class Recording(NamedTuple):
+    """What `docs/record_pairs.py` records under the name of a preset: a prompt held out of training, and a seed."""
+
+    prompt: str
+    seed: int
+
+
+RECORDINGS = {  # by preset, in the order in which the page offers them
+    "balanced": Recording("a large cyan star moves left quickly over a striped white background", 1),
+    "fastercache": Recording("a big purple cross moves down slowly over a striped brown background", 2),
+    "asymrnr": Recording("a huge yellow circle spins slowly over a dotted navy background", 3),
+    "meanflow": Recording("a small orange ring grows slowly over a plain black background", 4),
+    "disca": Recording("a large purple triangle bounces slowly over a checked white background", 5),
+    "gpd": Recording("on a plain white background, a small blue square moves right quickly", 6),
+    "turbo": Recording("a large red star shrinks slowly over a checked gray background", 7),
+}
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A recorded pair: the player's value, its report, and the banner that says that it is recorded."""
+    """A recorded pair: its name, its folder, the player's value, its report, and a banner that says it is recorded."""
 
+    name: str
+    folder: Path
     player: dict
     report: dict
     banner: str
 
 
-def recorded_pairs(folder: Path = ROOT / "examples" / "runs") -> list[Recorded]:
-    """All recorded pairs, in the order of their names."""
-    return [_read(file) for file in sorted(folder.glob("*/run.json"))]
+def recorded_pairs(folder: Path = RUNS) -> list[Recorded]:
+    """All recorded pairs: those of `RECORDINGS` in their order, then others by name."""
+    names = sorted(file.parent.name for file in folder.glob("*/run.json"))
+    first = [name for name in RECORDINGS if name in names]
+    return [_read(folder / name) for name in (*first, *(name for name in names if name not in first))]
 
 
-def _read(file: Path) -> Recorded:
-    report = {"measured": "earlier", **json.loads(file.read_text())}
-    player = {
-        "a": str(file.parent / "a.mp4"), "b": str(file.parent / "b.mp4"),
-        "fps": report.get("fps", 8), "frames": report["frames"],
-        "label_a": f"baseline, {report['steps_a']} steps (recorded)",
-        "label_b": f"{', '.join(report['methods'])}, {report['steps']} steps (recorded)",
-    }  # fmt: skip
+def _read(folder: Path) -> Recorded:
+    report = {"measured": "earlier", "fps": 8, **json.loads((folder / "run.json").read_text())}
+    labels = (
+        f"baseline, {report['steps_a']} steps (recorded)",
+        f"{', '.join(report['methods'])}, {report['steps']} steps (recorded)",
+    )
     measured = f"measured {report['measured']} on {report['device']}, {report['threads']} threads"
-    return Recorded(player, report, f"Recorded pair: “{report['prompt']}”, {measured}. Press Run for a live one.")
+    banner = f"Recorded pair: “{report['prompt']}”, {measured}. Press Run for a live one."
+    return Recorded(folder.name, folder, pair_value(report, f"recorded/{folder.name}", labels), report, banner)

@@ -8,7 +8,7 @@ import gradio as gr
 from markupsafe import escape
 
 from ui.panels import EMPTY_PANE, READ_ALOUD, metric_cards, note, pane, waiting_pane
-from ui.player import ABPlayer
+from ui.player import Player
 from ui.recorded import recorded_pairs
 from ui.snippet import snippet
 from ui.timeline import timeline
@@ -27,8 +27,8 @@ class Results:
         self.message = gr.HTML(note(recorded.banner) if recorded else "", elem_id="message", html_template=READ_ALOUD)
         with gr.Row():
             self.panes = {which: gr.HTML(EMPTY_PANE, elem_id=f"live-{which}") for which in "ab"}
-        self.player = ABPlayer(recorded.player if recorded else None, elem_id="player")
-        self.same_steps_player = ABPlayer(visible=False, elem_id="same-steps-player")
+        self.player = Player(recorded.player if recorded else None, elem_id="player")
+        self.same_steps_player = Player(visible=False, elem_id="same-steps-player")
         self.views = [
             gr.HTML(cards, elem_id="metric-cards"), gr.HTML(steps, elem_id="timeline"),
             gr.HTML(maps, elem_id="token-maps"),
