@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import gradio as gr
 
 from ui.reference_cache import ReferenceCache
 
@@ -20,3 +23,9 @@ class Context:
     workers: Workers
     store: Store
     references: ReferenceCache = field(default_factory=ReferenceCache)
+    owner_key: str = ""  # "?owner=KEY" in the address shows and deletes the pairs of all visitors; "": nobody may
+
+    def is_owner(self, request: gr.Request) -> bool:
+        """Whether the address of a request has the owner's key."""
+        key = request.query_params.get("owner", "")
+        return bool(self.owner_key) and secrets.compare_digest(key.encode(), self.owner_key.encode())

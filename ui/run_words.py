@@ -1,0 +1,70 @@
+"""What a stored pair compares, in words, and what differs between two of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from accel.methods import METHODS
+
+RUN_KEYS = ("model", "prompt", "seed", "frames", "height", "width")
+SIDE_KEYS = ("steps", "guidance", "solver", "shift")
+SIDES = {"b": "", "a": "reference "}  # prefix of a setting's name
+
+
+class Difference(NamedTuple):
+    """A setting that differs between two runs, and its value in each."""
+
+    name: str
+    first: str
+    second: str
+
+
+def side_of(report: dict, side: str) -> dict[str, Any]:
+    """The run settings of one side of a report: steps, guidance, methods, and solver and shift where they are told.
+
+    Reports without the reference's settings had the stock pipeline as reference.
+    """
+    if side == "b":
+        return report
+    return report.get("reference") or {"steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
+
+
+def describe(side: dict[str, Any]) -> str:
+    """A side in a few words: its methods, its steps, and what is not the model's own."""
+    parts = [" + ".join(side["methods"]) or "plain", f"{side['steps']} steps"]
+    parts += [side["solver"]] if side.get("solver", "default") != "default" else []
+    parts += [f"shift {side['shift']:g}"] if side.get("shift") else []
+    return ", ".join(parts)
+
+
+def differences(first: dict, second: dict) -> list[Difference]:
+    """The settings that differ between two reports, with their values as text.
+
+    Parameters are listed of the methods that both have; a method that only one has is seen by its name.
+    """
+    a, b = settings(first), settings(second)
+    return [Difference(name, a[name], b[name]) for name in a if name in b and a[name] != b[name]]
+
+
+def settings(report: dict) -> dict[str, str]:
+    """{name: value} of everything that determines the two videos of a report, as text."""
+    found = {key: _text(report.get(key)) for key in RUN_KEYS}
+    for side, prefix in SIDES.items():
+        run = side_of(report, side)
+        found |= {prefix + key: _text(run.get(key)) for key in SIDE_KEYS}
+        found |= {prefix + "methods": " + ".join(run["methods"]) or "none"}
+        for name, values in run["methods"].items():
+            found |= {f"{prefix}{name}.{key}": _text(value) for key, value in _with_defaults(name, values).items()}
+    return found
+
+
+def _with_defaults(name: str, values: dict) -> dict[str, Any]:
+    """All parameters of a method; of one that does not exist any more, those that were given."""
+    fields = METHODS[name].model_fields if name in METHODS else {}
+    return {key: field.get_default(call_default_factory=True) for key, field in fields.items()} | (values or {})
+
+
+def _text(value: Any) -> str:
+    if value is None or value == "default":
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)
