@@ -20,12 +20,11 @@ from ..runtime.models import TINY
 from ..runtime.paths import ROOT
 from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
-from .suites import OVERVIEW, SUITES, results
+from .suites import OVERVIEW, SUITES, baseline_at_matched_time, results
 
 CARD = ROOT / TINY / "README.md"
 NOT_YET = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- ([\w.-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
-SAME_TIME = 0.9  # a baseline is as fast as a preset if it reaches this share of its speed-up
 
 
 def overview() -> str:
@@ -42,23 +41,6 @@ def overview() -> str:
         figures = [SPEED["speed-up"](row), cell(METRICS["ssim"], row["ssim"]), delta]
         rows.append([f"`{preset}`", *figures, baseline_at_matched_time(suite, found, row), found["n"]])
     return markdown(head, rows)
-
-
-def baseline_at_matched_time(suite: str, found: dict, row: dict) -> str:
-    """SSIM, name and speed-up of the baseline with the highest SSIM that is as fast as a setting.
-
-    If none is, the fastest one: a faster one would be worse still.
-    """
-    names = list(found["rows"])[1:]  # the first one is what all others are compared with
-    baselines = {n: found["rows"][n] for n in names if not SUITES[suite].settings[n].settings()["methods"]}
-    if not baselines or row is found["rows"][next(iter(found["rows"]))]:
-        return "-"
-    fast = {n: r for n, r in baselines.items() if r["speedup"] >= SAME_TIME * row["speedup"]}
-    name = (
-        max(fast, key=lambda n: fast[n]["ssim"][0]) if fast else max(baselines, key=lambda n: baselines[n]["speedup"])
-    )
-    best = baselines[name]
-    return f"{best['ssim'][0]:.4f} ({name}, {best['speedup']:.2f}x)"
 
 
 def methods() -> str:

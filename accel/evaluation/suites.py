@@ -15,6 +15,7 @@ from ..runtime.paths import ROOT
 from ..runtime.presets import Preset, build_methods, load_preset
 
 RESULTS = ROOT / "docs" / "results"
+SAME_TIME = 0.9  # a baseline is as fast as a preset if it reaches this share of its speed-up
 PROMPT_SEED = 2026  # of the held-out prompts that figures are reported on; no method is tuned to them
 
 OVERVIEW = {  # preset -> its suite and its setting there
@@ -196,3 +197,20 @@ def results(suite: str) -> dict | None:
     """The committed results of a suite, if it was measured."""
     file = RESULTS / suite / "results.json"
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def baseline_at_matched_time(suite: str, found: dict, row: dict) -> str:
+    """SSIM, name and speed-up of the baseline with the highest SSIM that is as fast as a setting.
+
+    If none is, the fastest one: a faster one would be worse still.
+    """
+    names = list(found["rows"])[1:]  # the first one is what all others are compared with
+    baselines = {n: found["rows"][n] for n in names if not SUITES[suite].settings[n].settings()["methods"]}
+    if not baselines or row is found["rows"][next(iter(found["rows"]))]:
+        return "-"
+    fast = {n: r for n, r in baselines.items() if r["speedup"] >= SAME_TIME * row["speedup"]}
+    name = (
+        max(fast, key=lambda n: fast[n]["ssim"][0]) if fast else max(baselines, key=lambda n: baselines[n]["speedup"])
+    )
+    best = baselines[name]
+    return f"{best['ssim'][0]:.4f} ({name}, {best['speedup']:.2f}x)"
