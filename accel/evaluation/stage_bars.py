@@ -38,7 +38,7 @@ class StageBar(NamedTuple):
     words: str
 
 
-def stage_bars(report: dict, titles: tuple[str, str] = ("reference", "accelerated")) -> Markup:
+def stage_bars(report: dict, titles: tuple[str, str] = ("reference", "candidate")) -> Markup:
     """HTML with a bar for each run of a report, its stages stacked; the slower run fills the width."""
     seconds = {side: {stage: median(times) for stage, times in report[side].items()} for side in "ab"}
     scale = max(sum(stages.values()) for stages in seconds.values()) or 1
