@@ -28,9 +28,12 @@ PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or
 Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps; default: the model's.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale; default: the model's.")]
+SolverName = Annotated[str, typer.Option("--solver", help="default (the model's), unipc, euler, dpm++2m or dpm++2s.")]
+Shift = Annotated[float, typer.Option(help="Flow shift of the noise levels; default: the model's.")]
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
 Size = Annotated[int, typer.Option(min=1, help="Pixels or frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
+RUN_OPTIONS = ("steps", "guidance", "solver", "shift")  # settings of a run that a preset may hold
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def print_json(document: dict) -> None:
 
 
 def parse_settings(preset: str, changes: list[str] | None) -> dict:
-    """Methods, steps and guidance of a preset, with the `--set` changes applied and checked."""
+    """Methods and run settings of a preset, with the `--set` changes applied and checked."""
     from .runtime.presets import Preset, build_methods, load_preset
 
     loaded = load_preset(preset) if preset != "none" else Preset()
@@ -78,7 +81,7 @@ def parse_settings(preset: str, changes: list[str] | None) -> dict:
         except yaml.YAMLError:
             raise AccelError(f"--set {change!r} is not understood: put the value into quotes") from None
     build_methods(methods)
-    return {"methods": methods, "steps": loaded.steps, "guidance": loaded.guidance}
+    return {"methods": methods, **loaded.model_dump(include=set(RUN_OPTIONS))}
 
 
 def load_for(model: str, make_runs: Callable) -> tuple:
@@ -100,17 +103,21 @@ def load_for(model: str, make_runs: Callable) -> tuple:
     return pipe, defaults, runs
 
 
-def pair_maker(settings: dict, steps: int | None, guidance: float | None, common: dict, *, separate: bool) -> Callable:
+def pair_maker(
+    settings: dict, steps: int | None, guidance: float | None, common: dict, *, separate: bool,
+    solver: str | None = None, shift: float | None = None,
+) -> Callable:  # fmt: skip
     """A function of the defaults that returns the runs a (baseline) and b (with the methods of `settings`).
 
-    `separate`: steps and guidance apply to a alone where the methods of b require other ones.
+    `separate`: where b runs a student, steps and guidance that it requires, solver and shift apply to a alone.
     """
     from .runtime.presets import required_settings
     from .runtime.run import build_run
 
     required = required_settings(settings["methods"]) if separate else {}
-    given = {"steps": steps, "guidance": guidance}
-    of_b = {key: settings[key] if value is None else value for key, value in given.items() if key not in required}
+    of_a_alone = {*required, "solver", "shift"} if required else set()
+    given = dict(zip(RUN_OPTIONS, (steps, guidance, solver, shift)))
+    of_b = {key: settings[key] if value is None else value for key, value in given.items() if key not in of_a_alone}
     return lambda defaults: (
         build_run(defaults, **common, **given),
         build_run(defaults, **common, methods=settings["methods"], **of_b),
@@ -128,7 +135,7 @@ def print_messages(messages: list[str], printed: list[str]) -> None:
 def run(
     context: typer.Context,
     prompt: Prompt = None, seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
-    steps: Steps = None, guidance: Guidance = None, model: Model = TINY,
+    steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     source: Annotated[Path, typer.Option("--from", help="Repeat the run stored in a video made here.")] = None,
     out: Out = Path("runs/run"),
@@ -148,7 +155,8 @@ def run(
         raise AccelError("give a --prompt, or a video to repeat with --from")
     else:
         common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
-        make_pair = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=False)
+        options = dict(separate=False, solver=solver, shift=shift)
+        make_pair = pair_maker(parse_settings(preset, set_), steps, guidance, common, **options)
         make_runs = lambda defaults: make_pair(defaults)[1:]
     pipe, defaults, (b,) = load_for(model, make_runs)
     import numpy as np
@@ -184,7 +192,7 @@ def read_run(source: Path) -> dict:
 @app.command()
 def compare(
     prompt: Prompt, seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
-    steps: Steps = None, guidance: Guidance = None, model: Model = TINY,
+    steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Times that a and b are generated in turn.")] = 3,
     out: Out = Path("runs/compare"),
@@ -194,7 +202,8 @@ def compare(
     Files: a.mp4 b.mp4, their frames a.npy b.npy, previews of the denoising a.jpg b.jpg, and run.json.
     """
     common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
-    make_runs = pair_maker(parse_settings(preset, set_), steps, guidance, common, separate=True)
+    options = dict(separate=True, solver=solver, shift=shift)
+    make_runs = pair_maker(parse_settings(preset, set_), steps, guidance, common, **options)
     pipe, defaults, (a, b) = load_for(model, make_runs)
     import numpy as np
 

@@ -1,9 +1,11 @@
-"""The error whose text is meant for the user, and what the operating system refuses in a sentence."""
+"""The error whose text is meant for the user, and words for its text."""
 
 from __future__ import annotations
 
 import errno
 import os
+import reprlib
+from typing import Any
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSALS = {
@@ -17,6 +19,9 @@ REFUSALS = {
     errno.ENAMETOOLONG: "the name {} is too long",
 }
 
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+
 
 class AccelError(ValueError):
     """An input or a set-up that cannot work. Its text is one sentence: what was wrong, and what is allowed."""
@@ -29,3 +34,16 @@ def explain_os_error(error: OSError, name: str | None = None) -> str:
     what = name or (os.fsdecode(error.filename) if error.filename is not None else "this file")
     reason = (error.strerror or type(error).__name__).lower()
     return REFUSALS.get(error.errno, "{} could not be used: " + reason.replace("{", "").replace("}", "")).format(what)
+
+
+def quote(value: Any) -> str:
+    """A value of any kind and size as short printable text."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        return "a number of thousands of digits"
+
+
+def amount(number: int, noun: str) -> str:
+    """A number with its noun: "1 step", "2 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

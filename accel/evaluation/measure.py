@@ -16,6 +16,7 @@ from ..students.euler_scheduler import euler_sampling
 from .result_log import ResultLog, config_hash
 from .suites import Setting
 
+LATER_SETTINGS = {"solver": "default", "shift": None}
 Case = tuple[str, int]  # prompt and seed
 Record = Callable[[str, Run, Video, Video], dict]  # setting, run, baseline, video -> what is logged of it
 
@@ -113,6 +114,11 @@ def settings_key(
     files = [hash_of(file) for method in methods for file in method.files(resolve(model))]
     own_weights = [pair for pair in weights(model) if pair[0] != ignore]
     return config_hash(
-        {name: run.model_dump() for name, run in runs.items()}, [s.euler for s in settings.values()],
+        {name: _key_of(run) for name, run in runs.items()}, [s.euler for s in settings.values()],
         [method.model_dump() for method in methods], files, own_weights, environment(pipe),
     )  # fmt: skip
+
+
+def _key_of(run: Run) -> dict:
+    """What a run is, without those settings at their defaults that runs lacked when the committed results were made."""
+    return run.model_dump(exclude={name for name, value in LATER_SETTINGS.items() if getattr(run, name) == value})

@@ -18,6 +18,7 @@ from .models import ModelDefaults, resolve
 from .presets import build_methods
 from .preview import Race
 from .run import Run, check_size
+from .solvers import solver_of
 from .video import warm_encoder
 
 StepCallback = Callable[[int, Trace, torch.Tensor], None]  # steps done, trace, latents
@@ -50,7 +51,13 @@ def estimate_memory(run: Run, pipe) -> int:
 
 
 def preflight(run: Run, pipe) -> list[str]:
-    """Sentences to show before a run: how much memory the methods will hold, and which of them cannot save anything."""
+    """Sentences to show before a run: how much memory the methods will hold, and which of them cannot save anything.
+
+    Raises AccelError for a run that the pipeline cannot make.
+    """
+    check_size(run, pipe)
+    with solver_of(run, pipe):  # refuses here and not after a reference has been generated
+        pass
     spec = run_spec(run, pipe)
     reasons = (method.inactive_reason(spec) for method in build_methods(run.methods))
     return [f"The methods will hold up to {estimate_memory(run, pipe) / 2**20:.1f} MiB", *filter(None, reasons)]
@@ -77,7 +84,7 @@ class Video:
 def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> Video:
     """The video of a run. `on_step` is called after each step; its time is not counted.
 
-    Raises AccelError if the model cannot make this size.
+    Raises AccelError if the model cannot make this size, or not with this solver.
     """
     check_size(run, pipe)
     device = next(pipe.transformer.parameters()).device
@@ -94,7 +101,7 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
         return {}
 
     started = synchronized_time(device)
-    with apply(pipe, build_methods(run.methods)) as trace:
+    with solver_of(run, pipe), apply(pipe, build_methods(run.methods)) as trace:
         loaded = synchronized_time(device)
         out = pipe(
             prompt=run.prompt, height=run.height, width=run.width, num_frames=run.frames,

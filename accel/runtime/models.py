@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import AccelError
+from ..errors import AccelError, quote
 from .paths import ROOT
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class ModelDefaults(BaseModel, frozen=True):
 def resolve(model: str) -> str:
     """The path of a model's folder, absolute or relative to the project; a hub id is returned unchanged."""
     for path in (Path(model), ROOT / model):
-        if path.is_dir():
+        if os.path.isdir(path):  # false for what cannot be a path, too
             return str(path)
     return model
 
@@ -47,10 +48,10 @@ def resolve(model: str) -> str:
 def check_model(model: str) -> None:
     """Raise AccelError if a local model's folder, or one of its files, is missing or damaged; says how to get it."""
     path = Path(resolve(model))
-    if path.is_dir():
+    if os.path.isdir(path):
         check_files(path)
     elif model.startswith((".", "/", "models/")) or model.count("/") != 1:
-        raise AccelError(f"no model folder {model!r}; the shipped model is {TINY!r}, or give a Hugging Face id")
+        raise AccelError(f"no model folder {quote(model)}; the shipped model is {TINY!r}, or give a Hugging Face id")
 
 
 def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dtype | None = None):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from ..errors import AccelError
+from ..errors import AccelError, quote
 from ..methods import METHODS, Method
 from .paths import ROOT
 
 FOLDER = ROOT / "presets"
+Solver = Literal["default", "unipc", "euler", "dpm++2m", "dpm++2s"]  # "default": the model's own
+MAX_SENTENCE = 300  # characters of what a validator says of a value
+M = TypeVar("M", bound=BaseModel)
 
 
 class Preset(BaseModel, frozen=True, extra="forbid"):
@@ -25,6 +32,8 @@ class Preset(BaseModel, frozen=True, extra="forbid"):
     about: str = ""
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=30)
+    solver: Solver = "default"
+    shift: float | None = Field(None, ge=0.1, le=20)
     methods: dict[str, dict] = {}
 
     def __iter__(self) -> Iterator[Method]:
@@ -33,15 +42,78 @@ class Preset(BaseModel, frozen=True, extra="forbid"):
 
 def build_methods(settings: dict[str, dict]) -> list[Method]:
     """The methods of {name: {parameter: value}}. Raises AccelError naming an unknown method or a wrong parameter."""
-    methods = []
+    return [checked(METHODS[name], values, f"{name}.") for name, values in normalize_methods(settings).items()]
+
+
+def normalize_methods(settings: Any) -> dict[str, dict]:
+    """Settings of methods from untrusted values. Raises AccelError for what cannot be {method: {parameter: value}}."""
+    if not isinstance(settings, dict):
+        raise AccelError(f"methods = {quote(settings)} is not allowed: write {{method: {{parameter: value}}}}")
+    methods = {}
     for name, parameters in settings.items():
         if name not in METHODS:
-            raise AccelError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
-        try:
-            methods.append(METHODS[name](**(parameters or {})))
-        except ValidationError as error:
-            raise AccelError(explain(error, METHODS[name], f"{name}.")) from None
+            raise AccelError(f"unknown method {quote(name)}; known are {', '.join(METHODS)}")
+        if not isinstance(parameters, dict | None):
+            raise AccelError(f"{name} = {quote(parameters)} is not allowed: write {{parameter: value}}")
+        methods[name] = normalize(METHODS[name], parameters or {}, f"{name}.")
     return methods
+
+
+def checked(model: type[M], values: dict[str, Any], prefix: str = "") -> M:
+    """A model of untrusted values. Raises AccelError in one sentence; `prefix` comes before the names in it."""
+    try:
+        return model(**normalize(model, values, prefix))
+    except ValidationError as error:
+        raise AccelError(explain(error, model, prefix)) from None
+
+
+def normalize(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a model's fields with whole floats as integers.
+
+    Raises AccelError where pydantic would turn a value of one kind into another: a text or a boolean into a number.
+    """
+    fields, normal = _fields(model), {}
+    for name, value in values.items():
+        if name not in fields:
+            raise AccelError(f"unknown setting {prefix}{_plain(name)}; known are {', '.join(fields)}")
+        kind = _schema(fields[name]).get("type")
+        if kind == "integer" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not (_is_kind(value, kind) or (value is None and "anyOf" in fields[name])):
+            raise AccelError(f"{prefix}{name} = {quote(value)} is not allowed: {describe_range(model, name)}")
+        normal[name] = value
+    return normal
+
+
+def _is_kind(value: Any, kind: str | None) -> bool:
+    """Whether a value is of a kind of JSON schema. Lists and objects are left to the model."""
+    if kind in ("integer", "number"):
+        number = isinstance(value, int) or (kind == "number" and isinstance(value, float) and math.isfinite(value))
+        return number and not isinstance(value, bool)
+    if kind == "string":
+        return isinstance(value, str) and is_text(value)
+    return kind != "boolean" or isinstance(value, bool)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode: halves of surrogate pairs, which JSON can hold, are not."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _plain(name: Any) -> str:
+    """A name as it is if it looks like one of ours, else quoted."""
+    return name if isinstance(name, str) and name.isidentifier() and len(name) < 60 else quote(name)
+
+
+@cache
+def _fields(model: type[BaseModel]) -> dict[str, dict]:
+    """The JSON schema of each field of a model."""
+    return model.model_json_schema()["properties"]
+
+
+def _schema(field: dict) -> dict:
+    """The schema of a field's values other than null."""
+    return next((s for s in field.get("anyOf", []) if s.get("type") != "null"), field)
 
 
 def required_settings(settings: dict[str, dict]) -> dict[str, float]:
@@ -56,20 +128,22 @@ def required_settings(settings: dict[str, dict]) -> dict[str, float]:
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One sentence about the first problem: which parameter, its value, and what is allowed."""
     first = error.errors()[0]
-    path = ".".join(map(str, first["loc"]))
+    path = ".".join(map(_plain, first["loc"]))
     if first["type"] == "value_error":  # raised by a validator, of one field or of the model
-        return f"{(prefix + path).rstrip('.')}: {first['ctx']['error']}"
+        sentence = f"{(prefix + path).rstrip('.')}: {first['ctx']['error']}"
+        return sentence if len(sentence) <= MAX_SENTENCE else sentence[: MAX_SENTENCE - 1] + "…"
     path, parameter = path or "?", str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {prefix}{parameter}; known are {', '.join(model.model_fields)}"
+        return f"unknown setting {prefix}{path}; known are {', '.join(model.model_fields)}"
+    if first["type"] == "missing":
+        return f"{prefix}{path} is missing: give {describe_range(model, parameter)}"
     allowed = describe_range(model, parameter) if path == parameter else first["msg"]
-    return f"{prefix}{path} = {first['input']!r} is not allowed: {allowed}"
+    return f"{prefix}{path} = {quote(first['input'])} is not allowed: {allowed}"
 
 
 def describe_range(model: type[BaseModel], parameter: str) -> str:
     """The values that a field takes, in words."""
-    schema = model.model_json_schema()["properties"].get(parameter, {})
-    schema = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
+    schema = _schema(_fields(model).get(parameter, {}))
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a text"}
@@ -82,16 +156,19 @@ def describe_range(model: type[BaseModel], parameter: str) -> str:
 def load_preset(name: str | Path) -> Preset:
     """The preset of a name in `presets/` or of a YAML file. Raises AccelError saying what is wrong with it."""
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        raise AccelError(f"no preset {str(name)!r}; there are {', '.join(preset_names())}, or give a .yaml file")
+    if not os.path.isfile(path):  # false for what cannot be a path, too
+        raise AccelError(f"no preset {quote(str(name))}; there are {', '.join(preset_names())}, or give a .yaml file")
     try:
         data = yaml.safe_load(path.read_text()) or {}
-        preset = Preset(**data)
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise AccelError(f"{path.name} is not a valid preset: {str(error).splitlines()[0]}") from None
-    except ValidationError as error:
-        raise AccelError(f"{path.name}: {explain(error, Preset)}") from None
-    build_methods(preset.methods)
+    if not isinstance(data, dict):
+        raise AccelError(f"{path.name} is not a valid preset: it must be a mapping with {', '.join(_fields(Preset))}")
+    try:
+        preset = checked(Preset, data)
+        build_methods(preset.methods)
+    except AccelError as error:
+        raise AccelError(f"{path.name}: {error}") from None
     return preset
 
 

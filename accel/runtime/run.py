@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from ..errors import AccelError
+from ..errors import AccelError, quote
 from ..methods import METHODS
 from .models import ModelDefaults, read_json, resolve
-from .presets import explain, required_settings
+from .presets import Solver, describe_range, explain, is_text, normalize, normalize_methods, required_settings
 
 MAX_PROMPT_LENGTH = 2000  # characters
+SOLVERS: tuple[str, ...] = get_args(Solver)
 
 
 class Run(BaseModel, frozen=True, extra="forbid"):
-    """One generation, by value. `methods` are {name: {parameter: value}}, from the innermost to the outermost."""
+    """One generation, by value. `methods` are {name: {parameter: value}}, from the innermost to the outermost.
+
+    `shift` is the flow shift of the noise levels; None is the model's own.
+    """
 
     model: str
     prompt: str
@@ -24,7 +29,9 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     width: int = Field(ge=16, le=3840)
     frames: int = Field(ge=1, le=1025)
     steps: int = Field(ge=1, le=1000)
-    guidance: float = Field(ge=0, le=30)
+    guidance: float = Field(ge=0, le=30, allow_inf_nan=False)
+    solver: Solver = "default"
+    shift: float | None = Field(None, ge=0.1, le=20, allow_inf_nan=False)
     methods: dict[str, dict] = {}
 
     @field_validator("prompt")
@@ -34,22 +41,37 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("the prompt is empty")
         if len(prompt) > MAX_PROMPT_LENGTH:
             raise ValueError(f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT_LENGTH} are allowed")
+        if not is_text(prompt):
+            raise ValueError("the prompt holds half of a character, which is not text: type it again")
         return prompt.strip()
 
 
-def build_run(defaults: ModelDefaults, **settings) -> Run:
+def parse_run(defaults: ModelDefaults, settings: Any) -> Run:
+    """A checked run from untrusted JSON, or from the values of widgets.
+
+    Only settings that are left out come from the methods' requirements or the defaults: an emptied number is refused.
+    Raises AccelError in one sentence.
+    """
+    if not isinstance(settings, dict):
+        raise AccelError(f"the settings {quote(settings)} are not understood: give {{setting: value}}")
+    if empty := [
+        key for key, value in settings.items() if value is None and key in Run.model_fields and key != "shift"
+    ]:
+        raise AccelError(f"{empty[0]} is empty: give {describe_range(Run, empty[0])}")
+    return build_run(defaults, **{str(key): value for key, value in settings.items()})
+
+
+def build_run(defaults: ModelDefaults, /, **settings) -> Run:
     """A checked run. Settings that are missing or None come from the methods' requirements, else from the defaults.
 
     Raises AccelError in one sentence.
     """
     given = {k: v for k, v in settings.items() if v is not None}
+    if "methods" in given:
+        given["methods"] = normalize_methods(given["methods"])
+    given = normalize(Run, given)
     required = required_settings(given.get("methods", {}))
-    for key, value in required.items():
-        if given.get(key, value) != value:
-            names = " + ".join(given["methods"])
-            parameters = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
-            hint = f"; set {' or '.join(parameters)} instead" if parameters else ""
-            raise AccelError(f"{key} = {given[key]} is not possible with {names}, which needs {key} = {value:g}{hint}")
+    _check_required(given, required)
     base = {key: getattr(defaults, key) for key in ("height", "width", "frames", "steps", "guidance")}
     try:
         return Run(**{**base, **required, **given})
@@ -57,6 +79,20 @@ def build_run(defaults: ModelDefaults, **settings) -> Run:
         first = error.errors()[0]
         sentence = str(first["ctx"]["error"]) if first["type"] == "value_error" else explain(error, Run)
         raise AccelError(sentence) from None
+
+
+def _check_required(given: dict[str, Any], required: dict[str, float]) -> None:
+    """Raise AccelError where settings contradict what a student requires. It also brings its own noise levels."""
+    names = " + ".join(given.get("methods", ()))
+    for key, value in required.items():
+        if given.get(key, value) != value:
+            parameters = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
+            hint = f"; set {' or '.join(parameters)} instead" if parameters else ""
+            raise AccelError(
+                f"{key} = {quote(given[key])} is not possible with {names}, which needs {key} = {value:g}{hint}"
+            )
+    if required and (given.get("solver", "default") != "default" or "shift" in given):
+        raise AccelError(f"a solver or shift is not possible with {names}: a student has its own noise levels")
 
 
 def check_size(run: Run, pipe) -> None:

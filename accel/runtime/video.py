@@ -53,7 +53,7 @@ def warm_encoder() -> None:
 
 def read_settings(path: Path) -> dict:
     """The settings in an mp4 that `write_mp4` wrote. Raises AccelError if there are none."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise AccelError(f"no file {path}")
     command = [_ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, text=True).stdout

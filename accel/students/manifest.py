@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import AccelError
+from ..errors import AccelError, quote
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -19,10 +20,10 @@ def load_manifest(folder: Path, file: str, kind: type[M], parameter: str, comman
     as "gpd.student", and the `command` that trains one.
     """
     path, what = folder / file, parameter.partition(".")[2].removesuffix("_dir")
-    if not path.is_file():
+    if not os.path.isfile(path):  # false for what cannot be a path, too
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{file}"))
         found = "there are " + ", ".join(others) if others else f"`python -m accel {command}` makes one"
-        raise AccelError(f"there is no {what} {folder.name!r} ({parameter} names another folder); {found}")
+        raise AccelError(f"there is no {what} {quote(folder.name)} ({parameter} names another folder); {found}")
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:

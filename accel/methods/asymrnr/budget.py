@@ -8,13 +8,14 @@ tokens have similar ones that remain, the last have none. Only the proportions o
 from __future__ import annotations
 
 import heapq
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ...errors import AccelError
+from ...errors import AccelError, quote
 from ...files import atomic_write
 
 Pair = tuple[float, float]  # of queries, of keys and values
@@ -126,8 +127,8 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
 
 def read_profile(path: Path) -> Profile:
     """The profile in a file. Raises AccelError if there is no such file or it is not a profile."""
-    if not path.is_file():
-        raise AccelError(f"profile {str(path)!r} does not exist: give the path of a JSON file, or leave it empty")
+    if not os.path.isfile(path):  # false for what cannot be a path, too
+        raise AccelError(f"profile {quote(str(path))} does not exist: give the path of a JSON file, or leave it empty")
     try:
         return Profile.model_validate_json(path.read_bytes())
     except ValidationError as error:
