@@ -44,6 +44,6 @@ def quote(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def amount(number: int, noun: str) -> str:
-    """A number with its noun: "1 step", "2 steps"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def amount(number: int, one: str, more: str = "") -> str:
+    """A number with its words: "1 step", "2 steps"; with `more`, "1 step is" and "2 steps are"."""
+    return f"{number} {one if number == 1 else more or one + 's'}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import AccelError
+from ..errors import AccelError, amount
 from ..families import family_of
 from ..methods.asymrnr.budget import PROFILE, Profile, Table
 from ..runtime.generate import Video, environment, grid
@@ -68,7 +68,9 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
 def check_steps(steps: int) -> None:
     """Raise AccelError if there are too few steps for the spans."""
     if steps <= SPANS:
-        raise AccelError(f"{steps} steps are too few: each of the {SPANS} spans needs one besides the first step")
+        raise AccelError(
+            f"{amount(steps, 'step is', 'steps are')} too few: each of the {SPANS} spans needs one besides the first step"
+        )
 
 
 def _asymrnr(**parameters) -> Setting:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from ..core.trace import DENOISER, Step, Trace
+from ..errors import amount
 from .base import Method, RunSpec, run_spec
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class FasterCache(Method):
     def inactive_reason(self, spec: RunSpec) -> str:
         """Too few steps, or settings at which every step is computed."""
         if spec.count < MIN_STEPS:
-            return f"FasterCache is off: {spec.count} steps are too few, it needs at least {MIN_STEPS}"
+            return f"FasterCache is off: {amount(spec.count, 'step is', 'steps are')} too few, it needs at least {MIN_STEPS}"
         if all(p == StepPlan(True, True) for p in self._active_plan(spec.count, spec.guided)):
             return "FasterCache does nothing: at these settings every step is computed in full"
         return ""

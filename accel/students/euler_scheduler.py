@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ..errors import AccelError
+from ..errors import AccelError, amount
 
 
 class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
@@ -36,7 +36,7 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
 
     @staticmethod
     def _wrong_count(steps: int, asked: int) -> str:
-        return f"these sigmas are for {steps} steps, not {asked}"
+        return f"these sigmas are for {amount(steps, 'step')}, not {asked}"
 
 
 class StudentEuler(FixedSigmaEuler):
@@ -44,7 +44,9 @@ class StudentEuler(FixedSigmaEuler):
 
     @staticmethod
     def _wrong_count(steps: int, asked: int) -> str:
-        return f"this student makes {steps} steps, not {asked}: set steps to {steps}, or choose another student"
+        return (
+            f"this student makes {amount(steps, 'step')}, not {asked}: set steps to {steps}, or choose another student"
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from pydantic import BaseModel
 
-from ..errors import AccelError
+from ..errors import AccelError, amount
 from ..evaluation.result_log import config_hash
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
@@ -74,7 +74,7 @@ class DistillJob:
         prompts = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
         if len(prompts) <= VALIDATION_PROMPTS:
             raise AccelError(
-                f"{self.prompts} has {len(prompts)} prompts: at least {VALIDATION_PROMPTS + 1} are needed, "
+                f"{self.prompts} has {amount(len(prompts), 'prompt')}: at least {VALIDATION_PROMPTS + 1} are needed, "
                 f"{VALIDATION_PROMPTS} of them for validation"
             )
         return prompts

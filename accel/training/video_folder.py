@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import AccelError
+from ..errors import AccelError, amount
 from ..runtime.latents import normalize
 from ..runtime.models import ModelDefaults
 from .tasks.vae import to_unit
@@ -42,7 +42,7 @@ class VideoFolder:
         f, *size = self.shape
         frames = torch.from_numpy(iio.imread(self.folder / name))[:f, ..., :3]
         if len(frames) < f:
-            raise AccelError(f"{self.folder / name} has {len(frames)} frames, {f} are needed")
+            raise AccelError(f"{self.folder / name} has {amount(len(frames), 'frame')}, {f} are needed")
         x = F.interpolate(to_unit(frames).transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
         with torch.no_grad():
             z = self.vae.encode(x[None].to(self.vae.device, self.vae.dtype)).latent_dist.mode()

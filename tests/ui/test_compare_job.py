@@ -1,6 +1,5 @@
 """The job behind Run, with a `generate` that takes no time, and what the page makes of its result."""
 
-
 import gradio as gr
 import numpy as np
 import pytest

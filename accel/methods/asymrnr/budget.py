@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ...errors import AccelError, quote
+from ...errors import AccelError, amount, quote
 from ...files import atomic_write
 
 Pair = tuple[float, float]  # of queries, of keys and values
@@ -142,5 +142,7 @@ def load_profile(path: Path, layers: list[str]) -> Profile:
     profile = read_profile(path)
     if sorted(profile.costs) != sorted(layers):
         found = len(profile.costs)
-        raise AccelError(f"profile {path.name} is of a model with {found} attentions, this one has {len(layers)}")
+        raise AccelError(
+            f"profile {path.name} is of a model with {amount(found, 'attention')}, this one has {len(layers)}"
+        )
     return profile
