@@ -124,7 +124,7 @@ class CodeTab:
 
     def _models(self) -> list[str]:
         """The models that the page offers."""
-        return [choice[1] if isinstance(choice, tuple) else choice for choice in self.context.models.choices()]
+        return [choice.id for choice in self.context.models if not choice.reason]
 
     def _views(self, shown: str | None) -> list[Any]:
         """Values of `views`; empty if there is no pair."""

@@ -37,7 +37,8 @@ def report() -> dict:
 @pytest.fixture
 def tab(report) -> CodeTab:
     store = SimpleNamespace(find=lambda run_id: SimpleNamespace(report=report) if run_id == RUN_ID else None)
-    models = SimpleNamespace(choices=lambda: [("tiny", TINY), ("other", "a/b")])
+    reasons = {TINY: "", "a/b": "", "c/d": "It needs a GPU."}
+    models = [SimpleNamespace(id=model, reason=reason) for model, reason in reasons.items()]
     with gr.Blocks():
         tab = CodeTab(SimpleNamespace(model=TINY, store=store, models=models))
         page = SimpleNamespace(compare=Compare(), tabs=gr.Tabs())
@@ -107,6 +108,10 @@ def test_settings_of_the_address_are_loaded(tab):
 
 def test_a_link_of_another_model_says_so(tab):
     assert "choose that model" in message(tab, tab.settings_of_url(request(model="a/b")))
+
+
+def test_a_link_of_a_model_that_cannot_be_used_is_refused(tab):
+    assert "does not offer the model" in message(tab, tab.settings_of_url(request(model="c/d")))
 
 
 def test_an_address_without_settings_changes_nothing(tab):

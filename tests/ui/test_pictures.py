@@ -5,8 +5,8 @@ import re
 import pytest
 
 from accel.core.trace import Step, Trace
+from accel.evaluation.stage_bars import stage_bars
 from accel.evaluation.step_map import ACTIONS, step_map
-from ui.stages import stages
 from ui.timeline import timeline
 from ui.token_maps import token_maps
 
@@ -79,7 +79,7 @@ def test_the_timeline_is_a_table_too():
 
 
 def test_stage_bars_have_one_scale():
-    html = stages({"a": {"text": [1.0], "denoise": [3.0, 9.0, 8.0]}, "b": {"text": [1.0], "denoise": [3.5]}})
+    html = stage_bars({"a": {"text": [1.0], "denoise": [3.0, 9.0, 8.0]}, "b": {"text": [1.0], "denoise": [3.5]}})
     widths = [float(w) for w in re.findall(r'data-stage="denoise" x="[\d.]+" y="0" width="([\d.]+)"', html)]
     assert widths == pytest.approx([889, 389], abs=1) and "denoise 3.50 s" in html and "9.00 s in total" in html
 
