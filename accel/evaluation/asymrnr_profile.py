@@ -68,9 +68,8 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
 def check_steps(steps: int) -> None:
     """Raise AccelError if there are too few steps for the spans."""
     if steps <= SPANS:
-        raise AccelError(
-            f"{amount(steps, 'step is', 'steps are')} too few: each of the {SPANS} spans needs one besides the first step"
-        )
+        few = amount(steps, "step is", "steps are")
+        raise AccelError(f"{few} too few: each of the {SPANS} spans needs one besides the first step")
 
 
 def _asymrnr(**parameters) -> Setting:

@@ -138,7 +138,8 @@ class FasterCache(Method):
     def inactive_reason(self, spec: RunSpec) -> str:
         """Too few steps, or settings at which every step is computed."""
         if spec.count < MIN_STEPS:
-            return f"FasterCache is off: {amount(spec.count, 'step is', 'steps are')} too few, it needs at least {MIN_STEPS}"
+            few = amount(spec.count, "step is", "steps are")
+            return f"FasterCache is off: {few} too few, it needs at least {MIN_STEPS}"
         if all(p == StepPlan(True, True) for p in self._active_plan(spec.count, spec.guided)):
             return "FasterCache does nothing: at these settings every step is computed in full"
         return ""

@@ -49,7 +49,7 @@ def test_twice_the_error_is_four_times_the_cost(runs, tmp_path):
 
 def test_too_few_steps_for_the_spans_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="^1 step is too few: each of the 5 spans needs one"):
-        check_steps(1)
+        profile.check_steps(1)
     with pytest.raises(ValueError, match="^5 steps are too few: each of the 5 spans needs one"):
         profile.run_profile("nobody/nothing", 1, 5, tmp_path)
 
