@@ -1,6 +1,6 @@
-// One clock for two to four videos of the same frames. The first pane leads (in a race, the fastest), the others follow.
-// The page's value reaches the document only as text and attributes, so nothing in it becomes HTML. The template is
-// constant, so Gradio leaves these nodes alone: handlers are added once, and settings survive a new value.
+// One clock for two to four videos of the same frames. The first pane leads (in a race, the fastest), the others
+// follow. The page's value reaches the document only as text and attributes, so nothing in it becomes HTML. The
+// template is constant, so Gradio leaves these nodes alone: handlers are added once, and settings survive a new value.
 
 const root = element.querySelector('.player');
 const find = (selector) => root.querySelector(selector);
@@ -12,6 +12,7 @@ const flag = (node, name, on) => node.toggleAttribute(`data-${name}`, Boolean(on
 const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
 const OVERLAYS = ['wipe', 'flicker', 'difference', 'over'];
 const MAX_ZOOM = 16;
+const SMALL = 256; // videos that are less wide are shown with visible pixels, others only when they are zoomed
 const [stage, canvas, seekBar, curve, keysDialog] = ['.stage', 'canvas', '.seek', '.curve', 'dialog'].map(find);
 
 let value = null;
@@ -48,7 +49,8 @@ function onSeeked(pane) {
 }
 
 function startVideos() {
-  for (const pane of panes.filter(finished)) pane.video.play().catch(() => pane.video.paused && clock.onScreen && stop());
+  const refused = (error) => error.name === 'NotAllowedError' && stop(); // else a pause or a new video came first
+  for (const pane of panes.filter(finished)) pane.video.play().catch(refused);
   schedule();
 }
 
@@ -106,7 +108,7 @@ function follow() {
 function restartRace() {
   panes.forEach((pane) => pane.video.pause());
   seekAll(0.5 / fps());
-  Object.assign(race, { time: 0 });
+  race.time = 0;
   Object.assign(clock, { playing: true, at: 0 });
   schedule();
   render();
@@ -205,8 +207,9 @@ function renderClock() {
   const now = racing() ? race.time : frame();
   seekBar.max = racing() ? Math.ceil(race.end * 100) : lastFrame();
   seekBar.value = racing() ? Math.round(now * 100) : now;
-  seekBar.setAttribute('aria-label', racing() ? 'Hundredths of a second of the race' : 'Frame, from 0');
   const count = racing() ? `${now.toFixed(1)} / ${race.end.toFixed(1)} s` : `${now + 1} / ${value.frames}`;
+  seekBar.setAttribute('aria-label', racing() ? 'Second of the race' : 'Frame');
+  seekBar.setAttribute('aria-valuetext', count);
   text(find('.count'), count);
   find('.curve .now')?.setAttribute('d', `M${now} 0V1`);
   for (const { pane, name, values } of value.curves || [])
@@ -284,7 +287,8 @@ function qualityCurves(curves) {
   text(find('.low'), curves.length && low < high ? low.toFixed(3) : '');
   const lowest = curves.map(({ pane, name, values }) => {
     const least = Math.min(...values);
-    return `${name} of ${panes[pane].letter.toUpperCase()}: lowest ${least.toFixed(3)} in frame ${values.indexOf(least) + 1}`;
+    const where = `in frame ${values.indexOf(least) + 1}`;
+    return `${name} of ${panes[pane].letter.toUpperCase()}: lowest ${least.toFixed(3)} ${where}`;
   });
   return [paths, lastFrame(), lowest.join('; ')];
 }
@@ -292,15 +296,23 @@ function qualityCurves(curves) {
 // ---- settings
 
 function setMode(mode) {
-  const was = view.mode;
+  const { mode: before } = view;
   if ((mode === 'race' && !canRace()) || (OVERLAYS.includes(mode) && panes.length < 2)) return;
-  if (mode === was && mode === 'race') return restartRace();
-  if (mode !== was && (mode === 'race' || was === 'race')) stop();
+  if (mode === before) return mode === 'race' ? restartRace() : undefined;
+  const played = clock.playing;
   view.mode = mode;
-  if (mode === 'race') race.time = race.end;
-  if (mode === 'race' && !calm) restartRace();
-  if (mode !== 'race' && was === 'race') goTo(0);
+  if (mode === 'race') enterRace();
+  else if (before === 'race') {
+    goTo(0);
+    if (played) play();
+  }
   afterChange();
+}
+
+function enterRace() {
+  stop();
+  race.time = race.end;
+  if (!calm) restartRace();
 }
 
 function afterChange() {
@@ -376,7 +388,7 @@ const ACTIONS = {
 // ---- pointer and wheel on the videos
 
 const pointers = new Map();
-let grip = null; // {rectangle, moved, travelled} of the view that is held
+let grip = null; // {rectangle of the held view, pixels travelled, whether it moves the line of the wipe}
 
 function rectangleAt(target) {
   const hit = !isOverlay() && target.closest?.('.view');
@@ -386,13 +398,16 @@ function rectangleAt(target) {
 function onPointerDown(event) {
   if (event.button || event.target.closest('button, input, select') || !panes.length) return;
   pointers.set(event.pointerId, event);
-  grip = { rectangle: rectangleAt(event.target), travelled: pointers.size > 1 ? Infinity : 0 };
+  const rectangle = rectangleAt(event.target);
+  const two = pointers.size > 1;
+  grip = { rectangle, travelled: two ? Infinity : 0, wipes: !two && grabsLine(event, rectangle) };
   stage.setPointerCapture(event.pointerId);
-  if (dragsWipe()) setWipeTo(event);
+  if (grip.wipes) setWipeTo(event);
 }
 
-function dragsWipe() {
-  return view.mode === 'wipe' && view.zoom === 1;
+function grabsLine({ clientX }, { left, width }) {
+  const line = left + (width * Number(find('input.wipe').value)) / 100;
+  return view.mode === 'wipe' && (view.zoom === 1 || Math.abs(clientX - line) < 24);
 }
 
 function setWipeTo(event) {
@@ -405,7 +420,7 @@ function onPointerMove(event) {
   const [dx, dy] = [event.clientX - before.clientX, event.clientY - before.clientY];
   grip.travelled += Math.abs(dx) + Math.abs(dy);
   if (pointers.size === 2) pinch(event);
-  else if (dragsWipe()) setWipeTo(event);
+  else if (grip.wipes) setWipeTo(event);
   else moveTo(view.x - dx / grip.rectangle.width / view.zoom, view.y - dy / grip.rectangle.height / view.zoom);
   pointers.set(event.pointerId, event);
 }
@@ -424,7 +439,7 @@ function zoomAt(zoom, { clientX, clientY }, { left, top, width, height }) {
 function onPointerUp(event) {
   if (!pointers.delete(event.pointerId) || !grip) return;
   const clicked = event.type === 'pointerup' && grip.travelled < 5;
-  if (clicked && !dragsWipe()) ACTIONS.play();
+  if (clicked && !grip.wipes) ACTIONS.play();
 }
 
 function onWheel(event) {
@@ -444,7 +459,7 @@ const KEYS = {
   1: () => choose(0), 2: () => choose(1), 3: () => choose(2), 4: () => choose(3),
   '+': () => zoomTo(view.zoom * 2), '=': () => zoomTo(view.zoom * 2), '-': () => zoomTo(view.zoom / 2),
 };
-const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const ARROWS = { ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, -0.1], ArrowDown: [0, 0.1] };
 
 function isTyping(target) {
   if (target.isContentEditable || target.closest('textarea, select')) return true;
@@ -459,7 +474,7 @@ function onKey(event) {
   if (keysDialog.open && key !== '?') return;
   if (key === ' ' && target.closest('button, a, summary, [role=tab]')) return;
   const arrow = target === stage && view.zoom > 1 && ARROWS[key];
-  const action = arrow ? () => moveTo(view.x + (arrow[0] * 0.1) / view.zoom, view.y + (arrow[1] * 0.1) / view.zoom) : KEYS[key];
+  const action = arrow ? () => moveTo(view.x + arrow[0] / view.zoom, view.y + arrow[1] / view.zoom) : KEYS[key];
   if (!action) return;
   event.preventDefault();
   action();
@@ -476,8 +491,8 @@ function addPane() {
   const figure = find('.pane-template').content.cloneNode(true).firstElementChild;
   const index = panes.length;
   const letter = 'abcd'[index];
-  const pane = { figure, letter, waiting: null };
-  Object.assign(pane, { view: figure.querySelector('.view'), video: figure.querySelector('video'), sheet: figure.querySelector('.sheet') });
+  const part = (selector) => figure.querySelector(selector);
+  const pane = { figure, letter, view: part('.view'), video: part('video'), sheet: part('.sheet'), waiting: null };
   figure.classList.add(letter);
   figure.querySelectorAll('.letter').forEach((node) => text(node, letter.toUpperCase()));
   pane.video.muted = true; // a cloned node does not take it from its attribute
@@ -485,7 +500,7 @@ function addPane() {
   pane.video.onloadeddata = draw;
   pane.video.onended = () => onEnded(pane);
   pane.video.onerror = () => flag(figure, 'missing', pane.video.hasAttribute('src'));
-  figure.querySelector('.choose').onclick = () => choose(index);
+  part('.choose').onclick = () => choose(index);
   stage.insertBefore(figure, canvas);
   panes.push(pane);
 }
@@ -517,6 +532,7 @@ function show() {
   if (view.candidate >= panes.length) view.candidate = 1;
   view.alone = panes.length > view.alone ? view.alone : null;
   root.dataset.count = panes.length;
+  flag(root, 'small', value.width < SMALL);
   root.style.setProperty('--ratio', value.width / value.height);
   race.end = canRace() ? Math.max(...panes.map((pane) => pane.data.race.total)) : 0;
   find('button[data-mode=race]').hidden = !canRace();
@@ -527,9 +543,9 @@ function start() {
   const wanted = value.mode || view.mode;
   const possible = wanted === 'race' ? canRace() : panes.length > 1 || !OVERLAYS.includes(wanted);
   view.mode = possible ? wanted : 'side';
-  race.time = race.end;
   goTo(0);
-  if (!calm) racing() ? restartRace() : play();
+  if (racing()) enterRace();
+  else if (!calm) play();
   afterChange();
 }
 
