@@ -1,4 +1,9 @@
-"""Ranks settings from blind votes: a Bradley-Terry model with bootstrap intervals."""
+"""Ranks settings from blind votes: a Bradley-Terry model with bootstrap intervals.
+
+A weak Gaussian prior keeps strengths finite. A bootstrap alone would call a setting certain that won both of its two
+votes, so every resample also draws the centre of the prior anew: where votes are few the interval is nearly as wide as
+the prior, where they are many it is that of the bootstrap.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from ui.store import Vote
 
 MIN_VOTES = 30  # fewer say nothing
 RESAMPLES = 500
-RIDGE = 0.02  # keeps the strength of a setting finite that has won, or lost, every vote
+PRIOR = 1.0  # precision of a log strength: the information of four ties between equals
 NEWTON_STEPS = 60
 
 
@@ -29,7 +34,7 @@ class Rank:
 
 
 def ranking(votes: Iterable[Vote], seed: int = 0) -> list[Rank]:
-    """The settings that were voted on, best first.
+    """The settings that were voted on, best first: in the order of the lower end of their intervals.
 
     Ties count as half a win for each side. "Both bad" says nothing about which is better: it counts only in `bad`.
     """
@@ -47,7 +52,7 @@ def ranking(votes: Iterable[Vote], seed: int = 0) -> list[Rank]:
         Rank(name, *map(float, (scores[i], low[i], high[i])), total[name], bad[name] / total[name])
         for i, name in enumerate(names)
     ]
-    return sorted(ranks, key=lambda rank: (-rank.score, rank.name))
+    return sorted(ranks, key=lambda rank: (-rank.low, rank.name))
 
 
 def ranking_report(votes: list[Vote]) -> dict:
@@ -56,24 +61,24 @@ def ranking_report(votes: list[Vote]) -> dict:
     return {"votes": len(votes), "needed": MIN_VOTES, "ranking": rows}
 
 
-def strengths(wins: np.ndarray) -> np.ndarray:
-    """Bradley-Terry log strengths (..., n) of win counts (..., n, n): wins[..., i, j] is how often i beat j.
+def strengths(wins: np.ndarray, centre: np.ndarray | float = 0.0) -> np.ndarray:
+    """Most probable log strengths (..., n) for win counts (..., n, n): wins[..., i, j] is how often i beat j.
 
-    Their mean is 0. A small ridge penalty makes the maximum of the likelihood unique.
+    `centre`: that of the prior (..., n).
     """
     n = wins.shape[-1]
     games, won = wins + wins.swapaxes(-1, -2), wins.sum(-1)
     theta, eye = np.zeros(won.shape), np.eye(n)
     for _ in range(NEWTON_STEPS):
         p = win_probability(theta)
-        gradient = won - (games * p).sum(-1) - RIDGE * theta
+        gradient = won - (games * p).sum(-1) - PRIOR * (theta - centre)
         curvature = games * p * (1 - p)
-        hessian = eye * (curvature.sum(-1) + RIDGE)[..., None] - curvature
+        hessian = eye * (curvature.sum(-1) + PRIOR)[..., None] - curvature
         step = np.clip(np.linalg.solve(hessian, gradient[..., None])[..., 0], -1, 1)
         theta = theta + step
         if np.abs(step).max() < 1e-9:
             break
-    return theta - theta.mean(-1, keepdims=True)
+    return theta
 
 
 def win_probability(theta: np.ndarray) -> np.ndarray:
@@ -91,10 +96,12 @@ def _scores_with_intervals(counts: Counter, names: list[str], seed: int) -> tupl
         if share is not None:
             effect[k, place[a], place[b]] += share
             effect[k, place[b], place[a]] += 1 - share
-    resampled = np.random.default_rng(seed).multinomial(number.sum(), number / number.sum(), size=RESAMPLES)
-    wins = np.tensordot(np.concatenate([number[None], resampled]), effect, axes=1)
-    scores = _scores(strengths(wins))
-    return scores[0], *np.percentile(scores[1:], (2.5, 97.5), axis=0)
+    rng = np.random.default_rng(seed)
+    resampled = rng.multinomial(number.sum(), number / number.sum(), size=RESAMPLES)
+    centre = rng.normal(0, PRIOR**-0.5, (RESAMPLES, len(names)))
+    samples = _scores(strengths(np.tensordot(resampled, effect, axes=1), centre))
+    score = _scores(strengths(np.tensordot(number, effect, axes=1)))
+    return score, *np.percentile(samples, (2.5, 97.5), axis=0)
 
 
 def _scores(theta: np.ndarray) -> np.ndarray:

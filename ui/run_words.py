@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from accel.methods import METHODS
+from accel.runtime.models import TINY
+from accel.runtime.presets import load_preset, preset_names
 
 RUN_KEYS = ("model", "prompt", "seed", "frames", "height", "width")
 SIDE_KEYS = ("steps", "guidance", "solver", "shift")
@@ -37,6 +41,19 @@ def describe(side: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def ranked_name(report: dict, side: str) -> str:
+    """What one side of a report is called in a ranking: its preset or methods, its steps, and the model if not shipped.
+
+    Votes on the same name count together, so parameters that no preset has are told.
+    """
+    run = side_of(report, side)
+    methods = _all_parameters(run["methods"])
+    preset = next((name for name, presets_methods in _presets().items() if presets_methods == methods), None)
+    name = preset or " + ".join([*methods]) + " with own parameters" if methods else "plain"
+    model = "" if report["model"] == TINY else f" ({Path(report['model']).name})"
+    return describe({**run, "methods": [name]}) + model
+
+
 def differences(first: dict, second: dict) -> list[Difference]:
     """The settings that differ between two reports, with their values as text.
 
@@ -53,9 +70,19 @@ def settings(report: dict) -> dict[str, str]:
         run = side_of(report, side)
         found |= {prefix + key: _text(run.get(key)) for key in SIDE_KEYS}
         found |= {prefix + "methods": " + ".join(run["methods"]) or "none"}
-        for name, values in run["methods"].items():
-            found |= {f"{prefix}{name}.{key}": _text(value) for key, value in _with_defaults(name, values).items()}
+        for name, values in _all_parameters(run["methods"]).items():
+            found |= {f"{prefix}{name}.{key}": _text(value) for key, value in values.items()}
     return found
+
+
+def _all_parameters(methods: dict[str, dict]) -> dict[str, dict]:
+    return {name: _with_defaults(name, values) for name, values in methods.items()}
+
+
+@cache
+def _presets() -> dict[str, dict]:
+    """{preset: its methods with all their parameters}."""
+    return {name: _all_parameters(load_preset(name).methods) for name in preset_names()}
 
 
 def _with_defaults(name: str, values: dict) -> dict[str, Any]:

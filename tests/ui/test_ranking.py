@@ -13,24 +13,25 @@ def votes(x: str, y: str, /, **winners: int) -> list[Vote]:
 
 
 def test_two_settings_score_their_share_of_the_votes():
-    best, worst = ranking(votes("x", "y", a=30, b=10))
+    best, worst = ranking(votes("x", "y", a=3000, b=1000))
     assert (best.name, worst.name) == ("x", "y")
     assert best.score == pytest.approx(0.75, abs=1e-3) and worst.score == pytest.approx(0.25, abs=1e-3)
-    assert best.votes == worst.votes == 40
+    assert best.votes == worst.votes == 4000
+    assert best.high - best.low == pytest.approx(2 * 1.96 * (0.75 * 0.25 / 4000) ** 0.5, rel=0.1)  # of a proportion
 
 
 def test_strengths_of_three_settings_match_the_odds():
     odds = np.array([4.0, 2.0, 1.0])  # i beats j with odds[i] : odds[j]
-    wins = 6000 * odds[:, None] / (odds[:, None] + odds[None, :])
+    wins = 60_000 * odds[:, None] / (odds[:, None] + odds[None, :])
     np.fill_diagonal(wins, 0)
-    assert strengths(wins) == pytest.approx(np.log(odds / 2), abs=1e-3)
+    assert strengths(wins) == pytest.approx(np.log(odds / 2), abs=1e-3)  # the prior makes their mean 0
 
 
 def test_a_tie_is_half_a_win_for_each_whichever_side_a_setting_is_on():
     ties = ranking(votes("x", "y", a=1, b=1, same=20))
     assert [rank.score for rank in ties] == pytest.approx([0.5, 0.5], abs=1e-6)
-    mixed = {rank.name: rank.score for rank in ranking(votes("x", "y", a=20, same=20) + votes("y", "x", same=40))}
-    assert mixed["x"] == pytest.approx(50 / 80, abs=1e-3)
+    mixed = {rank.name: rank.score for rank in ranking(votes("x", "y", a=200, same=200) + votes("y", "x", same=400))}
+    assert mixed["x"] == pytest.approx(500 / 800, abs=1e-3)
 
 
 def test_both_bad_is_a_share_of_its_own_and_no_tie():
@@ -39,9 +40,13 @@ def test_both_bad_is_a_share_of_its_own_and_no_tie():
     assert [rank.score for rank in ranking(votes("x", "y", bad=40))] == [0.5, 0.5]
 
 
-def test_a_setting_that_never_lost_has_a_finite_score_and_interval():
-    best, worst = ranking(votes("x", "y", a=40))
-    assert 0.97 < best.score < 1 and best.low <= best.score <= best.high <= 1
+def test_a_setting_that_never_lost_is_the_more_certain_the_more_votes_it_has():
+    few, many = (ranking(votes("x", "y", a=count))[0] for count in (2, 100))
+    assert few.low < 0.5 < few.score < many.low < many.score < 1
+
+
+def test_one_lucky_vote_does_not_lead():
+    assert ranking(votes("x", "y", a=80, b=20) + votes("lucky", "y", a=1))[0].name == "x"
 
 
 def test_settings_that_never_met_are_ranked_over_others():
