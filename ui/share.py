@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +17,18 @@ from typing import Any
 from urllib.parse import urlencode
 
 import yaml
-from pydantic import ValidationError
 
 from accel.errors import AccelError
 from accel.methods import METHODS
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
-from accel.runtime.presets import Preset, build_methods, explain, load_preset, preset_names
+from accel.runtime.presets import Preset, build_methods, checked, load_preset, normalize_methods, preset_names
 from accel.runtime.repeat import SOLVER, changed_methods, preset_of, reference_of
-from accel.runtime.run import Run
+from accel.runtime.run import parse_run
 
 MAX_LINK = 4096  # characters of `p`
 MAX_TEXT = 16 * 1024  # bytes of a preset file, or of what a link holds
 MAX_MESSAGE = 300  # characters
-SIDE = ("steps", "guidance", *(key for key in SOLVER if key in Run.model_fields))
+SIDE = ("steps", "guidance", *SOLVER)
 RUN = ("prompt", "seed", *SIDE)  # what a link can say of the candidate beside its methods
 LINK = ("preset", "methods", "model", "reference", *RUN)
 NOT_OURS = ("owner", "deep_link", "logs")  # query parameters that others read
@@ -82,6 +82,8 @@ def read_link(query: Mapping[str, str], models: Collection[str]) -> SharedSettin
         given = _unpack(given["p"])
     elif unreadable := {"methods", "reference"} & given.keys():
         raise AccelError(f"{unreadable.pop()} cannot be written out in a link: only p holds it")
+    else:
+        given = {key: _typed(key, value) for key, value in given.items()}
     return check_settings(given, models)
 
 
@@ -159,31 +161,37 @@ def _refuse_constant(name: str):
 
 def _preset(values: dict[str, Any]) -> Preset:
     try:
-        preset = Preset(**values)
-    except ValidationError as error:
-        raise AccelError(_short(explain(error, Preset))) from None
-    for name, parameters in preset.methods.items():
-        shown = METHODS[name].parameters() if name in METHODS else parameters
-        if hidden := [key for key in parameters if key not in shown and key in METHODS[name].model_fields]:
-            raise AccelError(f"{name}.{hidden[0]} is for Python and the command line only, not for the page")
-    try:
-        build_methods(preset.methods)
-    except ValueError as error:
+        preset = checked(Preset, values)
+        methods = normalize_methods(preset.methods)
+        _refuse_hidden(methods)
+        build_methods(methods)
+    except ValueError as error:  # a method's own check may raise one
         raise AccelError(_short(str(error))) from None
-    return preset
+    return preset.model_copy(update={"methods": methods})
+
+
+def _refuse_hidden(methods: dict[str, dict]) -> None:
+    """Raise AccelError for a parameter that the page does not show; most of them are paths."""
+    for name, parameters in methods.items():
+        shown = METHODS[name].parameters()
+        if hidden := [key for key in parameters if key not in shown]:
+            raise AccelError(f"{name}.{hidden[0]} is for Python and the command line only, not for the page")
 
 
 def _run(given: dict[str, Any]) -> dict[str, Any]:
-    """The given settings of a run, as `Run` takes them."""
-    defaults = ModelDefaults()
-    complete = {key: getattr(defaults, key) for key in ("height", "width", "frames", "steps", "guidance")}
+    """The given settings of a run, checked as those of a run are."""
     try:
-        run = Run(**{**complete, "model": "none", "prompt": "none", **given})
-    except ValidationError as error:
-        first = error.errors()[0]
-        sentence = str(first["ctx"]["error"]) if first["type"] == "value_error" else explain(error, Run)
-        raise AccelError(_short(sentence)) from None
+        run = parse_run(ModelDefaults(), {"model": TINY, "prompt": "any", **given})
+    except AccelError as error:
+        raise AccelError(_short(str(error))) from None
     return {key: getattr(run, key) for key in given}
+
+
+def _typed(key: str, text: str) -> Any:
+    """A value of a readable link: a number where one is meant, and the text where it is none."""
+    if key in ("seed", "steps") and re.fullmatch(r"-?\d{1,20}", text):
+        return int(text)
+    return float(text) if key in ("guidance", "shift") and re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", text) else text
 
 
 def _side(given: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
     speedups = [x["denoise"] / y["denoise"] for x, y in zip(cycle(seconds["a"]), seconds["b"])]
     return {
         **b.model_dump(),
+        "reference": a.model_dump(),
         "steps_a": a.steps,
         "guidance_a": a.guidance,
         "fps": defaults.fps,

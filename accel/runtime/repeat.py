@@ -27,9 +27,10 @@ def python_code(run: dict[str, Any]) -> str:
         arguments["max_sequence_length"] = defaults.text_length
     call = "".join(f"        {name}={value!r},\n" for name, value in arguments.items())
     methods = "".join(f"    {_method(name, parameters)},\n" for name, parameters in run["methods"].items())
+    imports, scheduler = _scheduler(run)
     return (
-        "import accel\nimport torch\n\n"
-        f"pipe = accel.load_pipeline({run['model']!r})  # or a stock diffusers pipeline of your own\n"
+        f"{imports}import accel\nimport torch\n\n"
+        f"pipe = accel.load_pipeline({run['model']!r})  # or a stock diffusers pipeline of your own\n{scheduler}"
         f"methods = [\n{methods}]\n"
         "with accel.apply(pipe, methods) as trace:\n"
         f"    video = pipe(\n        {run['prompt']!r},\n{call}"
@@ -37,6 +38,16 @@ def python_code(run: dict[str, Any]) -> str:
         "    ).frames[0]\n"
         "print(trace.summary())\n"
     )
+
+
+def _scheduler(run: dict[str, Any]) -> tuple[str, str]:
+    """The lines of code that import what sets the solver of a run, and that set it; empty for the model's own."""
+    values = {key: run.get(key, value) for key, value in SOLVER.items()}
+    if values == SOLVER:
+        return "", ""
+    given = ", ".join(f"{key}={value!r}" for key, value in {**values, "steps": run["steps"]}.items())
+    imports = "from types import SimpleNamespace\n\nfrom accel.runtime.solvers import build_scheduler\n"
+    return imports, f"pipe.scheduler = build_scheduler(SimpleNamespace({given}), pipe.scheduler)\n"
 
 
 def command(report: dict[str, Any]) -> str:
@@ -53,9 +64,10 @@ def command(report: dict[str, Any]) -> str:
 
 def reference_of(report: dict[str, Any]) -> dict[str, Any]:
     """The run of a pair's reference. A report without one was made when references had no methods of their own."""
-    stock = {**SOLVER, "steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
     shared = {key: report[key] for key in ("model", "prompt", "seed", "height", "width", "frames")}
-    return {**shared, **(report.get("reference") or stock)}
+    if "reference" in report:
+        return {**shared, **report["reference"]}
+    return {**shared, **SOLVER, "steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
 
 
 def preset_yaml(run: dict[str, Any]) -> str:
@@ -95,9 +107,10 @@ def _method(name: str, parameters: dict[str, Any]) -> str:
 def _one_command(reference: dict[str, Any], candidate: dict[str, Any]) -> bool:
     """Whether `compare` can say both runs: its options apply to both, but to the reference alone beside a student."""
     required = required_settings(candidate["methods"])
+    of_a_alone = {*required, *SOLVER} if required else set()
     values = lambda run: {**SOLVER, **{k: run[k] for k in ("steps", "guidance", *SOLVER) if k in run}}
     a, b = values(reference), values(candidate)
-    return not reference["methods"] and all(key in required or a[key] == b[key] for key in a)
+    return not reference["methods"] and all(key in of_a_alone or a[key] == b[key] for key in a)
 
 
 def _options(run: dict[str, Any], methods: dict[str, dict]) -> str:

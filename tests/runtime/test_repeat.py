@@ -1,16 +1,20 @@
 """Text that repeats a run: the command line parses back to the same runs, the preset file to the same methods."""
 
 import shlex
+from copy import copy
 
+import numpy as np
 import pytest
 import typer.main
 import yaml
 
+import accel
 from accel.cli import app, pair_maker, parse_settings
+from accel.runtime.generate import generate
 from accel.runtime.models import TINY, read_defaults
 from accel.runtime.presets import build_methods, load_preset, preset_names
 from accel.runtime.repeat import command, preset_of, preset_yaml, python_code
-from accel.runtime.run import build_run
+from accel.runtime.run import Run, build_run
 
 DEFAULTS = read_defaults(TINY)
 HOSTILE = ['it\'s; rm -rf $HOME `id` "x"', "-x --out=/tmp", "two\nlines", "ünï \\ %s {} #"]
@@ -18,14 +22,15 @@ HOSTILE = ['it\'s; rm -rf $HOME `id` "x"', "-x --out=/tmp", "two\nlines", "ünï
 
 def report_of(a, b) -> dict:
     """The fields of a pair's report that say what was run."""
-    return {**b.model_dump(), "steps_a": a.steps, "guidance_a": a.guidance}
+    return {**b.model_dump(), "reference": a.model_dump()}
 
 
-def pair(methods: dict, prompt: str = "a red star", steps: int = 30, guidance: float = 3.5, seed: int = 7) -> dict:
-    a = build_run(DEFAULTS, model=TINY, prompt=prompt, seed=seed, steps=steps, guidance=guidance)
-    required = {name: None for name in ("steps", "guidance")} if {"gpd", "meanflow"} & methods.keys() else {}
-    own = {"steps": steps, "guidance": guidance, **required}
-    return report_of(a, build_run(DEFAULTS, model=TINY, prompt=prompt, seed=seed, methods=methods, **own))
+def pair(methods: dict, prompt: str = "a red star", **settings) -> dict:
+    """The report of a pair with one setting of both runs; a student has its own steps, guidance and solver."""
+    common = {"model": TINY, "prompt": prompt, "seed": 7}
+    given = {"steps": 30, "guidance": 3.5, **settings}
+    own = {} if {"gpd", "meanflow"} & methods.keys() else given
+    return report_of(build_run(DEFAULTS, **common, **given), build_run(DEFAULTS, **common, methods=methods, **own))
 
 
 def parsed(line: str) -> dict:
@@ -40,8 +45,8 @@ def repeated(line: str) -> dict:
     """What `compare` would report for a command line."""
     p = parsed(line)
     common = {key: p[key] for key in ("model", "prompt", "seed", "height", "width", "frames")}
-    settings = parse_settings(p["preset"], p["set_"])
-    return report_of(*pair_maker(settings, p["steps"], p["guidance"], common, separate=True)(DEFAULTS))
+    settings, options = parse_settings(p["preset"], p["set_"]), {"solver": p["solver"], "shift": p["shift"]}
+    return report_of(*pair_maker(settings, p["steps"], p["guidance"], common, separate=True, **options)(DEFAULTS))
 
 
 def complete(report: dict) -> dict:
@@ -64,14 +69,39 @@ def test_the_command_is_quoted_for_the_shell(prompt):
 
 
 def test_a_pair_with_an_accelerated_reference_is_repeated_by_two_runs():
-    reference = pair({"fastercache": {}})
-    report = {
-        **pair(load_preset("gpd").methods),
-        "reference": {k: reference[k] for k in ("steps", "guidance", "methods")},
-    }
+    report = {**pair(load_preset("gpd").methods), "reference": pair({"fastercache": {}})}
     first, second = map(parsed, command(report).splitlines())
     assert first["set_"] == ["fastercache.attention=true"] and first["steps"] == 30
     assert (second["preset"], second["steps"], second["guidance"]) == ("gpd", 6, 1.0)
+
+
+@pytest.mark.parametrize("name", ["fastercache", "gpd"])
+def test_solver_and_shift_are_repeated(name):
+    report = pair(load_preset(name).methods, solver="dpm++2m", shift=3.5)
+    assert "--solver dpm++2m --shift 3.5" in command(report)
+    assert complete(repeated(command(report))) == complete(report)
+
+
+def test_a_report_from_before_references_had_settings_is_repeated():
+    report = pair({"fastercache": {}})
+    old = {**report, "steps_a": 30, "guidance_a": 3.5}
+    for key in ("reference", "solver", "shift"):
+        del old[key]
+    assert command(old) == command(report) and preset_yaml(old) == preset_yaml(report)
+    assert python_code(old) == python_code(report)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"solver": "euler"}, {"solver": "dpm++2m", "shift": 5.0}, {"shift": 2.0}], ids=str
+)
+def test_the_code_makes_the_same_video(settings, tiny_wan, monkeypatch):
+    monkeypatch.setattr(accel, "load_pipeline", lambda model: copy(tiny_wan))
+    report = pair({"fastercache": {"attention_interval": 3}}, "a 'red' star spins", steps=4, **settings)
+    names: dict = {}
+    exec(python_code(report), names)
+    run = build_run(DEFAULTS, **{key: report[key] for key in Run.model_fields})
+    same = generate(run, tiny_wan, DEFAULTS).frames
+    np.testing.assert_array_equal((names["video"] * 255).round().astype(np.uint8), same)
 
 
 def test_methods_without_changed_parameters_keep_their_order():
@@ -81,7 +111,7 @@ def test_methods_without_changed_parameters_keep_their_order():
 
 
 def test_a_pair_of_other_steps_is_repeated_by_two_runs():
-    report = {**pair({}, steps=20), "steps_a": 50}
+    report = {**pair({}, steps=20), "reference": pair({}, steps=50)["reference"]}
     first, second = command(report).splitlines()
     assert (parsed(first)["steps"], parsed(second)["steps"]) == (50, 20)
     assert parsed(first)["preset"] == parsed(second)["preset"] == "none"

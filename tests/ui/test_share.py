@@ -86,6 +86,15 @@ def test_a_link_is_packed_where_it_must_hold_more(changes):
     assert complete(shared.preset.methods) == complete(pair["methods"])
 
 
+def test_solver_and_shift_of_both_sides_are_in_the_link():
+    pair = report({"fastercache": {}}, solver="euler", shift=3.5)
+    pair["reference"] = {"steps": 40, "guidance": 4.0, "solver": "dpm++2m", "shift": None, "methods": {}}
+    run = read_link({"p": link_parameter(pair)}, MODELS).run
+    assert (run["solver"], run["shift"]) == ("euler", 3.5)
+    assert run["reference"] == {"steps": 40, "guidance": 4.0, "solver": "dpm++2m", "methods": {}}
+    assert read_link({"solver": "dpm++2s", "shift": "3.5"}, MODELS).run == {"solver": "dpm++2s", "shift": 3.5}
+
+
 def test_only_what_is_given_is_changed():
     assert read_link({}, MODELS) is None and read_link({"__theme": "dark"}, MODELS) is None
     assert read_link({"seed": "42"}, MODELS).run == {"seed": 42}
@@ -97,8 +106,10 @@ def test_only_what_is_given_is_changed():
         ({"preset": "../../etc/passwd"}, "no preset '../../etc/passwd'; there are asymrnr"),
         ({"preset": "x.yaml"}, "no preset"), ({"preset": ""}, "no preset"),
         ({"seed": "-1"}, "seed"), ({"seed": "1.5"}, "seed"), ({"seed": "9" * 30}, "seed"),
-        ({"steps": "0"}, "steps = '0' is not allowed: a whole number from 1 to 1000"),
-        ({"steps": "1e9"}, "steps"), ({"guidance": "nan"}, "guidance"), ({"guidance": "inf"}, "guidance"),
+        ({"steps": "0"}, "steps = 0 is not allowed: a whole number from 1 to 1000"),
+        ({"steps": "1e9"}, "steps = '1e9' is not allowed"), ({"solver": "magic"}, "one of default, unipc, euler"),
+        ({"shift": "99"}, "a number from 0.1 to 20"),
+        ({"guidance": "nan"}, "guidance"), ({"guidance": "inf"}, "guidance"),
         ({"prompt": " "}, "the prompt is empty"), ({"prompt": "x" * 2001}, "at most 2000"),
         ({"model": "/etc"}, "does not offer the model '/etc'"), ({"warp": "9"}, "unknown setting 'warp'"),
         ({"methods": "{}"}, "only p"), ({"height": "64"}, "unknown setting"), ({"x" * 5000: "1"}, "unknown setting"),
@@ -116,7 +127,9 @@ def test_only_what_is_given_is_changed():
         ({"p": pack({"reference": {"methods": {"gpd": {"student": "/etc"}}}})}, "gpd.student is for Python"),
         ({"p": pack({"reference": {"prompt": "x"}})}, "reference"), ({"p": pack({"reference": 1})}, "reference"),
         ({"p": pack({"preset": ["fastercache"]})}, "no preset"), ({"p": pack({"model": {}})}, "does not offer"),
-        ({"p": pack({"seed": {}})}, "seed"), ({"p": pack({"prompt": None})}, "prompt"),
+        ({"p": pack({"seed": {}})}, "seed"), ({"p": pack({"seed": True})}, "seed"),
+        ({"p": pack({"seed": "1"})}, "seed"),
+        ({"p": pack({"prompt": "\ud800"})}, "prompt"), ({"p": pack({"prompt": None})}, "prompt"),
         ({"p": pack({"preset": "gpd", "methods": {}})}, "a preset and methods"),
         ({"p": pack({"__class__": 1})}, "unknown"),
     ],
