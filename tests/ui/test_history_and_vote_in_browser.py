@@ -1,0 +1,160 @@
+"""The History and the Vote tab in a real browser, beside a Compare tab that only tells what it was asked to show."""
+
+import shutil
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+from fastapi.responses import FileResponse
+
+from accel.runtime.models import TINY
+from accel.runtime.paths import ROOT
+from ui.context import Context
+from ui.history_tab import HistoryTab
+from ui.store import Store
+from ui.vote_tab import VoteTab
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is missing"),
+    pytest.mark.xdist_group("browser"),
+]  # fmt: skip
+VIDEO = next((ROOT / "examples" / "runs").glob("*/a.mp4")).read_bytes()
+RUN = {"steps": 50, "guidance": 4.0, "methods": {}}
+REPORT = {
+    "model": TINY, "prompt": "<img src=x onerror=alert(1)> ${alert(1)} {{7}}", "seed": 1, "height": 64, "width": 64,
+    "frames": 17, "fps": 8, **RUN, "methods": {"fastercache": {}}, "reference": RUN, "speedup_denoise": 1.6,
+}  # fmt: skip
+
+
+class CompareStub:
+    """Tells what it was asked to show."""
+
+    def __init__(self):
+        self.shown = gr.Textbox(elem_id="shown")
+        self.outputs = [self.shown]
+
+    def show_stored(self, run_id: str, visitor: str) -> dict:
+        return {self.shown: f"{run_id} of {visitor}"}
+
+    def show_two(self, first: str, second: str) -> dict:
+        return {self.shown: f"{first} and {second}"}
+
+
+def build(context: Context) -> tuple[gr.Blocks, VoteTab]:
+    with gr.Blocks() as demo:
+        page = SimpleNamespace(visitor=gr.BrowserState("me", storage_key="visitor", secret="secret"))
+        page.compare = CompareStub()
+        with gr.Tab("Start"):
+            gr.HTML("start")
+        with gr.Tab("History"):
+            page.history = HistoryTab(context)
+        with gr.Tab("Vote"):
+            page.vote = VoteTab(context)
+        for tab in (page.history, page.vote):
+            tab.wire(page)
+            tab.add_endpoints()
+    return demo, page.vote
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("data"))
+    demo, vote = build(Context(TINY, None, store, owner_key="key"))
+    app, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    app.add_api_route("/runs/{run_id}/{name}", lambda run_id, name: FileResponse(store.find(run_id).folder / name))
+    app.add_api_route("/vote/{token}/{side}.mp4", lambda token, side: FileResponse(vote.file_of(token, side)))
+    app.router.routes[:0] = [app.router.routes.pop() for _ in range(2)]  # Gradio's own routes answer all addresses
+    yield SimpleNamespace(store=store, url=url)
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-background-networking"]
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """A visitor with three stored pairs; another visitor has one. There must be no error in the console."""
+    server.store.delete_all(None)
+    for visitor in ("me", "other", "me", "me"):
+        server.store.add(visitor, REPORT, {"a.mp4": VIDEO, "b.mp4": VIDEO})
+    context = browser.new_context(viewport={"width": 390, "height": 844}, reduced_motion="reduce")
+    page, errors = context.new_page(), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(server.url)
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    context.close()
+    assert errors == []
+
+
+def open_tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def test_results_are_selected_by_mouse_and_keyboard_and_shown_in_compare(page, server):
+    newest, second, _ = [stored.id for stored in server.store.list("me")]
+    open_tab(page, "History")
+    tiles = page.locator(".tile")
+    tiles.first.wait_for()
+    assert tiles.count() == 3 and "<img src=x onerror=alert(1)> ${alert(1)} {{7}}" in tiles.first.inner_text()
+    assert page.is_disabled("#history-open") and not page.is_visible(".tile video >> nth=0")
+    tiles.nth(0).click()
+    page.click("#history-open:enabled")
+    page.wait_for_function(f"document.querySelector('#shown textarea').value === '{newest} of me'")
+    tiles.nth(1).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Both have the same settings")
+    page.click("#history-compare:enabled")
+    page.wait_for_function(f"document.querySelector('#shown textarea').value === '{second} and {newest}'")
+    tiles.nth(1).click()
+    page.wait_for_selector("#history-compare:disabled")
+
+
+def test_the_selected_results_or_after_a_question_all_are_deleted(page, server):
+    open_tab(page, "History")
+    tiles = page.locator(".tile")
+    tiles.nth(2).click()
+    page.click("#history-delete:enabled")
+    page.wait_for_selector("text=1 result deleted.")
+    assert tiles.count() == 2 and server.store.count("me") == 2
+    page.click("#history-delete-all")
+    page.click("#history-no")
+    page.wait_for_selector("#history-yes", state="hidden")
+    page.click("#history-delete-all")
+    page.click("#history-yes")
+    page.wait_for_selector("text=No results yet")
+    assert [stored.visitor for stored in server.store.list(None)] == ["other"]
+
+
+def test_the_owner_sees_all_results(page, server):
+    for key, count in (("wrong", 3), ("key", 4)):
+        page.goto(f"{server.url}?owner={key}")
+        open_tab(page, "History")
+        page.locator(".tile").first.wait_for()
+        assert page.locator(".tile").count() == count
+
+
+def test_a_blind_vote_is_counted_and_told_and_the_next_pair_follows(page, server):
+    before = len(server.store.votes())
+    open_tab(page, "Vote")
+    page.wait_for_function("[...document.querySelectorAll('#vote-player video')].every((v) => v.readyState > 1)")
+    assert "plain" not in page.inner_text("#vote-player") and "plain" not in page.inner_text("#vote-question")
+    sources = "[...document.querySelectorAll('#vote-player video')].map((v) => v.getAttribute('src'))"
+    first = page.evaluate(sources)
+    page.click("#vote-left")
+    page.wait_for_selector("text=You preferred A.")
+    assert "plain, 50 steps" in page.inner_text("#vote-player") and len(server.store.votes()) == before + 1
+    page.click("#vote-next")
+    page.wait_for_selector("#vote-right")
+    assert len(first) == 2 and not set(first) & set(page.evaluate(sources))
+    assert "plain" not in page.inner_text("#vote-player")
