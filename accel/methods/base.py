@@ -94,6 +94,13 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """Upper bound in bytes of what the method caches during a run, known before it starts."""
         return 0
 
+    def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float | None:
+        """The share of a full run's FLOPs that is left, if it is known before the run; else None.
+
+        `flops` are those of a full call of the denoiser under "denoiser", and of its modules by name.
+        """
+        return None
+
     def inactive_reason(self, spec: RunSpec) -> str:
         """Why the method cannot save anything in a run, as far as that is known before it starts; else empty."""
         return ""
@@ -134,6 +141,10 @@ class StudentMethod(Method):
     def weights_dir(self, model: str | Path) -> Path | None:
         """The student's folder; None without a student."""
         return (Path(self.student) if self.student else self.default_dir(model)) if self.steps else None
+
+    def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
+        """All of it: a student computes its steps in full."""
+        return 1.0
 
     def estimate_memory(self, spec: RunSpec) -> int:
         """The bytes of the base model's weights, which stay in memory while the student's run."""

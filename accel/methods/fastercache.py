@@ -135,6 +135,13 @@ class FasterCache(Method):
         velocity = spec.latents.numel() // spec.latents.shape[1] * spec.model.config.out_channels
         return outputs * len(branches) + (velocity * (2 * 4 + itemsize) if rebuilds else 0)
 
+    def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
+        """The plan's share: without the extrapolated attentions and the rebuilt unconditional calls."""
+        plans = self._active_plan(spec.count, spec.guided)
+        attentions = sum(flops[name] for name in spec.family.attentions(spec.model)) / flops[DENOISER]
+        calls = [(1 - attentions * (not p.attention)) * (1 + (spec.guided and p.guidance)) for p in plans]
+        return sum(calls) / (len(plans) * (1 + spec.guided))
+
     def inactive_reason(self, spec: RunSpec) -> str:
         """Too few steps, or settings at which every step is computed."""
         if spec.count < MIN_STEPS:

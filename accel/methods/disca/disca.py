@@ -134,6 +134,16 @@ class DisCa(Method):
             )
         return given or select_full_steps(self.num_full_steps, count)
 
+    def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
+        """The full steps, and in the others the embedding, the head and the predictor: its weights times the tokens."""
+        from .predictor import num_parameters
+
+        blocks = len(spec.family.blocks(spec.model)) * flops[f"{spec.family.BLOCKS_ATTR}.0"]
+        tokens = math.prod(spec.family.grid(spec.model, spec.latents)) * len(spec.latents)
+        predictor = 2 * tokens * num_parameters(self.weights_dir(spec.model_path))
+        full = len(self.steps(spec.count)) / spec.count
+        return full + (1 - full) * min(1.0, (flops[DENOISER] - blocks + predictor) / flops[DENOISER])
+
     def inactive_reason(self, spec: RunSpec) -> str:
         """All steps are full steps."""
         if len(self.steps(spec.count)) < spec.count:

@@ -1,0 +1,72 @@
+"""What a run will take on this machine, said before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ..core.flops import count_flops
+from ..methods.base import RunSpec
+from .generate import estimate_memory, run_spec
+from .models import model_defaults
+from .presets import build_methods
+from .run import Run
+
+StepSeconds = Callable[[Run], float | None]  # seconds of the stock pipeline's step, in a run's size and guidance
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of denoising (None: no step was measured yet), whether they are an upper bound, and cached bytes."""
+
+    seconds: float | None
+    at_most: bool
+    memory_bytes: int
+
+    @property
+    def words(self) -> str:
+        """Time and memory, as "at most about 4 s of denoising, up to 6.9 MiB cached"."""
+        bound = "at most about" if self.at_most else "about"
+        time = f"{bound} {duration(self.seconds)} of denoising" if self.seconds is not None else ""
+        memory = f"up to {self.memory_bytes / 2**20:.1f} MiB cached" if self.memory_bytes else ""
+        return ", ".join(filter(None, (time, memory)))
+
+
+def estimate(run: Run, pipe, step_seconds: StepSeconds) -> Estimate:
+    """What a run will take, from the measured seconds of full steps and the share of work that is known beforehand.
+
+    A method whose share depends on the video counts as if it saved nothing. The pipeline is only read.
+    """
+    shares = expected_shares(run, pipe)
+    step, unguided = step_seconds(run), run.guidance <= 1
+    if step is None and unguided:  # a guided step is two calls
+        guided = step_seconds(run.model_copy(update={"guidance": 2.0}))
+        step = guided and guided / 2
+    known = prod(share for share in shares if share is not None)
+    seconds = None if step is None else run.steps * step * known
+    return Estimate(seconds, None in shares, estimate_memory(run, pipe))
+
+
+def expected_shares(run: Run, pipe) -> list[float | None]:
+    """For each method of a run, the share of FLOPs that it leaves; None where that is not known beforehand."""
+    if not run.methods:
+        return []
+    spec = run_spec(run, pipe)
+    flops = _full_flops(spec, model_defaults(pipe, run.model).text_length)
+    return [method.expected_work(spec, flops) for method in build_methods(run.methods)]
+
+
+def _full_flops(spec: RunSpec, text_length: int) -> dict[str, int]:
+    """FLOPs of one call of the denoiser for one prompt, counted on the meta device."""
+    text, time = torch.empty(1, text_length, spec.model.config.text_dim, device="meta"), torch.empty(1, device="meta")
+    return count_flops(spec.model, spec.latents, {"timestep": time, "encoder_hidden_states": text})
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "2.3 s", "45 s", "12 min" or "3.5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
