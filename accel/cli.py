@@ -282,7 +282,7 @@ def sweep(
     axis: Annotated[list[str], typer.Option(help="steps=20,30,50 or gpd.steps=6..16; once or twice.")],
     prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.txt.")] = None,
     seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
-    steps: Steps = None, guidance: Guidance = None, model: Model = TINY,
+    steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     plain_steps: Annotated[str, typer.Option(help="Also measure the baseline in these steps: 10,20,30.")] = "",
     out: Out = Path("runs/sweep"),
@@ -294,7 +294,7 @@ def sweep(
 
     prompt = prompt or (ROOT / "examples" / "prompts.txt").read_text().splitlines()[0]
     common = dict(model=model, prompt=prompt, height=height, width=width, frames=frames)
-    reference = {"seed": seed, "steps": steps, "guidance": guidance}
+    reference = {"seed": seed, **dict(zip(RUN_OPTIONS, (steps, guidance, solver, shift)))}
     base = {**parse_settings(preset, set_), "seed": seed}
     base |= {key: value for key, value in reference.items() if value is not None}
     cells = expand(base, [parse_axis_option(option) for option in axis], reference, parse_steps(plain_steps))

@@ -6,7 +6,7 @@ steps=20,30,50        fastercache.attention_interval=2..6        asymrnr.budget=
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import product
@@ -23,7 +23,7 @@ from ..runtime.run import Run, build_run
 
 MAX_CELLS = 64
 NO_PRESET = "none"
-RUN_AXES = tuple(name for name in ("steps", "guidance", "solver", "shift", "seed") if name in Run.model_fields)
+RUN_AXES = ("steps", "guidance", "solver", "shift", "seed")
 NUMBER = r"-?\d{1,19}(?:\.\d{1,9})?"
 RANGE = re.compile(rf"({NUMBER})\s*\.\.\s*({NUMBER})(?:\s*:\s*({NUMBER}))?")
 GRAMMAR = "write values as 2,4,6, a range as 2..6, or a range with its step as 0.2..0.4:0.05"
@@ -134,6 +134,14 @@ def expand(
     ]
 
 
+def with_student(settings: dict, kept: Container[str] = ()) -> dict:
+    """Settings with the steps, guidance and noise levels that their student requires, but for the names in `kept`."""
+    if not (required := required_settings(settings["methods"])):
+        return settings
+    own = {**required, "solver": None, "shift": None}
+    return {**settings, **{key: value for key, value in own.items() if key not in kept}}
+
+
 def check_available(cell: Cell, model: str) -> None:
     """Raise AccelError if a model lacks the student or predictor that a cell needs."""
     for name, method in zip(cell.settings["methods"], build_methods(cell.settings["methods"])):
@@ -159,15 +167,14 @@ def _settings(base: dict, place: dict[str, Any]) -> dict:
     if "preset" in place:
         preset = Preset() if place["preset"] == NO_PRESET else load_preset(place["preset"])
         settings["methods"] = {name: dict(values or {}) for name, values in preset.methods.items()}
-        settings |= {key: getattr(preset, key) for key in ("steps", "guidance") if getattr(preset, key) is not None}
+        settings |= preset.model_dump(include={"steps", "guidance", "solver", "shift"}, exclude_defaults=True)
     for name, value in place.items():
         method, _, parameter = name.rpartition(".")
         if method:
             settings["methods"].setdefault(method, {})[parameter] = value
         elif name != "preset":
             settings[name] = value
-    own = required_settings(settings["methods"])
-    return {**settings, **{key: value for key, value in own.items() if key not in place}}
+    return with_student(settings, place)
 
 
 def _field(name: str) -> tuple[type[BaseModel], str]:

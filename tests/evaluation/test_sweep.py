@@ -123,10 +123,11 @@ def test_a_preset_replaces_the_methods_before_a_parameter_changes_them():
     assert without.settings["methods"] == {"fastercache": {"attention_interval": 3}}
 
 
-def test_a_students_steps_replace_those_of_the_base_but_not_those_of_an_axis():
-    base = {"methods": {"gpd": {"steps": 6}}, "steps": 50, "seed": 0}
+def test_a_students_steps_and_noise_levels_replace_those_of_the_base_but_not_those_of_an_axis():
+    base = {"methods": {"gpd": {"steps": 6}}, "steps": 50, "seed": 0, "solver": "euler", "shift": 2.0}
     (cell,) = expand(base, [parse_axis("gpd.steps", "8")])
     assert (cell.settings["steps"], cell.settings["guidance"]) == (8, 1.0)
+    assert build_run(DEFAULTS, model="m", prompt="p", **cell.settings).solver == "default"
     (cell,) = expand(base, [parse_axis("steps", "20")])
     with pytest.raises(AccelError, match="steps = 20 is not possible with gpd"):
         build_run(DEFAULTS, model="m", prompt="p", **cell.settings)

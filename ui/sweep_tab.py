@@ -1,0 +1,363 @@
+"""The Sweep tab: vary one or two settings, see all results in a grid and in a plot of speed against quality."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import escape
+
+from accel.errors import AccelError
+from accel.evaluation.metrics import METRICS
+from accel.evaluation.pareto_front import fastest_within
+from accel.evaluation.sweep import axis_names, axis_range, parse_axis, value_label
+from accel.evaluation.sweep_rows import figures
+from accel.runtime.presets import load_preset, preset_names
+from ui.clickable import ClickableHTML
+from ui.context import Context
+from ui.panels import READ_ALOUD, note
+from ui.pareto import Point, pareto_plot
+from ui.run_words import SIDE_KEYS, describe, side_of
+from ui.sweep_api import SweepApi
+from ui.sweep_grid import sweep_grid
+from ui.sweep_job import Sweep, SweepState
+from ui.sweep_plan import Plan, duration, make_plan, plan_words
+
+HERE = Path(__file__).parent
+CANDIDATE = "the candidate of the Compare tab"
+FIRST_AXIS, FIRST_VALUES = "fastercache.attention_interval", "2..4"
+PLAIN_STEPS = "10,15,20,25,30,40"
+PLAIN_SERIES, EARLIER_SERIES = "plain steps", "earlier results"
+PLOTTED = {m.name: m for m in METRICS.values() if "page" in m.shown_in and m.higher_is_better}
+MEASURED = "measured"
+SPEEDS = {  # how speed is told -> title of the horizontal axis
+    MEASURED: "measured speed-up of the denoising",
+    "by work": "speed-up if all the work that is saved were time",
+}
+EMPTY = "Each result appears here as soon as it is measured; a click opens it in the Compare tab."
+NO_PROPOSAL = "The fastest measured setting within the loss is proposed here."
+MAX_SERIES = 8  # values of the first axis that get a mark each
+Update = dict[gr.blocks.Block, Any]
+
+
+class SweepTab:
+    """Layout and handlers; create it inside a `gr.Tab`."""
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.running: dict[str, Sweep] = {}  # by visitor
+        self.state, self.proposed = gr.State(None), gr.State("")  # the sweep shown; id of the pair that is proposed
+        self.opened = gr.State("")  # id of the pair that was clicked
+        with gr.Row():
+            self.base = gr.Dropdown(
+                [CANDIDATE, *preset_names()], value=CANDIDATE, label="start from", elem_id="sweep-base", scale=2,
+                info="Prompt, seed and reference are those of the Compare tab, and what a preset leaves open.",
+            )  # fmt: skip
+            with gr.Column(min_width=200):
+                self.plain = gr.Checkbox(
+                    True, label="also plain steps", elem_id="sweep-plain",
+                    info="The stock pipeline in fewer steps, as a line to beat.",
+                )  # fmt: skip
+            self.plain_steps = gr.Textbox(
+                PLAIN_STEPS, label="plain steps", elem_id="sweep-plain-steps", max_lines=1, max_length=500,
+                info="Whole numbers or a range.", scale=2,
+            )  # fmt: skip
+        with gr.Row():
+            self.axes = [self._add_axis("first", FIRST_AXIS, FIRST_VALUES), self._add_axis("second", "", "")]
+        with gr.Row():
+            with gr.Column(min_width=260):
+                self.size = gr.HTML(elem_id="sweep-size", html_template=READ_ALOUD)
+            self.start = gr.Button("▶ Start", variant="primary", scale=0, min_width=110, elem_id="sweep-start")
+            self.stop = gr.Button("■ Stop", scale=0, min_width=90, elem_id="sweep-stop")
+        self.message = gr.HTML(note(EMPTY), elem_id="sweep-message", html_template=READ_ALOUD)
+        with gr.Row(elem_id="sweep-results"):
+            with gr.Column(min_width=320):
+                self.grid = ClickableHTML(elem_id="sweep-grid", **_plain_html("sweep"))
+            with gr.Column(min_width=320):
+                self._add_plot()
+
+    def _add_axis(self, which: str, name: str, values: str) -> tuple[gr.Dropdown, gr.Textbox]:
+        """The widgets of the first or second axis: what is varied, and its values."""
+        none = [] if name else [("nothing else", "")]
+        knob = gr.Dropdown(
+            [*none, *axis_names()], value=name, label=f"vary {which}", info=range_words(name), scale=3,
+            elem_id=f"sweep-axis-{which}",
+        )  # fmt: skip
+        text = gr.Textbox(
+            values, label=f"values of the {which}", info="As 2,4,6 or 2..6 or 0.2..0.4:0.05", max_lines=1,
+            max_length=500, scale=2, elem_id=f"sweep-values-{which}",
+        )  # fmt: skip
+        return knob, text
+
+    def _add_plot(self) -> None:
+        self.plot = ClickableHTML(elem_id="sweep-plot", **_plain_html("pareto"))
+        with gr.Row():
+            self.metric = gr.Dropdown(
+                [(quality_title(m), m) for m in PLOTTED], value="ssim", label="quality", min_width=200,
+                elem_id="sweep-metric",
+            )  # fmt: skip
+            self.speed = gr.Dropdown(list(SPEEDS), value=MEASURED, label="speed", elem_id="sweep-speed", min_width=160)
+            with gr.Column(min_width=200):
+                self.earlier = gr.Checkbox(
+                    False, label="also my earlier results", elem_id="sweep-earlier",
+                    info="Of the same model and prompt.",
+                )  # fmt: skip
+        with gr.Row():
+            self.allowed = gr.Slider(
+                0,
+                0.2,
+                0.02,
+                step=0.005,
+                label="SSIM loss that I accept",
+                elem_id="sweep-loss",
+                buttons=[],
+                min_width=180,
+            )
+            with gr.Column(min_width=180):
+                self.proposal = gr.HTML(note(NO_PROPOSAL), elem_id="sweep-proposal", html_template=READ_ALOUD)
+                self.use = gr.Button("Use it", interactive=False, size="sm", elem_id="sweep-use")
+
+    def wire(self, page) -> None:
+        """Connect the events; `page` has the model, the visitor and the Compare tab."""
+        self.page = page
+        quick = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+        own = [self.base, self.plain, self.plain_steps, *(widget for axis in self.axes for widget in axis)]
+        inputs = [page.model, page.visitor, *own, *page.compare.setting_components]
+        views = [self.state, self.metric, self.speed, self.earlier, self.allowed, page.visitor]
+        self.start.click(
+            self.run_sweep, [self.metric, self.speed, self.earlier, self.allowed, *inputs], self.outputs,
+            api_visibility="private", show_progress="hidden", concurrency_limit=None,
+        )  # fmt: skip
+        self.stop.click(self.stop_sweep, page.visitor, self.message, **quick)
+        gr.on(
+            [page.tabs.select, *(widget.change for widget in own)],
+            self.show_size,
+            inputs,
+            self.size,
+            trigger_mode="always_last",
+            **quick,
+        )
+        for knob, _ in self.axes:
+            knob.input(lambda name: gr.update(info=range_words(name)), knob, knob, **quick)
+        gr.on([self.metric.change, self.speed.change, self.earlier.change], self.show_plot, views, self.plot, **quick)
+        self.allowed.change(
+            self.show_proposal, [self.state, self.allowed], [self.proposal, self.proposed, self.use], **quick
+        )
+        opening = {"inputs": [self.opened, page.visitor], "outputs": page.compare.outputs, "api_visibility": "private"}
+        for clickable in (self.grid, self.plot):
+            clickable.click(clicked_id, None, self.opened, **quick).then(page.compare.open_stored, **opening)
+        self.use.click(lambda run_id: run_id, self.proposed, self.opened, **quick).then(
+            page.compare.open_stored, **opening
+        )
+
+    def add_endpoints(self) -> None:
+        """Register the endpoint for programs; call it inside the page's `gr.Blocks`."""
+        gr.api(SweepApi(self.context).sweep, api_name="sweep", concurrency_limit=None)
+
+    @property
+    def outputs(self) -> list[gr.blocks.Block]:
+        """Everything that a running sweep changes."""
+        return [
+            self.state,
+            self.message,
+            self.grid,
+            self.plot,
+            self.start,
+            self.stop,
+            self.proposal,
+            self.proposed,
+            self.use,
+        ]
+
+    # The size before the start
+
+    def plan(self, model: str, values: list[Any]) -> Plan:
+        """The sweep that the widgets describe. Raises AccelError for the first thing that is not possible."""
+        base, plain, plain_steps, name, text, second, second_text = values[:7]
+        pair = self.page.compare.settings(model, values[7:])
+        side = pair.candidate if base == CANDIDATE else {**pair.candidate, **preset_settings(base)}
+        axes = [parse_axis(*axis) for axis in ((name, text), (second, second_text)) if axis[0]]
+        return make_plan(pair.run, pair.reference, side, axes, plain_steps if plain else "")
+
+    def show_size(self, model: str, visitor: str, *values) -> str:
+        """How many results the sweep has and what it takes, or why it is not possible."""
+        try:
+            return note(plan_words(self.plan(model, list(values)), self.context.workers.step_seconds))
+        except AccelError as error:
+            return note(str(error), bad=True)
+
+    # Running
+
+    def run_sweep(
+        self, metric: str, speed: str, earlier: bool, allowed: float, model: str, visitor: str, *values
+    ) -> Iterator[Update]:
+        """Run the sweep that the widgets describe, and show each result as it comes."""
+        if visitor in self.running:
+            yield self._refused("a sweep of yours is running already: stop it first")
+            return
+        try:
+            sweep = Sweep(self.context, visitor, self.plan(model, list(values)))
+        except AccelError as error:
+            yield self._refused(str(error))
+            return
+        self.running[visitor] = sweep
+        state, shown = sweep.state, (metric, speed, earlier, allowed, visitor)
+        texts = Progress(state)
+        try:
+            yield {**self._views(state, *shown, running=0), **self._buttons(True), self.message: note(texts.result())}
+            for kind, data in sweep.events():
+                if kind == "waiting":
+                    yield {self.message: note(texts.waiting(**data))}
+                elif kind == "step":
+                    yield {self.message: note(texts.step(**data))}
+                elif kind == "result":
+                    yield {**self._views(state, *shown, running=state.ended), self.message: note(texts.result())}
+                elif kind == "ended":
+                    yield {self.grid: sweep_grid(state), **self._buttons(False), self.message: texts.ended(**data)}
+        finally:
+            self.running.pop(visitor, None)
+
+    def stop_sweep(self, visitor: str):
+        """Stop the visitor's sweep after the current step; what is measured stays."""
+        sweep = self.running.get(visitor)
+        if sweep is None:
+            return note("No sweep is running.")
+        sweep.stop()
+        return note("Stopping after this step…")
+
+    def _refused(self, reason: str) -> Update:
+        gr.Warning(str(escape(reason)))
+        return {self.message: note(reason, bad=True)}
+
+    def _buttons(self, running: bool) -> Update:
+        return {self.start: gr.update(interactive=not running),
+                self.stop: gr.update(variant="stop" if running else "secondary")}  # fmt: skip
+
+    def _views(self, state: SweepState, metric, speed, earlier, allowed, visitor, running: int | None) -> Update:
+        proposal = zip([self.proposal, self.proposed, self.use], self.show_proposal(state, allowed))
+        plot = self.show_plot(state, metric, speed, earlier, allowed, visitor)
+        return {self.state: state, self.grid: sweep_grid(state, running), self.plot: plot, **dict(proposal)}
+
+    # The plot and the proposal
+
+    def show_plot(self, state: SweepState | None, metric: str, speed: str, earlier: bool, allowed: float, visitor: str):
+        """The plot of a sweep and, if asked for, of the visitor's other pairs of its model and prompt."""
+        points = sweep_points(state, metric, speed) if state else []
+        if earlier and state:
+            stored = [pair for pair in self.context.store.list(visitor) if pair.group != state.id]
+            same = [pair for pair in stored if all(pair.report[k] == v for k, v in state.plan.common.items())]
+            for pair in same:
+                points += _points(
+                    figures(pair.report), pair.id, EARLIER_SERIES, earlier_label(pair.report), metric, speed
+                )
+        return pareto_plot(points, SPEEDS[speed], quality_title(metric), frozenset({PLAIN_SERIES}))
+
+    def show_proposal(self, state: SweepState | None, allowed: float):
+        """The fastest measured setting within a loss, in a sentence; its id; whether it can be used."""
+        done = state.done if state else []
+        if not done:
+            return note(NO_PROPOSAL), "", gr.update(interactive=False)
+        best = fastest_within([result.row for result in done], allowed)
+        if best is None:
+            return note(f"No measured setting loses at most {allowed:g} of SSIM."), "", gr.update(interactive=False)
+        row = done[best].row
+        measured = f"{row['speedup']:.2f}× as fast with {row['work']:.0%} of the work, SSIM {row['ssim']:.4f}"
+        text = f"{row['label']}: {measured}. No faster setting is within the loss."
+        return note(text), done[best].run_id, gr.update(interactive=True)
+
+
+class Progress:
+    """What a running sweep says about itself."""
+
+    def __init__(self, state: SweepState):
+        self.state, self.left, self.first = state, "", 0.0
+
+    def result(self) -> str:
+        """After a result, or before the first one, whose time also has the reference and the model's loading in it."""
+        count, ended, now = len(self.state.results), self.state.ended, time.monotonic()
+        if ended == 1:
+            self.first = now
+        elif ended:
+            self.left = f", about {duration((now - self.first) / (ended - 1) * (count - ended))} left"
+        return f"{ended} of {count} results{self.left}."
+
+    def step(self, index: int, pane: str, done: int, steps: int) -> str:
+        """During a run."""
+        what = "the reference" if pane == "a" else self.state.plan.cells[index].label
+        return (
+            f"{self.state.ended} of {len(self.state.results)} results{self.left}. Now {what}: step {done} of {steps}."
+        )
+
+    def waiting(self, index: int, ahead: int, loading: bool, seconds: float | None = None) -> str:
+        """While other runs come first."""
+        text = "Loading the model…" if loading else f"Waiting: {ahead} run{'s' * (ahead != 1)} ahead of you."
+        return f"{self.state.ended} of {len(self.state.results)} results{self.left}. {text}"
+
+    def ended(self, reason: str, stopped: bool):
+        """At the end."""
+        measured = f"{len(self.state.done)} of {len(self.state.results)} settings are measured"
+        if reason:
+            return note(f"{reason}. {measured}.", bad=True)
+        return note(f"Stopped: {measured}. They are in your history." if stopped else f"Finished: {measured}.")
+
+
+def sweep_points(state: SweepState, metric: str, speed: str) -> list[Point]:
+    """The measured results as points; a series for each value of the first of two axes, if they are few."""
+    axes, points = state.plan.axes, []
+    grouped = len(axes) == 2 and len(axes[0].values) <= MAX_SERIES
+    for cell, result in zip(state.plan.cells, state.results):
+        if not result or not result.row:
+            continue
+        series = PLAIN_SERIES if cell.plain else "settings"
+        if grouped and not cell.plain:
+            series = value_label(axes[0].name, cell.values[axes[0].name])
+        points += _points(result.row, result.run_id, series, cell.label, metric, speed)
+    return points
+
+
+def _points(row: dict, run_id: str, series: str, label: str, metric: str, speed: str) -> list[Point]:
+    """A row as a point of the plot, with its figures in the label; none if the metric was not measured."""
+    m = PLOTTED[metric]
+    value = row.get(f"{m.name}_b" if m.of_one_video else m.name)
+    if value is None and not row["bit_equal"]:
+        return []
+    x = row["speedup"] if speed == MEASURED else 1 / row["work"]
+    text = f"{label}\n{row['speedup']:.2f}× as fast, {row['work']:.0%} of the work\n{m.title} {m.format(value)}"
+    return [Point(x, value, series, text, run_id)]
+
+
+def earlier_label(report: dict) -> str:
+    """A pair of another sweep or run in a few words."""
+    return f"{describe(report)}, seed {report['seed']}, against {describe(side_of(report, 'a'))}"
+
+
+def quality_title(metric: str) -> str:
+    """A metric as the title of an axis, as "SSIM to the baseline" or "adherence"."""
+    about = PLOTTED[metric].about.partition(",")[0]
+    return about if about[0].isupper() else PLOTTED[metric].title
+
+
+def range_words(name: str) -> str:
+    """What an axis takes, for the line below its name."""
+    return axis_range(name).capitalize() + "." if name else "One axis is enough."
+
+
+def preset_settings(name: str) -> dict:
+    """The settings that a preset has. Raises AccelError for a text that is no preset's name."""
+    if name not in preset_names():
+        raise AccelError(f"no preset {name!r}; there are {', '.join(preset_names())}")
+    preset = load_preset(name)
+    return {"methods": preset.methods, **preset.model_dump(include=set(SIDE_KEYS), exclude_none=True)}
+
+
+def _plain_html(name: str) -> dict[str, Any]:
+    """Arguments of a `gr.HTML` with a style sheet of its own in place of Gradio's text style."""
+    return {"css_template": (HERE / f"{name}.css").read_text(), "apply_default_css": False}
+
+
+def clicked_id(event: gr.EventData) -> str:
+    """The id of the element that was clicked."""
+    return event._data["id"]
