@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from accel.errors import AccelError
 from ui.ballots import Ballot, Ballots, Choice
@@ -19,6 +22,10 @@ from ui.run_words import ranked_name
 from ui.templating import render
 
 CSS = (Path(__file__).parent / "vote.css").read_text()
+HEADERS = {
+    "Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff",
+    "Last-Modified": "Thu, 01 Jan 1970 00:00:00 GMT",
+}  # fmt: skip
 CHOICES = {"left": "A is better", "right": "B is better", "same": "Equally good", "bad": "Both bad"}
 LETTERS = {"left": "A", "right": "B"}
 ALL_VOTED = "You have voted on every pair here. The pairs that you generate in the Compare tab can be voted on too."
@@ -66,9 +73,18 @@ class VoteTab:
         for function in (self.next_pair, self.vote, self.ranking):
             gr.api(function, api_name=function.__name__, concurrency_limit=None)
 
-    def file_of(self, token: str, side: str) -> Path | None:
-        """The file behind the address vote/TOKEN/left.mp4 or right.mp4; `side` is "left" or "right"."""
-        return self.ballots.file_of(token, side)
+    def routes(self) -> list[Route]:
+        """What the server answers below vote/: the videos of open ballots."""
+        return [Route("/vote/{token}/{side}.mp4", self.video)]
+
+    def video(self, request: Request) -> Response:
+        """vote/TOKEN/left.mp4 or right.mp4. No header tells which of the two files is older."""
+        token, side = request.path_params["token"], request.path_params["side"]
+        file = self.ballots.file_of(token, side)
+        if file is None:
+            return PlainTextResponse("There is no such file.", 404)
+        headers = {**HEADERS, "ETag": f'"{token}-{side}"'}
+        return FileResponse(file, media_type="video/mp4", headers=headers)
 
     # Endpoints
 

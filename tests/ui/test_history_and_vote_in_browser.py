@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-from fastapi.responses import FileResponse
+from starlette.responses import FileResponse
+from starlette.routing import Route
 
 from accel.runtime.models import TINY
 from accel.runtime.paths import ROOT
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),
 ]  # fmt: skip
 VIDEO = next((ROOT / "examples" / "runs").glob("*/a.mp4")).read_bytes()
+VIDEOS = "[...document.querySelectorAll('#vote-player video')]"
 RUN = {"steps": 50, "guidance": 4.0, "methods": {}}
 REPORT = {
     "model": TINY, "prompt": "<img src=x onerror=alert(1)> ${alert(1)} {{7}}", "seed": 1, "height": 64, "width": 64,
@@ -61,11 +63,10 @@ def build(context: Context) -> tuple[gr.Blocks, VoteTab]:
 def server(tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("data"))
     demo, vote = build(Context(TINY, None, store, owner_key="key"))
-    app, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
-    app.add_api_route("/runs/{run_id}/{name}", lambda run_id, name: FileResponse(store.find(run_id).folder / name))
-    app.add_api_route("/vote/{token}/{side}.mp4", lambda token, side: FileResponse(vote.file_of(token, side)))
-    app.router.routes[:0] = [app.router.routes.pop() for _ in range(2)]  # Gradio's own routes answer all addresses
-    yield SimpleNamespace(store=store, url=url)
+    video = lambda request: FileResponse(store.find(request.path_params["run_id"]).folder / "b.mp4")
+    routes = [Route("/runs/{run_id}/b.mp4", video), *vote.routes()]
+    demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, app_kwargs={"routes": routes})
+    yield SimpleNamespace(store=store, url=demo.local_url)
     demo.close()
 
 
@@ -147,14 +148,13 @@ def test_the_owner_sees_all_results(page, server):
 def test_a_blind_vote_is_counted_and_told_and_the_next_pair_follows(page, server):
     before = len(server.store.votes())
     open_tab(page, "Vote")
-    page.wait_for_function("[...document.querySelectorAll('#vote-player video')].every((v) => v.readyState > 1)")
+    page.wait_for_function(f"{VIDEOS}.filter((v) => v.readyState > 1).length === 2")
     assert "plain" not in page.inner_text("#vote-player") and "plain" not in page.inner_text("#vote-question")
-    sources = "[...document.querySelectorAll('#vote-player video')].map((v) => v.getAttribute('src'))"
-    first = page.evaluate(sources)
+    source = page.evaluate(f"{VIDEOS}[0].getAttribute('src')")
     page.click("#vote-left")
     page.wait_for_selector("text=You preferred A.")
     assert "plain, 50 steps" in page.inner_text("#vote-player") and len(server.store.votes()) == before + 1
     page.click("#vote-next")
+    page.wait_for_function(f"{VIDEOS}[0].getAttribute('src') !== '{source}'")
     page.wait_for_selector("#vote-right")
-    assert len(first) == 2 and not set(first) & set(page.evaluate(sources))
     assert "plain" not in page.inner_text("#vote-player")

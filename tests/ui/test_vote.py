@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from accel.errors import AccelError
 from accel.runtime.models import TINY
@@ -15,7 +17,7 @@ from ui.ballots import Ballots
 from ui.context import Context
 from ui.run_words import ranked_name
 from ui.store import Store
-from ui.vote_tab import VoteTab
+from ui.vote_tab import VoteTab, urls
 
 RUN = {"steps": 50, "guidance": 4.0, "methods": {}}
 REPORT = {
@@ -92,6 +94,19 @@ def test_an_address_that_was_never_given_or_is_deleted_leads_nowhere(store):
     assert ballots.file_of(token, "a") is None and ballots.file_of("0" * 32, "left") is None
     store.delete([run_id], "me")
     assert ballots.file_of(token, "left") is None
+
+
+def test_the_server_sends_the_videos_of_a_ballot_without_telling_their_age(tab, store):
+    run_id = store.add("me", REPORT, FILES)
+    client = TestClient(Starlette(routes=tab.routes()))
+    left, right = (client.get(url) for url in urls(tab.ballots.open("me")).values())
+    assert {left.content, right.content} == {b"a", b"b"} and left.headers["content-type"] == "video/mp4"
+    assert left.headers["last-modified"] == right.headers["last-modified"]
+    part = client.get(left.url, headers={"Range": "bytes=0-0"})
+    assert (part.status_code, part.content) == (206, left.content)
+    store.delete([run_id], "me")
+    for url in (left.url, "/vote/x/left.mp4", f"{str(left.url)[:-8]}a.mp4"):
+        assert client.get(url).status_code == 404
 
 
 def test_the_number_of_open_ballots_is_bounded(store, monkeypatch):
