@@ -10,6 +10,9 @@ from urllib.parse import quote
 
 import gradio as gr
 from markupsafe import Markup, escape
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from accel.errors import AccelError
 from accel.evaluation.verdict import subject
@@ -114,6 +117,17 @@ class CodeTab:
     def add_endpoints(self) -> None:
         """Register the tab's endpoint; call it inside the page's `gr.Blocks`."""
         gr.api(self.code_of, api_name="code", queue=False)
+
+    def routes(self) -> list[Route]:
+        """The preset file of a pair, made when it is asked for; these come before the routes of stored files."""
+        return [Route(f"/{folder}/{{name}}/preset.yaml", self._preset_file) for folder in ("runs", "recorded")]
+
+    def _preset_file(self, request: Request) -> Response:
+        report, url = self._find(request.path_params["name"])
+        if report is None or not request.url.path.endswith(f"/{url}/preset.yaml"):
+            return PlainTextResponse("There is no such file.", 404)
+        headers = {"Content-Disposition": 'attachment; filename="preset.yaml"', "X-Content-Type-Options": "nosniff"}
+        return PlainTextResponse(preset_yaml(report), headers=headers)
 
     def _load(self, shared: SharedSettings) -> Update:
         text = "The settings are those of the link. Press Run to generate with them."

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from accel.runtime.models import TINY
 from ui.code_tab import RECORDED, CodeTab, recorded_file
@@ -130,3 +132,17 @@ def test_the_endpoint_gives_the_same_text(tab):
                                    "preset": values["preset-yaml"], "link": values["share-link"]}  # fmt: skip
     with pytest.raises(gr.Error, match="no longer stored"):
         tab.code_of("1" * 32)
+
+
+def test_the_preset_file_of_a_pair_is_served_under_its_address(tab):
+    client = TestClient(Starlette(routes=tab.routes()))
+    served = client.get(f"/runs/{RUN_ID}/preset.yaml")
+    assert served.text == shown(tab, RUN_ID)["preset-yaml"] and "attachment" in served.headers["content-disposition"]
+    assert client.get("/recorded/ring/preset.yaml").text == shown(tab, "ring")["preset-yaml"]
+
+
+@pytest.mark.parametrize(
+    "path", ["runs/ring", f"recorded/{RUN_ID}", "runs/" + "1" * 32, "recorded/none", "recorded/.."]
+)
+def test_a_preset_file_is_served_under_no_other_address(tab, path):
+    assert TestClient(Starlette(routes=tab.routes())).get(f"/{path}/preset.yaml").status_code == 404
