@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_SSR_MODE", "false")
 
+import ui.quick_gradio  # noqa: F401, I001  before Gradio
 import gradio as gr
 
 from accel.runtime.models import TINY
@@ -22,7 +23,7 @@ from ui.controls import MethodControls
 from ui.panels import READ_ALOUD, note
 from ui.results import Results
 from ui.video_cache import VideoCache
-from ui.worker import Job, Worker
+from ui.worker import Workers
 
 CSS = (Path(__file__).parent / "ui" / "page.css").read_text()
 FIRST_PRESET = "fastercache"
@@ -37,8 +38,7 @@ class Page:
     """Layout and event handlers; knows no method by name."""
 
     def __init__(self, model: str):
-        self.model, self.worker, self.videos = model, Worker(model), VideoCache()
-        self.jobs: dict[str, Job] = {}  # running job of each session
+        self.model, self.worker, self.videos = model, Workers(model), VideoCache()
 
     def build(self) -> gr.Blocks:
         """The page as Gradio Blocks; nothing is computed until a visitor presses Run."""
@@ -108,12 +108,8 @@ class Page:
         }
 
     def stop_job(self, request: gr.Request):
-        """Stop the visitor's run after its current step. The run itself reports that it has stopped."""
-        job = self.jobs.get(request.session_hash)
-        if job is None:
-            return note("Nothing is running.")
-        job.stop.set()
-        return gr.skip()
+        """Stop the visitor's runs after their current step. The runs themselves report that they have stopped."""
+        return gr.skip() if self.worker.stop(request.session_hash or "") else note("Nothing is running.")
 
     def run_pair(
         self, request: gr.Request, prompt, seed, steps, guidance, same_steps_baseline, *method_values
@@ -123,15 +119,12 @@ class Page:
 
         methods = self.controls.settings(method_values)
         settings = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance, "methods": methods}
-        job = self.worker.submit(CompareJob(self.model, settings, self.videos, same_steps_baseline))
-        self.jobs[request.session_hash] = job
-        try:
-            for kind, data in self.worker.stream(job):
-                if update := self.results.update(kind, data):
-                    yield update
-        finally:
-            if self.jobs.get(request.session_hash) is job:
-                del self.jobs[request.session_hash]
+        job = self.worker.submit(
+            CompareJob(self.model, settings, self.videos, same_steps_baseline), request.session_hash or ""
+        )
+        for kind, data in self.worker.stream(job):
+            if update := self.results.update(kind, data):
+                yield update
 
 
 def launch(

@@ -11,17 +11,19 @@ import gradio as gr
 from ui.reference_cache import ReferenceCache
 
 if TYPE_CHECKING:
+    from ui.model_list import ModelChoice
     from ui.store import Store
     from ui.worker import Workers
 
 
 @dataclass
 class Context:
-    """The server's model, its workers, the store of finished pairs, and the references that need not be made again."""
+    """The server's first model, its workers, the store of finished pairs, the models to choose from, and its caches."""
 
     model: str
     workers: Workers
     store: Store
+    models: list[ModelChoice] = field(default_factory=list)
     references: ReferenceCache = field(default_factory=ReferenceCache)
     owner_key: str = ""  # "?owner=KEY" in the address shows and deletes the pairs of all visitors; "": nobody may
 

@@ -45,7 +45,7 @@ class Results:
         handler = getattr(self, f"on_{kind}", None)
         return handler(**data) if handler else {}
 
-    def on_waiting(self, ahead: int, loading: bool) -> Update:
+    def on_waiting(self, ahead: int, loading: bool, seconds: float | None) -> Update:
         """The model is loading, or `ahead` other jobs run first."""
         text = "Loading the model…" if loading else f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you."
         return {self.message: note(text)}

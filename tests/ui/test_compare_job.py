@@ -44,12 +44,12 @@ def generated(monkeypatch) -> list:
 
 
 @pytest.fixture
-def events(worker, pipe):
+def events(workers, pipe):
     """events(job): the events of a CompareJob as a list of (kind, data)."""
 
     def run(compare_job) -> list[tuple[str, dict]]:
-        job = worker.submit(lambda job, *_: compare_job(job, pipe, DEFAULTS))
-        return [(kind, data) for kind, data in worker.stream(job) if kind != "waiting"]
+        job = workers.submit(lambda job, *_: compare_job(job, pipe, DEFAULTS))
+        return [(kind, data) for kind, data in workers.stream(job) if kind != "waiting"]
 
     return run
 
@@ -74,13 +74,13 @@ def test_a_student_does_not_change_the_baseline_and_the_third_video_has_the_stud
     assert "guidance is built in: guidance 4 applies to the baseline" in data["pair"]["message"]
 
 
-def test_stop_after_the_pair_loses_nothing_and_generates_no_third_video(generated, worker, pipe):
+def test_stop_after_the_pair_loses_nothing_and_generates_no_third_video(generated, workers, pipe):
     def work(job, *_):
         emit = job.emit
         job.emit = lambda kind, **data: (job.stop.set() if kind == "pair" else None, emit(kind, **data))
         CompareJob("m", GPD_SETTINGS, VideoCache(), same_steps_baseline=True)(job, pipe, DEFAULTS)
 
-    kinds = [kind for kind, _ in worker.stream(worker.submit(work)) if kind != "waiting"]
+    kinds = [kind for kind, _ in workers.stream(workers.submit(work)) if kind != "waiting"]
     assert kinds == ["started", "pair", "stopped"] and len(generated) == 2
 
 

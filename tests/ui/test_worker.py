@@ -1,14 +1,16 @@
-"""The worker: one job at a time, Stop, a full queue, visitors who leave, and errors."""
+"""The workers: whose turn it is, Stop, full queues, visitors who leave, models that change, and errors."""
 
+import errno
 import threading
-from types import SimpleNamespace
+
+import pytest
 
 from accel.errors import AccelError
-from ui.worker import Worker
+from ui.worker import MAX_WAITING, MAX_WAITING_PER_VISITOR, FairQueue, Job, Workers
 
 
-def kinds(worker, job) -> list[str]:
-    return [kind for kind, _ in worker.stream(job) if kind != "waiting"]
+def kinds(workers, job) -> list[str]:
+    return [kind for kind, _ in workers.stream(job) if kind != "waiting"]
 
 
 def endless(job, pipe, defaults):
@@ -16,32 +18,105 @@ def endless(job, pipe, defaults):
         job.emit("step")
 
 
-def test_jobs_run_one_after_the_other_and_a_waiting_job_reports_its_position(worker):
-    gate = threading.Event()
-    first = worker.submit(lambda job, pipe, defaults: gate.wait(5))
-    second = worker.submit(lambda job, pipe, defaults: job.emit("hello"))
-    kind, data = next(worker.stream(second))
-    assert kind == "waiting" and data["ahead"] == 1
-    gate.set()
-    third = worker.submit(lambda job, pipe, defaults: job.emit("hello"))
-    assert kinds(worker, first) == ["done"] and kinds(worker, third) == ["hello", "done"]
-
-
-def test_stop_ends_a_job_at_its_next_event_and_the_next_job_runs(worker):
-    job = worker.submit(endless)
-    stream = worker.stream(job)
-    assert next(stream)[0] == "step"
-    job.stop.set()
-    assert [kind for kind, _ in stream][-1] == "stopped"
-    assert kinds(worker, worker.submit(lambda *_: None)) == ["done"]
-
-
-def test_a_slow_step_reports_that_it_is_stopping_before_it_has_stopped(worker):
+@pytest.fixture
+def busy(workers):
+    """A worker that is running a job until `busy.end()`, and that job's visitor, "first"."""
     began, gate = threading.Event(), threading.Event()
-    job = worker.submit(lambda job, *_: (began.set(), gate.wait(5), job.emit("step")))
-    assert began.wait(5)
-    job.stop.set()
-    stream = worker.stream(job)
+    workers.first = workers.submit(lambda *_: (began.set(), gate.wait(20)), "first")
+    assert began.wait(20)
+    workers.end = gate.set
+    yield workers
+    gate.set()
+
+
+def queue_of(*visitors: str) -> FairQueue:
+    waiting = FairQueue()
+    for i, visitor in enumerate(visitors):
+        waiting.put(Job(None, visitor, "none", id=f"{visitor}{i}"))
+    return waiting
+
+
+def test_visitors_take_turns_and_the_jobs_of_each_keep_their_order():
+    waiting = queue_of("a", "a", "a", "b", "b", "c")
+    assert [waiting.take().id for _ in range(6)] == ["a0", "b3", "c5", "a1", "b4", "a2"]
+
+
+def test_the_order_in_the_queue_is_the_order_in_which_jobs_are_taken():
+    waiting = queue_of("a", "a", "b", "a", "c")
+    assert [job.id for job in waiting.all()] == ["a0", "b2", "c4", "a1", "a3"]
+    waiting.discard(waiting.of("a")[0])
+    order = waiting.all()
+    assert [waiting.take() for _ in range(4)] == order
+
+
+def test_a_waiting_job_reports_how_many_are_ahead_of_it(busy):
+    assert next(busy.stream(busy.submit(lambda *_: None, "second"))) == (
+        "waiting", {"ahead": 1, "loading": False, "seconds": None},
+    )  # fmt: skip
+
+
+def test_jobs_run_one_after_the_other(workers):
+    order = []
+    jobs = [workers.submit(lambda job, *_, i=i: order.append(i), str(i)) for i in range(3)]
+    assert [kinds(workers, job) for job in jobs] == [["done"]] * 3 and order == [0, 1, 2]
+
+
+def test_two_devices_run_two_jobs_at_once(load_model):
+    load_model(lambda model: None)
+    workers, meet = Workers("none", ("one", "two")), threading.Barrier(2, timeout=20)
+    workers.start()
+    jobs = [workers.submit(lambda *_: meet.wait(), visitor) for visitor in "ab"]
+    assert [kinds(workers, job) for job in jobs] == [["done"]] * 2
+
+
+def test_stop_ends_a_job_at_its_next_event_and_the_next_job_runs(workers):
+    job = workers.submit(endless, "me")
+    stream = workers.stream(job)
+    assert next(event for event in stream if event[0] != "waiting")[0] == "step"
+    assert workers.stop("me") == 1
+    assert [kind for kind, _ in stream][-1] == "stopped"
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["done"]
+
+
+def test_stop_reaches_every_job_of_its_visitor_and_no_other(busy):
+    mine = [busy.submit(lambda *_: None, "me") for _ in range(2)]
+    other = busy.submit(lambda *_: None, "other")
+    assert busy.stop("me") == 2 and busy.stop("me") == 0
+    assert [kinds(busy, job) for job in mine] == [["stopped"]] * 2
+    busy.end()
+    assert kinds(busy, other) == ["done"] and kinds(busy, busy.first) == ["done"]
+
+
+def test_one_job_can_be_stopped_by_its_id(busy):
+    first, second = (busy.submit(lambda *_: None, "me") for _ in range(2))
+    assert busy.stop("me", second.id) == 1
+    busy.end()
+    assert kinds(busy, first) == ["done"] and kinds(busy, second) == ["stopped"]
+
+
+def test_stopped_waiting_jobs_free_their_places_at_once(busy):
+    visitors = [f"visitor {i}" for i in range(MAX_WAITING)]
+    for visitor in visitors:
+        busy.submit(lambda *_: None, visitor)
+    assert kinds(busy, busy.submit(lambda *_: None, "late")) == ["refused"]
+    for visitor in visitors:
+        busy.stop(visitor)
+    job = busy.submit(lambda *_: None, "late")
+    assert next(busy.stream(job))[1]["ahead"] == 1
+
+
+def test_a_visitor_can_have_only_so_many_waiting_jobs(busy):
+    jobs = [busy.submit(lambda *_: None, "me") for _ in range(MAX_WAITING_PER_VISITOR + 1)]
+    reason = f"{MAX_WAITING_PER_VISITOR} of your runs are waiting already: stop one or wait"
+    assert list(busy.stream(jobs[-1])) == [("refused", {"reason": reason})]
+
+
+def test_a_slow_step_reports_that_it_is_stopping_before_it_has_stopped(workers):
+    began, gate = threading.Event(), threading.Event()
+    job = workers.submit(lambda job, *_: (began.set(), gate.wait(20), job.emit("step")), "me")
+    assert began.wait(20)
+    workers.stop("me")
+    stream = workers.stream(job)
     assert next(stream)[0] == "stopping"
     gate.set()
     assert [kind for kind, _ in stream][-1] == "stopped"
@@ -49,57 +124,137 @@ def test_a_slow_step_reports_that_it_is_stopping_before_it_has_stopped(worker):
 
 def test_stop_while_the_model_is_loading_ends_the_job_at_once(load_model):
     gate, ran = threading.Event(), []
-    load_model(lambda model: gate.wait(5))
-    worker = Worker("none")
-    worker.start()
-    job = worker.submit(lambda *_: ran.append(1))
-    stream = worker.stream(job)
-    assert next(stream) == ("waiting", {"ahead": 0, "loading": True})
-    job.stop.set()
+    load_model(lambda model: gate.wait(20) and None)
+    workers = Workers("none")
+    workers.start()
+    job = workers.submit(lambda *_: ran.append(1), "me")
+    stream = workers.stream(job)
+    assert next(stream) == ("waiting", {"ahead": 0, "loading": True, "seconds": None})
+    workers.stop("me")
     assert [kind for kind, _ in stream] == ["stopped"] and not gate.is_set()
     gate.set()
-    assert kinds(worker, worker.submit(lambda *_: None)) == ["done"] and not ran
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["done"] and not ran
 
 
-def test_a_job_submitted_before_the_worker_starts_waits_and_then_runs(load_model):
-    load_model(lambda model: SimpleNamespace())
-    worker = Worker("none")
-    stream = worker.stream(worker.submit(lambda job, *_: job.emit("hello")))
-    assert next(stream) == ("waiting", {"ahead": 0, "loading": True})
-    worker.start()
+def test_a_job_submitted_before_the_workers_start_waits_and_then_runs(load_model):
+    load_model(lambda model: None)
+    workers = Workers("none")
+    stream = workers.stream(workers.submit(lambda job, *_: job.emit("hello")))
+    assert next(stream) == ("waiting", {"ahead": 0, "loading": True, "seconds": None})
+    workers.start()
     assert [kind for kind, _ in stream if kind != "waiting"] == ["hello", "done"]
 
 
-def test_a_full_queue_refuses_new_jobs_and_serves_the_queued_ones(worker, monkeypatch):
-    monkeypatch.setattr("ui.worker.MAX_QUEUE", 1)
-    began, gate = threading.Event(), threading.Event()
-    first = worker.submit(lambda *_: (began.set(), gate.wait(5)))
-    assert began.wait(5)
-    second, third = (worker.submit(lambda *_: None) for _ in range(2))
-    assert list(worker.stream(third)) == [("refused", {"reason": "1 runs are waiting already: try again later"})]
-    gate.set()
-    assert kinds(worker, first) == kinds(worker, second) == ["done"]
-
-
-def test_a_visitor_who_leaves_stops_the_job(worker):
-    job = worker.submit(endless)
-    stream = worker.stream(job)
+def test_a_visitor_who_leaves_stops_the_job(workers):
+    job = workers.submit(endless)
+    stream = workers.stream(job)
     next(stream)
     stream.close()
     assert job.stop.is_set()
-    assert kinds(worker, worker.submit(lambda *_: None)) == ["done"]
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["done"]
 
 
-def test_refused_input_is_reported_in_full_and_an_unexpected_error_by_its_id(worker, caplog):
+def test_a_job_gets_the_model_that_it_names_and_the_other_one_is_freed_first(load_model):
+    held = []
+
+    def load(model):
+        held.append((model, dict(workers.loaded)))
+
+    load_model(load)
+    workers = Workers("first", models=["second"])
+    workers.start()
+    for model in ("second", "second", "first"):
+        assert kinds(workers, workers.submit(lambda *_: None, "me", model)) == ["done"]
+    assert held == [("first", {}), ("second", {}), ("first", {})]
+    assert workers.is_ready("first") and not workers.is_ready("second")
+
+
+def test_a_model_that_is_not_offered_is_refused_and_never_loaded(load_model):
+    asked = []
+    load_model(asked.append)
+    workers = Workers("first", models=["second"])
+    workers.start()
+    reason = "the model '/etc' is not offered here; there are first, second"
+    assert list(workers.stream(workers.submit(lambda *_: None, "me", "/etc"))) == [("refused", {"reason": reason})]
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["done"] and asked == ["first"]
+
+
+def test_a_job_goes_to_the_idle_device_that_has_its_model(load_model):
+    asked, devices = [], []
+    load_model(asked.append)
+    workers, began, gate = (
+        Workers("first", ("one", "two"), ["second"]),
+        threading.Barrier(3, timeout=20),
+        threading.Event(),
+    )
+    workers.start()
+    hold = lambda *_: (began.wait(), gate.wait(20))
+    held = [workers.submit(hold, "a", "first"), workers.submit(hold, "b", "second")]
+    began.wait()
+    gate.set()
+    assert [kinds(workers, job) for job in held] == [["done"]] * 2
+    asked.clear()
+    note = lambda *_: devices.append(threading.current_thread().name)
+    for model in ("second", "second", "first", "second"):
+        assert kinds(workers, workers.submit(note, "me", model)) == ["done"]
+    assert asked == [] and devices[0] == devices[1] == devices[3] != devices[2]
+
+
+def test_stop_while_another_model_is_loading_ends_the_job_at_once(load_model):
+    loading, gate, ran = threading.Event(), threading.Event(), []
+    load_model(lambda model: (loading.set(), gate.wait(20), None)[-1] if model == "second" else None)
+    workers = Workers("first", models=["second"])
+    workers.start()
+    job = workers.submit(lambda *_: ran.append(1), "me", "second")
+    assert loading.wait(20)
+    stream = workers.stream(job)
+    assert next(stream) == ("waiting", {"ahead": 0, "loading": True, "seconds": None})
+    assert workers.stop("me") == 1 and [kind for kind, _ in stream] == ["stopped"] and not gate.is_set()
+    gate.set()
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["done"] and not ran
+
+
+def test_the_waiting_time_is_estimated_from_earlier_jobs(busy, monkeypatch):
+    monkeypatch.setattr("ui.worker.time.monotonic", lambda: 100.0)
+    busy._durations.append(10.0)
+    busy._running[None] = (busy.first, 96.0)  # 6 s are left of it
+    streams = [busy.stream(busy.submit(lambda *_: None, visitor)) for visitor in "ab"]
+    assert [next(stream)[1]["seconds"] for stream in streams] == [6.0, 16.0]
+
+
+def test_closed_workers_stop_all_jobs_and_take_no_more(workers):
+    jobs = [workers.submit(endless, visitor) for visitor in "ab"]
+    stream = workers.stream(jobs[0])
+    assert next(event for event in stream if event[0] != "waiting")[0] == "step"
+    workers.close(timeout=20)
+    assert [kind for kind, _ in stream][-1] == "stopped" and kinds(workers, jobs[1]) == ["stopped"]
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["refused"]
+
+
+def test_refused_input_is_reported_in_full_and_an_unexpected_error_by_its_id(workers, caplog):
     def refuse(job, pipe, defaults):
         raise AccelError("the prompt is empty")
 
     def fail(job, pipe, defaults):
         raise KeyError("secret path")
 
-    assert list(worker.stream(worker.submit(refuse)))[-1] == ("refused", {"reason": "the prompt is empty"})
-    kind, data = list(worker.stream(worker.submit(fail)))[-1]
+    assert list(workers.stream(workers.submit(refuse)))[-1] == ("refused", {"reason": "the prompt is empty"})
+    kind, data = list(workers.stream(workers.submit(fail)))[-1]
     assert kind == "failed" and "secret" not in str(data) and data["error_id"] in caplog.text
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (MemoryError(), "not enough memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    (OSError(errno.ENOSPC, "No space left", "/secret/path"), "the disk is full"),
+])  # fmt: skip
+def test_a_full_memory_or_disk_is_explained_and_the_next_job_runs(workers, error, sentence):
+    def fail(*_):
+        raise error
+
+    kind, data = list(workers.stream(workers.submit(fail)))[-1]
+    assert kind == "refused" and sentence in data["reason"] and "/secret" not in data["reason"]
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["done"]
 
 
 def test_every_visitor_reads_why_a_model_cannot_be_loaded(load_model):
@@ -107,8 +262,8 @@ def test_every_visitor_reads_why_a_model_cannot_be_loaded(load_model):
         raise AccelError("no model folder 'none'")
 
     load_model(missing)
-    worker = Worker("none")
-    worker.start()
+    workers = Workers("none")
+    workers.start()
     for _ in range(2):
-        job = worker.submit(lambda *_: None)
-        assert list(worker.stream(job))[-1] == ("refused", {"reason": "no model folder 'none'"})
+        job = workers.submit(lambda *_: None)
+        assert list(workers.stream(job))[-1] == ("refused", {"reason": "no model folder 'none'"})
