@@ -203,6 +203,7 @@ class Workers:
             from accel.runtime import models
 
             _free_memory()
+            _use(device)
             pipe = models.load_pipeline(model, device)
             defaults = models.model_defaults(pipe, model)
         if defaults.toy_world or pipe.device.type == "cuda":  # elsewhere a step may take minutes
@@ -243,6 +244,14 @@ def _is_out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _use(device: str | None) -> None:
+    """Make a GPU the one whose name and memory this thread is told; models are moved to it by its name."""
+    import torch
+
+    if device and torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _free_memory() -> None:
