@@ -45,9 +45,13 @@ class GridCell:
 
 
 def sweep_grid(state: SweepState, running: int | None = None) -> Markup:
-    """The grid as HTML; a button with the id of the stored pair for each result. `running`: the cell that runs now."""
+    """The grid as HTML, with a button for each result that has the id of its stored pair.
+
+    `running`: the cell that runs now; None: the sweep has ended.
+    """
+    idle = "not measured" if running is None else "waiting"
     cells = [
-        GridCell(cell.label, result, "running" if i == running else "waiting")
+        GridCell(cell.label, result, "running" if i == running else idle)
         for i, (cell, result) in enumerate(zip(state.plan.cells, state.results))
     ]
     settings = [cell for cell, planned in zip(cells, state.plan.cells) if not planned.plain]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accel.evaluation.sweep import Axis, Cell, check_available, expand, parse_steps, with_student
 from accel.runtime.models import ModelDefaults, read_defaults
 from accel.runtime.run import Run, build_run
+
+if TYPE_CHECKING:
+    from accel.runtime.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,18 @@ def make_plan(run: dict[str, Any], reference: dict, base: dict, axes: Sequence[A
     return plan
 
 
-def plan_words(plan: Plan, step_seconds: Callable[[Run], float | None]) -> str:
-    """How many results a sweep has, and how long it takes at most where the seconds of a full step are known."""
+def plan_words(plan: Plan, estimate: Callable[[Run], Estimate] | None = None) -> str:
+    """How many results a sweep has and, as far as `estimate` tells, how long it takes."""
     defaults = read_defaults(plan.common["model"]) or ModelDefaults()
     pairs = [plan.runs(cell, defaults) for cell in plan.cells]
     runs = [*{a.model_dump_json(): a for a, _ in pairs}.values(), *(b for _, b in pairs)]
     what = "1 result and its reference" if len(plan.cells) == 1 else f"{len(plan.cells)} results and their reference"
     text = f"{what}: {sum(run.steps for run in runs)} steps"
-    guided = lambda run: run.model_copy(update={"guidance": max(run.guidance, 2.0)})  # at least as long as unguided
-    seconds = [step_seconds(run) or step_seconds(guided(run)) for run in runs]
-    if None in seconds:
+    estimates = [estimate(run) for run in runs] if estimate else []
+    if not estimates or any(each.seconds is None for each in estimates):
         return f"{text}."
-    return f"{text}, at most about {duration(sum(run.steps * each for run, each in zip(runs, seconds)))}."
+    bound = "at most about" if any(each.at_most for each in estimates) else "about"
+    return f"{text}, {bound} {duration(sum(each.seconds for each in estimates))} of denoising."
 
 
 def duration(seconds: float) -> str:

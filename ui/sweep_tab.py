@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from markupsafe import escape
@@ -25,6 +25,10 @@ from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
 from ui.sweep_job import Sweep, SweepState
 from ui.sweep_plan import Plan, duration, make_plan, plan_words
+
+if TYPE_CHECKING:
+    from accel.runtime.estimate import Estimate
+    from accel.runtime.run import Run
 
 HERE = Path(__file__).parent
 CANDIDATE = "the candidate of the Compare tab"
@@ -132,20 +136,15 @@ class SweepTab:
             api_visibility="private", show_progress="hidden", concurrency_limit=None,
         )  # fmt: skip
         self.stop.click(self.stop_sweep, page.visitor, self.message, **quick)
-        gr.on(
-            [page.tabs.select, *(widget.change for widget in own)],
-            self.show_size,
-            inputs,
-            self.size,
-            trigger_mode="always_last",
-            **quick,
-        )
+        edited = [page.tabs.select, *(widget.change for widget in own)]
+        gr.on(edited, self.show_size, inputs, self.size, trigger_mode="always_last", **quick)
         for knob, _ in self.axes:
             knob.input(lambda name: gr.update(info=range_words(name)), knob, knob, **quick)
         gr.on([self.metric.change, self.speed.change, self.earlier.change], self.show_plot, views, self.plot, **quick)
-        self.allowed.change(
-            self.show_proposal, [self.state, self.allowed], [self.proposal, self.proposed, self.use], **quick
-        )
+        gr.on(
+            [self.allowed.change, self.speed.change], self.show_proposal, [self.state, self.speed, self.allowed],
+            [self.proposal, self.proposed, self.use], **quick,
+        )  # fmt: skip
         opening = {"inputs": [self.opened, page.visitor], "outputs": page.compare.outputs, "api_visibility": "private"}
         for clickable in (self.grid, self.plot):
             clickable.click(clicked_id, None, self.opened, **quick).then(page.compare.open_stored, **opening)
@@ -185,9 +184,18 @@ class SweepTab:
     def show_size(self, model: str, visitor: str, *values) -> str:
         """How many results the sweep has and what it takes, or why it is not possible."""
         try:
-            return note(plan_words(self.plan(model, list(values)), self.context.workers.step_seconds))
+            return note(plan_words(self.plan(model, list(values)), self._estimate(model)))
         except AccelError as error:
             return note(str(error), bad=True)
+
+    def _estimate(self, model: str) -> Callable[[Run], Estimate] | None:
+        """What a run will take; None before the model is loaded."""
+        loaded = self.context.workers.pipeline(model)
+        if loaded is None:
+            return None
+        from accel.runtime.estimate import estimate  # needs torch, which is imported by now
+
+        return lambda run: estimate(run, loaded[0], self.context.workers.step_seconds)
 
     # Running
 
@@ -237,7 +245,7 @@ class SweepTab:
                 self.stop: gr.update(variant="stop" if running else "secondary")}  # fmt: skip
 
     def _views(self, state: SweepState, metric, speed, earlier, allowed, visitor, running: int | None) -> Update:
-        proposal = zip([self.proposal, self.proposed, self.use], self.show_proposal(state, allowed))
+        proposal = zip([self.proposal, self.proposed, self.use], self.show_proposal(state, speed, allowed))
         plot = self.show_plot(state, metric, speed, earlier, allowed, visitor)
         return {self.state: state, self.grid: sweep_grid(state, running), self.plot: plot, **dict(proposal)}
 
@@ -255,12 +263,12 @@ class SweepTab:
                 )
         return pareto_plot(points, SPEEDS[speed], quality_title(metric), frozenset({PLAIN_SERIES}))
 
-    def show_proposal(self, state: SweepState | None, allowed: float):
-        """The fastest measured setting within a loss, in a sentence; its id; whether it can be used."""
+    def show_proposal(self, state: SweepState | None, speed: str, allowed: float):
+        """The fastest setting within a loss, measured or by work, in a sentence; its id; whether it can be used."""
         done = state.done if state else []
         if not done:
             return note(NO_PROPOSAL), "", gr.update(interactive=False)
-        best = fastest_within([result.row for result in done], allowed)
+        best = fastest_within([{**result.row, "speedup": speed_of(result.row, speed)} for result in done], allowed)
         if best is None:
             return note(f"No measured setting loses at most {allowed:g} of SSIM."), "", gr.update(interactive=False)
         row = done[best].row
@@ -324,9 +332,13 @@ def _points(row: dict, run_id: str, series: str, label: str, metric: str, speed:
     value = row.get(f"{m.name}_b" if m.of_one_video else m.name)
     if value is None and not row["bit_equal"]:
         return []
-    x = row["speedup"] if speed == MEASURED else 1 / row["work"]
     text = f"{label}\n{row['speedup']:.2f}× as fast, {row['work']:.0%} of the work\n{m.title} {m.format(value)}"
-    return [Point(x, value, series, text, run_id)]
+    return [Point(speed_of(row, speed), value, series, text, run_id)]
+
+
+def speed_of(row: dict, speed: str) -> float:
+    """The speed-up of a row: measured, or what it would be if all the work that is saved were time."""
+    return row["speedup"] if speed == MEASURED else 1 / row["work"]
 
 
 def earlier_label(report: dict) -> str:

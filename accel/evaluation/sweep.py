@@ -57,7 +57,7 @@ class Cell:
 def value_label(name: str, value: Any) -> str:
     """A value with the name of its axis: "20 steps", "attention interval 3", "gpd.steps 6", "euler"."""
     if name == "steps":
-        return f"{value} steps"
+        return f"{value} step{'s' * (value != 1)}"
     if name in ("preset", "solver"):
         return "no method" if value == NO_PRESET else str(value)
     parameter = name.rpartition(".")[2]

@@ -71,8 +71,8 @@ class InstantWorkers:
             yield job.events.get()
         yield final
 
-    def step_seconds(self, run):
-        return 0.1 if run.guidance > 1 else None
+    def pipeline(self, model):
+        return None
 
 
 def read_defaults():
@@ -145,9 +145,13 @@ def test_a_plan_is_refused_before_anything_runs(axes, change, sentence):
 
 
 def test_the_size_tells_results_steps_and_time_before_the_start():
-    words = plan_words(plan("steps=10,15", plain="5"), InstantWorkers().step_seconds)
-    assert words == "3 results and their reference: 50 steps, at most about 5 s."
-    assert plan_words(plan("steps=10"), lambda run: None) == "1 result and its reference: 30 steps."
+    sweep = plan("steps=10,15", plain="5")
+    each = lambda seconds, at_most: lambda run: SimpleNamespace(seconds=seconds, at_most=at_most and bool(run.methods))
+    start = "3 results and their reference: 50 steps"
+    assert plan_words(sweep, each(20.0, True)) == f"{start}, at most about 80 s of denoising."
+    assert plan_words(sweep, each(60.0, False)) == f"{start}, about 4 min of denoising."
+    assert plan_words(sweep, each(None, True)) == f"{start}." == plan_words(sweep)
+    assert plan_words(plan("steps=10")) == "1 result and its reference: 30 steps."
 
 
 def test_each_result_is_stored_for_the_visitor_as_soon_as_it_is_there(context):
@@ -223,6 +227,8 @@ def test_the_grid_shows_what_runs_what_waits_and_why_a_setting_was_refused():
     state.results[0] = Result(reason="<b>no</b>")
     html = str(sweep_grid(state, running=1))
     assert "&lt;b&gt;no" in html and "clip running" in html and "clip waiting" in html
+    ended = str(sweep_grid(state))
+    assert ended.count("<span>not measured</span>") == 2 and "running" not in ended
 
 
 class Page:
@@ -264,10 +270,10 @@ def test_the_tab_shows_each_result_as_it_comes_and_proposes_the_fastest_within_t
     assert [str(update[tab.grid]).count("data-id") for update in results] == [0, 1, 2]
     assert "Finished: 2 of 2 settings are measured" in updates[-1][tab.message]
     state = results[-1][tab.state]
-    text, proposed, _ = tab.show_proposal(state, 0.03)
+    text, proposed, _ = tab.show_proposal(state, "measured", 0.03)
     assert "10 steps: 2.00× as fast with 50% of the work" in text and proposed == state.results[0].run_id
-    assert tab.show_proposal(state, 0.1)[1] == state.results[1].run_id
-    assert "No measured setting loses at most 0.001" in tab.show_proposal(state, 0.001)[0]
+    assert tab.show_proposal(state, "by work", 0.1)[1] == state.results[1].run_id
+    assert "No measured setting loses at most 0.001" in tab.show_proposal(state, "measured", 0.001)[0]
     assert not tab.running
 
 
