@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ class HistoryTab:
                 self.gallery = ClickableHTML(gallery([], [], 0), css_template=CSS, elem_id="history-gallery")
         self.tab = row.parent
         self.selected = gr.State([])  # ids, oldest first
+        self.seen = gr.State("")  # fingerprint of the gallery
 
     def _add_panel(self) -> None:
         self.open = gr.Button("Open", variant="primary", size="sm", interactive=False, elem_id="history-open")
@@ -57,7 +59,10 @@ class HistoryTab:
     @property
     def outputs(self) -> list[gr.blocks.Block]:
         """Everything that an event of this tab changes."""
-        return [*self.selection_outputs, self.delete_all, self.confirmation, self.question, self.message, self.gallery]
+        return [
+            *self.selection_outputs, self.delete_all, self.confirmation, self.question, self.message, self.gallery,
+            self.seen,
+        ]  # fmt: skip
 
     @property
     def selection_outputs(self) -> list[gr.blocks.Block]:
@@ -70,8 +75,8 @@ class HistoryTab:
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         own = [self.selected, page.visitor]
         for event in (self.tab.select, page.visitor.change):
-            event(self.refresh, own, self.outputs, **quick)
-        self.gallery.click(self.select, None, self.selection_outputs, **quick)
+            event(self.refresh, [*own, self.seen], self.outputs, **quick)
+        self.gallery.click(self.select, None, self.selection_outputs, trigger_mode="always_last", **quick)
         self.open.click(self.open_selected, own, page.compare.outputs, **quick)
         self.compare.click(self.compare_selected, self.selected, page.compare.outputs, **quick)
         self.delete.click(self.delete_selected, own, self.outputs, **quick)
@@ -104,9 +109,13 @@ class HistoryTab:
 
     # Events
 
-    def refresh(self, selected: list[str], visitor: str, request: gr.Request) -> Update:
-        """The gallery as it is stored now; what is still there stays selected."""
-        return {**self._shown(selected, self._whose(visitor, request)), self.message: ""}
+    def refresh(self, selected: list[str], visitor: str, seen: str, request: gr.Request) -> Update:
+        """The gallery as it is stored now; what is still there stays selected.
+
+        A gallery that has not changed is left alone, so that a click in the meantime is not undone.
+        """
+        shown = self._shown(selected, self._whose(visitor, request))
+        return {self.message: ""} if shown[self.seen] == seen else {**shown, self.message: ""}
 
     def select(self, event: gr.EventData) -> Update:
         """A tile was clicked."""
@@ -149,13 +158,13 @@ class HistoryTab:
 
     def _shown(self, selected: list[str], owner: str | None) -> Update:
         """The gallery, and a selection of what is in it."""
-        pairs = self.context.store.list(owner, SHOWN)
+        pairs, total = self.context.store.list(owner, SHOWN), self.context.store.count(owner)
         ids = {pair.id for pair in pairs}
         selected = [run_id for run_id in selected if run_id in ids]
+        draw = lambda selected: gallery(pairs, selected, total, of_all=owner is None)
         return {
-            **self._selection(selected),
-            self.gallery: gallery(pairs, selected, self.context.store.count(owner), of_all=owner is None),
-            self.delete_all: gr.update(interactive=bool(pairs)), self.confirmation: gr.update(visible=False),
+            **self._selection(selected), self.gallery: draw(selected), self.confirmation: gr.update(visible=False),
+            self.seen: sha256(draw([]).encode()).hexdigest(), self.delete_all: gr.update(interactive=bool(pairs)),
         }  # fmt: skip
 
     def _selection(self, selected: list[str]) -> Update:

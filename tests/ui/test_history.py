@@ -51,7 +51,7 @@ def click(*pressed: str) -> SimpleNamespace:
 
 def test_a_visitor_sees_the_own_pairs_newest_first_and_the_owner_all(tab, store):
     mine, other, newest = (store.add(visitor, REPORT, FILES) for visitor in ("me", "other", "me"))
-    shown = lambda visitor, **query: ids(tab.refresh([], visitor, request(**query))[tab.gallery])
+    shown = lambda visitor, **query: ids(tab.refresh([], visitor, "", request(**query))[tab.gallery])
     assert shown("me") == [newest, mine] and shown("me", owner="wrong") == [newest, mine]
     assert shown("me", owner="key") == [newest, other, mine]
     assert shown("") == [] and shown(None) == []
@@ -62,7 +62,7 @@ def test_without_an_owner_key_nobody_is_the_owner(store):
 
 
 def test_an_empty_history_says_what_to_do(tab):
-    assert "Press Run in the Compare tab" in tab.refresh([], "me", request())[tab.gallery]
+    assert "Press Run in the Compare tab" in tab.refresh([], "me", "", request())[tab.gallery]
 
 
 def test_a_tile_has_prompt_settings_figures_and_clip_and_nothing_in_it_is_html(store):
@@ -108,7 +108,15 @@ def test_a_selection_that_was_deleted_elsewhere_is_told(tab, store):
     kept, gone = (store.add("me", REPORT, FILES) for _ in range(2))
     store.delete([gone], "me")
     assert "no longer stored" in tab.select(click(gone, kept))[tab.differences]
-    assert tab.refresh([kept, gone], "me", request())[tab.selected] == [kept]
+    assert tab.refresh([kept, gone], "me", "", request())[tab.selected] == [kept]
+
+
+def test_a_gallery_that_has_not_changed_is_left_alone(tab, store):
+    store.add("me", REPORT, FILES)
+    seen = tab.refresh([], "me", "", request())[tab.seen]
+    assert set(tab.refresh([], "me", seen, request())) == {tab.message}
+    store.add("me", REPORT, FILES)
+    assert tab.gallery in tab.refresh([], "me", seen, request())
 
 
 def test_deleting_takes_the_own_selection_and_all_only_what_is_ones_own(tab, store):

@@ -121,6 +121,13 @@ def test_results_are_selected_by_mouse_and_keyboard_and_shown_in_compare(page, s
     page.wait_for_selector("#history-compare:disabled")
 
 
+def test_quick_clicks_are_all_counted(page):
+    open_tab(page, "History")
+    page.locator(".tile").nth(2).wait_for()
+    page.evaluate("for (const tile of document.querySelectorAll('.tile')) tile.click()")
+    page.wait_for_selector("text=Delete 3 results")
+
+
 def test_the_selected_results_or_after_a_question_all_are_deleted(page, server):
     open_tab(page, "History")
     tiles = page.locator(".tile")
