@@ -55,12 +55,12 @@ class CodeTab:
         self.preset = gr.Code(views[3], language="yaml", label="As a preset: change it and use it here",
                               elem_id="preset-yaml", **{**SHOWN, "interactive": True})  # fmt: skip
         with gr.Row():
-            self.use = gr.Button("Use this preset", size="sm", min_width=120, elem_id="use-preset")
-            self.upload = gr.UploadButton("Upload a preset file", size="sm", min_width=120, type="binary",
+            self.use = gr.Button("Use this preset", size="md", min_width=120, elem_id="use-preset")
+            self.upload = gr.UploadButton("Upload a preset file", size="md", min_width=120, type="binary",
                                           file_types=[".yaml", ".yml"], elem_id="upload-preset")  # fmt: skip
         self.link = gr.Textbox(views[4], label="Link to these settings", interactive=False, elem_id="share-link",
                                lines=2, max_lines=8)  # fmt: skip
-        self.copy = gr.Button("Copy the link", size="sm", elem_id="copy-link")
+        self.copy = gr.Button("Copy the link", size="md", elem_id="copy-link")
         self.downloads = gr.HTML(views[5], elem_id="downloads")
 
     @property

@@ -14,14 +14,16 @@ NEARNESS = (  # SSIM from which on a sentence holds
     (0.99, "hardly differs from the reference"),
     (0.95, "differs a little from the reference"),
     (0.85, "differs visibly from the reference"),
-    (-1.0, "is a different video from the reference"),
+    (-1.0, "is another one than the reference"),
 )
 
 
 def verdict(report: dict) -> str:
     """One sentence about a pair, from the content of its `run.json`."""
     if idle := idle_reason(report):
-        return f"{idle}. {_speed(report, 'It')}, and {_likeness(report)}."
+        steps, other = report["steps"], reference_of(report)["steps"]
+        own = ("It", "was") if steps == other else (f"Its {steps} steps instead of {other}", "were")
+        return f"{idle}. {_speed(report, *own)}, and {_likeness(report)}."
     return f"{_speed(report, subject(report))}, and {_likeness(report)}."
 
 
@@ -54,17 +56,18 @@ def _reason(message: str) -> str:
     return message.partition(": ")[2].rstrip(".")
 
 
-def _speed(report: dict, name: str) -> str:
+def _speed(report: dict, name: str, was: str = "was") -> str:
+    """How long the candidate took, as a clause whose subject is `name`."""
     ratio, times = report["speedup_denoise"], [median(report[side]["denoise"]) for side in "ba"]
     took = f"{times[0]:.2f} s of denoising instead of {times[1]:.2f} s"
     low, high = report.get("speedup_range", (ratio, ratio))
     if abs(ratio - 1) < SAME_SPEED or (low < 1 < high):
         return f"{name} took as long as the reference ({took}, no difference beyond chance)"
     if ratio > 1:
-        return f"{name} was {ratio:.{1 if ratio >= 10 else 2}f} times as fast ({took})"
+        return f"{name} {was} {ratio:.{1 if ratio >= 10 else 2}f} times as fast ({took})"
     work = report["work_ratio"]
     although = f", although it computed {work:.0%} of the work" if work < 1 - SAME_SPEED else ""
-    return f"{name} was slower: {ratio:.2f} times the speed ({took}{although})"
+    return f"{name} {was} slower: {ratio:.2f} times the speed ({took}{although})"
 
 
 def _likeness(report: dict) -> str:

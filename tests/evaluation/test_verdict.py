@@ -46,7 +46,7 @@ def test_a_difference_within_chance_is_not_called_faster(changes):
     assert "took as long as the reference" in verdict(report(**changes))
 
 
-@pytest.mark.parametrize("ssim,words", [(0.97, "a little"), (0.9, "visibly"), (0.4, "a different video")])
+@pytest.mark.parametrize("ssim,words", [(0.97, "a little"), (0.9, "visibly"), (0.4, "another one")])
 def test_how_near_the_videos_are(ssim, words):
     assert words in verdict(report(ssim=ssim))
 
@@ -71,6 +71,11 @@ def test_a_method_that_computed_everything_did_nothing_and_the_reason_is_said():
 def test_without_a_reason_nothing_is_made_up():
     text = verdict(report(1.0, work_ratio=1.0, trace=idle()))
     assert text.startswith("FasterCache computed everything and saved nothing. It took as long")
+
+
+def test_an_idle_method_in_fewer_steps_owes_its_speed_to_the_steps():
+    fewer = {"steps": 8, "reference": {"steps": 10, "guidance": 4.0, "methods": {}}, "trace": idle(OFF)}
+    assert "Its 8 steps instead of 10 were 1.25 times as fast" in verdict(report(1.25, **fewer))
 
 
 def test_two_runs_without_methods():
