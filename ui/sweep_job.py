@@ -19,7 +19,7 @@ from ui.context import Context
 from ui.sweep_plan import Plan
 
 if TYPE_CHECKING:
-    from ui.worker import Job
+    from ui.job_queue import Job
 
 PROGRESS_SECONDS = 0.5  # between two reports of the step of one setting
 

@@ -11,7 +11,7 @@ import pytest
 
 from accel.errors import AccelError
 from accel.evaluation.sweep import parse_axis_option
-from accel.runtime.models import TINY
+from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.presets import load_preset
 from accel.runtime.run import Cancelled
 from ui.store import Store
@@ -61,7 +61,7 @@ class InstantWorkers:
             job.stop.set()
         try:
             job.check()
-            job.work(job, None, read_defaults())
+            job.work(job, None, read_defaults(TINY))
             final = "done", {}
         except Cancelled:
             final = "stopped", {}
@@ -73,12 +73,6 @@ class InstantWorkers:
 
     def pipeline(self, model):
         return None
-
-
-def read_defaults():
-    from accel.runtime.models import read_defaults
-
-    return read_defaults(TINY)
 
 
 def report_of(a, b) -> dict:
@@ -118,7 +112,7 @@ def run(sweep: Sweep) -> list[str]:
 
 def test_a_plan_keeps_the_reference_and_gives_each_cell_its_run():
     sweep = plan("steps=10,15", plain="5")
-    pairs = [sweep.runs(cell, read_defaults()) for cell in sweep.cells]
+    pairs = [sweep.runs(cell, read_defaults(TINY)) for cell in sweep.cells]
     assert [(a.steps, b.steps, list(b.methods)) for a, b in pairs] == [
         (20, 10, ["fastercache"]), (20, 15, ["fastercache"]), (20, 5, []),
     ]  # fmt: skip
@@ -127,7 +121,7 @@ def test_a_plan_keeps_the_reference_and_gives_each_cell_its_run():
 
 def test_a_seed_axis_gives_each_seed_its_reference():
     sweep = plan("seed=1,2")
-    assert [[run.seed for run in sweep.runs(cell, read_defaults())] for cell in sweep.cells] == [[1, 1], [2, 2]]
+    assert [[run.seed for run in sweep.runs(cell, read_defaults(TINY))] for cell in sweep.cells] == [[1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +190,39 @@ def test_a_server_that_takes_no_runs_ends_the_sweep_with_the_reason(context):
     events = list(Sweep(context, "ann", plan("steps=5,10")).events())
     assert events[-1] == ("ended", {"reason": "20 runs are waiting already: try again later", "stopped": False})
     assert context.workers.submitted == 1
+
+
+@pytest.fixture
+def shared(context, workers, monkeypatch):
+    """The context with real workers, whose pipeline does nothing."""
+    monkeypatch.setattr("accel.runtime.models.model_defaults", lambda pipe, model: ModelDefaults())
+    context.workers, workers.models = workers, (TINY,)
+    return context
+
+
+def test_another_visitors_run_comes_in_between_two_settings(shared):
+    order = []
+    events = Sweep(shared, "ann", plan("steps=5,10")).events()
+    for kind, _ in events:
+        if kind == "result":
+            order.append("ann")
+            if len(order) == 1:  # the second setting is submitted after this
+                shared.workers.submit(lambda *_: order.append("bob"), "bob", TINY)
+    assert order == ["ann", "bob", "ann"]
+
+
+def test_a_sweep_that_waits_is_stopped_at_once(shared):
+    begun, free = threading.Event(), threading.Event()
+    blocking = shared.workers.submit(lambda *_: (begun.set(), free.wait(60)), "bob", TINY)
+    assert begun.wait(60)
+    sweep = Sweep(shared, "ann", plan("steps=5,10"))
+    kinds = []
+    for kind, _ in sweep.events():
+        kinds.append(kind)
+        if kind == "waiting":
+            sweep.stop()
+    assert kinds == ["waiting", "ended"] and not blocking.stop.is_set()
+    free.set()
 
 
 def filled(*axes: str, plain: str = "") -> SweepState:
