@@ -25,7 +25,8 @@ from accel.runtime.presets import Preset, build_methods, checked, load_preset, n
 from accel.runtime.repeat import SOLVER, changed_methods, preset_of, reference_of
 from accel.runtime.run import parse_run
 
-MAX_LINK = 4096  # characters of `p`
+MAX_LINK = 12 * 1024  # characters of `p`; the longest prompt in any script takes less
+MAX_READABLE = 1000  # characters of a link that spells its settings out
 MAX_TEXT = 16 * 1024  # bytes of a preset file, or of what a link holds
 MAX_MESSAGE = 300  # characters
 SIDE = ("steps", "guidance", *SOLVER)
@@ -52,7 +53,7 @@ def link_parameter(report: dict) -> str:
     values = {**_given(report, RUN), "model": report["model"], "methods": changed_methods(report["methods"])}
     values["reference"] = {**_given(reference, SIDE), "methods": changed_methods(reference["methods"])}
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    data = packer.compress(json.dumps(values, separators=(",", ":")).encode()) + packer.flush()
+    data = packer.compress(json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()) + packer.flush()
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
@@ -61,11 +62,11 @@ def link_query(report: dict) -> str:
     name, reference = preset_of(report["methods"]), reference_of(report)
     stock = {**SOLVER, **(read_defaults(report["model"]) or ModelDefaults()).model_dump(), "methods": {}}
     plain = all(reference.get(key, stock[key]) == stock[key] for key in (*SOLVER, "steps", "guidance", "methods"))
-    if not (name and plain and report["model"] == TINY):
-        return f"p={link_parameter(report)}"
-    return urlencode(
-        {"preset": name, **{key: report[key] for key in RUN if report.get(key) not in (None, SOLVER.get(key))}}
-    )
+    if name and plain and report["model"] == TINY:
+        readable = urlencode({"preset": name, **_given(report, RUN)})
+        if len(readable) <= MAX_READABLE:
+            return readable
+    return f"p={link_parameter(report)}"
 
 
 def read_link(query: Mapping[str, str], models: Collection[str]) -> SharedSettings | None:

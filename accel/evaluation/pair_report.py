@@ -100,8 +100,11 @@ def write_side_by_side(folder: Path, report: dict, file: Path) -> None:
 
     from ..runtime.video import write_mp4
 
-    videos = [np.stack(list(iio.imiter(folder / name))) for name in VIDEOS]
-    fps = round(iio.immeta(folder / VIDEOS[0], plugin="FFMPEG")["fps"])
+    try:
+        videos = [np.stack(list(iio.imiter(folder / name, plugin="FFMPEG"))) for name in VIDEOS]
+        fps = round(iio.immeta(folder / VIDEOS[0], plugin="FFMPEG")["fps"])
+    except (OSError, RuntimeError, ValueError, StopIteration):
+        raise AccelError(f"the videos of {folder} cannot be read: they are damaged") from None
     count = max(map(len, videos))
     height, width = max(v.shape[1] for v in videos), max(v.shape[2] for v in videos)
     panes = [_labelled(v, text, count, height, max(width, 256)) for v, text in zip(videos, labels(report))]

@@ -86,6 +86,10 @@ def without_video(pair):
     (pair / "b.mp4").unlink()
 
 
+def with_damaged_video(pair):
+    (pair / "a.mp4").write_bytes(b"no video")
+
+
 def damaged(pair):
     (pair / "run.json").write_text("{")
 
@@ -101,7 +105,8 @@ def unknown_method(pair):
 
 @pytest.mark.parametrize(
     "spoil,reason",
-    [(without_video, "b.mp4 is missing"), (damaged, "not JSON"), (of_one_run, "not the report of a pair"),
+    [(without_video, "b.mp4 is missing"), (with_damaged_video, "videos of .* cannot be read"),
+     (damaged, "not JSON"), (of_one_run, "not the report of a pair"),
      (unknown_method, "unknown method 'warp'")],
 )  # fmt: skip
 def test_a_folder_without_a_pair_is_refused_and_nothing_is_written(pair, tmp_path, spoil, reason):

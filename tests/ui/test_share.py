@@ -13,7 +13,7 @@ from accel.errors import AccelError
 from accel.runtime.models import TINY, read_defaults
 from accel.runtime.presets import build_methods, load_preset, preset_names
 from accel.runtime.repeat import preset_yaml
-from accel.runtime.run import build_run
+from accel.runtime.run import MAX_PROMPT_LENGTH, build_run
 from ui.share import MAX_LINK, MAX_TEXT, link_parameter, link_query, read_link, read_preset
 
 MODELS = [TINY]
@@ -86,6 +86,14 @@ def test_a_link_is_packed_where_it_must_hold_more(changes):
     assert complete(shared.preset.methods) == complete(pair["methods"])
 
 
+@pytest.mark.parametrize("first,last", [(0x20, 0x7E), (0x4E00, 0x9FFF), (0x1F300, 0x1F5FF)])
+def test_the_longest_prompt_of_any_script_fits_into_a_link(first, last):
+    rng = random.Random(1)
+    prompt = "".join(chr(rng.randint(first, last)) for _ in range(MAX_PROMPT_LENGTH)).strip()
+    query = dict(parse_qsl(link_query(report(load_preset("balanced").methods, prompt=prompt))))
+    assert list(query) == ["p"] and read_link(query, MODELS).run["prompt"] == prompt
+
+
 def test_solver_and_shift_of_both_sides_are_in_the_link():
     pair = report({"fastercache": {}}, solver="euler", shift=3.5)
     pair["reference"] = {"steps": 40, "guidance": 4.0, "solver": "dpm++2m", "shift": None, "methods": {}}
@@ -114,7 +122,7 @@ def test_only_what_is_given_is_changed():
         ({"model": "/etc"}, "does not offer the model '/etc'"), ({"warp": "9"}, "unknown setting 'warp'"),
         ({"methods": "{}"}, "only p"), ({"height": "64"}, "unknown setting"), ({"x" * 5000: "1"}, "unknown setting"),
         ({"p": "AAAA", "seed": "1"}, "p alone"), ({"p": ""}, "damaged"), ({"p": "!!!"}, "damaged"),
-        ({"p": "A" * (MAX_LINK + 1)}, "at most 4096"), ({"p": pack(b"\xff")}, "damaged"),
+        ({"p": "A" * (MAX_LINK + 1)}, "at most 12288"), ({"p": pack(b"\xff")}, "damaged"),
         ({"p": pack([1])}, "damaged"), ({"p": pack(b"[" * 9000)}, "damaged"),
         ({"p": pack(b'{"seed": NaN}')}, "damaged"),
         ({"p": pack(b'{"seed": ' + b"1" * 9000 + b"}")}, "damaged"),
@@ -139,7 +147,7 @@ def test_what_is_not_allowed_is_refused_in_one_sentence(query, reason):
 
 
 def test_a_small_link_cannot_fill_the_memory():
-    bomb = pack(b'{"prompt": "' + b"a" * 2_900_000 + b'"}')
+    bomb = pack(b'{"prompt": "' + b"a" * 9_000_000 + b'"}')
     assert len(bomb) < MAX_LINK
     tracemalloc.start()
     assert "damaged" in refusal({"p": bomb})
