@@ -118,6 +118,7 @@ def _labelled(video, text: str, count: int, height: int, width: int):
     from PIL import Image, ImageDraw, ImageFont
 
     strip = 32
+    text = text.replace("×", "x")  # Pillow's own font lacks the sign
     canvas = Image.new("RGB", (width, height + strip), "white")
     size = next((s for s in range(16, 8, -1) if ImageFont.load_default(s).getlength(text) <= width - 8), 8)
     ImageDraw.Draw(canvas).text((4, strip / 2), text, "black", ImageFont.load_default(size), anchor="lm")
