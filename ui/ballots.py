@@ -52,6 +52,7 @@ class Ballots:
 
     def open(self, visitor: str) -> Ballot | None:
         """A pair that the visitor has not voted on, with shuffled sides; None if there is none."""
+        visitor = visitor or ""  # the store would take None as the owner of everything
         voted = self._store.voted(visitor)
         pairs = [pair for pair in self._pairs(visitor) if pair[0] not in voted]
         if not pairs:
@@ -66,7 +67,7 @@ class Ballots:
 
     def find(self, token: str) -> Ballot | None:
         """The ballot of a token; None if it was never opened or is closed."""
-        return self._open.get(token)
+        return self._open.get(str(token))
 
     def file_of(self, token: str, side: str) -> Path | None:
         """The video on a side ("left" or "right") of a ballot; None if there is none."""

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from accel.errors import AccelError
 from ui.clickable import ClickableHTML
 from ui.context import Context
+from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.run_words import describe, differences, side_of
 from ui.store import Stored
 from ui.templating import render
 
 SHOWN = 60  # pairs
+MAX_LIMIT = 400  # pairs that a program gets at once
 PLAYING = 12  # of them; a browser slows down with many videos at once
 CSS = (Path(__file__).parent / "history.css").read_text()
 DIFFERENCES_CSS = (Path(__file__).parent / "differences.css").read_text()
@@ -87,7 +90,7 @@ class HistoryTab:
     def add_endpoints(self) -> None:
         """Register the endpoints of this tab; call it inside the page's `gr.Blocks`."""
         for function in (self.history, self.delete_run):
-            gr.api(function, api_name=function.__name__, concurrency_limit=None)
+            add_endpoint(function)
 
     # Endpoints
 
@@ -98,14 +101,16 @@ class HistoryTab:
 
         Example: history("my-id", 5)
         """
-        return [summary(stored) for stored in self.context.store.list(visitor, max(0, limit))]
+        if type(limit) is not int or not 0 <= limit <= MAX_LIMIT:
+            raise AccelError(f"limit is a whole number from 0 to {MAX_LIMIT}")
+        return [summary(stored) for stored in self.context.store.list(_named(visitor), limit)]
 
     def delete_run(self, visitor: str, run_id: str) -> dict:
         """Delete a finished pair of a visitor: {"deleted": 1}, or 0 if the visitor has no such pair.
 
         Example: delete_run("my-id", "0123456789abcdef0123456789abcdef")
         """
-        return {"deleted": self.context.store.delete([run_id], visitor or "")}
+        return {"deleted": self.context.store.delete([run_id], _named(visitor))}
 
     # Events
 
@@ -266,6 +271,11 @@ def age(created: str, now: datetime | None = None) -> str:
             count = seconds // size
             return f"{count} {unit}{'s' * (count > 1)} ago"
     return "just now"
+
+
+def _named(visitor: str) -> str:
+    """The id of a program's visitor. None is no id: the store takes it as the owner of everything."""
+    return visitor if isinstance(visitor, str) else ""
 
 
 def _results(count: int) -> str:

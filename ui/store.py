@@ -129,7 +129,7 @@ class Store:
 
     def find(self, run_id: str) -> Stored | None:
         """The pair of an id; None if there is none."""
-        if not RUN_ID.fullmatch(run_id):
+        if not _is_id(run_id):
             return None
         rows = self._read(f"SELECT {COLUMNS} FROM runs WHERE id = ?", run_id)
         return self._stored(rows[0]) if rows else None
@@ -155,7 +155,7 @@ class Store:
         if not _may_own(visitor):
             return 0
         with self._write():
-            deleted = [i for i in run_ids if RUN_ID.fullmatch(i) and self._delete_row(i, visitor)]
+            deleted = [i for i in run_ids if _is_id(i) and self._delete_row(i, visitor)]
         self._remove_folders(deleted)
         return len(deleted)
 
@@ -244,7 +244,7 @@ class Store:
             rows = {row[0] for row in self._db.execute("SELECT id FROM runs")}
             folders = {folder.name for folder in self.runs.iterdir()}
             self._db.executemany("DELETE FROM runs WHERE id = ?", [(run_id,) for run_id in rows - folders])
-            self._remove_folders([name for name in folders - rows if RUN_ID.fullmatch(name)])
+            self._remove_folders([name for name in folders - rows if _is_id(name)])
             for part in self.folder.glob("part-*"):
                 shutil.rmtree(part, ignore_errors=True)
 
@@ -269,6 +269,10 @@ def _fill(folder: Path, files: dict[str, Path | bytes]) -> None:
 def _may_own(visitor: str | None) -> bool:
     """Whether anything can belong to a visitor: nothing belongs to one without an id."""
     return visitor is None or (visitor != "" and _is_name(visitor))
+
+
+def _is_id(run_id: str) -> bool:
+    return isinstance(run_id, str) and RUN_ID.fullmatch(run_id) is not None
 
 
 def _is_name(name: str) -> bool:

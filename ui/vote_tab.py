@@ -15,6 +15,7 @@ from starlette.routing import Route
 from accel.errors import AccelError
 from ui.ballots import Ballot, Ballots, Choice
 from ui.context import Context
+from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.player import Player, pane_value
 from ui.ranking import ranking_report
@@ -71,7 +72,7 @@ class VoteTab:
     def add_endpoints(self) -> None:
         """Register the endpoints of this tab; call it inside the page's `gr.Blocks`."""
         for function in (self.next_pair, self.vote, self.ranking):
-            gr.api(function, api_name=function.__name__, concurrency_limit=None)
+            add_endpoint(function)
 
     def routes(self) -> list[Route]:
         """What the server answers below vote/: the videos of open ballots."""
@@ -95,9 +96,7 @@ class VoteTab:
 
         Example: next_pair("my-id")
         """
-        if not visitor:
-            raise AccelError("a vote needs the id of its visitor")
-        ballot = self.ballots.open(visitor)
+        ballot = self.ballots.open(_checked(visitor))
         return {"token": ballot.token, "prompt": ballot.report["prompt"], **urls(ballot)} if ballot else {}
 
     def vote(self, visitor: str, token: str, choice: str) -> dict:
@@ -110,7 +109,7 @@ class VoteTab:
         ballot = self.ballots.find(token)
         if ballot is None:
             raise AccelError("no pair is open under this token: ask next_pair for one")
-        counted = self._count(ballot, choice, visitor)
+        counted = self._count(ballot, choice, _checked(visitor))
         names = {side: ranked_name(ballot.report, which) for side, which in ballot.sides.items()}
         return {"counted": counted, **names, "speedup_denoise": ballot.report.get("speedup_denoise")}
 
@@ -166,6 +165,13 @@ class VoteTab:
 
     def _table(self) -> str:
         return render("ranking", **self.ranking())
+
+
+def _checked(visitor: str) -> str:
+    """The id of a visitor. Raises AccelError if there is none: the store takes None as the owner of everything."""
+    if not visitor or not isinstance(visitor, str):
+        raise AccelError("a vote needs the id of its visitor")
+    return visitor
 
 
 def urls(ballot: Ballot) -> dict[str, str]:

@@ -136,7 +136,7 @@ def test_programs_list_and_delete_only_a_visitors_own_pairs(tab, store):
     (entry,) = tab.history("me")
     assert (entry["run_id"], entry["candidate"], entry["ssim"]) == (run_id, "fastercache, 50 steps", 0.9988)
     assert entry["files"]["b.mp4"] == f"runs/{run_id}/b.mp4"
-    assert tab.history("other") == tab.history("") == tab.history("me", 0) == tab.history("me", -1) == []
+    assert tab.history("other") == tab.history("") == tab.history(None) == tab.history("me", 0) == []
     assert tab.delete_run("other", run_id) == tab.delete_run(None, run_id) == {"deleted": 0}
     assert tab.delete_run("me", run_id) == {"deleted": 1}
 
