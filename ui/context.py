@@ -13,7 +13,7 @@ from ui.reference_cache import ReferenceCache
 if TYPE_CHECKING:
     from ui.model_list import ModelChoice
     from ui.store import Store
-    from ui.worker import Workers
+    from ui.worker import Work, Workers
 
 
 @dataclass
@@ -31,3 +31,14 @@ class Context:
         """Whether the address of a request has the owner's key."""
         key = request.query_params.get("owner", "")
         return bool(self.owner_key) and secrets.compare_digest(key.encode(), self.owner_key.encode())
+
+
+def compare_work(context: Context, visitor: str, settings: dict, reference: dict, candidate: dict) -> Work:
+    """The work of a `CompareJob`, which is imported by the worker: two threads must not import diffusers at once."""
+
+    def work(job, pipe, defaults) -> None:
+        from ui.compare_job import CompareJob
+
+        CompareJob(context, visitor, settings, reference, candidate)(job, pipe, defaults)
+
+    return work

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -12,26 +12,50 @@ from accel.runtime.models import resolve
 from accel.runtime.presets import Preset
 
 AvailableValues = dict[str, Choices]  # values of some parameters, where the model at hand does not have all
+Update = dict[gr.blocks.Block, Any]
+
+
+class Change(NamedTuple):
+    """A parameter that differs from its preset."""
+
+    method: str
+    parameter: str
+    value: Any
+    preset_value: Any
 
 
 class MethodControls:
-    """The switches and parameter widgets of all methods for one model; create it inside a `gr.Blocks`."""
+    """The switches and parameter widgets of all methods for one model; create it inside a `gr.Blocks`.
+
+    Only the parameters of methods that are switched on are shown, the basic ones first.
+    """
 
     def __init__(self, model: str, preset: Preset):
         """Create the widgets with the values of a preset."""
-        self.available_values = {name: method.available_values(resolve(model)) for name, method in METHODS.items()}
         self.switches: dict[str, gr.Checkbox] = {}
+        self.groups: dict[str, gr.Column] = {}
         self.parameters: dict[str, dict[str, gr.components.Component]] = {}
-        active = _methods_by_name(preset)
+        active = preset_methods(preset)
+        with gr.Row(elem_id="switches"):
+            for name, method in METHODS.items():
+                self.switches[name] = gr.Checkbox(
+                    name in active, label=method.title, elem_id=f"use-{name}", min_width=90,
+                    interactive=is_usable(name, model),
+                )  # fmt: skip
         for name, method in METHODS.items():
-            gr.Markdown(f"### {method.title} · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
-            usable = self._is_usable(name)
-            self.switches[name] = gr.Checkbox(
-                name in active, label=f"use {method.title}", elem_id=f"use-{name}", interactive=usable,
-                info=None if usable else "No weights have been trained for this model yet: see the README.",
-            )  # fmt: skip
-            with gr.Row():
-                self.parameters[name] = parameter_widgets(active.get(name) or method(), self.available_values[name])
+            with gr.Column(visible=name in active, elem_classes="knobs", elem_id=f"knobs-{name}") as self.groups[name]:
+                gr.Markdown(f"**{method.title}** · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
+                self.parameters[name] = self._parameters(active.get(name) or method(), available_values(name, model))
+
+    def _parameters(self, method: Method, available: AvailableValues) -> dict[str, gr.components.Component]:
+        """The widgets of a method: the basic ones, and the others in a closed part."""
+        widgets = {
+            name: widget(name, method, available) for name in method.parameters() if name in method.basic
+        }  # fmt: skip
+        if others := [name for name in method.parameters() if name not in method.basic]:
+            with gr.Accordion(f"Advanced: {len(others)} more", open=False, elem_classes="advanced"):
+                widgets |= {name: widget(name, method, available) for name in others}
+        return {name: widgets[name] for name in method.parameters()}
 
     @property
     def components(self) -> list[gr.components.Component]:
@@ -47,46 +71,83 @@ class MethodControls:
                 settings[name] = parse_values(method, parameters)
         return settings
 
-    def preset_values(self, preset: Preset) -> tuple[dict[gr.components.Component, Any], list[str]]:
-        """The value of every component for a preset, and what of the preset this model lacks, in words."""
-        values, missing, active = {}, [], _methods_by_name(preset)
+    def preset_values(self, preset: Preset, model: str) -> tuple[Update, list[str]]:
+        """The value of every component for a preset, and what of the preset a model lacks, in words."""
+        updates, missing, active = {}, [], preset_methods(preset)
         for name, method in METHODS.items():
-            wanted = active.get(name)
-            usable = self._is_usable(name)
-            values[self.switches[name]] = wanted is not None and usable
+            wanted, usable, available = active.get(name), is_usable(name, model), available_values(name, model)
+            updates[self.switches[name]] = gr.update(value=wanted is not None and usable, interactive=usable)
+            updates[self.groups[name]] = gr.update(visible=wanted is not None and usable)
             if wanted and not usable:
                 missing.append(f"{method.title} is off")
-            for parameter, widget in self.parameters[name].items():
+            for parameter, component in self.parameters[name].items():
                 value = getattr(wanted or method(), parameter)
-                nearest = nearest_available(value, self.available_values[name].get(parameter))
-                values[widget] = nearest
+                nearest = nearest_available(value, available.get(parameter))
+                updates[component] = gr.update(value=nearest, elem_classes=_classes(component, changed=False))
                 if wanted and usable and nearest != value:
-                    missing.append(f"{method.title}'s {_words(parameter)} is {nearest} instead of {value}")
-        return values, missing
+                    missing.append(f"{method.title}'s {words(parameter)} is {nearest} instead of {value}")
+        return updates, missing
 
-    def _is_usable(self, name: str) -> bool:
-        """Whether the model has what a method needs: an empty list of values means that nothing was trained."""
-        return all(self.available_values[name].values())
+    def model_ranges(self, model: str) -> Update:
+        """The values that every restricted parameter can take with a model."""
+        updates = {}
+        for name in METHODS:
+            for parameter, choices in available_values(name, model).items():
+                ends = isinstance(choices, tuple)
+                new = {"minimum": choices[0], "maximum": choices[1]} if ends else {"choices": choices}
+                updates[self.parameters[name][parameter]] = gr.update(**new)
+        return updates
 
+    def visibility(self, values: list[Any]) -> Update:
+        """Which methods' parameters are shown, from the values of `components`."""
+        return {group: gr.update(visible=bool(on)) for group, on in zip(self.groups.values(), values)}
 
-def parameter_widgets(method: Method, available: AvailableValues | None = None) -> dict[str, gr.components.Component]:
-    """{parameter: widget} of a method; label, help, range and value all come from its fields."""
-    widgets, available = {}, available or {}
-    for name, schema in method.parameters().items():
-        common = {
-            "label": _words(name), "info": schema.get("description", ""), "min_width": 220,
-            "value": nearest_available(getattr(method, name), available.get(name)),
-            "elem_id": f"{method.title.lower()}-{name}",
+    def marks(self, changes: list[Change]) -> Update:
+        """Marks of the widgets: those of `changes` get the class "changed"."""
+        changed = {(change.method, change.parameter) for change in changes}
+        return {
+            component: gr.update(elem_classes=_classes(component, (name, parameter) in changed))
+            for name, widgets in self.parameters.items() for parameter, component in widgets.items()
         }  # fmt: skip
-        if schema["type"] == "boolean":
-            widgets[name] = gr.Checkbox(**common, elem_classes="flag")  # Gradio's row makes it too narrow for its text
-        elif "enum" in schema:
-            widgets[name] = gr.Radio(available.get(name) or schema["enum"], **common)
-        else:
-            step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
-            low, high = available.get(name) or (schema["minimum"], schema["maximum"])
-            widgets[name] = gr.Slider(low, high, step=step, **common)
-    return widgets
+
+
+def changes_from(preset: Preset, settings: dict[str, dict], model: str) -> list[Change]:
+    """The parameters of the active methods that differ from a preset, or from the defaults of a method it lacks."""
+    wanted, changes = preset_methods(preset), []
+    for name, parameters in settings.items():
+        base, available = wanted.get(name) or METHODS[name](), available_values(name, model)
+        for parameter, value in parameters.items():
+            preset_value = nearest_available(getattr(base, parameter), available.get(parameter))
+            if value != preset_value:
+                changes.append(Change(name, parameter, value, preset_value))
+    return changes
+
+
+def is_usable(name: str, model: str) -> bool:
+    """Whether a model has what a method needs: an empty list of values means that nothing was trained."""
+    return all(available_values(name, model).values())
+
+
+def available_values(name: str, model: str) -> AvailableValues:
+    """The values of a method's restricted parameters for a model."""
+    return METHODS[name].available_values(resolve(model))
+
+
+def widget(name: str, method: Method, available: AvailableValues) -> gr.components.Component:
+    """The widget of a parameter; label, help, range and value all come from its field."""
+    schema, choices = method.parameters()[name], available.get(name)
+    common = {
+        "label": words(name), "info": schema.get("description", ""), "min_width": 220,
+        "value": nearest_available(getattr(method, name), choices),
+        "elem_id": f"{method.title.lower()}-{name}", "elem_classes": ["knob"],
+    }  # fmt: skip
+    if schema["type"] == "boolean":
+        return gr.Checkbox(**common)
+    if "enum" in schema or isinstance(choices, list):
+        return gr.Dropdown(choices or schema["enum"], **common)
+    step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
+    low, high = choices or (schema["minimum"], schema["maximum"])
+    return gr.Slider(low, high, step=step, buttons=[], **common)
 
 
 def nearest_available(value: Any, choices: Choices | None) -> Any:
@@ -102,12 +163,19 @@ def nearest_available(value: Any, choices: Choices | None) -> Any:
 def parse_values(method: type[Method], values: dict[str, Any]) -> dict[str, Any]:
     """Widget values as the method takes them: a slider gives a float where the field is an integer."""
     types = {name: schema["type"] for name, schema in method.parameters().items()}
-    return {name: int(v) if types[name] == "integer" and float(v).is_integer() else v for name, v in values.items()}
+    whole = lambda name, v: types[name] == "integer" and isinstance(v, float) and v.is_integer()
+    return {name: int(v) if whole(name, v) else v for name, v in values.items()}
 
 
-def _methods_by_name(preset: Preset) -> dict[str, Method]:
+def preset_methods(preset: Preset) -> dict[str, Method]:
+    """The methods of a preset by name."""
     return dict(zip(preset.methods, preset))
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A parameter's name in words."""
     return name.replace("_", " ")
+
+
+def _classes(component: gr.components.Component, changed: bool) -> list[str]:
+    return ["knob", "changed"] if changed else ["knob"]

@@ -1,56 +1,66 @@
-"""Small parts of the page as HTML: notes, the live panes and the metric cards."""
+"""Small parts of the page as HTML: notes, the headline figures and the metric cards."""
 
 from __future__ import annotations
 
-from statistics import median
+from typing import NamedTuple
 
 from markupsafe import Markup
 
-from accel.evaluation.metrics import metric_texts
+from accel.evaluation.metrics import METRICS, metric_texts
 from ui.templating import render
-from ui.timeline import timeline
 
-EMPTY_PANE = ""
 READ_ALOUD = '<div role="status">${value || ""}</div>'  # template of a `gr.HTML` whose changes screen readers speak
+HEADLINE_METRICS = ("ssim", "psnr", "vmaf")  # those that were measured
+
+
+class Figure(NamedTuple):
+    """A large value and what it says."""
+
+    value: str
+    about: str
 
 
 def note(text: str, bad: bool = False) -> Markup:
-    """A message above the videos; a bad one is marked as an error."""
-    return render("note", text=text, bad=bad)
+    """A message in one line; a bad one is marked as an error, an empty one is not shown."""
+    return render("note", text=text, bad=bad) if text else Markup()
 
 
-def waiting_pane(title: str, status: str) -> Markup:
-    """The pane of a run that has not started or needs none."""
-    return render("pane", title=title, steps=1, done=0, status=status, image=None)
+def headline(report: dict) -> Markup:
+    """The figures that are looked at first: speed-up, work, quality, memory."""
+    when = report.get("baseline_measured_at")
+    low, high = report["speedup_range"]
+    n = len(report["b"]["denoise"])
+    spread = f"{low:.2f} to {high:.2f}, n={n}" if n > 1 else "n=1"
+    figures = [
+        Figure(f"{report['speedup_denoise']:.2f}×", f"as fast, {spread}" + (f"; reference of {when}" if when else "")),
+        Figure(f"{report['work_ratio']:.0%}", "of the work"),
+    ]
+    if report.get("bit_equal"):
+        figures.append(Figure("identical", "every pixel is equal"))
+    else:
+        figures += [Figure(METRICS[m].format(report[m]), _short(m, report))
+                    for m in HEADLINE_METRICS if report.get(m) is not None]  # fmt: skip
+    if report.get("adherence_b") is not None:
+        about = f"of the prompt read back; reference {report['adherence_a']:.0%}"
+        figures.append(Figure(f"{report['adherence_b']:.0%}", about))
+    return render("headline", figures=figures)
 
 
-def pane(title: str, done: int, steps: int, ms: float, work: float, image: str, trace: dict) -> Markup:
-    """The pane of a run: step, ms/step, time left, computed share of the work, preview and timeline.
-
-    `image` is a data URI, `trace` is `Trace.to_json()` or empty.
-    """
-    left = ms / 1000 * (steps - done)
-    status = f"step {done} / {steps} · {ms:.0f} ms/step · {left:.1f} s left · {work:.0%} of these steps' work"
-    return render("pane", title=title, steps=steps, done=done, status=status, image=image, timeline=timeline(trace))
+def _short(metric: str, report: dict) -> str:
+    worst = report.get("ssim_worst")
+    return f"SSIM, worst frame {worst:.3f}" if metric == "ssim" and worst is not None else METRICS[metric].title
 
 
 def metric_cards(report: dict) -> Markup:
-    """The metrics of a pair as cards, its stage times, and the conditions it was measured under."""
-    r = report
-    when = r.get("baseline_measured_at")
-    against = f", baseline measured earlier ({when})" if when else ""
+    """All metrics of a pair, and the conditions they were measured under."""
+    held = report["trace"]["summary"].get("peak_bytes", 0)
     cards = [
-        (f"{r['speedup_denoise']:.2f}×", "speed of denoising" + against),
-        (f"{r['speedup_total']:.2f}×", "speed end to end" + against),
-        (f"{r['work_ratio']:.0%}", "of the work computed (FLOPs)"),
-        *metric_texts(r),
-    ]
-    stages = {"baseline": _stage_times(r["a"]), "accelerated": _stage_times(r["b"])}
-    return render("metric_cards", cards=cards, stages=stages, conditions=_conditions(r))
-
-
-def _stage_times(seconds: dict[str, list[float]]) -> str:
-    return " · ".join(f"{stage} {median(times):.2f} s" for stage, times in seconds.items())
+        Figure(f"{report['speedup_total']:.2f}×", "as fast end to end"),
+        Figure(f"{report['efficiency']:.2f}", "efficiency: speed-up relative to the saved work"),
+        *(Figure(*texts) for texts in metric_texts(report)),
+        Figure(f"{held / 2**20:.1f} MiB", "held by the methods at most"),
+    ]  # fmt: skip
+    return render("metric_cards", cards=cards, conditions=_conditions(report))
 
 
 def _conditions(report: dict) -> str:

@@ -12,16 +12,17 @@ FEATURED = ("balanced", "fastercache", "asymrnr", "meanflow", "disca", "gpd", "t
 
 
 def card_choices(model: str) -> list[tuple[str, str]]:
-    """(text of the card, preset) of each card; the text has three lines: name, figures, about."""
+    """(text of the card, preset) of each card; the text has two lines: name and figures, about."""
     names = [*FEATURED, *(name for name in preset_names() if name not in FEATURED)]
-    cards = [("\n".join((name, _figures(name, model), load_preset(name).about)), name) for name in names]
-    return [*cards, (f"{PLAIN}\nno method\nThe stock pipeline, at the steps you choose.", PLAIN)]
+    cards = [(f"{name} {_figures(name, model)}\n{load_preset(name).about}", name) for name in names]
+    cards.insert(len(FEATURED), (f"{PLAIN}\nThe stock pipeline, at the steps you choose.", PLAIN))
+    return cards
 
 
 def _figures(preset: str, model: str) -> str:
-    """Measured speed-up and SSIM of a preset on the shipped model; a dash for others."""
+    """Measured speed-up and SSIM of a preset on the shipped model; empty where it was not measured."""
     figures = measured_figures().get(preset) if model == TINY else None
-    return f"{figures[0]:.1f}× · SSIM {figures[1]:.3f}".replace("SSIM 0", "SSIM ") if figures else "not measured here"
+    return f"· {figures[0]:.1f}× · SSIM {figures[1]:.3f}".replace("SSIM 0", "SSIM ") if figures else ""
 
 
 @cache

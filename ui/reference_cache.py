@@ -18,10 +18,9 @@ MAX_REFERENCES = 16
 
 @dataclass(frozen=True)
 class Reference:
-    """A generated video, the previews of its race, and the time of day at which it was measured."""
+    """A generated video with what was measured on it, and the time of day at which that was."""
 
     video: Video
-    race: tuple[dict, bytes]
     measured_at: str
 
 
@@ -40,9 +39,9 @@ class ReferenceCache:
                 self._references.move_to_end(key)
             return self._references.get(key)
 
-    def add(self, run: Run, video: Video, race: tuple[dict, bytes]) -> Reference:
+    def add(self, run: Run, video: Video) -> Reference:
         """Keep a video as the reference of its run."""
-        reference = Reference(video, race, time.strftime("%H:%M:%S"))
+        reference = Reference(video, time.strftime("%H:%M:%S"))
         with self._lock:
             self._references[run.model_dump_json()] = reference
             while len(self._references) > MAX_REFERENCES:

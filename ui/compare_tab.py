@@ -1,0 +1,325 @@
+"""The Compare tab: settings on the left; prompt, videos and figures on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from markupsafe import escape
+
+from accel.errors import AccelError
+from accel.runtime.models import ModelDefaults, read_defaults
+from accel.runtime.paths import ROOT
+from accel.runtime.presets import Preset, load_preset, preset_names
+from accel.runtime.repeat import reference_of
+from ui.clickable import ClickableHTML
+from ui.context import Context, compare_work
+from ui.controls import Change, MethodControls, Update, changes_from, words
+from ui.estimates import estimate_text
+from ui.live import Live
+from ui.pair_view import PairView
+from ui.panels import READ_ALOUD, note
+from ui.preset_cards import PLAIN, card_choices
+from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, preset_side, side_of
+from ui.templating import render
+
+FIRST_PRESET = "balanced"
+PROMPTS = (ROOT / "examples" / "prompts.txt").read_text().splitlines()
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """What the widgets say: model, prompt and seed of both sides, and each side's own settings."""
+
+    run: dict[str, Any]
+    reference: Side
+    candidate: Side
+    keep: bool  # earlier candidates of the same reference stay in the player
+
+
+class CompareTab:
+    """Layout and handlers; create it inside a `gr.Tab`. It knows no method by name."""
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.defaults = read_defaults(context.model) or ModelDefaults()
+        with gr.Row(elem_id="compare", equal_height=False):
+            with gr.Column(scale=0, min_width=336, elem_id="settings"):
+                self._add_candidate()
+                self._add_reference()
+            with gr.Column(scale=1, min_width=320, elem_id="stage"):
+                self._add_prompt()
+                self.message = gr.HTML(elem_id="message", html_template=READ_ALOUD)
+                self.live = gr.HTML(elem_id="live")
+                self.view = PairView(context)
+        self.until_loaded = gr.Timer(2)
+        self.shown = gr.State(None)  # id of the stored pair, or name of the recorded pair, that is shown
+        self.panes = gr.State([])  # ids of the stored pairs whose candidates are in the player
+
+    def _add_candidate(self) -> None:
+        gr.HTML('<h2 class="side-b"><b>B</b> Candidate</h2>')
+        self.preset = gr.Radio(card_choices(self.context.model), value=FIRST_PRESET, label="preset", elem_id="preset",
+                               show_label=False)  # fmt: skip
+        self.preset_note = gr.HTML(elem_id="preset-note", html_template=READ_ALOUD)
+        self.controls = MethodControls(self.context.model, load_preset(FIRST_PRESET))
+        self.changed = ClickableHTML(elem_id="changed")
+        self.side = SideSettings("b", self.defaults.steps, self.defaults.guidance)
+        self.keep = gr.Checkbox(
+            False, label="Keep earlier candidates in the player", elem_id="keep",
+            info="Up to three, of the same prompt, seed and reference.",
+        )  # fmt: skip
+
+    def _add_reference(self) -> None:
+        gr.HTML('<h2 class="side-a"><b>A</b> Reference</h2>')
+        self.reference = ReferenceControls(self.defaults.steps, self.defaults.guidance)
+        self.pin = gr.Button("Pin the candidate shown as the reference", size="sm", elem_id="pin")
+
+    def _add_prompt(self) -> None:
+        with gr.Row(elem_id="prompt-row", equal_height=True):
+            self.prompt = gr.Textbox(
+                PROMPTS[0], label="Prompt", lines=1, max_lines=3, scale=8, elem_id="prompt", max_length=2000
+            )
+            self.seed = gr.Number(1, label="Seed", precision=None, scale=1, min_width=84, elem_id="seed")
+            with gr.Row(elem_id="run-bar", scale=2):
+                self.run = gr.Button("▶ Run", variant="primary", min_width=88, elem_id="run")
+                self.stop = gr.Button("■ Stop", min_width=72, elem_id="stop")
+        with gr.Row(elem_id="under-prompt"):
+            self.examples = ClickableHTML(render("examples", prompts=PROMPTS[1:4]), elem_id="examples")
+            self.estimate = gr.HTML(elem_id="estimate", html_template=READ_ALOUD)
+
+    @property
+    def setting_components(self) -> list[gr.components.Component]:
+        """Everything that `settings` needs, without the model."""
+        return [self.prompt, self.seed, self.keep, *self.reference.components, *self.side.components,
+                *self.controls.components]  # fmt: skip
+
+    def settings(self, model: str, values: list[Any]) -> PairSettings:
+        """What the widgets say, from the values of `setting_components`. Raises AccelError if there is no reference."""
+        (prompt, seed, keep), rest = values[:3], list(values[3:])
+        cut = len(self.reference.components)
+        reference, (own, methods) = rest[:cut], (rest[cut : cut + 4], rest[cut + 4 :])
+        candidate = self.side.side(own, self.controls.settings(methods))
+        return PairSettings(
+            {"model": model, "prompt": prompt, "seed": seed}, self.reference.side(reference), candidate, bool(keep)
+        )
+
+    @property
+    def outputs(self) -> list[gr.blocks.Block]:
+        """Everything that running, showing a pair or loading settings can change."""
+        return [
+            self.page.tabs, self.message, self.live, self.run, self.stop, self.shown, self.panes, *self.view.components,
+            self.preset, self.preset_note, self.changed, self.estimate, self.reference.plain,
+            *self.controls.groups.values(), *self.setting_components,
+        ]  # fmt: skip
+
+    def wire(self, page) -> None:
+        """Connect the events; `page` has the model selector, the visitor and the tabs."""
+        self.page = page
+        inputs = [page.model, page.visitor, self.preset, *self.setting_components]
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        quick = {**private, "queue": False}
+        gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs], self.outputs,
+              concurrency_limit=None, **private)  # fmt: skip
+        self.stop.click(self.stop_jobs, page.visitor, self.message, **quick)
+        self.preset.input(self.load_preset, inputs, self.outputs, **quick)
+        self.examples.click(chosen_example, None, self.prompt, **quick)
+        self.changed.click(self.reset, inputs, self.outputs, **quick)
+        self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
+        edited = [c.input for c in self.setting_components if hasattr(c, "input")]
+        gr.on(edited, self.settings_changed, inputs, self.outputs, trigger_mode="always_last", **quick)
+        page.model.input(self.load_preset, inputs, self.outputs, **quick)
+        self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded], **quick)
+
+    # Running
+
+    def run_pair(self, panes: list[str], model: str, visitor: str, preset: str, *values) -> Iterator[Update]:
+        """Generate a pair from what the widgets say, and report its progress."""
+        try:
+            settings = self.settings(model, values)
+        except AccelError as error:
+            yield self._refused(str(error))
+            return
+        work = compare_work(self.context, visitor, settings.run, settings.reference, settings.candidate)
+        job, live = self.context.workers.submit(work, visitor, model), None
+        for kind, data in self.context.workers.stream(job):
+            if kind == "started":
+                live = self._live(**data)
+                yield {self.message: note(data["message"]), self.live: live.html(), **self._running(True)}
+            elif kind == "step":
+                yield {self.live: live.step(**data)}
+            elif kind == "pair":
+                yield self._finished(data["run_id"], data["message"], panes if settings.keep else [])
+            elif kind == "waiting":
+                yield {self.message: note(waiting_text(**data)), **self._running(True)}
+            elif kind == "stopping":
+                yield {self.message: note("Stopping after this step…")}
+            elif kind == "stopped":
+                yield {self.message: note("Stopped. The last pair is still here."), **self._running(False)}
+            elif kind == "refused":
+                yield self._refused(data["reason"])
+            elif kind == "failed":
+                yield self._refused(f"An unexpected error occurred. The server's log has it as {data['error_id']}.")
+
+    def stop_jobs(self, visitor: str):
+        """Stop the visitor's runs after their current step. The runs themselves report that they have stopped."""
+        return gr.skip() if self.context.workers.stop(visitor) else note("Nothing is running.")
+
+    def _running(self, running: bool) -> Update:
+        """The buttons while a pair is generated, and afterwards; the panes go with it."""
+        buttons = {self.run: gr.update(interactive=not running),
+                   self.stop: gr.update(interactive=running, variant="stop" if running else "secondary")}  # fmt: skip
+        return buttons if running else {**buttons, self.live: ""}
+
+    def _refused(self, reason: str) -> Update:
+        gr.Warning(str(escape(reason)))
+        return {self.message: note(reason, bad=True), **self._running(False)}
+
+    def _live(self, a, b, cached: bool, message: str) -> Live:
+        kept = self.context.references.find(a) if cached else None
+        sides = [describe_side(run.model_dump()) for run in (a, b)]
+        return Live(sides[0], a.steps, sides[1], b.steps, kept and kept.video.seconds["denoise"])
+
+    def _finished(self, run_id: str, message: str, panes: list[str]) -> Update:
+        """The new pair in the player, beside the earlier candidates of the same reference."""
+        stored = self.context.store.find(run_id)
+        same = [other for other in map(self.context.store.find, panes)
+                if other and other.report["reference"] == stored.report["reference"]]  # fmt: skip
+        pairs = [*same, stored][-3:]
+        return {
+            **self._running(False), **self.view.show(pairs), self.message: note(message), self.shown: run_id,
+            self.panes: [pair.id for pair in pairs], self.reference.last: side_of(stored.report),
+        }  # fmt: skip
+
+    # Showing what was generated before
+
+    def show_stored(self, run_id: str, visitor: str) -> Update:
+        """A stored pair in the Compare tab, with its settings in the widgets."""
+        stored = self.context.store.find(run_id)
+        if stored is None:
+            return {self.message: note("That result is no longer stored.", bad=True)}
+        return {
+            self.page.tabs: gr.Tabs(selected="compare"), **self.view.show([stored]), self.shown: run_id,
+            self.panes: [run_id], self.message: note("Shown from the history. Run measures it again."),
+            **self._settings_of(stored.report), self.live: "",
+        }  # fmt: skip
+
+    def open_stored(self, run_id: str, visitor: str) -> Update:
+        """Event handler of everything that opens a stored pair."""
+        return self.show_stored(run_id, visitor)
+
+    def show_two(self, first: str, second: str) -> Update:
+        """The candidates of two stored pairs side by side, the first one as the reference of the next run."""
+        stored = [self.context.store.find(run_id) for run_id in (first, second)]
+        if None in stored:
+            return {self.message: note("One of these results is no longer stored.", bad=True)}
+        text = "Two results from the history, each measured at its own time, so no speed-up is told. Run measures both."
+        return {
+            self.page.tabs: gr.Tabs(selected="compare"), **self.view.show_candidates(stored), self.shown: None,
+            self.panes: [], self.message: note(text), self.live: "", **self._settings_of(stored[1].report),
+            **self._reference_updates(side_of(stored[0].report)),
+        }  # fmt: skip
+
+    def pin_candidate(self, shown: str | None) -> Update:
+        """Make the candidate that is shown the reference of the next runs."""
+        stored = self.context.store.find(shown) if shown else None
+        if stored is None:
+            return {self.message: note("There is no result of yours to pin: run one first.", bad=True)}
+        text = f"Pinned: {describe_side(side_of(stored.report))}. The next candidate is compared with it."
+        return {self.message: note(text), **self._reference_updates(side_of(stored.report))}
+
+    def _reference_updates(self, side: Side) -> Update:
+        """The reference's widgets for given settings: the stock pipeline, or a pinned result."""
+        if side["methods"]:
+            return {self.reference.source: "pinned", self.reference.pinned: side}
+        return {self.reference.source: "plain", **self.reference.settings.updates(side)}
+
+    def _settings_of(self, report: dict) -> Update:
+        preset = Preset(methods=report["methods"])
+        controls, _ = self.controls.preset_values(preset, report["model"])
+        return {
+            self.prompt: report["prompt"], self.seed: report["seed"], **controls, **self.side.updates(side_of(report)),
+            **self._reference_updates(side_of(reference_of(report))), self.preset: report.get("preset"),
+        }  # fmt: skip
+
+    # Settings
+
+    def load_preset(self, model: str, visitor: str, name: str, *values) -> Update:
+        """Set the candidate's widgets to a preset, and say what of it the model lacks."""
+        preset = Preset() if name == PLAIN else load_preset(name)
+        return self.load_settings(preset, {}, model)
+
+    def load_settings(self, preset: Preset, run: dict[str, Any], model: str | None = None) -> Update:
+        """The widgets for a preset and, where they are given, prompt, seed, steps, guidance, solver and shift."""
+        model = model or self.context.model
+        controls, missing = self.controls.preset_values(preset, model)
+        defaults = read_defaults(model) or self.defaults
+        side = {**preset_side(preset), **run}
+        side |= {key: getattr(defaults, key) for key in ("steps", "guidance") if side.get(key) is None}
+        text = f"This preset needs weights that the model does not have: {'; '.join(missing)}." if missing else ""
+        typed = {self.prompt: run.get("prompt"), self.seed: run.get("seed")}
+        reference = run.get("reference")
+        return {
+            **self.controls.model_ranges(model), **controls, **self.side.updates(side), self.changed: "",
+            **{widget: value for widget, value in typed.items() if value is not None},
+            **(self._reference_updates({"solver": "default", "shift": None, **reference}) if reference else {}),
+            self.preset_note: note(text, bad=True) if missing else "",
+        }  # fmt: skip
+
+    def settings_changed(self, model: str, visitor: str, preset: str, *values) -> Update:
+        """Which parameters are shown and marked as changed, and what a run will take."""
+        methods = values[-len(self.controls.components) :]
+        changes = self._changes(model, preset, self.controls.settings(methods))
+        return {
+            **self.controls.visibility(methods), **self.controls.marks(changes),
+            self.changed: changed_strip(preset, changes), self.estimate: self.estimate_text(model, values),
+        }  # fmt: skip
+
+    def first_estimate(self, model: str, visitor: str, preset: str, *values) -> Update:
+        """What a run will take, as soon as the model is loaded."""
+        ready = self.context.workers.is_ready(model)
+        return {self.estimate: self.estimate_text(model, values), self.until_loaded: gr.Timer(active=not ready)}
+
+    def reset(self, event: gr.EventData, model: str, visitor: str, preset: str, *values) -> Update:
+        """Set one changed parameter, or all, back to the preset's value."""
+        wanted = event._data["id"]
+        changes = self._changes(model, preset, self.controls.settings(values[-len(self.controls.components) :]))
+        back = [c for c in changes if wanted in ("all", f"{c.method}.{c.parameter}")]
+        left = [change for change in changes if change not in back]
+        updates = {
+            self.controls.parameters[c.method][c.parameter]: gr.update(value=c.preset_value, elem_classes=["knob"])
+            for c in back
+        }  # fmt: skip
+        return {**updates, self.changed: changed_strip(preset, left)}
+
+    def _changes(self, model: str, preset: str | None, methods: dict) -> list[Change]:
+        base = load_preset(preset) if preset in preset_names() else Preset()
+        return changes_from(base, methods, model)
+
+    def estimate_text(self, model: str, values: list[Any]) -> str:
+        """What a run will take on this machine, or why it cannot run."""
+        try:
+            settings = self.settings(model, values)
+        except AccelError as error:
+            return f"{str(error)[:1].upper()}{str(error)[1:]}."
+        return estimate_text(self.context, settings.run, settings.reference, settings.candidate)
+
+
+def chosen_example(event: gr.EventData) -> str:
+    """The prompt of the example that was clicked."""
+    return event._data["id"]
+
+
+def changed_strip(preset: str | None, changes: list[Change]) -> str:
+    """The changed parameters with a button each that sets them back."""
+    rows = [(f"{c.method}.{c.parameter}", words(c.parameter), c.preset_value, c.value) for c in changes]
+    return render("changed", preset=preset or "the defaults", rows=rows) if rows else ""
+
+
+def waiting_text(ahead: int, loading: bool, seconds: float | None = None) -> str:
+    """Why a job has not started."""
+    if loading:
+        return "Loading the model…"
+    about = f", about {seconds:.0f} s" if seconds else ""
+    return f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you{about}."

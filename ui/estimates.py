@@ -1,0 +1,26 @@
+"""What a pair will take on this machine, for the line under the prompt."""
+
+from __future__ import annotations
+
+from accel.errors import AccelError
+from ui.context import Context
+from ui.side_settings import Side
+
+
+def estimate_text(context: Context, settings: dict, reference: Side, candidate: Side) -> str:
+    """Time and memory of both sides; why the settings cannot run; or that the model is still being loaded."""
+    loaded = context.workers.pipeline(settings["model"])
+    if loaded is None:
+        return "The model is being loaded."
+    from accel.runtime.estimate import estimate
+    from ui.compare_job import build_side
+
+    pipe, defaults = loaded
+    try:
+        a, b = (build_side(defaults, settings, side) for side in (reference, candidate))
+        expected = estimate(b, pipe, context.workers.step_seconds).words
+        kept = context.references.find(a)
+        before = "generated before" if kept else estimate(a, pipe, context.workers.step_seconds).words
+    except AccelError as error:
+        return f"{str(error)[:1].upper()}{str(error)[1:]}."
+    return f"A: {before} · B: {expected}"

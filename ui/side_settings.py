@@ -1,0 +1,106 @@
+"""The settings of a side beside its methods, and where the reference comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from accel.runtime.presets import Preset, load_preset, preset_names
+from accel.runtime.run import SOLVERS
+
+SOURCES = {
+    "The stock pipeline": "plain", "A preset": "preset", "The last candidate": "last", "The pinned result": "pinned"
+}  # fmt: skip
+Side = dict[str, Any]  # steps, guidance, solver, shift, methods
+
+
+class SideSettings:
+    """The widgets of one side's run settings; create it inside a `gr.Blocks`."""
+
+    def __init__(self, side: str, steps: int, guidance: float):
+        """`side` ("a" or "b") makes the names of the widgets unique."""
+        name = {"a": "reference", "b": "candidate"}[side]
+        self.steps = gr.Slider(1, 100, steps, step=1, label=f"steps of the {name}", elem_id=f"steps-{side}", buttons=[])
+        self.guidance = gr.Slider(
+            0, 12, guidance, step=0.5, label=f"guidance of the {name}", elem_id=f"guidance-{side}", buttons=[],
+        )  # fmt: skip
+        with gr.Accordion("Solver", open=False, elem_classes="advanced"):
+            self.solver = gr.Dropdown(SOLVERS, value="default", label=f"solver of the {name}", elem_id=f"solver-{side}")
+            self.shift = gr.Number(
+                None, label=f"flow shift of the {name}", elem_id=f"shift-{side}", minimum=0.1, maximum=20,
+                info="Higher spends more steps on coarse structure; empty: the model's own.",
+            )  # fmt: skip
+
+    @property
+    def components(self) -> list[gr.components.Component]:
+        """The widgets in the order of `side`."""
+        return [self.steps, self.guidance, self.solver, self.shift]
+
+    def side(self, values: list[Any], methods: dict[str, dict]) -> Side:
+        """The settings of a side from the values of `components`."""
+        return {**dict(zip(("steps", "guidance", "solver", "shift"), values)), "methods": methods}
+
+    def updates(self, side: Side) -> dict:
+        """The widgets' values for the settings of a side; what is None stays as it is."""
+        new = {self.steps: side.get("steps"), self.guidance: side.get("guidance")}
+        new = {widget: value for widget, value in new.items() if value is not None}
+        return {**new, self.solver: side.get("solver") or "default", self.shift: side.get("shift")}
+
+
+class ReferenceControls:
+    """What the candidate is compared with: the stock pipeline, a preset, the last candidate or a pinned result."""
+
+    def __init__(self, steps: int, guidance: float):
+        """Create the widgets: the stock pipeline, in the model's own number of steps."""
+        self.source = gr.Radio(list(SOURCES.items()), value="plain", label="compare with", elem_id="reference-source")
+        with gr.Column(elem_classes="knobs") as self.plain:
+            self.settings = SideSettings("a", steps, guidance)
+        self.preset = gr.Dropdown(preset_names(), value="fastercache", label="preset of the reference",
+                                  visible=False, elem_id="reference-preset")  # fmt: skip
+        self.last, self.pinned = gr.State(None), gr.State(None)  # settings of a side
+        self.source.change(
+            lambda source: (gr.update(visible=source == "plain"), gr.update(visible=source == "preset")),
+            self.source, [self.plain, self.preset], queue=False, api_visibility="private",
+        )  # fmt: skip
+
+    @property
+    def components(self) -> list[gr.components.Component]:
+        """Everything that `side` needs."""
+        return [self.source, self.preset, self.last, self.pinned, *self.settings.components]
+
+    def side(self, values: list[Any]) -> Side:
+        """The settings of the reference from the values of `components`.
+
+        Raises AccelError if there is no last candidate or pinned result yet.
+        """
+        from accel.errors import AccelError
+
+        source, preset, last, pinned, *plain = values
+        if source == "preset":
+            return preset_side(load_preset(preset))
+        stored = {"last": last, "pinned": pinned}.get(source)
+        if source in ("last", "pinned") and stored is None:
+            what = "no candidate has been generated yet" if source == "last" else "no result is pinned"
+            raise AccelError(f"{what}: run one first, or compare with the stock pipeline")
+        return stored or self.settings.side(plain, {})
+
+
+def preset_side(preset: Preset) -> Side:
+    """A preset as the settings of a side; what it leaves out is the model's own."""
+    given = {"steps": preset.steps, "guidance": preset.guidance}
+    return {"methods": preset.methods, **{key: value for key, value in given.items() if value is not None}}
+
+
+def side_of(run: dict) -> Side:
+    """The settings of a side from a run or a report."""
+    return {"solver": "default", "shift": None, **{key: run[key] for key in ("steps", "guidance", "methods")},
+            **{key: run[key] for key in ("solver", "shift") if key in run}}  # fmt: skip
+
+
+def describe_side(side: Side) -> str:
+    """A side in a few words: its methods, steps and what is not the model's own."""
+    parts = [" + ".join(side["methods"]) or "plain", f"{side['steps']} steps"]
+    parts += [side["solver"]] if side.get("solver", "default") != "default" else []
+    parts += [f"shift {side['shift']:g}"] if side.get("shift") else []
+    return ", ".join(parts)
