@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_SSR_MODE", "false")
 
+import ui.quick_gradio  # noqa: F401, I001  before Gradio
 import gradio as gr
 
 from ui import server

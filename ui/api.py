@@ -100,7 +100,10 @@ def side_from(values: Any) -> Side:
         raise AccelError(f"unknown setting {unknown[0]!r} of a side; known are {', '.join(SIDE_KEYS)}")
     side = preset_side(known_preset(values.get("preset") or PLAIN))
     side["methods"] = {name: dict(parameters or {}) for name, parameters in side["methods"].items()}
-    for target, value in (values.get("changes") or {}).items():
+    changes = values.get("changes") or {}
+    if not isinstance(changes, dict):
+        raise AccelError('changes is a JSON object: {"METHOD.PARAMETER": VALUE}')
+    for target, value in changes.items():
         method, _, parameter = str(target).partition(".")
         side["methods"].setdefault(method, {})[parameter] = value
     return {**side, **{key: values[key] for key in SIDE_KEYS[2:] if values.get(key) is not None}}

@@ -15,7 +15,7 @@ from ui.player import Player, pane_value
 from ui.recorded import Recorded, recorded_pairs
 from ui.side_settings import describe_side, side_of
 from ui.store import Stored
-from ui.timeline import timeline
+from ui.timeline import READ_OUT, timeline
 from ui.token_maps import token_maps
 
 Update = dict[gr.components.Component, Any]
@@ -32,7 +32,8 @@ class PairView:
         self.player = Player({**recorded.player, "mode": "race"} if recorded else None, elem_id="player")
         self.verdict = gr.HTML(note(recorded.banner) if recorded else "", elem_id="verdict")
         details = [part(report) for part in DETAILS.values()] if report else [""] * len(DETAILS)
-        self.details = [gr.HTML(html, elem_id=name) for name, html in zip(DETAILS, details)]
+        read_out = {"timeline": READ_OUT, "token-maps": READ_OUT}
+        self.details = [gr.HTML(html, elem_id=name, js_on_load=read_out.get(name)) for name, html in zip(DETAILS, details)]
 
     @property
     def components(self) -> list[gr.components.Component]:

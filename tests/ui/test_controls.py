@@ -7,18 +7,31 @@ from accel.methods import METHODS
 from accel.runtime.models import TINY
 from accel.runtime.paths import ROOT
 from accel.runtime.presets import load_preset
-from ui.controls import MethodControls, nearest_available, parameter_widgets, parse_values
+from ui.controls import Change, MethodControls, available_values, changes_from, nearest_available, parse_values, widget
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_field_has_a_widget_with_its_range_and_help(name):
-    with gr.Blocks():
-        widgets = parameter_widgets(METHODS[name]())
-    assert list(widgets) == list(METHODS[name].parameters())
     for field, schema in METHODS[name].parameters().items():
-        assert widgets[field].info == schema["description"] and widgets[field].value == schema["default"]
-        if "maximum" in schema:
-            assert (widgets[field].minimum, widgets[field].maximum) == (schema["minimum"], schema["maximum"])
+        with gr.Blocks():
+            made = widget(field, METHODS[name](), {})
+        assert made.info == schema["description"] and made.value == schema["default"]
+        if "maximum" in schema and "enum" not in schema:
+            assert (made.minimum, made.maximum) == (schema["minimum"], schema["maximum"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_basic_parameters_exist_and_are_not_all(name):
+    assert set(METHODS[name].basic) <= set(METHODS[name].parameters())
+
+
+def test_only_the_parameters_of_active_methods_are_shown():
+    with gr.Blocks():
+        controls = MethodControls(TINY, load_preset("disca"))
+    assert [name for name, group in controls.groups.items() if group.visible] == ["meanflow", "disca"]
+    values = [name == "asymrnr" for name in METHODS]
+    shown = controls.visibility(values)
+    assert [name for name, group in controls.groups.items() if shown[group]["visible"]] == ["asymrnr"]
 
 
 def test_slider_values_become_settings_that_the_method_takes():
@@ -27,41 +40,54 @@ def test_slider_values_become_settings_that_the_method_takes():
     assert method(**parse_values(method, values)).attention_interval == 3
 
 
-def test_the_values_of_all_widgets_become_the_settings_of_the_methods_that_are_switched_on():
+@pytest.mark.parametrize("preset", ["disca", "balanced", "asymrnr-official"])
+def test_the_values_of_all_widgets_become_the_settings_of_the_methods_that_are_switched_on(preset):
     with gr.Blocks():
-        controls = MethodControls(TINY, load_preset("disca"))
+        controls = MethodControls(TINY, load_preset(preset))
     settings = controls.settings([component.value for component in controls.components])
-    assert list(settings) == ["meanflow", "disca"]
-    for name, method in zip(settings, load_preset("disca"), strict=True):
-        assert METHODS[name](**settings[name]) == method
+    methods = dict(zip(load_preset(preset).methods, load_preset(preset)))
+    assert {name: METHODS[name](**settings[name]) for name in settings} == methods
+    assert changes_from(load_preset(preset), settings, TINY) == []
+
+
+def test_a_parameter_that_differs_from_its_preset_is_named_and_marked():
+    preset = load_preset("fastercache")
+    with gr.Blocks():
+        controls = MethodControls(TINY, preset)
+    settings = controls.settings([component.value for component in controls.components])
+    settings["fastercache"]["attention_interval"] = 5
+    changes = changes_from(preset, settings, TINY)
+    assert changes == [Change("fastercache", "attention_interval", 5, 2)]
+    marked = [c for c, update in controls.marks(changes).items() if "changed" in update["elem_classes"]]
+    assert marked == [controls.parameters["fastercache"]["attention_interval"]]
 
 
 def test_only_students_that_exist_are_offered(pipe, students, tmp_path):
     (tmp_path / "gpd-N8" / "gpd.json").unlink()
     with gr.Blocks():
-        widgets = parameter_widgets(METHODS["gpd"](), METHODS["gpd"].available_values(tmp_path))
-    assert [value for _, value in widgets["steps"].choices] == [0, 6, 12, 16, 24, 48]
+        made = widget("steps", METHODS["gpd"](), available_values("gpd", str(tmp_path)))
+    assert [value for _, value in made.choices] == [0, 6, 12, 16, 24, 48]
     assert METHODS["gpd"].available_values(tmp_path / "none") == {"steps": []}
 
 
 def test_a_slider_has_the_range_that_the_student_was_trained_for():
     assert METHODS["meanflow"].available_values(ROOT / TINY)["guidance"] == (2.0, 5.0)
     with gr.Blocks():
-        widgets = parameter_widgets(METHODS["meanflow"](), {"guidance": (2.0, 3.5)})
-    assert (widgets["guidance"].minimum, widgets["guidance"].maximum, widgets["guidance"].value) == (2.0, 3.5, 3.5)
+        made = widget("guidance", METHODS["meanflow"](), {"guidance": (2.0, 3.5)})
+    assert (made.minimum, made.maximum, made.value) == (2.0, 3.5, 3.5)
 
 
 def test_a_preset_names_what_a_model_lacks(tmp_path):
     with gr.Blocks():
         controls = MethodControls(str(tmp_path), load_preset("fastercache"))
-    values, missing = controls.preset_values(load_preset("turbo"))
+    updates, missing = controls.preset_values(load_preset("turbo"), str(tmp_path))
     assert missing == [f"{METHODS['meanflow'].title} is off", "DisCa's predictor is reuse instead of residual"]
-    assert not values[controls.switches["meanflow"]] and values[controls.parameters["disca"]["predictor"]] == "reuse"
+    assert not updates[controls.switches["meanflow"]]["value"]
+    assert updates[controls.parameters["disca"]["predictor"]]["value"] == "reuse"
     assert not controls.switches["meanflow"].interactive and controls.switches["disca"].interactive
-    assert controls.preset_values(load_preset("fastercache"))[1] == []
+    assert controls.preset_values(load_preset("fastercache"), str(tmp_path))[1] == []
 
 
 def test_a_parameter_falls_back_to_the_nearest_available_value():
     assert nearest_available(7, [0, 6, 48]) == 6
     assert nearest_available("residual", ["reuse", "taylor-1"]) == "reuse"
-    assert nearest_available(9.0, (2.0, 5.0)) == 5.0 and nearest_available(3, None) == 3

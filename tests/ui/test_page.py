@@ -1,52 +1,143 @@
-"""The page as a whole, without a browser: what starting it imports, its presets and its API."""
+"""The page as a whole, without a browser: what starting it imports, its endpoints, presets and settings."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import gradio as gr
 import pytest
 
 import app
+from accel.errors import AccelError
+from accel.methods import METHODS
 from accel.runtime.models import TINY
 from accel.runtime.paths import ROOT
-from accel.runtime.presets import load_preset, preset_names
+from accel.runtime.presets import Preset, load_preset, preset_names
+from ui.api import side_from
+from ui.context import Context
+from ui.model_list import model_choices
+from ui.preset_cards import PLAIN, card_choices
+from ui.store import Store
+from ui.worker import Workers
+
+HEAVY = ["torch", "diffusers", "transformers", "scipy", "skimage"]
+BUILD = """
+import json, pathlib, sys, tempfile, app
+from ui.context import Context; from ui.store import Store; from ui.worker import Workers; from ui.model_list import *
+app.Page(Context({model!r}, Workers({model!r}), Store(pathlib.Path(tempfile.mkdtemp())), model_choices())).build()
+print(json.dumps(sorted(set(sys.modules) & set({heavy}))))
+"""
+ENDPOINTS = {"run", "stop", "sweep", "history", "delete_run", "vote", "ranking", "code", "preset", "presets"}
 
 
 @pytest.fixture(scope="module")
-def page():
-    page = app.Page(TINY)
+def page(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("data"))
+    page = app.Page(Context(TINY, Workers(TINY), store, model_choices()))
     page.demo = page.build()
     return page
 
 
+def values_of(page, updates: dict) -> list:
+    """The values of the setting components after updates."""
+    values = []
+    for component in page.compare.setting_components:
+        update = updates.get(component, component.value)
+        values.append(update.get("value") if isinstance(update, dict) and "__type__" in update else update)
+    return values
+
+
 def test_building_the_page_imports_no_library_that_only_a_run_needs():
-    code = (
-        "import json, sys, app; app.Page(app.TINY).build();"
-        "print(json.dumps(sorted(set(sys.modules) & {'torch', 'diffusers', 'transformers', 'scipy', 'skimage'})))"
-    )
+    code = BUILD.format(model=TINY, heavy=HEAVY)
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(out.stdout.splitlines()[-1]) == []
 
 
-def test_the_endpoints_are_run_and_stop(page):
-    assert list(page.demo.get_api_info()["named_endpoints"]) == ["/run_pair", "/stop"]
+def test_app_py_is_layout_and_wiring_only():
+    text = Path(app.__file__).read_text()
+    assert len(text.splitlines()) < 150 and not any(f'"{name}"' in text for name in METHODS)
 
 
-def test_presets_are_offered_by_title_where_they_have_one(page):
-    assert [name for _, name in page.preset.choices] == preset_names()
-    assert dict(page.preset.choices)["ToDo (token downsampling)"] == "todo"
+def test_every_endpoint_is_documented_with_an_example(page):
+    endpoints = page.demo.get_api_info()["named_endpoints"]
+    assert ENDPOINTS <= {name.removeprefix("/") for name in endpoints}
+    for name, info in endpoints.items():
+        assert "Example:" in info["description"], name
+
+
+def test_every_preset_is_a_card_and_the_featured_ones_tell_what_was_measured():
+    cards = {name: text for text, name in card_choices(TINY)}
+    assert set(cards) == {*preset_names(), PLAIN}
+    assert cards["balanced"].startswith("balanced · 2.1× · SSIM .982\n")
+    assert all("SSIM" not in text for text, _ in card_choices("another/model"))
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_sets_the_methods_that_it_names(page, name):
-    values, preset = page.load_preset(name), load_preset(name)
-    components = page.controls.components
-    settings = page.controls.settings([values[component] for component in components])
-    assert set(settings) == set(preset.methods)
-    assert values.get(page.steps, preset.steps) == preset.steps
-    assert values[page.preset_warning] == ""
+    preset = load_preset(name)
+    updates = page.compare.load_preset(TINY, "me", name)
+    settings = page.compare.settings(TINY, values_of(page, updates))
+    assert set(settings.candidate["methods"]) == set(preset.methods)
+    assert settings.candidate["steps"] == (preset.steps or 50)
+    assert updates[page.compare.preset_note] == ""
+
+
+def test_the_plain_card_switches_all_methods_off(page):
+    settings = page.compare.settings(TINY, values_of(page, page.compare.load_preset(TINY, "me", PLAIN)))
+    assert settings.candidate["methods"] == {} and settings.reference["methods"] == {}
+
+
+def test_settings_from_a_link_go_to_the_side_they_are_of(page):
+    reference = {"steps": 24, "methods": {"fastercache": {}}}
+    run = {"prompt": "a blue ring spins", "seed": 7, "steps": 12, "solver": "euler", "reference": reference}
+    updates = page.compare.load_settings(load_preset("asymrnr"), run)
+    settings = page.compare.settings(TINY, values_of(page, updates))
+    assert settings.run == {"model": TINY, "prompt": "a blue ring spins", "seed": 7}
+    assert settings.candidate["steps"] == 12 and settings.candidate["solver"] == "euler"
+    assert settings.reference["methods"] == {"fastercache": {}} and settings.reference["steps"] == 24
+
+
+def test_without_a_last_candidate_or_a_pinned_result_the_reference_is_refused_in_a_sentence(page):
+    for source, sentence in (("last", "no candidate has been generated yet"), ("pinned", "no result is pinned")):
+        values = values_of(page, {page.compare.reference.source: source})
+        with pytest.raises(AccelError, match=sentence):
+            page.compare.settings(TINY, values)
+
+
+def test_a_changed_parameter_is_listed_and_can_be_set_back(page):
+    compare = page.compare
+    interval = compare.controls.parameters["fastercache"]["attention_interval"]
+    values = values_of(page, {**compare.load_preset(TINY, "me", "fastercache"), interval: 5})
+    updates = compare.settings_changed(TINY, "me", "fastercache", *values)
+    assert "attention interval 2 → 5" in updates[compare.changed]
+    event = gr.EventData(None, {"id": "fastercache.attention_interval"})
+    back = compare.reset(event, TINY, "me", "fastercache", *values)
+    assert back[interval]["value"] == 2 and back[compare.changed] == ""
 
 
 def test_stop_without_a_run_says_so(page):
-    assert "Nothing is running" in page.stop_job(gr.Request(session_hash="nobody"))
+    assert "Nothing is running" in page.compare.stop_jobs("nobody")
+
+
+def test_a_new_visitor_gets_an_id_and_a_known_one_keeps_it(page):
+    request = gr.Request(query_params={})
+    assert len(page.greet(request, "")[page.visitor]) == 32
+    assert page.visitor not in page.greet(request, "known")
+
+
+@pytest.mark.parametrize("side, sentence", [
+    ([], "a side is a JSON object"), ({"speed": 1}, "unknown setting 'speed' of a side"),
+    ({"preset": "../../etc/passwd"}, "no preset '../../etc/passwd'"), ({"preset": "x.yaml"}, "no preset 'x.yaml'"),
+    ({"changes": "fast"}, "changes is a JSON object"),
+])  # fmt: skip
+def test_a_wrong_side_over_the_api_is_refused_in_a_sentence(side, sentence):
+    with pytest.raises(AccelError, match=sentence):
+        side_from(side)
+
+
+def test_a_side_over_the_api_is_a_preset_with_changes():
+    side = side_from({"preset": "fastercache", "changes": {"fastercache.attention_interval": 4}, "steps": 12})
+    assert side["steps"] == 12 and side["methods"]["fastercache"]["attention_interval"] == 4
+    assert side_from({}) == {"methods": Preset().methods}
+    assert load_preset("fastercache").methods["fastercache"]["attention_interval"] == 2  # the preset is as it was
