@@ -33,7 +33,9 @@ class PairView:
         self.verdict = gr.HTML(note(recorded.banner) if recorded else "", elem_id="verdict")
         details = [part(report) for part in DETAILS.values()] if report else [""] * len(DETAILS)
         read_out = {"timeline": READ_OUT, "token-maps": READ_OUT}
-        self.details = [gr.HTML(html, elem_id=name, js_on_load=read_out.get(name)) for name, html in zip(DETAILS, details)]
+        self.details = [
+            gr.HTML(html, elem_id=name, js_on_load=read_out.get(name)) for name, html in zip(DETAILS, details)
+        ]
 
     @property
     def components(self) -> list[gr.components.Component]:
