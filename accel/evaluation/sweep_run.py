@@ -152,13 +152,15 @@ def plot(rows: Sequence[dict], file: Path) -> None:
     by_speed = sorted(rows, key=lambda row: row["speedup"])
     figure, axes = plt.subplots(figsize=(7, 4.5))
     axes.plot(*xy([row for row in by_speed if row["label"] in front]), color="#999999", linewidth=1, label="front")
-    axes.plot(*xy([row for row in by_speed if row["plain"]]), "s--", color="#0072b2", label="plain steps")
-    axes.plot(*xy([row for row in by_speed if not row["plain"]]), "o", color="#d55e00", label="settings")
+    axes.plot(*xy([row for row in rows if row["plain"]]), "s--", color="#0072b2", label="plain steps")
+    axes.plot(*xy([row for row in rows if not row["plain"]]), "o", color="#d55e00", label="settings")
     for row in rows:
         axes.annotate(
             row["label"], (row["speedup"], row["ssim"]), textcoords="offset points", xytext=(5, 4), fontsize=6
         )
     axes.set(xlabel="measured speed-up of the denoising", ylabel="SSIM to the reference", xscale="log")
+    for set_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_format(lambda x, _: f"{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")
