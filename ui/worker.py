@@ -250,7 +250,7 @@ def _use(device: str | None) -> None:
     """Make a GPU the one whose name and memory this thread is told; models are moved to it by its name."""
     import torch
 
-    if device and torch.device(device).type == "cuda":
+    if device and device.startswith("cuda"):
         torch.cuda.set_device(device)
 
 
