@@ -21,7 +21,7 @@ METHODS = {name: load_preset(name).methods for name in ("fastercache", "asymrnr"
 def run_of(i: int):
     """The i-th of several runs of two steps that differ in prompt, seed, size, guidance and methods."""
     methods = [{}, *METHODS.values()][i % 4]
-    size = {"height": 32 + 32 * (i % 2), "frames": 5 + 4 * (i % 3)}
+    size = {"height": 32, "frames": 5 + 4 * (i % 2)}
     prompt = f"a large {['red', 'blue', 'green'][i % 3]} star"
     return build_run(DEFAULTS, model=TINY, prompt=prompt, seed=i, steps=2, guidance=1 + i % 5, methods=methods, **size)
 
@@ -63,9 +63,8 @@ ERRORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_run_after_any_error_in_mid_run_is_that_of_a_fresh_process(workers, alone, name):
-    run = build_run(DEFAULTS, model=TINY, prompt="a red star", seed=3, steps=3, methods=METHODS[name])
+def test_the_run_after_any_error_in_mid_run_is_that_of_a_fresh_process(workers, alone):
+    run = build_run(DEFAULTS, model=TINY, prompt="a red star", seed=3, steps=3, methods=METHODS["balanced"])
     expected = alone(run)
     for error in ERRORS.values():
 
