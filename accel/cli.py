@@ -33,6 +33,8 @@ Shift = Annotated[float, typer.Option(help="Flow shift of the noise levels; defa
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
 Size = Annotated[int, typer.Option(min=1, help="Pixels or frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
+RESULT_FILES = tuple("video.mp4 frames.npy a.mp4 b.mp4 a.npy b.npy a.jpg b.jpg run.json".split())  # of run and compare
+INTERRUPTED = 130  # exit code after Ctrl-C
 RUN_OPTIONS = ("steps", "guidance", "solver", "shift")  # settings of a run that a preset may hold
 
 
@@ -40,19 +42,19 @@ def main() -> None:
     """Run a command. Bad input ends with one line on stderr and exit code 2, a full disk with code 1."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            _fail("stopped", code)
         sys.exit(code if isinstance(code, int) else 0)
     except TyperException as error:  # wrong arguments; without arguments its text is the help
         text = error.format_message()
         print(text if "Usage:" in text else f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except AccelError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 1 if getattr(error.__cause__, "errno", None) else 2)  # the system's refusal, or bad input
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         _fail(explain_os_error(error), 2)
     except OSError as error:
         _fail(explain_os_error(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 130)
 
 
 def _fail(sentence: str, code: int) -> None:
@@ -140,7 +142,7 @@ def run(
     source: Annotated[Path, typer.Option("--from", help="Repeat the run stored in a video made here.")] = None,
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
-    """Generate one video with a preset: video.mp4, frames.npy and run.json in --out."""
+    """Generate one video with a preset: video.mp4, frames.npy and run.json in --out, all of them or none."""
     from .runtime.run import build_run
 
     if source is not None:
@@ -161,18 +163,19 @@ def run(
     pipe, defaults, (b,) = load_for(model, make_runs)
     import numpy as np
 
+    from .files import all_or_nothing
     from .runtime.generate import environment, generate, preflight, warm_up
     from .runtime.video import write_mp4
 
-    out.mkdir(parents=True, exist_ok=True)
     print("\n".join(printed := preflight(b, pipe)))
-    warm_up(b, pipe, defaults)
-    with tqdm(total=b.steps, desc="denoising") as bar:
-        video = generate(b, pipe, defaults, lambda *_: bar.update())
-    video.seconds["encode"] = write_mp4(out / "video.mp4", video.frames, defaults.fps, b.model_dump())
-    np.save(out / "frames.npy", video.frames)
-    document = {**b.model_dump(), **environment(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
-    (out / "run.json").write_text(json.dumps(document, indent=1))
+    with all_or_nothing(out, "run.json", RESULT_FILES) as part:
+        warm_up(b, pipe, defaults)
+        with tqdm(total=b.steps, desc="denoising") as bar:
+            video = generate(b, pipe, defaults, lambda *_: bar.update())
+        video.seconds["encode"] = write_mp4(part / "video.mp4", video.frames, defaults.fps, b.model_dump())
+        np.save(part / "frames.npy", video.frames)
+        document = {**b.model_dump(), **environment(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
+        (part / "run.json").write_text(json.dumps(document, indent=1))
     print_messages(video.trace.messages, printed)
     work = video.trace.summary()["flops_ratio"]
     print(f"{video.seconds['denoise']:.2f} s of denoising, {work:.0%} of the work -> {out}")
@@ -199,7 +202,7 @@ def compare(
 ) -> None:  # fmt: skip
     """Generate a (baseline) and b (with the preset) from the same noise, into --out.
 
-    Files: a.mp4 b.mp4, their frames a.npy b.npy, previews of the denoising a.jpg b.jpg, and run.json.
+    Files, all or none: a.mp4 b.mp4, their frames a.npy b.npy, previews of the denoising a.jpg b.jpg, and run.json.
     """
     common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
     options = dict(separate=True, solver=solver, shift=shift)
@@ -208,23 +211,25 @@ def compare(
     import numpy as np
 
     from .evaluation.compare import compare as compare_runs
+    from .files import all_or_nothing
     from .runtime.generate import preflight
     from .runtime.video import write_mp4
 
-    out.mkdir(parents=True, exist_ok=True)
     runs = {"a": a, "b": b}
-
-    def write(pane: str, video) -> None:
-        video.seconds["encode"] = write_mp4(out / f"{pane}.mp4", video.frames, defaults.fps, runs[pane].model_dump())
-        np.save(out / f"{pane}.npy", video.frames)
-
     print("\n".join(printed := preflight(b, pipe)))
-    with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
-        count = lambda pane, *_: bar.update(pane != "warm-up")
-        pair = compare_runs(a, b, pipe, defaults, repeats, count, write)
-    for pane, video in (("a", pair.a), ("b", pair.b)):
-        (out / f"{pane}.jpg").write_bytes(video.race.sheet)
-    (out / "run.json").write_text(json.dumps(pair.report, indent=1))
+    with all_or_nothing(out, "run.json", RESULT_FILES) as part:
+
+        def write(pane: str, video) -> None:
+            file, settings = part / f"{pane}.mp4", runs[pane].model_dump()
+            video.seconds["encode"] = write_mp4(file, video.frames, defaults.fps, settings)
+            np.save(part / f"{pane}.npy", video.frames)
+
+        with tqdm(total=repeats * (a.steps + b.steps), desc="a and b in turn") as bar:
+            count = lambda pane, *_: bar.update(pane != "warm-up")
+            pair = compare_runs(a, b, pipe, defaults, repeats, count, write)
+        for pane, video in (("a", pair.a), ("b", pair.b)):
+            (part / f"{pane}.jpg").write_bytes(video.race.sheet)
+        (part / "run.json").write_text(json.dumps(pair.report, indent=1))
     print(summary_text(pair.report, repeats))
     print_messages(pair.b.trace.messages, printed)
     print_json(pair.report)
@@ -268,13 +273,16 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure a suite on held-out prompts: results.json, report.md and pareto.png in --out. Resumable."""
     from .evaluation.suites import check_suite
+    from .files import only_writer
     from .runtime.models import check_model
 
     check_suite(suite)
     check_model(model)
     from .evaluation.bench import run_suite
 
-    print_json(run_suite(suite, prompts, seeds, model, out or Path("runs/bench") / suite))
+    out = out or Path("runs/bench") / suite
+    with only_writer(out):
+        print_json(run_suite(suite, prompts, seeds, model, out))
 
 
 @app.command()
@@ -307,8 +315,10 @@ def sweep(
     ]
     pipe, defaults, runs = load_for(model, make_runs)
     from .evaluation.sweep_run import run_sweep, sweep_table
+    from .files import only_writer
 
-    results = run_sweep(list(zip(cells, runs[::2], runs[1::2])), pipe, defaults, out)
+    with only_writer(out):
+        results = run_sweep(list(zip(cells, runs[::2], runs[1::2])), pipe, defaults, out)
     print(sweep_table(results["rows"]))
     print_json({**results, "out": str(out)})
 
@@ -321,12 +331,14 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")] = Path("runs/profile"),
 ) -> None:  # fmt: skip
     """Measure what removing tokens costs in each block: asymrnr.json for AsymRnR, a table and a plot. Resumable."""
+    from .files import only_writer
     from .runtime.models import check_model
 
     check_model(model)
     from .evaluation.asymrnr_profile import run_profile
 
-    print_json(run_profile(model, prompts, steps, out))
+    with only_writer(out):
+        print_json(run_profile(model, prompts, steps, out))
 
 
 @app.command()
@@ -339,8 +351,10 @@ def gpu(
 ) -> None:  # fmt: skip
     """Time the presets on random weights in a real model's size, on a GPU: results.json in --out. Resumable."""
     from .evaluation.gpu import run_gpu
+    from .files import only_writer
 
-    print_json(run_gpu(layout, steps, frames, repeats, out))
+    with only_writer(out):
+        print_json(run_gpu(layout, steps, frames, repeats, out))
 
 
 @app.command()

@@ -31,7 +31,9 @@ def explain_os_error(error: OSError, name: str | None = None) -> str:
     """One sentence about an error of the operating system. `name`: what to call the file in place of its own path."""
     if error.errno in DISK_FULL:
         return "the disk is full: free some space and try again"
-    what = name or (os.fsdecode(error.filename) if error.filename is not None else "this file")
+    what = name or (os.fsdecode(error.filename) if error.filename is not None else "a file")
+    if error.errno is None:  # raised by a library: numpy's tells that fewer bytes were written
+        return f"{what} could not be written completely: the disk may be full"
     reason = (error.strerror or type(error).__name__).lower()
     return REFUSALS.get(error.errno, "{} could not be used: " + reason.replace("{", "").replace("}", "")).format(what)
 

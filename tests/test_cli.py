@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from accel.cli import main
+from accel.evaluation import compare as compare_module
+from accel.files import only_writer
 from accel.runtime import models
 from accel.runtime.video import read_settings, write_mp4
 
@@ -15,7 +17,7 @@ PROMPT = "a large red star spins slowly over a striped navy background"
 
 @pytest.fixture
 def accel(monkeypatch, capsys, tiny_wan):
-    """accel("run", ...) -> exit code, JSON of the last line of stdout, stderr."""
+    """accel("run", ...) -> exit code, JSON of the last line of stdout (None after a failure), stderr."""
     load = models.load_pipeline
     monkeypatch.setattr(models, "load_pipeline", lambda model: tiny_wan if model == models.TINY else load(model))
 
@@ -24,7 +26,8 @@ def accel(monkeypatch, capsys, tiny_wan):
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capsys.readouterr()
-        return ended.value.code, out and json.loads(out.strip().splitlines()[-1]), err
+        done = ended.value.code == 0
+        return ended.value.code, json.loads(out.strip().splitlines()[-1]) if done else None, err
 
     return command
 
@@ -84,6 +87,9 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("run", "--prompt", "x", "--set", "nonsense"), "write method.parameter=value"),
         (("run", "--prompt", "x", "--set", "gpd.student=@x"), "put the value into quotes"),
         (("run", "--prompt", "x", "--steps", "0"), "steps = 0 is not allowed"),
+        (("run", "--prompt", "x", "--solver", "rk4"), "one of default, unipc, euler, dpm++2m, dpm++2s"),
+        (("run", "--prompt", "x", "--shift", "nan"), "shift = nan is not allowed: a number from 0.1 to 20"),
+        (("run", "--prompt", "x", "--preset", "gpd", "--solver", "euler"), "a student has its own noise levels"),
         (("run", "--prompt", "x", "--height", "70"), "must be a multiple of 8"),
         (("run", "--prompt", "x", "--frames", "18"), "1 more than a multiple of 2"),
         (("run", "--from", "nowhere.mp4"), "no file nowhere.mp4"),
@@ -107,6 +113,72 @@ def test_a_video_is_not_replaced_by_its_repetition(accel, tmp_path):
     write_mp4(tmp_path / "video.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8, {"model": "m"})
     code, _, err = accel("run", "--from", str(tmp_path / "video.mp4"), "--out", str(tmp_path))
     assert code == 2 and "would be replaced by what is made from it: give another --out" in err
+
+
+SMALL = ("--prompt", PROMPT, "--height", "48", "--width", "48", "--frames", "5", "--steps", "2", "--preset", "none")
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(error): from now on, `compare` ends with an error after it has written its first video."""
+    generate = compare_module.generate
+
+    def use(error):
+        calls = []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) > 1:
+                raise error
+            return generate(*args)
+
+        monkeypatch.setattr(compare_module, "generate", interrupted)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence",
+    [
+        (KeyboardInterrupt(), 130, "error: stopped"),
+        (OSError(28, "No space left on device", "/tmp/x"), 1, "has no new results: the disk is full: free some space"),
+    ],
+)
+def test_a_compare_that_does_not_end_leaves_earlier_results_whole(error, code, sentence, accel, tmp_path, interrupt):
+    command = ("compare", *SMALL, "--repeats", "1", "--out", str(tmp_path))
+    assert accel(*command, "--seed", "1")[0] == 0
+    before = contents(tmp_path)
+    assert set(before) == {"a.mp4", "b.mp4", "a.npy", "b.npy", "a.jpg", "b.jpg", "run.json"}
+    interrupt(error)
+    ended, _, err = accel(*command, "--seed", "2")
+    assert ended == code and sentence in err and "Errno" not in err and "Traceback" not in err
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(accel, tmp_path):
+    with only_writer(tmp_path):
+        code, _, err = accel("run", *SMALL, "--out", str(tmp_path))
+    assert code == 2 and "error: another process writes into" in err and not contents(tmp_path)
+
+
+def test_results_of_a_run_replace_those_of_a_compare(accel, tmp_path):
+    assert accel("compare", *SMALL, "--repeats", "1", "--out", str(tmp_path))[0] == 0
+    assert accel("run", *SMALL, "--out", str(tmp_path))[0] == 0
+    assert set(contents(tmp_path)) == {"video.mp4", "frames.npy", "run.json"}
+
+
+def test_solver_and_shift_belong_to_the_run_and_are_repeated_from_the_file(accel, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, document, _ = accel("run", *SMALL, "--solver", "dpm++2m", "--shift", "5", "--out", str(one))
+    assert code == 0 and (document["solver"], document["shift"]) == ("dpm++2m", 5.0)
+    assert accel("run", "--from", str(one / "video.mp4"), "--out", str(two))[0] == 0
+    assert np.array_equal(np.load(one / "frames.npy"), np.load(two / "frames.npy"))
+    code, document, _ = accel("run", *SMALL, "--out", str(two))
+    assert not np.array_equal(np.load(one / "frames.npy"), np.load(two / "frames.npy"))
 
 
 @pytest.mark.parametrize(

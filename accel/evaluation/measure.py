@@ -63,7 +63,8 @@ def measure_in_turn(
                     log.add(prompt=case[0], seed=case[1], setting=name, **facts)
                     bar.update()
     wanted = {(*case, name) for case in cases for name in settings}
-    return [line for line in log.lines if (line["prompt"], line["seed"], line["setting"]) in wanted]
+    found = {(line["prompt"], line["seed"], line["setting"]): line for line in reversed(log.lines)}
+    return [line for key, line in reversed(found.items()) if key in wanted]  # once, also where a line is duplicated
 
 
 def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the page reads this list before it imports torch
     from ..runtime.generate import Video
     from ..runtime.models import ModelDefaults
 
+MIN_JUDGED_SIZE = 48  # pixels: smaller frames do not hold the textures of the toy world
 Value = float | dict[str, float] | None  # None: not defined for this pair; a dict holds parts and their "mean"
 
 
@@ -161,10 +162,15 @@ def _high_frequency_ratio(pair: Pair, axis: int) -> float | None:
     return _ratio(value, base)
 
 
-def adherence(pair: Pair) -> dict[str, float]:
-    """1 or 0 for each attribute of the prompt that the toy world's judge reads back from the video, and their mean."""
+def adherence(pair: Pair) -> dict[str, float] | None:
+    """1 or 0 for each attribute of the prompt that the toy world's judge reads back from the video, and their mean.
+
+    None for a video that is too small for the judge.
+    """
     from ..world.judge import score
 
+    if min(pair.video.frames.shape[1:3]) < MIN_JUDGED_SIZE:
+        return None
     return score(pair.video.frames, pair.prompt)
 
 

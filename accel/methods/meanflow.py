@@ -81,11 +81,11 @@ class MeanFlow(StudentMethod):
             yield
             return
         import torch
-        from safetensors.torch import load_file
 
         from ..students.euler_scheduler import StudentEuler, use_scheduler
         from ..students.interval_embedding import INTERVAL_EMBEDDER, pack_timestep, with_interval_embedder
         from ..students.loading import check_base, forbid_cfg, load_student, weight_bytes
+        from ..students.weights import read_weights
 
         weights_dir, model, pipe = self.weights_dir(model_path(host)), host.denoisers[0], host.pipe
         manifest = self.load_manifest(weights_dir)
@@ -106,7 +106,7 @@ class MeanFlow(StudentMethod):
         pipe.scheduler.set_timesteps(self.steps)
         sigmas = pipe.scheduler.sigmas.tolist()
         scheduler = StudentEuler(sigmas, [1000 * sigma for sigma in sigmas[:-1]])
-        embedder = load_file(weights_dir / INTERVAL_EMBEDDER)
+        embedder = read_weights(weights_dir / INTERVAL_EMBEDDER)
         with load_student(weights_dir, model), with_interval_embedder(model, embedder):
             with host.wrap_denoiser(call), forbid_cfg(host), use_scheduler(pipe, scheduler):
                 yield

@@ -12,6 +12,7 @@ import torch
 from ..core.apply import apply
 from ..core.host import synchronized_time
 from ..core.trace import Trace
+from ..errors import AccelError
 from ..families import family_of
 from ..methods.base import RunSpec
 from .models import ModelDefaults, resolve
@@ -21,6 +22,7 @@ from .run import Run, check_size
 from .solvers import solver_of
 from .video import warm_encoder
 
+NOT_FINITE = "the weights are damaged, or too large for the model's number format"
 StepCallback = Callable[[int, Trace, torch.Tensor], None]  # steps done, trace, latents
 
 
@@ -84,7 +86,8 @@ class Video:
 def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> Video:
     """The video of a run. `on_step` is called after each step; its time is not counted.
 
-    Raises AccelError if the model cannot make this size, or not with this solver.
+    Raises AccelError if the model cannot make this size, or not with this solver, or if
+    its numbers become infinite or undefined.
     """
     check_size(run, pipe)
     device = next(pipe.transformer.parameters()).device
@@ -95,6 +98,8 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
         now = synchronized_time(device)
         if index + 1 == pipe.num_timesteps:
             denoised, final = now - paused, tensors["latents"]
+        if not tensors["latents"].isfinite().all():
+            raise AccelError(f"step {index + 1} of {pipe.num_timesteps} gave numbers that are not finite: {NOT_FINITE}")
         if on_step:
             on_step(index + 1, trace, tensors["latents"])
         paused += synchronized_time(device) - now
@@ -109,6 +114,8 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
             generator=torch.Generator("cpu").manual_seed(run.seed), output_type="np", callback_on_step_end=step_end,
         )  # fmt: skip
         decoded = synchronized_time(device) - paused
+    if not np.isfinite(out.frames[0]).all():
+        raise AccelError(f"the decoder gave numbers that are not finite: {NOT_FINITE}")
     frames = (np.asarray(out.frames[0]) * 255).round().astype(np.uint8)
     stages = {"text": trace.started - loaded, "denoise": denoised - trace.started, "decode": decoded - denoised}
     if run.methods:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import AccelError, quote
+from ..errors import AccelError, explain_os_error, quote
+from ..files import atomic_write
 from .paths import ROOT
 
 if TYPE_CHECKING:
     import torch
 
 TINY = "models/tiny-wan"
+HASH = ".sha256"  # ending of a file with the hash of the one beside it
 STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of students and predictors in a model's folder
 
 
@@ -70,10 +72,17 @@ def load_pipeline(model: str = TINY, device: str | None = None, dtype: torch.dty
         warnings.simplefilter("ignore")
         try:
             pipe = DiffusionPipeline.from_pretrained(resolve(model), torch_dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise AccelError(f"{model!r} could not be loaded: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # of any kind: damaged files fail anywhere inside
+            damaged = ", its files are damaged or incomplete" if os.path.isdir(resolve(model)) else ""
+            raise AccelError(f"{model!r} could not be loaded{damaged} ({_first_line(error)})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return explain_os_error(error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_files(folder: Path) -> None:
@@ -103,13 +112,33 @@ def _check_part(folder: Path, part: Path) -> None:
                 weights.keys()
         except SafetensorError as error:
             raise AccelError(f"{file} is damaged ({error}); {_remedy(folder)}") from None
+        _check_hash(file, folder)
+
+
+def _check_hash(file: Path, folder: Path) -> None:
+    """Raise AccelError if the SHA-256 of weights is not the one recorded beside them; a user's model may have none."""
+    recorded = file.with_name(file.name + HASH)
+    if recorded.is_file() and recorded.read_text().split()[:1] != [hash_of(file)]:
+        raise AccelError(f"{file} is damaged (its SHA-256 is not that in {recorded.name}); {_remedy(folder)}")
+
+
+def record_hashes(folder: Path) -> None:
+    """Write the SHA-256 of each .safetensors file below a folder beside it, as `sha256sum -c` reads it."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        with atomic_write(file.with_name(file.name + HASH)) as part:
+            part.write_text(f"{hash_of(file)}  {file.name}\n")
 
 
 def read_json(file: Path) -> dict:
     """The content of a JSON file of a model. Raises AccelError if it is damaged."""
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):
+            return content
+        raise ValueError("it is not a JSON object")
+    except OSError as error:
+        raise AccelError(explain_os_error(error)) from error
+    except ValueError as error:  # not JSON, or not UTF-8
         raise AccelError(f"{file} is damaged ({error}); {_remedy(file.parent)}") from None
 
 
@@ -138,10 +167,13 @@ def read_defaults(model: str) -> ModelDefaults | None:
     """The content of a local model's `accel.json`, if it has one. Raises AccelError if it is not valid."""
     file = Path(resolve(model)) / "accel.json"
     try:
-        return ModelDefaults.model_validate_json(file.read_text()) if file.is_file() else None
+        return ModelDefaults.model_validate_json(file.read_bytes()) if os.path.isfile(file) else None
     except ValidationError as error:
         first = error.errors()[0]
-        raise AccelError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = "".join(f"{name}: " for name in first["loc"])
+        raise AccelError(f"{file} is damaged ({where}{first['msg']}); {_remedy(file.parent)}") from None
+    except OSError as error:
+        raise AccelError(explain_os_error(error)) from error
 
 
 def model_defaults(pipe, model: str) -> ModelDefaults:

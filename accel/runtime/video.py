@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -12,18 +14,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import AccelError
+from ..errors import DISK_FULL, AccelError, explain_os_error
+from ..files import unique_part
+
+ENOUGH_BYTES = 2**20  # free on a disk that is not full
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = None) -> float:
     """Write uint8 frames (f, h, w, c) as H.264 that browsers play; returns the seconds it took.
 
-    Raises OSError if the file could not be written completely; nothing is left then.
+    Raises AccelError in one sentence if the file could not be written completely; nothing is left then.
     """
     import imageio.v2 as iio
     import imageio_ffmpeg
 
-    began, partial = time.perf_counter(), Path(path).with_suffix(".part.mp4")
+    find_ffmpeg()
+    path, began = Path(path), time.perf_counter()
+    partial = unique_part(path.with_suffix(".mp4"))
     comment = ["-metadata", "comment=" + json.dumps(settings)] if settings else []
     size = max(1, 256 // frames.shape[2])  # small frames are enlarged, without smoothing
     big = frames.repeat(size, axis=1).repeat(size, axis=2)
@@ -35,28 +42,45 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = 
             for frame in big:
                 writer.append_data(frame)
         if imageio_ffmpeg.count_frames_and_secs(str(partial))[0] != len(frames):  # ffmpeg does not report it
-            raise OSError("the file is incomplete, the disk may be full")
+            raise OSError(errno.ENOSPC, "the file is incomplete")
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError) as error:  # a broken pipe or a failed call: ffmpeg has ended
+        raise AccelError(f"{path.name} could not be written: {_reason(error, path.parent)}") from error
     finally:
         partial.unlink(missing_ok=True)
     return time.perf_counter() - began
 
 
+def _reason(error: OSError | RuntimeError, folder: Path) -> str:
+    """Why ffmpeg failed. It tells no more than that it did, so the folder has to say."""
+    if not folder.is_dir():
+        return "its folder does not exist"
+    if not os.access(folder, os.W_OK):
+        return "its folder cannot be written to"
+    if getattr(error, "errno", None) in DISK_FULL or shutil.disk_usage(folder).free < ENOUGH_BYTES:
+        return "the disk is full"
+    return "ffmpeg failed, the disk may be full"
+
+
 @cache
 def warm_encoder() -> None:
-    """Encode one black frame: the encoder's first start in a process takes several times as long."""
-    with tempfile.TemporaryDirectory(prefix="accel-") as folder:
-        write_mp4(Path(folder) / "warm.mp4", np.zeros((1, 16, 16, 3), np.uint8), 1)
+    """Encode one black frame: the encoder's first start in a process takes several times as long.
+
+    Raises AccelError if there is no ffmpeg, or no place for temporary files.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="accel-") as folder:
+            write_mp4(Path(folder) / "warm.mp4", np.zeros((1, 16, 16, 3), np.uint8), 1)
+    except OSError as error:
+        raise AccelError(f"temporary files cannot be written: {explain_os_error(error, 'their folder')}") from error
 
 
 def read_settings(path: Path) -> dict:
     """The settings in an mp4 that `write_mp4` wrote. Raises AccelError if there are none."""
     if not os.path.isfile(path):
         raise AccelError(f"no file {path}")
-    command = [_ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
-    text = subprocess.run(command, capture_output=True, text=True).stdout
+    command = [find_ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
     unescaped = "".join(_unescape(text))
     for line in unescaped.splitlines():
         if line.startswith("comment="):
@@ -69,13 +93,14 @@ def read_settings(path: Path) -> dict:
     raise AccelError(f"{path} holds no settings; only videos made by `python -m accel` do")
 
 
-def _ffmpeg() -> str:
+def find_ffmpeg() -> str:
+    """The path of ffmpeg: the one of imageio-ffmpeg, or the system's. Raises AccelError if there is none."""
     import imageio_ffmpeg
 
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:
-        raise OSError("ffmpeg was not found; `pip install imageio-ffmpeg` brings one") from None
+    except RuntimeError as error:
+        raise AccelError("ffmpeg was not found: `pip install imageio-ffmpeg` brings one") from error
 
 
 def _unescape(text: str):

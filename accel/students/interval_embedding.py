@@ -16,6 +16,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .weights import load_weights
+
 INTERVAL_EMBEDDER = "interval_embedder.safetensors"
 # Radians of the fastest sinusoid per unit of the embedded number (1000 t, 1000 r or 1000 x guidance). The stock
 # embedding's 1 makes the derivative of a small network in t so steep that training on it diverges.
@@ -68,8 +70,8 @@ def with_interval_embedder(transformer: nn.Module, scalars: dict[str, Tensor]) -
     stock = transformer.condition_embedder
     with torch.random.fork_rng(devices=()):  # initialisation must not touch the global random state
         transformer.condition_embedder = IntervalEmbedder(stock)
-    transformer.condition_embedder.scalars.load_state_dict(scalars)
     try:
+        load_weights(transformer.condition_embedder.scalars, scalars, INTERVAL_EMBEDDER)
         yield
     finally:
         transformer.condition_embedder = stock

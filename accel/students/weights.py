@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,12 +43,38 @@ def save_int8_delta(module: nn.Module, base: nn.Module, file: Path) -> None:
     save_file(tensors, file)
 
 
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises AccelError if it is missing or damaged."""
+    check_weights(file)
+    return load_file(file)
+
+
+def check_weights(file: Path) -> None:
+    """Raise AccelError if a .safetensors file is missing, or shorter or longer than its first bytes say."""
+    name = f"{file.parent.name}/{file.name}"
+    if not file.is_file():
+        raise AccelError(f"{name} is missing: restore it, or train the weights again")
+    try:
+        with safe_open(file, "pt") as weights:
+            weights.keys()
+    except (SafetensorError, OSError):
+        raise AccelError(f"{name} is damaged: restore it, or train the weights again") from None
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+    """Put weights into a module. Raises AccelError if they are of another architecture; `name` says where they are."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError:
+        raise AccelError(f"{name} holds weights of another architecture") from None
+
+
 def load_int8_delta(base: nn.Module, file: Path) -> dict[str, Tensor]:
     """The parameters that `save_int8_delta` stored as differences from `base`, on its device and in its dtypes.
 
     Raises AccelError if the file has other names or shapes.
     """
-    stored, parameters = load_file(file), dict(base.named_parameters())
+    stored, parameters = read_weights(file), dict(base.named_parameters())
     shapes = {name: (p.numel(), p.shape[0] if p.ndim > 1 else 1) for name, p in parameters.items()}
     found = {k: (w.numel(), stored[k + SCALE].numel()) for k, w in stored.items() if k + SCALE in stored}
     if found != shapes:
@@ -91,6 +118,7 @@ def swapped_parameters(module: nn.Module, others: dict[str, Tensor]) -> Iterator
 @contextmanager
 def with_lora(module: nn.Module, folder: Path) -> Iterator[None]:
     """Inside the context, a diffusers model runs with the LoRA of a folder, besides its own; on exit as before."""
+    check_weights(folder / ADAPTER)
     had_adapters = bool(getattr(module, "peft_config", None))
     requires_grad = [(p, p.requires_grad) for p in module.parameters()]
     others = module.active_adapters() if had_adapters else []

@@ -65,6 +65,15 @@ def generated(pipe, monkeypatch):
     return seen
 
 
+def test_a_line_that_stands_twice_in_the_log_counts_once(generated, tmp_path):
+    first = bench.run_suite("small", 2, 1, "m", tmp_path)
+    log = tmp_path / "results.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines, lines[0], lines[1], lines[1]]))
+    again = bench.run_suite("small", 2, 1, "m", tmp_path)
+    assert again == first and len(generated) == 4
+
+
 def test_a_suite_is_resumed_and_fewer_results_do_not_replace_more(generated, tmp_path, monkeypatch):
     bench.run_suite("small", 2, 1, "m", tmp_path)
     assert [steps for *_, steps in generated] == [4, 2, 4, 2]

@@ -72,10 +72,17 @@ def test_metrics_that_a_model_does_not_have_are_none_in_run_json():
     assert not any("read back" in about for _, about in metric_texts(report))
 
 
+def test_a_video_that_is_too_small_for_the_judge_is_not_judged():
+    report = report_metrics(Pair(video(grey(1)), video(grey(2)), "-"), metrics_of(ModelDefaults(metrics=["adherence"])))
+    assert (report["adherence_a"], report["adherence_b"], report["attributes"]) == (None, None, {"a": {}, "b": {}})
+    assert not any("read back" in about for _, about in metric_texts(report))
+
+
 def test_the_page_says_which_attributes_are_not_seen(monkeypatch):
     read = {"shape": 0.0, "colour": 1.0, "mean": 0.5}
     monkeypatch.setattr("accel.world.judge.score", lambda frames, prompt: read)
-    report = report_metrics(Pair(video(grey(1)), video(grey(2)), "-"), metrics_of(ModelDefaults(metrics=["adherence"])))
+    large = video(np.zeros((3, 48, 48, 3), np.uint8))
+    report = report_metrics(Pair(large, large, "-"), metrics_of(ModelDefaults(metrics=["adherence"])))
     assert (report["adherence_a"], report["adherence_b"]) == (0.5, 0.5)
     assert ("50%", "of the prompt read back, baseline 50%; not seen: shape") in metric_texts(report)
 

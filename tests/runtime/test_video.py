@@ -1,18 +1,92 @@
-"""Videos as files: the settings inside survive, and nothing incomplete is left behind."""
+"""Videos as files: the settings inside survive, nothing incomplete is left behind, and failures are one sentence."""
+
+import os
+import threading
 
 import numpy as np
 import pytest
 
-from accel.runtime.video import read_settings, write_mp4
+from accel.errors import AccelError
+from accel.runtime.video import read_settings, warm_encoder, write_mp4
 
 FRAMES = np.zeros((3, 16, 16, 3), np.uint8)
 
 
+class BrokenWriter:
+    """Stands for an ffmpeg that ends while frames are sent to it."""
+
+    def __init__(self, path, **options):
+        path.write_bytes(b"half")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def append_data(self, frame):
+        raise OSError(32, "Broken pipe")
+
+
 def test_a_video_that_cannot_be_written_completely_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda path: (2, 0.25))  # a full disk
-    with pytest.raises(OSError, match="could not be written: the file is incomplete"):
+    with pytest.raises(AccelError, match="^v.mp4 could not be written: the disk is full$"):
         write_mp4(tmp_path / "v.mp4", FRAMES, 8)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_ffmpeg_that_fails_is_reported_without_its_own_words(tmp_path, monkeypatch):
+    monkeypatch.setattr("imageio.v2.get_writer", BrokenWriter)
+    with pytest.raises(AccelError, match="^v.mp4 could not be written: ffmpeg failed, the disk may be full$"):
+        write_mp4(tmp_path / "v.mp4", FRAMES, 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_is_named_as_the_reason(tmp_path):
+    with pytest.raises(AccelError, match="^v.mp4 could not be written: its folder does not exist$"):
+        write_mp4(tmp_path / "none" / "v.mp4", FRAMES, 8)
+
+
+def test_a_missing_ffmpeg_is_one_sentence_everywhere(tmp_path, monkeypatch):
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found. Install ffmpeg on your system, or\nset IMAGEIO_FFMPEG_EXE")
+
+    write_mp4(tmp_path / "v.mp4", FRAMES, 8)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    sentence = "^ffmpeg was not found: `pip install imageio-ffmpeg` brings one$"
+    for use in (
+        lambda: write_mp4(tmp_path / "w.mp4", FRAMES, 8),
+        lambda: read_settings(tmp_path / "v.mp4"),
+        lambda: warm_encoder.__wrapped__(),
+    ):
+        with pytest.raises(AccelError, match=sentence):
+            use()
+
+
+def test_a_full_folder_of_temporary_files_is_one_sentence(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "/tmp/accel-123")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(AccelError, match="^temporary files cannot be written: the disk is full: free some space"):
+        warm_encoder.__wrapped__()
+
+
+def test_writers_of_one_video_do_not_collide(tmp_path):
+    failed = []
+
+    def write():
+        try:
+            write_mp4(tmp_path / "v.mp4", FRAMES, 8, {"prompt": "a"})
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and os.listdir(tmp_path) == ["v.mp4"] and read_settings(tmp_path / "v.mp4") == {"prompt": "a"}
 
 
 def test_settings_survive_the_video_file_with_every_character(tmp_path):

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...students.weights import check_weights, load_weights, read_weights
 from .predictor_manifest import PredictorForm, PredictorManifest
 
 if TYPE_CHECKING:
     from ...families import Family
+
+
+WEIGHTS = "model.safetensors"
 
 
 class Predictor(nn.Module):
@@ -55,15 +58,16 @@ def load_predictor(folder: Path, manifest: PredictorManifest, family: Family, mo
     """The trained predictor in a folder, on the model's device and in its dtype."""
     with torch.random.fork_rng(devices=()):  # initialisation must not touch the global random state
         predictor = Predictor(family, model, manifest.form, manifest.depth)
-    predictor.load_state_dict(load_file(folder / "model.safetensors"))
+    load_weights(predictor, read_weights(folder / WEIGHTS), f"{folder.name}/{WEIGHTS}")
     weight = model.patch_embedding.weight
     return predictor.to(weight.device, weight.dtype).eval().requires_grad_(False)
 
 
 def num_parameters(folder: Path | None) -> int:
     """Number of parameters of the predictor in a folder; 0 if there is none."""
-    file = folder and folder / "model.safetensors"
+    file = folder and folder / WEIGHTS
     if not (file and file.is_file()):
         return 0
+    check_weights(file)
     with safe_open(file, "pt") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())

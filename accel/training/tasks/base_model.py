@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ...files import atomic_write
 from ...runtime.latents import normalize
+from ...runtime.models import record_hashes
 from ...world.render import render
 from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
 from ..fast_blocks import DenseAttention, has_fast_bfloat16
@@ -287,4 +288,5 @@ def finish(task: BaseTask, folder: Path) -> None:
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")
+    record_hashes(made)
     replace_files(made, folder)

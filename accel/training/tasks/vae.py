@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...evaluation.metrics import psnr
+from ...runtime.models import record_hashes
 from ...world.judge import read
 from ...world.render import render
 from ...world.scene import ATTRIBUTES, Scene, sample_scene
@@ -181,6 +182,7 @@ def finish(task: VaeTask, folder: Path) -> dict:
     vae = without_dead_channels(vae)
     made = folder.with_name(folder.name + ".part")
     vae.half().save_pretrained(made, max_shard_size="9MB")  # half the size on disk; loads as float32
+    record_hashes(made)
     replace_files(made, folder)
     vae.float()
     rng = random.Random("held-out reconstructions")

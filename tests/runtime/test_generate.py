@@ -1,0 +1,59 @@
+"""Generating a video: numbers that are not finite are refused with the step at which they came."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from accel.errors import AccelError
+from accel.runtime.generate import generate
+from accel.runtime.models import TINY, read_defaults
+from accel.runtime.run import build_run
+
+DEFAULTS = read_defaults(TINY)
+
+
+def run_of(**settings):
+    small = {"height": 32, "width": 32, "frames": 5, "steps": 3}
+    return build_run(DEFAULTS, model=TINY, prompt="a red star spins", **{**small, **settings})
+
+
+@contextmanager
+def damaged(parameter: torch.Tensor):
+    """One weight that is not a number."""
+    before = parameter.data.clone()
+    parameter.data.flatten()[0] = float("nan")
+    try:
+        yield
+    finally:
+        parameter.data = before
+
+
+def test_damaged_weights_of_the_denoiser_are_refused_at_the_first_step(tiny_wan):
+    with damaged(tiny_wan.transformer.proj_out.weight):
+        with pytest.raises(AccelError, match="^step 1 of 3 gave numbers that are not finite: the weights are damaged"):
+            generate(run_of(), tiny_wan, DEFAULTS)
+    assert generate(run_of(), tiny_wan, DEFAULTS).frames.any()
+
+
+def test_numbers_that_overflow_later_are_refused_at_their_step(tiny_wan):
+    def overflow(done, trace, latents):
+        if done == 2:
+            latents.fill_(float("inf"))
+
+    with pytest.raises(AccelError, match="^step 3 of 3 gave numbers that are not finite"):
+        generate(run_of(), tiny_wan, DEFAULTS, overflow)
+
+
+def test_damaged_weights_of_the_decoder_are_refused(tiny_wan):
+    with damaged(tiny_wan.vae.decoder.conv_out.weight):
+        with pytest.raises(AccelError, match="^the decoder gave numbers that are not finite"):
+            generate(run_of(), tiny_wan, DEFAULTS)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++2m"])
+def test_another_solver_makes_another_video_and_leaves_the_pipeline_as_it_was(solver, tiny_wan):
+    own = tiny_wan.scheduler
+    default, other = (generate(run_of(solver=name), tiny_wan, DEFAULTS).latents for name in ("default", solver))
+    assert not torch.equal(default, other) and tiny_wan.scheduler is own
+    assert torch.equal(generate(run_of(), tiny_wan, DEFAULTS).latents, default)
