@@ -31,7 +31,7 @@ def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> di
         print(f"skipped, as their students were not trained: {', '.join(sorted(missing))}", file=sys.stderr)
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
-    metrics = metrics_of(defaults)
+    metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
     out.mkdir(parents=True, exist_ok=True)
     log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults))
     cases = [(prompt, seed) for seed in range(seeds) for prompt in held_out_prompts(prompts, PROMPT_SEED)]

@@ -63,6 +63,7 @@ class Metric:
     parts: str = ""  # key of the single values where `measure` returns a dict
     worst_only: bool = False  # a setting is summarised by its worst value, not by the mean
     extra: bool = False  # measured only for models that name it in accel.json
+    in_suites: bool = True  # False: for pairs only, as the committed results of suites lack it
     shown_in: frozenset[str] = frozenset()  # "brief", "report", "details", "pairs" (tables) and "page"
 
     def format(self, value: Value) -> str:
@@ -112,7 +113,8 @@ def metric_texts(report: dict) -> list[tuple[str, str]]:
     texts = []
     for m in METRICS.values():
         key = f"{m.name}_b" if m.of_one_video else m.name
-        if "page" not in m.shown_in or key not in report or (m.extra and report[key] is None):
+        unmeasured = report.get(key) is None and (m.extra or not m.in_suites)
+        if "page" not in m.shown_in or key not in report or unmeasured:
             continue
         about = f"{m.about}, baseline {m.format(report[f'{m.name}_a'])}" if m.of_one_video else m.about
         wrong = [part for part, value in report.get(m.parts, {}).get("b", {}).items() if not value]
@@ -138,6 +140,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def _ratio(value: float, base: float) -> float | None:
     return float(value / base) if base else None
+
+
+def vmaf(pair: Pair) -> float | None:
+    """VMAF to the baseline; None where ffmpeg cannot measure it."""
+    from .vmaf import vmaf as measure_vmaf
+
+    return measure_vmaf(pair.baseline.frames, pair.video.frames)
 
 
 def latent_nmse(pair: Pair) -> float | None:
@@ -190,6 +199,10 @@ METRICS: dict[str, Metric] = {
             "psnr", "PSNR dB", "PSNR to the baseline", lambda pair: psnr(pair.baseline.frames, pair.video.frames),
             higher_is_better=True, digits=1, text="{:.1f} dB", undefined="bit-equal",
             shown_in=frozenset({"report", "page"}),
+        ),
+        Metric(
+            "vmaf", "VMAF", "VMAF to the baseline, of 100", vmaf, higher_is_better=True, digits=1, text="{:.1f}",
+            in_suites=False, shown_in=frozenset({"page"}),
         ),
         Metric(
             "latent_nmse", "latent error", "squared error of the final latents, relative to the baseline's mean square",

@@ -72,6 +72,13 @@ def test_metrics_that_a_model_does_not_have_are_none_in_run_json():
     assert not any("read back" in about for _, about in metric_texts(report))
 
 
+def test_vmaf_is_measured_for_pairs_and_shown_where_there_is_a_score(monkeypatch):
+    for score, shown in ((87.65, [("87.7", "VMAF to the baseline, of 100")]), (None, [])):
+        monkeypatch.setattr("accel.evaluation.vmaf.vmaf", lambda reference, frames, score=score: score)
+        report = report_metrics(Pair(video(grey(1)), video(grey(2)), "-"), metrics_of(ModelDefaults()))
+        assert report["vmaf"] == score and [text for text in metric_texts(report) if "VMAF" in text[1]] == shown
+
+
 def test_a_video_that_is_too_small_for_the_judge_is_not_judged():
     report = report_metrics(Pair(video(grey(1)), video(grey(2)), "-"), metrics_of(ModelDefaults(metrics=["adherence"])))
     assert (report["adherence_a"], report["adherence_b"], report["attributes"]) == (None, None, {"a": {}, "b": {}})

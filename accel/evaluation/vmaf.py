@@ -1,0 +1,51 @@
+"""VMAF, the perceptual metric of two videos, measured by the ffmpeg that writes the mp4 files."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import numpy as np
+
+from ..errors import AccelError
+from ..runtime.video import find_ffmpeg
+
+MIN_SIZE = 192  # pixels: the model was trained on large frames, so smaller ones are enlarged by whole numbers
+SCORE = re.compile(rb"VMAF score: ([\d.]+)")
+
+
+def vmaf(reference: np.ndarray, frames: np.ndarray) -> float | None:
+    """VMAF of uint8 frames (f, h, w, c) against a reference, 0 to 100; equal videos have 97 to 100.
+
+    None where ffmpeg is missing or has no VMAF. For 17 frames of 64x64 it takes 0.06 s of CPU time, 0.1 s in all.
+    """
+    try:
+        command = [find_ffmpeg(), "-hide_banner", "-nostats", *_input(reference), "-filter_complex", _graph(reference)]
+        done = subprocess.run([*command, "-f", "null", "-"], input=_stack(reference, frames), capture_output=True)
+    except (AccelError, OSError):
+        return None
+    found = SCORE.search(done.stderr)
+    return float(found[1]) if found else None
+
+
+def _stack(reference: np.ndarray, frames: np.ndarray) -> bytes:
+    """Both videos as one, the reference on top: ffmpeg has one standard input."""
+    return np.concatenate([reference, frames], 1).tobytes()
+
+
+def _input(reference: np.ndarray) -> list[str]:
+    height, width = reference.shape[1:3]
+    return ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{2 * height}", "-r", "8", "-i", "-"]
+
+
+def _graph(reference: np.ndarray) -> str:
+    """Enlarge the stacked video, cut it in two and compare the halves."""
+    height, width = reference.shape[1:3]
+    times = -(-MIN_SIZE // min(height, width))
+    half = f"crop={width * times}:{height * times}:0"
+    return (
+        f"[0:v]scale={width * times}:{2 * height * times}:flags=neighbor,format=yuv444p,split[x][y];"
+        f"[x]{half}:0[reference];[y]{half}:{height * times}[video];"
+        f"[video][reference]libvmaf=n_threads={min(4, os.cpu_count() or 1)}"
+    )
