@@ -345,7 +345,6 @@ def test_two_axes_have_a_series_for_each_value_of_the_first(tab):
 
 
 def test_a_program_gets_the_results_so_far(context):
-    pytest.importorskip("ui.api")
     *_, results = SweepApi(context).sweep("a red star", "steps=10,5", candidate={"steps": 20}, reference={"steps": 20})
     assert [(r["label"], r["speedup"]) for r in results] == [("10 steps", 2.0), ("5 steps", 4.0)]
     assert context.store.find(results[0]["run_id"]).report["steps"] == 10
