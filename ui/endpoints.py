@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
@@ -16,18 +18,37 @@ log = logging.getLogger(__name__)
 
 
 def add_endpoint(function: Callable[..., Any]) -> None:
-    """Register a typed, documented function under its own name; call it inside a `gr.Blocks`."""
+    """Register a typed, documented function, or a generator of results, under its own name.
 
-    @functools.wraps(function)
-    def endpoint(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except AccelError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        except Exception:
-            error_id = secrets.token_hex(4)
-            log.exception("endpoint %s failed, error %s", function.__name__, error_id)
-            text = f"An unexpected error occurred. The server's log has it as error {error_id}."
-            raise gr.Error(text, print_exception=False) from None
+    Call it inside a `gr.Blocks`.
+    """
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def endpoint(*args: Any) -> Iterator[Any]:
+            with told_errors(function.__name__):
+                yield from function(*args)
+    else:
+
+        @functools.wraps(function)
+        def endpoint(*args: Any) -> Any:
+            with told_errors(function.__name__):
+                return function(*args)
 
     gr.api(endpoint, api_name=function.__name__, concurrency_limit=None)
+
+
+@contextmanager
+def told_errors(name: str) -> Iterator[None]:
+    """Turns exceptions into what the caller of an endpoint is told."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except AccelError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+    except Exception:
+        error_id = secrets.token_hex(4)
+        log.exception("endpoint %s failed, error %s", name, error_id)
+        text = f"An unexpected error occurred. The server's log has it as error {error_id}."
+        raise gr.Error(text, print_exception=False) from None

@@ -14,7 +14,8 @@ from ui.clickable import ClickableHTML
 from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
-from ui.run_words import describe, differences, side_of
+from ui.run_words import differences, run_of
+from ui.side_settings import describe_side
 from ui.store import Stored
 from ui.templating import render
 
@@ -42,8 +43,13 @@ class HistoryTab:
         self.seen = gr.State("")  # fingerprint of the gallery
 
     def _add_panel(self) -> None:
-        self.open = gr.Button("Open", variant="primary", size="sm", interactive=False, elem_id="history-open")
-        self.compare = gr.Button("Compare these two", size="sm", interactive=False, elem_id="history-compare")
+        with gr.Row():
+            self.open = gr.Button(
+                "Open", variant="primary", size="sm", interactive=False, min_width=72, elem_id="history-open"
+            )
+            self.compare = gr.Button(
+                "Compare these two", size="sm", interactive=False, min_width=136, elem_id="history-compare"
+            )
         with gr.Row():
             self.delete = gr.Button("Delete", size="sm", interactive=False, min_width=96, elem_id="history-delete")
             self.delete_all = gr.Button(
@@ -214,7 +220,7 @@ def gallery(pairs: list[Stored], selected: list[str], total: int, of_all: bool =
     tiles = [
         Tile(
             pair.id, pair.id in selected, i < PLAYING, f"runs/{pair.id}/b.mp4", still(pair), ratio(pair.report),
-            describe(side_of(pair.report, "b")), describe(side_of(pair.report, "a")), figures(pair.report),
+            describe_side(run_of(pair.report, "b")), describe_side(run_of(pair.report, "a")), figures(pair.report),
             pair.report["prompt"], pair.created, age(pair.created), pair.group, pair.visitor[:6] if of_all else "",
         )
         for i, pair in enumerate(pairs)
@@ -227,7 +233,7 @@ def summary(pair: Stored) -> dict:
     report = pair.report
     return {
         "run_id": pair.id, "created": pair.created, "prompt": report["prompt"], "seed": report["seed"],
-        "candidate": describe(side_of(report, "b")), "reference": describe(side_of(report, "a")),
+        "candidate": describe_side(run_of(report, "b")), "reference": describe_side(run_of(report, "a")),
         "speedup_denoise": report.get("speedup_denoise"), "ssim": report.get("ssim"), "group": pair.group,
         "files": {name: f"runs/{pair.id}/{name}" for name in ("a.mp4", "b.mp4", "run.json")},
     }  # fmt: skip

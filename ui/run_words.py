@@ -1,4 +1,4 @@
-"""What a stored pair compares, in words, and what differs between two of them."""
+"""What the sides of a pair are called in a ranking, and what differs between two pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from accel.methods import METHODS
 from accel.runtime.models import TINY
 from accel.runtime.presets import load_preset, preset_names
+from ui.side_settings import describe_side
 
 RUN_KEYS = ("model", "prompt", "seed", "frames", "height", "width")
 SIDE_KEYS = ("steps", "guidance", "solver", "shift")
@@ -23,8 +24,8 @@ class Difference(NamedTuple):
     second: str
 
 
-def side_of(report: dict, side: str) -> dict[str, Any]:
-    """The run settings of one side of a report: steps, guidance, methods, and solver and shift where they are told.
+def run_of(report: dict, side: str) -> dict[str, Any]:
+    """The run of one side of a report: its steps, guidance, methods, solver and shift.
 
     Reports without the reference's settings had the stock pipeline as reference.
     """
@@ -33,25 +34,17 @@ def side_of(report: dict, side: str) -> dict[str, Any]:
     return report.get("reference") or {"steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
 
 
-def describe(side: dict[str, Any]) -> str:
-    """A side in a few words: its methods, its steps, and what is not the model's own."""
-    parts = [" + ".join(side["methods"]) or "plain", f"{side['steps']} steps"]
-    parts += [side["solver"]] if side.get("solver", "default") != "default" else []
-    parts += [f"shift {side['shift']:g}"] if side.get("shift") else []
-    return ", ".join(parts)
-
-
 def ranked_name(report: dict, side: str) -> str:
     """What one side of a report is called in a ranking: its preset or methods, its steps, and the model if not shipped.
 
     Votes on the same name count together, so parameters that no preset has are told.
     """
-    run = side_of(report, side)
+    run = run_of(report, side)
     methods = _all_parameters(run["methods"])
     preset = next((name for name, presets_methods in _presets().items() if presets_methods == methods), None)
     name = preset or " + ".join([*methods]) + " with own parameters" if methods else "plain"
     model = "" if report["model"] == TINY else f" ({Path(report['model']).name})"
-    return describe({**run, "methods": [name]}) + model
+    return describe_side({**run, "methods": [name]}) + model
 
 
 def differences(first: dict, second: dict) -> list[Difference]:
@@ -67,7 +60,7 @@ def settings(report: dict) -> dict[str, str]:
     """{name: value} of everything that determines the two videos of a report, as text."""
     found = {key: _text(report.get(key)) for key in RUN_KEYS}
     for side, prefix in SIDES.items():
-        run = side_of(report, side)
+        run = run_of(report, side)
         found |= {prefix + key: _text(run.get(key)) for key in SIDE_KEYS}
         found |= {prefix + "methods": " + ".join(run["methods"]) or "none"}
         for name, values in _all_parameters(run["methods"]).items():

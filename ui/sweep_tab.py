@@ -20,7 +20,8 @@ from ui.clickable import ClickableHTML
 from ui.context import Context
 from ui.panels import READ_ALOUD, note
 from ui.pareto import Point, pareto_plot
-from ui.run_words import SIDE_KEYS, describe, side_of
+from ui.run_words import SIDE_KEYS, run_of
+from ui.side_settings import describe_side
 from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
 from ui.sweep_job import Sweep, SweepState
@@ -343,7 +344,7 @@ def speed_of(row: dict, speed: str) -> float:
 
 def earlier_label(report: dict) -> str:
     """A pair of another sweep or run in a few words."""
-    return f"{describe(report)}, seed {report['seed']}, against {describe(side_of(report, 'a'))}"
+    return f"{describe_side(report)}, seed {report['seed']}, against {describe_side(run_of(report, 'a'))}"
 
 
 def quality_title(metric: str) -> str:

@@ -1,5 +1,6 @@
 """The endpoints of history and vote as a program sees them."""
 
+from collections.abc import Iterator
 from itertools import product
 
 import gradio as gr
@@ -31,6 +32,15 @@ def fail(text: str) -> dict:
     raise RuntimeError(f"/home/secret/{text}")
 
 
+def count(limit: int) -> Iterator[dict]:
+    """Counts up, and refuses to go beyond a limit.
+
+    Example: count(3)
+    """
+    yield from ({"count": i} for i in range(limit))
+    raise AccelError(f"{limit} is the end")
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return Store(tmp_path_factory.mktemp("data"))
@@ -43,6 +53,7 @@ def client(store):
             with gr.Tab():
                 tab(Context(TINY, None, store)).add_endpoints()
         add_endpoint(fail)
+        add_endpoint(count)
     demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     client = Client(demo.local_url, verbose=False)
     yield client
@@ -97,5 +108,6 @@ def refused_or_result(function, *args):
 def test_a_refusal_is_told_and_an_unexpected_error_is_not(client):
     assert "limit is a whole number from 0 to 400" in refusal(client, "me", -1, api_name="/history")
     assert "no pair is open under this token" in refusal(client, "me", "x", "left", api_name="/vote")
+    assert "2 is the end" in refusal(client, 2, api_name="/count")
     text = refusal(client, "x", api_name="/fail")
     assert "log has it as error" in text and "secret" not in text

@@ -9,7 +9,7 @@ import pytest
 
 from ui.context import Context
 from ui.history_tab import HistoryTab, age, figures, gallery, still
-from ui.run_words import describe, differences, side_of
+from ui.run_words import differences, run_of
 from ui.store import Store
 
 RUN = {"steps": 50, "guidance": 4.0, "methods": {}}
@@ -152,11 +152,8 @@ def test_what_differs_is_listed_with_defaults_filled_in():
     assert differences(gone, gone) == [] and differences(REPORT, REPORT) == []
 
 
-def test_settings_in_words():
-    assert describe({"methods": {}, "steps": 50}) == "plain, 50 steps"
-    side = {"methods": {"asymrnr": {}, "fastercache": {}}, "steps": 30, "solver": "unipc", "shift": 3.0}
-    assert describe(side) == "asymrnr + fastercache, 30 steps, unipc, shift 3"
-    assert side_of({"steps_a": 50, "guidance_a": 4.0}, "a") == RUN  # a report of before the reference was told
+def test_a_report_without_the_references_run_had_the_stock_pipeline():
+    assert run_of({"steps_a": 50, "guidance_a": 4.0}, "a") == RUN
 
 
 def test_figures_say_identical_and_leave_out_what_was_not_measured():
