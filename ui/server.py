@@ -118,6 +118,7 @@ def launch(page_class: type, options: Options, quiet: bool = False) -> Server:
 
 
 def _launch(page_class: type, options: Options, data, quiet: bool) -> Server:
+    import gradio.routes
     from starlette.middleware import Middleware
 
     from ui.context import Context
@@ -134,6 +135,7 @@ def _launch(page_class: type, options: Options, data, quiet: bool) -> Server:
     page = page_class(Context(options.model, workers, store, models=models, owner_key=key))
     demo = page.build()
     demo.delete_cache = CACHE_SECONDS
+    gradio.routes.DEFAULT_TEMP_DIR = str(data.gradio)  # Gradio creates a folder there, and has read it too early
     limits = Middleware(RequestLimits, options.host, options.allow_hosts, lambda: data.prune_gradio(MAX_FILES))
     routes = [*page.routes(), *run_file_routes(store, ROOT / "examples" / "runs")]
     try:

@@ -315,7 +315,8 @@ def test_devices_that_do_not_exist_are_refused(devices, capsys):
 
 def environment(temporary) -> dict:
     """The environment of a process that writes its temporary files to a folder and finds `small_page`."""
-    return {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    own = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    return {**own, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
 
 
 def free_port() -> int:
