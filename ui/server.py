@@ -132,10 +132,10 @@ def _launch(page_class: type, options: Options, data, quiet: bool) -> Server:
     workers = Workers(options.model, options.devices, [model.id for model in models if model.usable])
     key = options.owner_key or secrets.token_urlsafe(12)
     store = Store(data.path)
+    gradio.routes.DEFAULT_TEMP_DIR = str(data.gradio)  # Gradio creates a folder there, and has read it too early
     page = page_class(Context(options.model, workers, store, models=models, owner_key=key))
     demo = page.build()
     demo.delete_cache = CACHE_SECONDS
-    gradio.routes.DEFAULT_TEMP_DIR = str(data.gradio)  # Gradio creates a folder there, and has read it too early
     limits = Middleware(RequestLimits, options.host, options.allow_hosts, lambda: data.prune_gradio(MAX_FILES))
     routes = [*page.routes(), *run_file_routes(store, ROOT / "examples" / "runs")]
     try:
