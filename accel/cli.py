@@ -167,7 +167,7 @@ def run(
     from .runtime.generate import environment, generate, preflight, warm_up
     from .runtime.video import write_mp4
 
-    print("\n".join(printed := preflight(b, pipe)))
+    print_messages(printed := preflight(b, pipe), [])
     with all_or_nothing(out, "run.json", RESULT_FILES) as part:
         warm_up(b, pipe, defaults)
         with tqdm(total=b.steps, desc="denoising") as bar:
@@ -216,7 +216,7 @@ def compare(
     from .runtime.video import write_mp4
 
     runs = {"a": a, "b": b}
-    print("\n".join(printed := preflight(b, pipe)))
+    print_messages(printed := preflight(b, pipe), [])
     with all_or_nothing(out, "run.json", RESULT_FILES) as part:
 
         def write(pane: str, video) -> None:

@@ -60,9 +60,10 @@ def preflight(run: Run, pipe) -> list[str]:
     check_size(run, pipe)
     with solver_of(run, pipe):  # refuses here and not after a reference has been generated
         pass
-    spec = run_spec(run, pipe)
+    spec, held = run_spec(run, pipe), estimate_memory(run, pipe)
+    memory = f"The methods will hold up to {held / 2**20:.1f} MiB" if held else ""
     reasons = (method.inactive_reason(spec) for method in build_methods(run.methods))
-    return [f"The methods will hold up to {estimate_memory(run, pipe) / 2**20:.1f} MiB", *filter(None, reasons)]
+    return [*filter(None, (memory, *reasons))]
 
 
 def environment(pipe) -> dict:

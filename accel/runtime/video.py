@@ -98,9 +98,12 @@ def find_ffmpeg() -> str:
     import imageio_ffmpeg
 
     try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise AccelError("ffmpeg was not found: `pip install imageio-ffmpeg` brings one") from error
+        found = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        found = ""
+    if not shutil.which(found):  # the environment can name a file that does not exist
+        raise AccelError("ffmpeg was not found: `pip install imageio-ffmpeg` brings one")
+    return found
 
 
 def _unescape(text: str):

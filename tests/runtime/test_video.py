@@ -47,12 +47,14 @@ def test_a_missing_folder_is_named_as_the_reason(tmp_path):
         write_mp4(tmp_path / "none" / "v.mp4", FRAMES, 8)
 
 
-def test_a_missing_ffmpeg_is_one_sentence_everywhere(tmp_path, monkeypatch):
-    def missing():
-        raise RuntimeError("No ffmpeg exe could be found. Install ffmpeg on your system, or\nset IMAGEIO_FFMPEG_EXE")
+def missing():
+    raise RuntimeError("No ffmpeg exe could be found. Install ffmpeg on your system, or\nset IMAGEIO_FFMPEG_EXE")
 
+
+@pytest.mark.parametrize("exe", [missing, lambda: "/nowhere/ffmpeg"], ids=["missing", "misnamed"])
+def test_a_missing_ffmpeg_is_one_sentence_everywhere(exe, tmp_path, monkeypatch):
     write_mp4(tmp_path / "v.mp4", FRAMES, 8)
-    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", exe)
     sentence = "^ffmpeg was not found: `pip install imageio-ffmpeg` brings one$"
     for use in (
         lambda: write_mp4(tmp_path / "w.mp4", FRAMES, 8),
