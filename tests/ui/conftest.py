@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from browser import CHROMIUM, FLAGS
 
 from ui.worker import Workers
 
@@ -26,3 +27,14 @@ def workers(load_model):
     workers = Workers("none")
     workers.start()
     return workers
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium; tests that use it are marked with `browser.MARKS`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()

@@ -1,10 +1,10 @@
 """The History and the Vote tab in a real browser, beside a Compare tab that only tells what it was asked to show."""
 
-import shutil
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from browser import MARKS, collect_errors
 from starlette.responses import FileResponse
 from starlette.routing import Route
 
@@ -15,11 +15,7 @@ from ui.history_tab import HistoryTab
 from ui.store import Store
 from ui.vote_tab import VoteTab
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is missing"),
-    pytest.mark.xdist_group("browser"),
-]  # fmt: skip
+pytestmark = MARKS
 VIDEO = next((ROOT / "examples" / "runs").glob("*/a.mp4")).read_bytes()
 VIDEOS = "[...document.querySelectorAll('#vote-player video')]"
 RUN = {"steps": 50, "guidance": 4.0, "methods": {}}
@@ -70,17 +66,6 @@ def server(tmp_path_factory):
     demo.close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-background-networking"]
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser, server):
     """A visitor with three stored pairs; another visitor has one. There must be no error in the console."""
@@ -88,9 +73,8 @@ def page(browser, server):
     for visitor in ("me", "other", "me", "me"):
         server.store.add(visitor, REPORT, {"a.mp4": VIDEO, "b.mp4": VIDEO})
     context = browser.new_context(viewport={"width": 390, "height": 844}, reduced_motion="reduce")
-    page, errors = context.new_page(), []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page = context.new_page()
+    errors = collect_errors(page)
     page.goto(server.url)
     yield page
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

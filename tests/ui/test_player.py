@@ -1,19 +1,15 @@
 """The player in a real browser, alone on a page, with synthetic videos whose brightness tells their frame."""
 
-import shutil
 from contextlib import contextmanager
 from functools import cache
 
 import pytest
+from browser import MARKS, collect_errors
 from player_page import FPS, FRAMES, LEVELS, STEPS, TOTALS, serve
 
 from ui.player import Player, pair_value
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is missing"),
-    pytest.mark.xdist_group("browser"),
-]  # fmt: skip
+pytestmark = MARKS
 LEVEL_OF = """(video) => {
     const pen = new OffscreenCanvas(8, 8).getContext('2d');
     pen.drawImage(video, video.videoWidth - 16, video.videoHeight - 16, 8, 8, 0, 0, 8, 8);
@@ -32,17 +28,6 @@ def url(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-background-networking"]
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def context(browser):
     """context(width, motion, touch): a browser context; equal ones are shared, so that Gradio's files load once."""
     return cache(
@@ -55,9 +40,8 @@ def context(browser):
 @contextmanager
 def visit(context, url):
     """A visitor's page; it must end without an error in the console."""
-    page, errors = context.new_page(), []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page = context.new_page()
+    errors = collect_errors(page)
     page.goto(url)
     page.wait_for_selector("#player video", state="attached", timeout=30_000)
     page.wait_for_function(SETTLED)

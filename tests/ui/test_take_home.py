@@ -1,12 +1,12 @@
 """The Code and Results tabs, the step map and the report in a real browser: copying, uploading, sorting, hovering."""
 
 import json
-import shutil
 import zipfile
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from browser import MARKS, collect_errors
 
 from accel.evaluation.pair_report import write_report
 from accel.runtime.models import TINY
@@ -15,11 +15,7 @@ from ui.code_tab import CodeTab
 from ui.results_tab import LABEL, ResultsTab
 from ui.timeline import READ_OUT, timeline
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is missing"),
-    pytest.mark.xdist_group("browser"),
-]  # fmt: skip
+pytestmark = MARKS
 RECORDED = ROOT / "examples" / "runs" / "ring"
 REPORT = json.loads((RECORDED / "run.json").read_text())
 
@@ -57,18 +53,6 @@ def url():
 
 
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def context(browser):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -79,9 +63,8 @@ def context(browser):
 @pytest.fixture
 def page(context, url):
     """A visitor's page; it must end without an error in the console."""
-    page, errors = context.new_page(), []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page = context.new_page()
+    errors = collect_errors(page)
     page.goto(url)
     page.wait_for_selector("#timeline rect", timeout=30_000)
     yield page
