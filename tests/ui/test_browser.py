@@ -67,10 +67,17 @@ def visit(browser, server, query: str = "", width: int = 1280, height: int = 900
 
 
 @pytest.fixture(scope="module")
-def page(browser, server):
+def shared_page(browser, server):
     """One visitor's page for all tests that set everything they need of it."""
     with visit(browser, server) as page:
         yield page
+
+
+@pytest.fixture
+def page(shared_page):
+    """The shared page with its Compare tab open."""
+    open_tab(shared_page, "Compare")
+    return shared_page
 
 
 def set_number(page, name: str, value) -> None:
@@ -86,7 +93,7 @@ def set_steps(page, reference: int, candidate: int) -> None:
 
 def choose_preset(page, name: str, *active: str) -> None:
     """Choose a card and wait until the switches of the methods that it uses are on."""
-    page.locator(f"#preset input[value={name}]").check(force=True)
+    page.locator(f"#preset label:has(input[value={name}])").click()
     for method in active:
         page.wait_for_function(f"document.querySelector('#use-{method} input').checked")
 
@@ -154,7 +161,8 @@ def test_the_page_is_used_by_keyboard_alone(browser, server):
     with visit(browser, server) as page:
         set_steps(page, 2, 2)
         page.locator("#preset input[value=balanced]").focus()
-        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Tab")  # Gradio's radio buttons are a stop each
+        page.keyboard.press("Space")
         page.wait_for_function("document.querySelector('#preset input[value=fastercache]').checked")
         page.wait_for_function("!document.querySelector('#use-asymrnr input').checked")
         page.locator("#prompt textarea").focus()
