@@ -1,46 +1,80 @@
 """Makes the pictures of the page in docs/images, in a real browser: python -m docs.make_screenshots
 
-Needs Chromium and playwright. The pictures show the recorded pair, so no video is generated.
+Needs Chromium and playwright. The browser is started as in the tests of the page. The pictures show recorded pairs, but
+for those of the sweep, which is run.
 """
 
-import shutil
+import sys
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
 import app
+from ui.server import Options, launch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from browser import CHROMIUM, FLAGS
 
 FOLDER = Path(__file__).parent / "images"
-PICTURES = {"page": (1280, 900), "phone": (390, 844)}  # name: width and height in pixels
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]  # fmt: skip
 FRAME = 8  # of the recorded videos
+SETTLED = "[...document.querySelectorAll('#player video')].slice(0, 2).every(v => v.readyState > 1 && !v.seeking)"
 
 
-def show_recorded_pair(page: Page, url: str) -> None:
-    """Open the page and wait until both videos of the recorded pair show `FRAME`."""
-    page.goto(url)
-    page.wait_for_function("[...document.querySelectorAll('#player video')].filter(v => v.readyState > 1).length >= 2")
-    page.wait_for_selector("#timeline rect", state="attached")
-    page.evaluate(f"() => {{ const s = document.querySelector('#player .seek'); s.value = {FRAME}; s.oninput(); }}")
-    page.wait_for_function("[...document.querySelectorAll('#player video')].slice(0, 2).every(v => !v.seeking)")
-    page.wait_for_function("document.fonts.status === 'loaded'")
-    page.wait_for_timeout(500)  # until the frames are painted
+def first_screen(page: Page) -> None:
+    """Both videos of the recorded pair at the same frame."""
+    page.click("#player button[data-mode=side]")
+    page.locator("#player .seek").fill(str(FRAME))
+
+
+def race(page: Page) -> None:
+    """The recorded race, half-way."""
+    page.click("#player button[data-mode=race]")
+    page.get_by_role("button", name="Play the race").click()
+    page.wait_for_function("[...document.querySelectorAll('#player .clock')].some(c => parseFloat(c.innerText) > 2)")
+
+
+def sweep(page: Page) -> None:
+    """A sweep over two knobs with plain steps beside it."""
+    page.locator("#preset label:has(input[value=fastercache])").click()
+    page.get_by_role("tab", name="Sweep").click()
+    page.locator("#sweep-values-1 :is(input, textarea)").first.fill("2..4")
+    page.locator("#sweep-plain-steps :is(input, textarea)").first.fill("15,20,25,30,40")
+    page.click("#sweep-start")
+    page.wait_for_function("document.querySelectorAll('#sweep-grid video').length >= 8", timeout=600_000)
+
+
+def results(page: Page) -> None:
+    """The Results tab with all presets."""
+    page.get_by_role("tab", name="Results").click()
+    page.wait_for_selector("table")
+
+
+PICTURES = {  # name: what it shows, width and height in pixels, theme
+    "page": (first_screen, 1280, 900, "light"), "dark": (first_screen, 1280, 900, "dark"),
+    "phone": (first_screen, 390, 844, "light"), "race": (race, 1280, 900, "light"),
+    "results": (results, 1280, 900, "light"), "sweep": (sweep, 1280, 900, "light"),
+}  # fmt: skip
 
 
 def main() -> None:
-    """Write one PNG for each size in `PICTURES`."""
+    """Write the pictures named on the command line, or all."""
     FOLDER.mkdir(exist_ok=True)
-    demo = app.launch(quiet=True)
+    server = launch(app.Page, Options(), quiet=True)
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        for name, (width, height) in PICTURES.items():
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, "--disable-gpu"])
+        for name in sys.argv[1:] or PICTURES:
+            show, width, height, theme = PICTURES[name]
             page = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
-            show_recorded_pair(page, demo.local_url)
+            page.goto(f"{server.url}?__theme={theme}")
+            page.wait_for_function(SETTLED)
+            page.wait_for_function("!document.querySelector('#estimate').innerText.includes('loaded')", timeout=120_000)
+            show(page)
+            page.wait_for_function(f"document.fonts.status === 'loaded' && {SETTLED}")
+            page.wait_for_timeout(800)  # until the frames are painted
             page.screenshot(path=FOLDER / f"{name}.png")
             page.close()
         browser.close()
-    demo.close()
+    server.close()
 
 
 if __name__ == "__main__":

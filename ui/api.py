@@ -15,6 +15,7 @@ import gradio as gr
 from accel.errors import AccelError
 from accel.runtime.presets import Preset, load_preset, preset_names
 from ui.context import Context, compare_work
+from ui.endpoints import add_endpoint
 from ui.preset_cards import PLAIN
 from ui.side_settings import Side, preset_side
 
@@ -25,7 +26,7 @@ def add_endpoints(context: Context, page) -> None:
     """Register every endpoint; call it inside the page's `gr.Blocks`."""
     api = Api(context)
     for function in (api.run, api.stop, api.preset, api.presets):
-        gr.api(function, api_name=function.__name__, concurrency_limit=None)
+        add_endpoint(function)
     page.history.add_endpoints()
     page.vote.add_endpoints()
     page.sweep.add_endpoints()

@@ -19,7 +19,9 @@ from accel.evaluation.verdict import subject
 from accel.runtime.paths import ROOT
 from accel.runtime.repeat import command, preset_yaml, python_code
 from ui.context import Context
+from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
+from ui.recorded import recorded_pairs
 from ui.share import SharedSettings, link_query, read_link, read_preset
 from ui.templating import render
 
@@ -110,13 +112,13 @@ class CodeTab:
         """
         report, _ = self._find(run_id)
         if report is None:
-            raise gr.Error("That result is no longer stored.")
+            raise AccelError("that result is no longer stored")
         return {"python": python_code(report), "command": command(report), "preset": preset_yaml(report),
                 "link": f"?{link_query(report)}"}  # fmt: skip
 
     def add_endpoints(self) -> None:
         """Register the tab's endpoint; call it inside the page's `gr.Blocks`."""
-        gr.api(self.code_of, api_name="code", queue=False)
+        add_endpoint(self.code_of, "code")
 
     def routes(self) -> list[Route]:
         """The preset file of a pair, made when it is asked for; these come before the routes of stored files."""
@@ -161,7 +163,7 @@ class CodeTab:
 def recorded_file(name: str | None) -> Path | None:
     """`run.json` of a recorded pair; of the first one without a name; None if there is none."""
     if name is None:
-        return next(iter(sorted(RECORDED.glob("*/run.json"))), None)
+        return next((pair.folder / "run.json" for pair in recorded_pairs()), None)
     file = RECORDED / name / "run.json"
     return file if RECORDED_NAME.fullmatch(name) and file.is_file() else None
 

@@ -21,7 +21,8 @@ from ui.estimates import estimate_text
 from ui.live import Live
 from ui.pair_view import PairView
 from ui.panels import READ_ALOUD, note
-from ui.preset_cards import PLAIN, card_choices
+from ui.preset_cards import card_choices
+from ui.recorded import recorded_pairs
 from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, preset_side, side_of
 from ui.templating import render
 
@@ -123,13 +124,13 @@ class CompareTab:
         gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs], self.outputs,
               concurrency_limit=None, **private)  # fmt: skip
         self.stop.click(self.stop_jobs, page.visitor, self.message, **quick)
-        self.preset.input(self.load_preset, inputs, self.outputs, **quick)
+        self.preset.input(self.choose_preset, [self.shown, *inputs[:3]], self.outputs, **quick)
         self.examples.click(chosen_example, None, self.prompt, **quick)
         self.changed.click(self.reset, inputs, self.outputs, **quick)
         self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.outputs, trigger_mode="always_last", **quick)
-        page.model.input(self.load_preset, inputs, self.outputs, **quick)
+        page.model.input(self.load_preset, inputs[:3], self.outputs, **quick)
         self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded], **quick)
 
     # Running
@@ -245,10 +246,18 @@ class CompareTab:
 
     # Settings
 
-    def load_preset(self, model: str, visitor: str, name: str, *values) -> Update:
+    def load_preset(self, model: str, visitor: str, name: str | None) -> Update:
         """Set the candidate's widgets to a preset, and say what of it the model lacks."""
-        preset = Preset() if name == PLAIN else load_preset(name)
+        preset = load_preset(name) if name in preset_names() else Preset()
         return self.load_settings(preset, {}, model)
+
+    def choose_preset(self, shown: str | None, model: str, visitor: str, name: str) -> Update:
+        """The same, and the recorded pair of the preset unless a pair of the visitor's own is shown."""
+        recorded = {pair.name: pair for pair in recorded_pairs()}
+        updates = self.load_preset(model, visitor, name)
+        if name in recorded and (shown is None or shown in recorded):
+            updates |= {**self.view.show_recorded(recorded[name]), self.shown: name}
+        return updates
 
     def load_settings(self, preset: Preset, run: dict[str, Any], model: str | None = None) -> Update:
         """The widgets for a preset and, where they are given, prompt, seed, steps, guidance, solver and shift."""

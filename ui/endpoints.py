@@ -17,8 +17,8 @@ from accel.errors import AccelError
 log = logging.getLogger(__name__)
 
 
-def add_endpoint(function: Callable[..., Any]) -> None:
-    """Register a typed, documented function, or a generator of results, under its own name.
+def add_endpoint(function: Callable[..., Any], name: str = "") -> None:
+    """Register a typed, documented function, or a generator of results, under a name; default: its own.
 
     Call it inside a `gr.Blocks`.
     """
@@ -35,7 +35,7 @@ def add_endpoint(function: Callable[..., Any]) -> None:
             with told_errors(function.__name__):
                 return function(*args)
 
-    gr.api(endpoint, api_name=function.__name__, concurrency_limit=None)
+    gr.api(endpoint, api_name=name or function.__name__, concurrency_limit=None)
 
 
 @contextmanager

@@ -54,7 +54,8 @@ class PairView:
         """A recorded pair."""
         report = recorded.report
         return {
-            self.player: recorded.player, self.headline: headline(report), self.verdict: note(recorded.banner),
+            self.player: {**recorded.player, "mode": "race"}, self.headline: headline(report),
+            self.verdict: note(recorded.banner),
             **{component: part(report) for component, part in zip(self.details, DETAILS.values())},
         }  # fmt: skip
 

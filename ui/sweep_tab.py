@@ -18,6 +18,7 @@ from accel.evaluation.sweep_rows import figures
 from accel.runtime.presets import load_preset, preset_names
 from ui.clickable import ClickableHTML
 from ui.context import Context
+from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.pareto import Point, pareto_plot
 from ui.run_words import SIDE_KEYS, run_of
@@ -155,7 +156,7 @@ class SweepTab:
 
     def add_endpoints(self) -> None:
         """Register the endpoint for programs; call it inside the page's `gr.Blocks`."""
-        gr.api(SweepApi(self.context).sweep, api_name="sweep", concurrency_limit=None)
+        add_endpoint(SweepApi(self.context).sweep)
 
     @property
     def outputs(self) -> list[gr.blocks.Block]:

@@ -14,7 +14,7 @@ from accel.runtime.paths import ROOT
 from accel.runtime.presets import load_preset
 from accel.runtime.video import write_mp4
 
-RECORDED = ROOT / "examples" / "runs" / "ring"
+RECORDED = ROOT / "examples" / "runs" / "fastercache"
 EVIL = '"><script>alert(1)</script><img src=https://example.com/x onerror=x>'
 
 

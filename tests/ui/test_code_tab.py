@@ -32,7 +32,7 @@ class Compare:
 
 @pytest.fixture
 def report() -> dict:
-    report = json.loads((RECORDED / "ring" / "run.json").read_text())
+    report = json.loads((RECORDED / "fastercache" / "run.json").read_text())
     return {**report, "methods": {"fastercache": {"attention_interval": 3}}, "prompt": EVIL}
 
 
@@ -69,8 +69,8 @@ def test_a_stored_pair_is_shown_with_links_to_its_own_files(tab):
 
 
 def test_the_first_recorded_pair_is_shown_before_anything_was_generated(tab):
-    assert shown(tab, None) == shown(tab, "ring")
-    assert 'href="recorded/ring/report.zip"' in shown(tab, None)["downloads"]
+    assert shown(tab, None) == shown(tab, "balanced")
+    assert 'href="recorded/fastercache/report.zip"' in shown(tab, None)["downloads"]
 
 
 @pytest.mark.parametrize("name", ["1" * 32, "../ring", "/etc", "ring/..", "RING", EVIL])
@@ -80,8 +80,8 @@ def test_a_pair_that_is_not_there_is_told(tab, name):
 
 
 def test_a_name_is_never_a_path():
-    assert recorded_file("ring") == RECORDED / "ring" / "run.json"
-    assert recorded_file("..") is None and recorded_file("../runs/ring") is None
+    assert recorded_file("fastercache") == RECORDED / "fastercache" / "run.json"
+    assert recorded_file("..") is None and recorded_file("../runs/fastercache") is None
 
 
 def test_the_prompt_is_escaped(tab):
@@ -138,11 +138,11 @@ def test_the_preset_file_of_a_pair_is_served_under_its_address(tab):
     client = TestClient(Starlette(routes=tab.routes()))
     served = client.get(f"/runs/{RUN_ID}/preset.yaml")
     assert served.text == shown(tab, RUN_ID)["preset-yaml"] and "attachment" in served.headers["content-disposition"]
-    assert client.get("/recorded/ring/preset.yaml").text == shown(tab, "ring")["preset-yaml"]
+    assert client.get("/recorded/fastercache/preset.yaml").text == shown(tab, "fastercache")["preset-yaml"]
 
 
 @pytest.mark.parametrize(
-    "path", ["runs/ring", f"recorded/{RUN_ID}", "runs/" + "1" * 32, "recorded/none", "recorded/.."]
+    "path", ["runs/fastercache", f"recorded/{RUN_ID}", "runs/" + "1" * 32, "recorded/none", "recorded/.."]
 )
 def test_a_preset_file_is_served_under_no_other_address(tab, path):
     assert TestClient(Starlette(routes=tab.routes())).get(f"/{path}/preset.yaml").status_code == 404

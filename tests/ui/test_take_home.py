@@ -16,7 +16,7 @@ from ui.results_tab import LABEL, ResultsTab
 from ui.timeline import READ_OUT, timeline
 
 pytestmark = MARKS
-RECORDED = ROOT / "examples" / "runs" / "ring"
+RECORDED = ROOT / "examples" / "runs" / "fastercache"
 REPORT = json.loads((RECORDED / "run.json").read_text())
 
 
