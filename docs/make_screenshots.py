@@ -37,8 +37,8 @@ def sweep(page: Page) -> None:
     """A sweep over two knobs with plain steps beside it."""
     page.locator("#preset label:has(input[value=fastercache])").click()
     page.get_by_role("tab", name="Sweep").click()
-    page.locator("#sweep-values-1 :is(input, textarea)").first.fill("2..4")
-    page.locator("#sweep-plain-steps :is(input, textarea)").first.fill("15,20,25,30,40")
+    page.fill("#sweep-values-first :is(input, textarea)", "2..4")
+    page.fill("#sweep-plain-steps :is(input, textarea)", "15,20,25,30,40")
     page.click("#sweep-start")
     page.wait_for_function("document.querySelectorAll('#sweep-grid video').length >= 8", timeout=600_000)
 

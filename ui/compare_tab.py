@@ -151,7 +151,8 @@ class CompareTab:
             elif kind == "step":
                 yield {self.live: live.step(**data)}
             elif kind == "pair":
-                yield self._finished(data["run_id"], data["message"], panes if settings.keep else [])
+                shown = self._finished(data["run_id"], data["message"], panes, settings.keep)
+                yield {**shown, self.estimate: self.estimate_text(model, values)}
             elif kind == "waiting":
                 yield {self.message: note(waiting_text(**data)), **self._running(True)}
             elif kind == "stopping":
@@ -182,14 +183,18 @@ class CompareTab:
         sides = [describe_side(run.model_dump()) for run in (a, b)]
         return Live(sides[0], a.steps, sides[1], b.steps, kept and kept.video.seconds["denoise"])
 
-    def _finished(self, run_id: str, message: str, panes: list[str]) -> Update:
-        """The new pair in the player, beside the earlier candidates of the same reference."""
+    def _finished(self, run_id: str, message: str, panes: list[str], keep: bool) -> Update:
+        """The new pair in the player, with `keep` beside the earlier candidates of the same reference.
+
+        Without earlier pairs the player shows the recorded race, so it changes to the videos.
+        """
         stored = self.context.store.find(run_id)
-        same = [other for other in map(self.context.store.find, panes)
+        same = [other for other in map(self.context.store.find, panes if keep else [])
                 if other and other.report["reference"] == stored.report["reference"]]  # fmt: skip
         pairs = [*same, stored][-3:]
         return {
-            **self._running(False), **self.view.show(pairs), self.message: note(message), self.shown: run_id,
+            **self._running(False), **self.view.show(pairs, None if panes else "side"), self.message: note(message),
+            self.shown: run_id,
             self.panes: [pair.id for pair in pairs], self.reference.last: side_of(stored.report),
         }  # fmt: skip
 

@@ -42,11 +42,15 @@ class PairView:
         """Everything that `show` can change."""
         return [self.player, self.headline, self.verdict, *self.details]
 
-    def show(self, pairs: list[Stored]) -> Update:
-        """Pairs of the same reference: all candidates in the player, the figures of the last one."""
-        report = pairs[-1].report
+    def show(self, pairs: list[Stored], mode: str | None = None) -> Update:
+        """Pairs of the same reference: all candidates in the player, the figures of the last one.
+
+        `mode`: the view that the player changes to; default: the visitor's.
+        """
+        report, value = pairs[-1].report, player_value(pairs)
         return {
-            self.player: player_value(pairs), self.headline: headline(report), self.verdict: note(verdict(report)),
+            self.player: {**value, "mode": mode} if mode else value, self.headline: headline(report),
+            self.verdict: note(verdict(report)),
             **{component: part(report) for component, part in zip(self.details, DETAILS.values())},
         }  # fmt: skip
 

@@ -159,12 +159,12 @@ def test_every_control_has_a_name(browser, server):
 
 def test_the_page_is_used_by_keyboard_alone(browser, server):
     with visit(browser, server) as page:
-        set_steps(page, 2, 2)
         page.locator("#preset input[value=balanced]").focus()
         page.keyboard.press("Tab")  # Gradio's radio buttons are a stop each
         page.keyboard.press("Space")
         page.wait_for_function("document.querySelector('#preset input[value=fastercache]').checked")
         page.wait_for_function("!document.querySelector('#use-asymrnr input').checked")
+        set_steps(page, 2, 2)
         page.locator("#prompt textarea").focus()
         page.keyboard.press("Tab")
         page.keyboard.press("Tab")
@@ -216,7 +216,7 @@ def test_any_result_can_be_pinned_as_the_reference(page):
     page.wait_for_selector("#message >> text=Pinned: plain, 2 steps")
     set_number(page, "steps-b", 3)
     run_pair(page)
-    assert page.inner_text("#player figcaption >> nth=0").split() == ["A", "plain,", "2", "steps"]
+    assert "plain, 2 steps" in page.inner_text("#player figcaption >> nth=0")
     choose_source(page, "A preset")
     page.wait_for_selector("#reference-preset")
     choose_source(page, "The stock pipeline")
@@ -319,7 +319,7 @@ def test_a_stored_pair_is_opened_from_the_history_with_its_settings(page):
     choose_preset(page, "plain")
     page.fill("#prompt textarea", "something else")
     open_tab(page, "History")
-    page.locator(".tile button").first.click()
+    page.locator(".tile").first.click()
     page.click("#history-open")
     page.wait_for_selector("#message >> text=from the history")
     assert page.input_value("#prompt textarea").startswith("a large pink triangle")
@@ -332,7 +332,7 @@ def test_a_sweep_fills_its_grid_and_a_point_of_its_plot_opens_a_pair(page):
     set_steps(page, 3, 3)
     open_tab(page, "Sweep")
     page.uncheck("#sweep-plain input")
-    page.locator("#sweep-values-1 textarea, #sweep-values-1 input").first.fill("2,3")
+    page.fill("#sweep-values-first :is(input, textarea)", "2,3")
     page.click("#sweep-start")
     page.wait_for_function("document.querySelectorAll('#sweep-grid video').length === 2", timeout=120_000)
     page.locator("#sweep-plot [data-id]").first.click()
