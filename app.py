@@ -45,9 +45,8 @@ class Page:
             self.visitor = gr.BrowserState("", storage_key="accel-visitor", secret=self.context.store.secret())
             with gr.Row(elem_id="header"):
                 gr.HTML(TITLE)
-                usable = [(model.title, model.id) for model in self.context.models if not model.reason]
                 self.model = gr.Dropdown(
-                    usable, value=self.context.model, label="model", elem_id="model", scale=0,
+                    [(choice.label, choice.id) for choice in self.context.models], value=self.context.model, label="model", elem_id="model", scale=0,
                     min_width=260, container=False,
                 )  # fmt: skip
             with gr.Tabs(selected="compare", elem_id="tabs") as self.tabs:

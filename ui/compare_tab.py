@@ -254,7 +254,9 @@ class CompareTab:
     def load_preset(self, model: str, visitor: str, name: str | None) -> Update:
         """Set the candidate's widgets to a preset, and say what of it the model lacks."""
         preset = load_preset(name) if name in preset_names() else Preset()
-        return self.load_settings(preset, {}, model)
+        reason = next((choice.reason for choice in self.context.models if choice.id == model), "")
+        missing = f"This model cannot run here: {reason}." if reason else ""
+        return {**self.load_settings(preset, {}, model), self.message: note(missing, bad=True)}
 
     def choose_preset(self, shown: str | None, model: str, visitor: str, name: str) -> Update:
         """The same, and the recorded pair of the preset unless a pair of the visitor's own is shown."""

@@ -25,6 +25,11 @@ class ModelChoice:
         """Whether a job may name this model."""
         return not self.reason
 
+    @property
+    def label(self) -> str:
+        """The title, and whether it cannot be used."""
+        return self.title if self.usable else f"{self.title} (not here)"
+
 
 @dataclass(frozen=True)
 class HubModel:

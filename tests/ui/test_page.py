@@ -16,7 +16,7 @@ from accel.runtime.paths import ROOT
 from accel.runtime.presets import Preset, load_preset, preset_names
 from ui.api import side_from
 from ui.context import Context
-from ui.model_list import model_choices
+from ui.model_list import ModelChoice, model_choices
 from ui.preset_cards import PLAIN, card_choices
 from ui.store import Store
 from ui.worker import Workers
@@ -81,6 +81,14 @@ def test_a_preset_sets_the_methods_that_it_names(page, name):
     assert set(settings.candidate["methods"]) == set(preset.methods)
     assert settings.candidate["steps"] == (preset.steps or 50)
     assert updates[page.compare.preset_note] == ""
+
+
+def test_a_model_that_cannot_run_here_is_offered_with_the_reason(page, monkeypatch):
+    missing = ModelChoice("some/model", "Some model", "it needs a GPU, and this server has none")
+    monkeypatch.setattr(page.context, "models", [*page.context.models, missing])
+    message = page.compare.load_preset("some/model", "me", "fastercache")[page.compare.message]
+    assert missing.label == "Some model (not here)" and "needs a GPU" in message
+    assert page.compare.load_preset(TINY, "me", "fastercache")[page.compare.message] == ""
 
 
 def test_the_plain_card_switches_all_methods_off(page):
