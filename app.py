@@ -45,10 +45,9 @@ class Page:
             self.visitor = gr.BrowserState("", storage_key="accel-visitor", secret=self.context.store.secret())
             with gr.Row(elem_id="header"):
                 gr.HTML(TITLE)
-                self.model = gr.Dropdown(
-                    [(choice.label, choice.id) for choice in self.context.models], value=self.context.model, label="model", elem_id="model", scale=0,
-                    min_width=260, container=False,
-                )  # fmt: skip
+                models = [(choice.label, choice.id) for choice in self.context.models]
+                self.model = gr.Dropdown(models, value=self.context.model, label="model", elem_id="model", scale=0,
+                                         min_width=260, container=False)  # fmt: skip
             with gr.Tabs(selected="compare", elem_id="tabs") as self.tabs:
                 for name, tab in TABS.items():
                     with gr.Tab(name.capitalize(), id=name):
