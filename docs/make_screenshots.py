@@ -67,6 +67,7 @@ def main() -> None:
             page = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
             page.goto(f"{server.url}?__theme={theme}")
             page.wait_for_function(SETTLED)
+            page.wait_for_selector("#estimate", state="attached")
             page.wait_for_function("!document.querySelector('#estimate').innerText.includes('loaded')", timeout=120_000)
             show(page)
             page.wait_for_function(f"document.fonts.status === 'loaded' && {SETTLED}")

@@ -19,6 +19,7 @@ RUNS = {  # name -> methods, steps, guidance
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_adherence_does_not_fall_below_the_floor(name, tiny_wan):
     methods, steps, guidance = RUNS[name]

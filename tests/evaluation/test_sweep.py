@@ -270,6 +270,7 @@ def command(monkeypatch, capsys, tiny_wan, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_measures_presets_and_plain_steps(command, tmp_path):
     code, document, _ = command("--axis", "preset=fastercache,gpd", "--steps", "4", "--plain-steps", "2")
     assert code == 0

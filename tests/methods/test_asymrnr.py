@@ -123,7 +123,7 @@ def test_rates_and_profiles_of_another_model_are_refused_whether_they_are_used_o
     with pytest.raises(ValueError, match="there is no attention 'blocks.7' to give a rate; there are blocks.0.attn1,"):
         lengths(pipe, sample, AsymRnR(**other), steps=2)
     PROFILE.model_copy(update={"costs": {"blocks.7": [(1.0, 1.0)]}}).save(tmp_path / "other.json")
-    with pytest.raises(ValueError, match="profile other.json is of a model with 1 attentions, this one has 2"):
+    with pytest.raises(ValueError, match="profile other.json is of a model with 1 attention, this one has 2"):
         lengths(pipe, sample, AsymRnR(start=start, profile=str(tmp_path / "other.json")), steps=2)
 
 

@@ -345,6 +345,7 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("two processes")  # they share a run that takes long
 @pytest.mark.parametrize("student", ["gpd", "meanflow", "predictor"])
 def test_two_processes_end_with_the_same_weights(student, two_processes):
@@ -352,6 +353,7 @@ def test_two_processes_end_with_the_same_weights(student, two_processes):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("two processes")
 def test_two_processes_learn_what_one_learns(two_processes, tmp_path):
     train_in_processes(1, tmp_path)

@@ -147,6 +147,7 @@ def test_every_text_is_legible(browser, server, theme):
         assert weak == {}
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name(browser, server):
     with visit(browser, server) as page:
         controls = page.locator(
@@ -178,7 +179,7 @@ def test_the_page_is_used_by_keyboard_alone(browser, server):
 
 def test_a_live_pair_shows_previews_videos_figures_and_map_and_its_reference_is_kept(page):
     choose_preset(page, "fastercache", "fastercache")
-    set_steps(page, 10, 10)
+    set_steps(page, 6, 8)
     page.fill("#prompt textarea", "a large green cross orbits slowly over a dotted brown background")
     page.click("#run")
     page.wait_for_selector(".live-pane.side-a img", timeout=60_000)
@@ -194,6 +195,7 @@ def test_a_live_pair_shows_previews_videos_figures_and_map_and_its_reference_is_
     assert "reference of" in page.inner_text("#headline")
 
 
+@pytest.mark.slow
 def test_earlier_candidates_stay_in_the_player_if_asked_for(page):
     choose_preset(page, "plain")
     set_steps(page, 4, 3)
@@ -233,6 +235,7 @@ def test_identical_videos_are_called_identical(page):
     assert "identical" in page.inner_text("#headline")
 
 
+@pytest.mark.slow
 def test_a_method_that_did_nothing_says_why(page):
     choose_preset(page, "fastercache", "fastercache")
     set_steps(page, 3, 3)
@@ -281,6 +284,7 @@ def test_refused_input_is_explained_and_nothing_is_lost(page, prompt, seed, sent
     page.fill("#prompt textarea", "a red ring spins")
 
 
+@pytest.mark.slow
 def test_words_that_the_model_does_not_know_are_named_and_never_become_html(page):
     choose_preset(page, "plain")
     set_steps(page, 2, 2)
@@ -291,6 +295,7 @@ def test_words_that_the_model_does_not_know_are_named_and_never_become_html(page
     page.fill("#prompt textarea", "a red ring spins")
 
 
+@pytest.mark.slow
 def test_a_student_runs_in_its_own_steps_and_its_predicted_steps_are_on_the_map(page):
     choose_preset(page, "disca", "meanflow", "disca")
     set_steps(page, 2, 2)
@@ -304,7 +309,7 @@ def test_a_student_runs_in_its_own_steps_and_its_predicted_steps_are_on_the_map(
 
 def test_the_race_of_a_live_pair_can_be_replayed(page):
     choose_preset(page, "fastercache", "fastercache")
-    set_steps(page, 6, 6)
+    set_steps(page, 2, 2)
     run_pair(page)
     page.click("#player button[data-mode=race]")
     page.wait_for_selector("#player .clock:visible")

@@ -218,6 +218,7 @@ def test_the_database_and_other_files_are_not_served_by_gradio(server):
         assert httpx.get(f"{server.url}gradio_api/file={path}").status_code in (403, 404)
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_too_large_is_refused_and_small_ones_do_not_fill_the_disk(server):
     upload = lambda size: httpx.post(f"{server.url}gradio_api/upload", files={"files": ("x.yaml", os.urandom(size))})
     assert upload(2**21).status_code == 413
@@ -243,7 +244,7 @@ def test_a_foreign_host_name_is_refused_by_the_whole_server(server):
     assert answer.status_code == 403 and "--allow-host" in answer.text
 
 
-@pytest.mark.parametrize("moment", ["at once", "in a run"])
+@pytest.mark.parametrize("moment", ["at once", pytest.param("in a run", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_the_server_ends_cleanly_and_leaves_no_files(tmp_path, number, moment):
     server = subprocess.Popen(

@@ -63,6 +63,7 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_run_after_any_error_in_mid_run_is_that_of_a_fresh_process(workers, alone):
     run = build_run(DEFAULTS, model=TINY, prompt="a red star", seed=3, steps=3, methods=METHODS["balanced"])
     expected = alone(run)
@@ -80,6 +81,7 @@ def test_the_run_after_any_error_in_mid_run_is_that_of_a_fresh_process(workers, 
         assert np.array_equal(frames_on(workers, run), expected)
 
 
+@pytest.mark.slow
 def test_a_run_after_another_model_was_loaded_is_the_same(workers, tmp_path):
     copy = tmp_path / "copy"
     load_pipeline(TINY).save_pretrained(copy)

@@ -150,7 +150,10 @@ def test_a_second_object_counts_only_where_the_caption_names_it():
     assert score(frames, f"{text} while a small blue ring floats nearby")["mean"] == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("frames, size, living", [(33, 64, False), (17, 64, False), (17, 96, True), (33, 64, True)])
+@pytest.mark.parametrize("frames, size, living", [
+    (17, 64, False), (33, 64, True), pytest.param(33, 64, False, marks=pytest.mark.slow),
+    pytest.param(17, 96, True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_judge_reads_true_renders(frames, size, living):
     """At least 98 % on every attribute; half the scenes are of the held-out kind."""
     rng, right, asked = random.Random(4), Counter(), Counter()
