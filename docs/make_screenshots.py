@@ -28,8 +28,7 @@ def first_screen(page: Page) -> None:
 
 def race(page: Page) -> None:
     """The recorded race, half-way."""
-    page.click("#player button[data-mode=race]")
-    page.get_by_role("button", name="Play the race").click()
+    page.click("#player .start")
     page.wait_for_function("[...document.querySelectorAll('#player .clock')].some(c => parseFloat(c.innerText) > 2)")
 
 
@@ -46,7 +45,7 @@ def sweep(page: Page) -> None:
 def results(page: Page) -> None:
     """The Results tab with all presets."""
     page.get_by_role("tab", name="Results").click()
-    page.wait_for_selector("table")
+    page.wait_for_selector("#results-table tbody tr")
 
 
 PICTURES = {  # name: what it shows, width and height in pixels, theme
