@@ -74,6 +74,9 @@ def page(context, url):
 
 def test_the_copied_link_restores_the_settings(page, url):
     page.get_by_role("tab", name="Code").click()
+    page.wait_for_function("document.querySelector('#share-link textarea')?.value.startsWith('?')")
+    page.bring_to_front()  # the clipboard is for the page in front
+    page.wait_for_timeout(1000)  # a click before Gradio has bound its events is lost
     page.click("#copy-link")
     page.wait_for_function("document.querySelector('#share-link textarea').value.startsWith('http')")
     link = page.evaluate("navigator.clipboard.readText()")
