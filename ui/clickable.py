@@ -6,22 +6,34 @@ from typing import Any
 
 import gradio as gr
 
-# A button with aria-pressed is a toggle. The event has the ids of all pressed ones, so that quick clicks lose nothing.
+# A button with aria-pressed is a toggle. The page alone knows which are on: no answer that was under way undoes a quick
+# click, and after new HTML the ones that are still there are on again.
 ON_LOAD = """
+const pressed = new Set();
+const toggles = () => [...element.querySelectorAll('[aria-pressed]')];
+const show = () => toggles().forEach((toggle) => { toggle.ariaPressed = String(pressed.has(toggle.dataset.id)); });
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-id]');
   if (!button || button.disabled) return;
-  if (button.ariaPressed !== null) button.ariaPressed = String(button.ariaPressed !== 'true');
-  const pressed = [...element.querySelectorAll('[aria-pressed=true]')].map((other) => other.dataset.id);
-  trigger('click', {id: button.dataset.id, pressed});
+  const {id} = button.dataset;
+  if (button.ariaPressed !== null && !pressed.delete(id)) pressed.add(id);
+  show();
+  trigger('click', {id});
 });
+new MutationObserver(() => {
+  const there = new Set(toggles().map((toggle) => toggle.dataset.id));
+  const gone = [...pressed].filter((id) => !there.has(id));
+  gone.forEach((id) => pressed.delete(id));
+  show();
+  if (gone.length) trigger('click', {id: gone[0]});
+}).observe(element, {childList: true, subtree: true});
 """
 
 
 class ClickableHTML(gr.HTML):
-    """HTML with buttons. Handlers of `.click` take an `event: gr.EventData`; `event._data` is a dict.
+    """HTML with buttons. Handlers of `.click` take an `event: gr.EventData`; `event._data["id"]` is the button's.
 
-    "id": the `data-id` of the button; "pressed": the ids of all toggles (buttons with `aria-pressed`) that are on.
+    A button with `aria-pressed` is a toggle. One that is on and goes away with new HTML is told as a click, too.
     """
 
     def __init__(self, value: str | None = "", **kwargs: Any):

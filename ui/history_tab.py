@@ -24,6 +24,8 @@ MAX_LIMIT = 400  # pairs that a program gets at once
 PLAYING = 12  # of them; a browser slows down with many videos at once
 CSS = (Path(__file__).parent / "history.css").read_text()
 DIFFERENCES_CSS = (Path(__file__).parent / "differences.css").read_text()
+# Gradio repeats a click that came while the one before was under way with the data of that one: read what is on now.
+PRESSED = "() => [[...document.querySelectorAll('.tile[aria-pressed=true]')].map((tile) => tile.dataset.id)]"
 HINT = "Select one result to open it, or two to compare their candidates."
 Update = dict[gr.blocks.Block, Any]
 
@@ -37,8 +39,9 @@ class HistoryTab:
             with gr.Column(scale=1, min_width=260, elem_id="history-panel"):
                 self._add_panel()
             with gr.Column(scale=3, min_width=320):
-                self.gallery = ClickableHTML(gallery([], [], 0), css_template=CSS, elem_id="history-gallery")
+                self.gallery = ClickableHTML(gallery([], 0), css_template=CSS, elem_id="history-gallery")
         self.tab = row.parent
+        self.pressed = gr.JSON([], visible=False)  # ids, newest first
         self.selected = gr.State([])  # ids, oldest first
         self.seen = gr.State("")  # fingerprint of the gallery
 
@@ -67,11 +70,8 @@ class HistoryTab:
 
     @property
     def outputs(self) -> list[gr.blocks.Block]:
-        """Everything that an event of this tab changes."""
-        return [
-            *self.selection_outputs, self.delete_all, self.confirmation, self.question, self.message, self.gallery,
-            self.seen,
-        ]  # fmt: skip
+        """What changes with the stored pairs."""
+        return [self.delete_all, self.confirmation, self.message, self.gallery, self.seen]
 
     @property
     def selection_outputs(self) -> list[gr.blocks.Block]:
@@ -84,13 +84,15 @@ class HistoryTab:
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         own = [self.selected, page.visitor]
         for event in (self.tab.select, page.visitor.change):
-            event(self.refresh, [*own, self.seen], self.outputs, **quick)
-        self.gallery.click(self.select, None, self.selection_outputs, trigger_mode="always_last", **quick)
+            event(self.refresh, [page.visitor, self.seen], self.outputs, **quick)
+        self.gallery.click(
+            self.select, self.pressed, self.selection_outputs, js=PRESSED, trigger_mode="always_last", **quick
+        )
         self.open.click(self.open_selected, own, page.compare.outputs, **quick)
         self.compare.click(self.compare_selected, self.selected, page.compare.outputs, **quick)
         self.delete.click(self.delete_selected, own, self.outputs, **quick)
         self.delete_all.click(self.ask, page.visitor, [self.confirmation, self.question], **quick)
-        self.confirm.click(self.delete_everything, own, self.outputs, **quick)
+        self.confirm.click(self.delete_everything, page.visitor, self.outputs, **quick)
         self.keep.click(lambda: gr.update(visible=False), None, self.confirmation, **quick)
 
     def add_endpoints(self) -> None:
@@ -120,17 +122,14 @@ class HistoryTab:
 
     # Events
 
-    def refresh(self, selected: list[str], visitor: str, seen: str, request: gr.Request) -> Update:
-        """The gallery as it is stored now; what is still there stays selected.
-
-        A gallery that has not changed is left alone, so that a click in the meantime is not undone.
-        """
-        shown = self._shown(selected, self._whose(visitor, request))
+    def refresh(self, visitor: str, seen: str, request: gr.Request) -> Update:
+        """The gallery as it is stored now; one that has not changed is left alone, so that its clips play on."""
+        shown = self._shown(self._whose(visitor, request))
         return {self.message: ""} if shown[self.seen] == seen else {**shown, self.message: ""}
 
-    def select(self, event: gr.EventData) -> Update:
-        """A tile was clicked."""
-        return self._selection(event._data["pressed"][::-1])
+    def select(self, pressed: list[str]) -> Update:
+        """A tile was clicked, or a selected one is gone."""
+        return self._selection(pressed[::-1])
 
     def open_selected(self, selected: list[str], visitor: str) -> Update:
         """The selected pair in the Compare tab, with its settings."""
@@ -155,7 +154,7 @@ class HistoryTab:
         )
         return {self.confirmation: gr.update(visible=True), self.question: f"Delete {whose}? This cannot be undone."}
 
-    def delete_everything(self, selected: list[str], visitor: str, request: gr.Request) -> Update:
+    def delete_everything(self, visitor: str, request: gr.Request) -> Update:
         """Delete all pairs of the visitor; of all visitors for the owner."""
         owner = self._whose(visitor, request)
         return self._deleted(self.context.store.delete_all(owner), owner)
@@ -165,17 +164,14 @@ class HistoryTab:
         return None if self.context.is_owner(request) else visitor or ""
 
     def _deleted(self, count: int, owner: str | None) -> Update:
-        return {**self._shown([], owner), self.message: note(f"{_results(count)} deleted.")}
+        return {**self._shown(owner), self.message: note(f"{_results(count)} deleted.")}
 
-    def _shown(self, selected: list[str], owner: str | None) -> Update:
-        """The gallery, and a selection of what is in it."""
+    def _shown(self, owner: str | None) -> Update:
         pairs, total = self.context.store.list(owner, SHOWN), self.context.store.count(owner)
-        ids = {pair.id for pair in pairs}
-        selected = [run_id for run_id in selected if run_id in ids]
-        draw = lambda selected: gallery(pairs, selected, total, of_all=owner is None)
+        html = gallery(pairs, total, of_all=owner is None)
         return {
-            **self._selection(selected), self.gallery: draw(selected), self.confirmation: gr.update(visible=False),
-            self.seen: sha256(draw([]).encode()).hexdigest(), self.delete_all: gr.update(interactive=bool(pairs)),
+            self.gallery: html, self.seen: sha256(html.encode()).hexdigest(),
+            self.confirmation: gr.update(visible=False), self.delete_all: gr.update(interactive=bool(pairs)),
         }  # fmt: skip
 
     def _selection(self, selected: list[str]) -> Update:
@@ -200,7 +196,6 @@ class Tile(NamedTuple):
     """One pair in the gallery."""
 
     id: str
-    selected: bool
     plays: bool  # its video plays; otherwise its last preview is shown
     video: str
     still: str  # style that shows the last preview, or ""
@@ -215,11 +210,11 @@ class Tile(NamedTuple):
     visitor: str  # only where pairs of several visitors are shown
 
 
-def gallery(pairs: list[Stored], selected: list[str], total: int, of_all: bool = False) -> str:
+def gallery(pairs: list[Stored], total: int, of_all: bool = False) -> str:
     """HTML of the newest pairs of `total` as tiles, or of what to do where there are none."""
     tiles = [
         Tile(
-            pair.id, pair.id in selected, i < PLAYING, f"runs/{pair.id}/b.mp4", still(pair), ratio(pair.report),
+            pair.id, i < PLAYING, f"runs/{pair.id}/b.mp4", still(pair), ratio(pair.report),
             describe_side(run_of(pair.report, "b")), describe_side(run_of(pair.report, "a")), figures(pair.report),
             pair.report["prompt"], pair.created, age(pair.created), pair.group, pair.visitor[:6] if of_all else "",
         )

@@ -132,8 +132,9 @@ class VoteTab:
         return self.show_next(visitor)
 
     def recognise(self, token: str, visitor: str) -> Update | dict:
-        """The visitor's id has come: a pair that was opened before it may be one that the visitor has voted on."""
-        return self.show_next(visitor) if token else gr.skip()
+        """The visitor's id has come: a pair that was opened before it stays, unless the visitor has voted on it."""
+        ballot = self.ballots.find(token)
+        return self.show_next(visitor) if ballot and ballot.pair in self.context.store.voted(visitor) else gr.skip()
 
     def show_next(self, visitor: str, message: str = "") -> Update:
         """A new pair, with nothing told about it."""

@@ -105,11 +105,17 @@ def test_results_are_selected_by_mouse_and_keyboard_and_shown_in_compare(page, s
     page.wait_for_selector("#history-compare:disabled")
 
 
-def test_quick_clicks_are_all_counted(page):
+def test_quick_clicks_are_all_counted_and_outlast_a_new_gallery(page, server):
     open_tab(page, "History")
     page.locator(".tile").nth(2).wait_for()
     page.evaluate("for (const tile of document.querySelectorAll('.tile')) tile.click()")
     page.wait_for_selector("text=Delete 3 results")
+    server.store.add("me", REPORT, {"a.mp4": VIDEO, "b.mp4": VIDEO})
+    open_tab(page, "Start")
+    open_tab(page, "History")
+    page.locator(".tile").nth(3).wait_for()
+    pressed = [tile.get_attribute("aria-pressed") for tile in page.locator(".tile").all()]
+    assert pressed == ["false", "true", "true", "true"] and page.is_visible("text=Delete 3 results")
 
 
 def test_the_selected_results_or_after_a_question_all_are_deleted(page, server):

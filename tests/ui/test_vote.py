@@ -185,3 +185,11 @@ def test_names_in_the_ranking_tell_presets_own_parameters_and_other_models():
     assert [ranked_name(fastercache, side) for side in "ab"] == ["plain, 50 steps", "fastercache, 50 steps"]
     own = {**fastercache, "methods": {"fastercache": {"attention_interval": 7}}, "model": "org/Wan-1.3B"}
     assert ranked_name(own, "b") == "fastercache with own parameters, 50 steps (Wan-1.3B)"
+
+
+def test_an_open_pair_stays_when_the_visitors_id_comes_unless_the_visitor_has_voted_on_it(tab, store):
+    store.add("me", REPORT, FILES)
+    token = tab.show_next("me")[tab.token]
+    assert set(tab.recognise(token, "me")) == set(gr.skip())
+    tab.cast("left", token, "me")
+    assert tab.recognise(token, "me")[tab.token] == ""
