@@ -1,0 +1,40 @@
+"""Diffusers' own caches on a model: refused by name, whichever it is."""
+
+import pytest
+import torch
+from diffusers import hooks
+
+from accel.core.foreign import check_foreign
+
+CONFIGS = {
+    "FasterCache": lambda: hooks.FasterCacheConfig(current_timestep_callback=lambda: 1),
+    "FirstBlockCache": lambda: hooks.FirstBlockCacheConfig(threshold=0.1),
+    "MagCache": lambda: hooks.MagCacheConfig(num_inference_steps=2, mag_ratios=[1.0, 1.0]),
+    "PyramidAttentionBroadcast": lambda: hooks.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 1
+    ),
+    "SeaCache": hooks.SeaCacheConfig,
+    "TaylorSeerCache": lambda: hooks.TaylorSeerCacheConfig(cache_identifiers=["blocks.*attn1"]),
+    "TextKVCache": hooks.TextKVCacheConfig,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_cache_of_diffusers_is_refused_until_it_is_disabled(name, pipe):
+    model = pipe.transformer
+    model.enable_cache(CONFIGS[name]())
+    with pytest.raises(ValueError, match=f"^diffusers' {name} and accel.apply do not go together"):
+        check_foreign([torch.nn.Identity(), model])
+    model.disable_cache()
+    check_foreign([model])
+
+
+def test_no_cache_of_diffusers_is_missing_here():
+    known = {name.removesuffix("Config") for name in vars(hooks) if name.endswith("Config")}
+    assert known - {"LayerSkip", "SmoothedEnergyGuidance"} == CONFIGS.keys()  # those two are guidance, not caches
+
+
+def test_hooks_that_are_no_caches_are_left_alone(pipe):
+    pipe.transformer.enable_layerwise_casting(torch.float16, torch.float32)
+    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    check_foreign([pipe.transformer])
