@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core.apply import apply
     from .evaluation.compare import compare
     from .methods import METHODS
+    from .runtime.apply import apply
     from .runtime.generate import generate
     from .runtime.models import load_pipeline
     from .runtime.presets import Preset, load_preset
@@ -23,7 +23,7 @@ _MODULES = {
     "METHODS": "methods",
     "Preset": "runtime.presets",
     "Run": "runtime.run",
-    "apply": "core.apply",
+    "apply": "runtime.apply",
     "compare": "evaluation.compare",
     "generate": "runtime.generate",
     "load_pipeline": "runtime.models",

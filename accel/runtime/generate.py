@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.apply import apply
 from ..core.host import synchronized_time
 from ..core.trace import Trace
 from ..errors import AccelError
 from ..families import family_of
 from ..methods.base import RunSpec
+from .apply import apply
 from .models import ModelDefaults, resolve
 from .presets import build_methods
 from .preview import Race

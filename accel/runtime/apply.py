@@ -1,0 +1,107 @@
+"""The three-line interface: methods on a pipeline for the time of a `with` block."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ContextDecorator, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..core.foreign import check_foreign
+from ..core.host import Host
+from ..core.trace import Trace
+from ..errors import AccelError, quote
+from ..families import family_of
+from ..methods import Method
+from .presets import checked, load_preset
+
+
+def apply(pipe, methods: Any = None) -> Application:
+    """A context inside which the pipeline runs with the methods, inner to outer; it gives the trace of the last run.
+
+    `methods` is a preset, a preset's name or file, a method, a method's class (its defaults), or a list of these. With
+    None or [], the output is bitwise the baseline's. The methods act inside `with` or in a function that `apply`
+    decorates, and not before. On exit the pipeline is as it was, also after an error or a cancelled run. Raises
+    AccelError for anything else, and on entering for a pipeline that is not supported or has methods already.
+    """
+    return Application(pipe, tuple(_methods_of(methods)))
+
+
+class Application(ContextDecorator):
+    """Methods for a pipeline, which act while it is entered; warns if it is thrown away without that."""
+
+    def __init__(self, pipe, methods: tuple[Method, ...]):
+        self.pipe, self.methods, self.is_used = pipe, methods, False
+
+    def __enter__(self) -> Trace:
+        self.is_used = True
+        active = _applied(self.pipe, self.methods)
+        trace = active.__enter__()
+        self._active = active
+        return trace
+
+    def __exit__(self, *error) -> bool | None:
+        return self._active.__exit__(*error)
+
+    def __call__(self, fn):
+        self.is_used = True
+        return super().__call__(fn)
+
+    def __del__(self):
+        if not self.is_used:
+            warnings.warn("accel.apply(...) does nothing by itself: write `with accel.apply(...):`", stacklevel=2)
+
+
+def _methods_of(given: Any) -> Iterator[Method]:
+    """The methods that `apply` is given. Raises AccelError for what is no method."""
+    if isinstance(given, Method):
+        yield given
+    elif isinstance(given, type) and issubclass(given, Method):
+        yield checked(given, {})
+    elif isinstance(given, str | Path):
+        yield from load_preset(given)
+    elif isinstance(given, Iterable) and not isinstance(given, Mapping | bytes | nn.Module):
+        for one in given:
+            yield from _methods_of(one)
+    elif given is not None:
+        raise AccelError(
+            f"{quote(given)} is no method: give a preset's name, a preset, a method, or a list of these, such as "
+            'accel.apply(pipe, ["fastercache"])'
+        )
+
+
+@contextmanager
+def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
+    if isinstance(pipe, nn.Module):
+        raise AccelError(f"accel.apply takes a pipeline, not its {type(pipe).__name__}: give the pipeline itself")
+    denoisers, trace = family_of(pipe).denoisers(pipe), Trace()
+    with ExitStack() as stack:
+        for part in (pipe, *denoisers):
+            stack.enter_context(_taken(part))
+        check_foreign(denoisers)
+        host = Host(pipe, trace)
+        stack.enter_context(host.attached())
+        for method in methods:
+            stack.enter_context(method.apply(host, trace))
+        yield trace
+
+
+@contextmanager
+def _taken(part) -> Iterator[None]:
+    """Inside the context, a second `apply` on a pipeline or transformer is refused, and so are its copies.
+
+    A copy's hooks would run the original.
+    """
+
+    def refuse():
+        raise AccelError("a pipeline cannot be copied or saved inside accel.apply: do that before or after it")
+
+    if vars(part).setdefault("__getstate__", refuse) is not refuse:
+        raise AccelError("accel.apply acts on this pipeline already: leave it first, or give all methods in one list")
+    try:
+        yield
+    finally:
+        del vars(part)["__getstate__"]

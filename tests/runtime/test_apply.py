@@ -1,0 +1,111 @@
+"""`accel.apply`: what it takes for methods and pipelines, and what it refuses in one sentence."""
+
+import copy
+import gc
+import io
+import threading
+
+import pytest
+import torch
+
+import accel
+from accel.errors import AccelError
+from accel.methods import GPD, METHODS, FasterCache
+from accel.runtime.presets import build_methods
+
+FASTERCACHE = build_methods(accel.load_preset("fastercache").methods)
+
+
+@pytest.mark.parametrize(
+    "given, methods",
+    [
+        ("fastercache", FASTERCACHE),
+        (accel.load_preset("fastercache"), FASTERCACHE),
+        (FasterCache(), [FasterCache()]),
+        (FasterCache, [FasterCache()]),
+        (["fastercache", GPD, FasterCache(attention=False)], [*FASTERCACHE, GPD(), FasterCache(attention=False)]),
+        ((method for method in FASTERCACHE), FASTERCACHE),
+        ([], []),
+        (None, []),
+    ],
+    ids=["name", "preset", "method", "class", "mixture", "generator", "empty", "none"],
+)
+def test_what_a_user_would_write_for_methods_is_understood(given, methods):
+    applied = accel.apply(None, given)
+    applied.is_used = True
+    assert list(applied.methods) == methods
+
+
+@pytest.mark.parametrize("given", [{"fastercache": {}}, METHODS, 3, b"gpd", [FasterCache(), 0.5], torch.nn.Identity()])
+def test_anything_else_is_refused_in_one_sentence(given):
+    with pytest.raises(AccelError, match="is no method: give a preset's name, a preset, a method, or a list"):
+        accel.apply(None, given)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(pipe):
+    with pytest.raises(AccelError, match="no preset 'fasterkache'; there are .*fastercache"):
+        accel.apply(pipe, ["fasterkache"])
+
+
+def test_a_transformer_in_place_of_its_pipeline_is_refused(pipe):
+    with pytest.raises(AccelError, match="takes a pipeline, not its WanTransformer3DModel"):
+        with accel.apply(pipe.transformer, "fastercache"):
+            pass
+
+
+def test_outside_with_a_warning_says_that_nothing_happens(pipe):
+    with pytest.warns(UserWarning, match="does nothing by itself: write `with accel.apply"):
+        accel.apply(pipe, "fastercache")
+        gc.collect()
+
+
+def test_a_decorated_function_runs_with_the_methods_every_time(pipe, sample):
+    baseline = sample(pipe)
+    run = accel.apply(pipe, (method for method in [FasterCache()]))(lambda: sample(pipe))
+    first, second = run(), run()
+    assert torch.equal(first, second) and not torch.equal(first, baseline)
+    assert torch.equal(sample(pipe), baseline)
+
+
+def test_a_second_apply_is_refused_and_the_first_goes_on(pipe, two_models, sample):
+    refusals = []
+
+    def enter_in_thread():
+        with pytest.raises(AccelError, match="acts on this pipeline already") as refused, accel.apply(pipe):
+            pass
+        refusals.append(refused)
+
+    two_models.transformer = pipe.transformer  # as after from_pipe
+    with accel.apply(pipe, FasterCache()) as trace:
+        thread = threading.Thread(target=enter_in_thread)
+        thread.start()
+        thread.join()
+        for same in (pipe, two_models):
+            with pytest.raises(AccelError, match="acts on this pipeline already"), accel.apply(same):
+                pass
+        sample(pipe)
+    assert refusals and trace.summary()["flops_ratio"] < 1
+    with accel.apply(two_models):
+        pass
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda part: torch.save(part, io.BytesIO())], ids=["copy", "save"]
+)
+def test_a_pipeline_is_copied_and_saved_outside_only(duplicate, pipe):
+    with accel.apply(pipe, FasterCache()):
+        for part in (pipe, pipe.transformer):
+            with pytest.raises(AccelError, match="cannot be copied or saved inside accel.apply"):
+                duplicate(part)
+    duplicate(pipe)
+
+
+def test_a_cache_of_diffusers_is_refused_on_entering(pipe):
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(AccelError, match="diffusers' FirstBlockCache and accel.apply"), accel.apply(pipe):
+        pass
+    pipe.transformer.disable_cache()
+    with accel.apply(pipe):
+        pass
