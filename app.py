@@ -11,8 +11,10 @@ from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_SSR_MODE", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait actively slow each other on a busy machine
 
 import ui.quick_gradio  # noqa: F401, I001  before Gradio
+import ui.zero_gpu  # noqa: F401  before torch
 import gradio as gr
 
 from ui import server

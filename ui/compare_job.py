@@ -8,22 +8,24 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel.evaluation.compare import compare
+from accel.evaluation.compare import Comparison, compare
 from accel.runtime.generate import Video, preflight
 from accel.runtime.models import ModelDefaults
 from accel.runtime.presets import required_settings
 from accel.runtime.run import Run, parse_run
 from accel.runtime.video import write_mp4
+from ui import zero_gpu
 from ui.context import Context
 from ui.preview import ProgressReporter
 from ui.side_settings import Side
 from ui.store import Stored
 from ui.worker import Job
 
-Reporter = Callable[[str, int, Any, Any], None]  # pane ("a" or "b"), steps done, trace, latents
+Reporter = Callable[[Any, Any, Run, str], Callable]  # job, pipeline, run, pane ("a" or "b") -> a step callback
 
 
 class CompareJob:
@@ -40,9 +42,7 @@ class CompareJob:
         cached = self.context.references.find(a) is not None
         unknown = unknown_words(pipe, b.prompt)
         job.emit("started", message=sentences([*unknown, *preflight(b, pipe)]), cached=cached, a=a, b=b)
-        reporters = {which: ProgressReporter(job, pipe, run, which) for which, run in (("a", a), ("b", b))}
-        report_step = lambda pane, *step: reporters[pane](*step)
-        stored = make_pair(job, self.context, self.visitor, a, b, pipe, defaults, report_step)
+        stored = make_pair(job, self.context, self.visitor, a, b, pipe, defaults, ProgressReporter)
         job.emit(
             "pair", run_id=stored.id, message=sentences([*unknown, *stored.report["trace"]["summary"]["messages"]])
         )
@@ -56,29 +56,16 @@ def build_side(defaults: ModelDefaults, settings: dict, side: Side) -> Run:
 
 def make_pair(
     job: Job, context: Context, visitor: str, a: Run, b: Run, pipe, defaults: ModelDefaults,
-    on_step: Reporter | None = None, group: str = "",
+    reporter: Reporter | None = None, group: str = "",
 ) -> Stored:  # fmt: skip
     """Generate a pair (the reference only if it is not kept from before), compare it and store it for its visitor.
 
-    `on_step` is called after each step of either side. Raises AccelError for refused settings, Cancelled after a stop.
+    `reporter` makes the step callback of each side. Raises AccelError for refused settings, Cancelled after a stop.
     """
-    kept, runs = context.references.find(a), {"a": a, "b": b}
-
-    def step(pane: str, done: int, trace, latents) -> None:
-        job.check()
-        if on_step and pane != "warm-up":
-            on_step(pane, done, trace, latents)
-
+    kept = context.references.find(a)
     with tempfile.TemporaryDirectory(dir=context.store.folder, prefix="part-") as folder:
-        files = {f"{side}.mp4": Path(folder) / f"{side}.mp4" for side in runs}
-
-        def encode(side: str, video: Video) -> None:
-            path, settings = files[f"{side}.mp4"], runs[side].model_dump()
-            video.seconds["encode"] = write_mp4(path, video.frames, defaults.fps, settings)
-
-        if kept:
-            encode("a", kept.video)
-        result = compare(a, b, pipe, defaults, on_step=step, on_video=encode, baseline=kept and kept.video)
+        task = PairTask(a, b, Path(folder), kept and kept.video, reporter)
+        result = zero_gpu.compute(task, job, pipe, defaults, context.workers.step_seconds)
         if not kept:
             context.references.add(a, result.a)
             if not a.methods:
@@ -87,8 +74,50 @@ def make_pair(
             **result.report, "baseline_measured_at": kept and kept.measured_at, "fps": defaults.fps,
             "reference": a.model_dump(),
         }  # fmt: skip
+        files = {f"{pane}.mp4": task.file(pane) for pane in "ab"}
         files |= {"a.jpg": result.a.race.sheet, "b.jpg": result.b.race.sheet}
         return context.store.find(context.store.add(visitor, report, files, group))
+
+
+@dataclass(frozen=True)
+class PairTask:
+    """Generates a pair, or its candidate where the reference is kept, writes its mp4 files to a folder, compares it.
+
+    It can be pickled, and so can its result.
+    """
+
+    a: Run
+    b: Run
+    folder: Path
+    kept: Video | None
+    reporter: Reporter | None
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those that are generated."""
+        return [self.b] if self.kept else [self.a, self.b]
+
+    def file(self, pane: str) -> Path:
+        """The video of a pane."""
+        return self.folder / f"{pane}.mp4"
+
+    def __call__(self, job, pipe, defaults: ModelDefaults) -> Comparison:
+        """Compute it where the GPU is."""
+        runs = {"a": self.a, "b": self.b}
+        reporters = {pane: self.reporter(job, pipe, run, pane) for pane, run in runs.items()} if self.reporter else {}
+
+        def step(pane: str, *state) -> None:
+            job.check()
+            if pane in reporters:  # not in the warm-up
+                reporters[pane](*state)
+
+        def encode(pane: str, video: Video) -> None:
+            settings = runs[pane].model_dump()
+            video.seconds["encode"] = write_mp4(self.file(pane), video.frames, defaults.fps, settings)
+
+        if self.kept:
+            encode("a", self.kept)
+        return compare(self.a, self.b, pipe, defaults, on_step=step, on_video=encode, baseline=self.kept)
 
 
 def unknown_words(pipe, prompt: str) -> list[str]:

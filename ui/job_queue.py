@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class Job:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     stop: threading.Event = field(default_factory=threading.Event)
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    context: Context = field(default_factory=copy_context)  # of the visitor's request
     started: bool = False  # its model is loaded and its work has begun
 
     def emit(self, kind: str, **data: Any) -> None:

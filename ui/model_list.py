@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accel.errors import AccelError
 from accel.runtime.models import TINY, check_model, resolve
+from ui import zero_gpu
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ HUB = (
     HubModel("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan 2.1 14B", 40, "Apache 2.0"),
 )
 HUB_HOST, HUB_SECONDS = "huggingface.co", 2
+MEMORY_FACTOR = 1.25  # what a run needs beside the weights, without methods that hold more
 
 
 def model_choices(first: str = TINY, root: Path | None = None) -> list[ModelChoice]:
@@ -72,6 +74,8 @@ def model_choices(first: str = TINY, root: Path | None = None) -> list[ModelChoi
 
 def gpu_gigabytes() -> float:
     """Memory of the largest NVIDIA GPU; 0 if there is none. Does not import torch, which takes seconds."""
+    if zero_gpu.ACTIVE:
+        return zero_gpu.GIGABYTES
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
     try:
@@ -107,7 +111,8 @@ def _local(model: str) -> ModelChoice:
 
 def _missing(model: HubModel, memory: float, online: bool) -> str:
     """What a hub model needs that this server lacks; an empty text if it lacks nothing."""
-    if memory < model.gigabytes:
+    needed = round(MEMORY_FACTOR * model.gigabytes)
+    if memory < needed:
         found = f"that of this server has {memory:.0f} GB" if memory else "this server has none"
-        return f"{model.name} needs a GPU with more than {model.gigabytes} GB of memory, but {found}"
+        return f"{model.name} needs a GPU with {needed} GB of memory, but {found}"
     return "" if online else f"{model.name} is downloaded from {HUB_HOST}, which this server cannot reach"

@@ -19,6 +19,7 @@ from ui.context import Context
 from ui.sweep_plan import Plan
 
 if TYPE_CHECKING:
+    from accel.runtime.run import Run
     from ui.job_queue import Job
 
 PROGRESS_SECONDS = 0.5  # between two reports of the step of one setting
@@ -56,6 +57,19 @@ class SweepState:
         return sum(result is not None for result in self.results)
 
 
+class CellReporter:
+    """A step callback of `generate` that emits "step" events for one pane ("a" or "b")."""
+
+    def __init__(self, job: Job, pipe, run: Run, pane: str):
+        self.job, self.run, self.pane, self.next_report = job, run, pane, 0.0
+
+    def __call__(self, done: int, *_: Any) -> None:
+        """Emit an event if one is due."""
+        if time.monotonic() >= self.next_report:
+            self.next_report = time.monotonic() + PROGRESS_SECONDS
+            self.job.emit("step", pane=self.pane, done=done, steps=self.run.steps)
+
+
 class CellJob:
     """Generates and stores the pair of one cell; emits "step" and "cell", or "cell_refused" with the reason."""
 
@@ -66,17 +80,9 @@ class CellJob:
         """Run on the pipeline's thread."""
         from ui.compare_job import make_pair
 
-        next_report = 0.0
-
-        def on_step(pane: str, done: int, *_: Any) -> None:
-            nonlocal next_report
-            if time.monotonic() >= next_report:
-                next_report = time.monotonic() + PROGRESS_SECONDS
-                job.emit("step", pane=pane, done=done, steps={"a": a, "b": b}[pane].steps)
-
         try:
             a, b = self.plan.runs(self.cell, defaults)
-            stored = make_pair(job, self.context, self.visitor, a, b, pipe, defaults, on_step, self.group)
+            stored = make_pair(job, self.context, self.visitor, a, b, pipe, defaults, CellReporter, self.group)
         except AccelError as error:
             job.emit("cell_refused", reason=str(error))
             return

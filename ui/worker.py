@@ -14,6 +14,7 @@ from typing import Any
 
 from accel.errors import AccelError, explain_os_error
 from accel.runtime.run import Cancelled
+from ui import zero_gpu
 from ui.job_queue import FairQueue, Job, Work
 
 log = logging.getLogger(__name__)
@@ -204,9 +205,10 @@ class Workers:
 
             _free_memory()
             _use(device)
-            pipe = models.load_pipeline(model, device)
+            pipe = zero_gpu.load_pipeline(model, device)
             defaults = models.model_defaults(pipe, model)
-        if defaults.toy_world or pipe.device.type == "cuda":  # elsewhere a step may take minutes
+        quick = defaults.toy_world or pipe.device.type == "cuda"  # elsewhere a step may take minutes
+        if quick and not zero_gpu.ACTIVE:  # there, only a visitor has the GPU
             self._measure_step(model, pipe, defaults)
         with self._changed:
             self.loaded[device] = model, pipe, defaults

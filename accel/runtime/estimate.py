@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from ..core.flops import count_flops
+from ..core.trace import DENOISER
 from ..methods.base import RunSpec
 from .generate import estimate_memory, run_spec
 from .models import model_defaults
@@ -57,6 +58,12 @@ def expected_shares(run: Run, pipe) -> list[float | None]:
     spec = run_spec(run, pipe)
     flops = _full_flops(spec, model_defaults(pipe, run.model).text_length)
     return [method.expected_work(spec, flops) for method in build_methods(run.methods)]
+
+
+def step_flops(run: Run, pipe) -> int:
+    """FLOPs of a step of the stock pipeline in a run's size: one call, or two with guidance."""
+    flops = _full_flops(run_spec(run, pipe), model_defaults(pipe, run.model).text_length)
+    return flops[DENOISER] * (2 if run.guidance > 1 else 1)
 
 
 def _full_flops(spec: RunSpec, text_length: int) -> dict[str, int]:

@@ -75,7 +75,7 @@ def environment(pipe) -> dict:
 
 @dataclass
 class Video:
-    """A generated video: frames uint8 (f, h, w, c), latents (1, c, f, h, w), seconds of each stage, and the trace."""
+    """A video: frames uint8 (f, h, w, c), latents (1, c, f, h, w) on the CPU, seconds of each stage, and the trace."""
 
     frames: np.ndarray
     latents: torch.Tensor
@@ -121,7 +121,7 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
     stages = {"text": trace.started - loaded, "denoise": denoised - trace.started, "decode": decoded - denoised}
     if run.methods:
         stages = {"load": loaded - started, **stages}  # mostly a student's weights
-    return Video(frames, final, stages, trace)
+    return Video(frames, final.cpu(), stages, trace)
 
 
 def warm_up(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> None:

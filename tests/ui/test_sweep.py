@@ -90,14 +90,14 @@ def report_of(a, b) -> dict:
 def context(monkeypatch, tmp_path):
     """What the tab needs of the page; a guidance interval of 10 is refused, one of 9 fails."""
 
-    def make_pair(job, context, visitor, a, b, pipe, defaults, on_step=None, group=""):
+    def make_pair(job, context, visitor, a, b, pipe, defaults, reporter=None, group=""):
         interval = b.methods.get("fastercache", {}).get("guidance_interval")
         if interval == 10:
             raise AccelError("this cannot run")
         if interval == 9:
             raise RuntimeError
-        on_step("a", 1, None, None)
-        on_step("b", 1, None, None)
+        for pane, run in {"a": a, "b": b}.items():
+            reporter(job, pipe, run, pane)(1, None, None)
         return context.store.find(context.store.add(visitor, report_of(a, b), {"b.mp4": b"x"}, group))
 
     monkeypatch.setattr("ui.compare_job.make_pair", make_pair, raising=False)
