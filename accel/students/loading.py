@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,7 +13,15 @@ from ..core.hooks import patched_method
 from ..core.host import Host
 from ..errors import AccelError
 from .euler_scheduler import is_student_run
-from .weights import ADAPTER, check_adapter, load_int8_delta, matches_fingerprint, swapped_parameters, with_lora
+from .weights import (
+    ADAPTER,
+    check_adapter,
+    load_int8_delta,
+    matches_fingerprint,
+    separate_projections,
+    swapped_parameters,
+    with_lora,
+)
 
 
 def check_base(folder: Path, fingerprint: list[float], pipe) -> None:
@@ -26,16 +34,32 @@ def check_base(folder: Path, fingerprint: list[float], pipe) -> None:
         raise AccelError(f"student {folder.name!r} was made from another base model: train it from this one")
 
 
-def load_student(folder: Path, module: nn.Module) -> AbstractContextManager:
-    """A context inside which a module has the weights of the student in a folder.
+@contextmanager
+def load_student(folder: Path, module: nn.Module) -> Iterator[None]:
+    """Inside the context, a module has the weights of the student in a folder, and LoRAs cannot be fused into them.
 
     Raises AccelError if the folder has full weights and the module has LoRA adapters.
     """
-    if (folder / ADAPTER).is_file():
-        return with_lora(module, folder)
-    if getattr(module, "peft_config", None):
-        raise AccelError(f"student {folder.name!r} replaces all weights, which a LoRA is on: unload the LoRA first")
-    return swapped_parameters(module, load_int8_delta(module, folder / "model.safetensors"))
+    with separate_projections(module), _forbid_fusing(module):
+        if (folder / ADAPTER).is_file():
+            student = with_lora(module, folder)
+        elif getattr(module, "peft_config", None):
+            raise AccelError(f"student {folder.name!r} replaces all weights, which a LoRA is on: unload the LoRA first")
+        else:
+            student = swapped_parameters(module, load_int8_delta(module, folder / "model.safetensors"))
+        with student:
+            yield
+
+
+@contextmanager
+def _forbid_fusing(module: nn.Module) -> Iterator[None]:
+    """Inside the context, refuse to fuse LoRAs: unfused later, one would leave the base, where it never was."""
+
+    def refuse(*args, **kwargs):
+        raise AccelError("a LoRA cannot be fused into a student's weights: fuse it outside accel.apply")
+
+    with patched_method(module, "fuse_lora", refuse):
+        yield
 
 
 def weight_bytes(folder: Path, module: nn.Module) -> int:

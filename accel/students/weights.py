@@ -15,22 +15,57 @@ from ..errors import AccelError
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 NAME = "accel-student"  # the LoRA's adapter name on the module
+ADDED = (".lora_", ".to_qkv.", ".to_kv.")  # in names of parameters that adapters and fused projections add
 SCALE = ".scale"  # suffix of the per-row scales of an int8 parameter
 
 
 def fingerprint(module: nn.Module) -> list[float]:
     """One weight of each parameter, in order: tells models of one architecture apart, in any dtype.
 
-    Adapters on the module do not count.
+    Adapters and fused projections do not count. Raises AccelError if the weights are not in memory.
     """
-    weights = [p.detach().flatten() for name, p in module.named_parameters() if ".lora_" not in name]
-    return [float(f"{p[len(p) // 2].item():.4g}") for p in weights]
+    return [float(f"{_middle(p):.4g}") for p in _base_parameters(module)]
 
 
 def matches_fingerprint(module: nn.Module, expected: list[float]) -> bool:
-    """Whether a module has this fingerprint, up to the rounding of half precision."""
-    own = fingerprint(module)
-    return len(own) == len(expected) and torch.allclose(torch.tensor(own), torch.tensor(expected), rtol=0.01, atol=1e-4)
+    """Whether a module has this fingerprint, up to the rounding of bfloat16, or of its own dtype if that is coarser.
+
+    Raises AccelError if its weights are not in memory.
+    """
+    weights = _base_parameters(module)
+    return len(weights) == len(expected) and all(map(_is_near, weights, expected))
+
+
+def _base_parameters(module: nn.Module) -> list[nn.Parameter]:
+    _check_in_memory(module)
+    return [p for name, p in module.named_parameters() if not any(part in name for part in ADDED)]
+
+
+def _check_in_memory(module: nn.Module) -> None:
+    """Raise AccelError if offloading keeps the weights elsewhere, from where it would bring them back over others."""
+    hooks = (m._diffusers_hook.get_hook("group_offloading") for m in module.modules() if hasattr(m, "_diffusers_hook"))
+    elsewhere = any(hook and (hook.group.stream or hook.group.offload_to_disk_path) for hook in hooks)
+    if elsewhere or any(p.is_meta for p in module.parameters()):
+        raise AccelError(
+            "trained weights of a method need the model's in memory, not offloaded one by one, by streams or to disk: "
+            "use enable_model_cpu_offload()"
+        )
+
+
+def _middle(p: nn.Parameter) -> float:
+    return p.detach().flatten()[p.numel() // 2].item()
+
+
+def _is_near(p: nn.Parameter, expected: float) -> bool:
+    """Whether a parameter's middle weight is this one, rounded.
+
+    A student's weight is the rounded sum of rounded ones, which may be larger: about as large as others around it.
+    """
+    if not p.is_floating_point():  # quantized
+        return False
+    around = p.detach().flatten()[:: 1 + p.numel() // 256].float().square().mean().sqrt().item()
+    eps = max(torch.finfo(torch.bfloat16).eps, torch.finfo(p.dtype).eps)
+    return abs(_middle(p) - expected) <= eps * (abs(expected) + around)
 
 
 def save_int8_delta(module: nn.Module, base: nn.Module, file: Path) -> None:
@@ -104,7 +139,10 @@ def allocate_contiguous(like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 @contextmanager
 def swapped_parameters(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
-    """Inside the context, the parameters hold other tensors; on exit the tensors they held before, bitwise."""
+    """Inside the context, the parameters hold other tensors; on exit the tensors they held before, bitwise.
+
+    A module that is moved or converted inside stays so.
+    """
     before = [(p, p.data) for p in module.parameters()]
     for name, p in module.named_parameters():
         p.data = others[name]
@@ -112,7 +150,23 @@ def swapped_parameters(module: nn.Module, others: dict[str, Tensor]) -> Iterator
         yield
     finally:
         for p, data in before:
-            p.data = data
+            p.data = data.to(p.device, p.dtype)
+
+
+@contextmanager
+def separate_projections(model: nn.Module) -> Iterator[None]:
+    """Inside the context, attentions have separate projections, as a student's weights do; on exit as before.
+
+    Projections that are fused inside are of the student, so they are dropped on exit.
+    """
+    fused = any(getattr(module, "fused_projections", False) for module in model.modules())
+    model.unfuse_qkv_projections()
+    try:
+        yield
+    finally:
+        model.unfuse_qkv_projections()
+        if fused:
+            model.fuse_qkv_projections()
 
 
 @contextmanager

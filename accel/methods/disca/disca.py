@@ -171,8 +171,7 @@ class DisCa(Method):
                 return out
             self._record_prediction(host, trace, predictor, hidden)
             if predictor is not None:
-                if next(predictor.parameters()).device != hidden.device:  # the model is offloaded between runs
-                    predictor.to(hidden.device)
+                predictor.to(hidden)  # the model is offloaded between runs, or converted
                 return predictor(hidden, cache.terms[0], *inputs, **named)
             return cache.extrapolate(step.index).to(hidden.dtype)
 

@@ -59,8 +59,7 @@ def load_predictor(folder: Path, manifest: PredictorManifest, family: Family, mo
     with torch.random.fork_rng(devices=()):  # initialisation must not touch the global random state
         predictor = Predictor(family, model, manifest.form, manifest.depth)
     load_weights(predictor, read_weights(folder / WEIGHTS), f"{folder.name}/{WEIGHTS}")
-    weight = model.patch_embedding.weight
-    return predictor.to(weight.device, weight.dtype).eval().requires_grad_(False)
+    return predictor.to(model.device, model.dtype).eval().requires_grad_(False)
 
 
 def num_parameters(folder: Path | None) -> int:

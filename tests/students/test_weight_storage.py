@@ -1,0 +1,106 @@
+"""Students on models whose weights are stored, converted or fused in other ways than in training."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+import accel
+from accel.errors import AccelError
+from accel.methods.disca.disca import DisCa
+from accel.methods.gpd import GPD
+
+CPU = torch.device("cpu")
+STORAGES = {  # and how far the video may be from that of the model in float32
+    "bfloat16": (lambda pipe: pipe.to(torch.bfloat16), 0.03),
+    "float16": (lambda pipe: pipe.to(torch.float16), 0.01),
+    "layerwise": (lambda pipe: pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32), 0.03),
+    "fused": (lambda pipe: pipe.transformer.fuse_qkv_projections(), 1e-5),
+    "model": (lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), 0),
+    "group": (lambda pipe: pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level"), 0),
+}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(p.dtype == b[name].dtype and p.equal(b[name]) for name, p in a.items())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_student_runs_however_the_weights_are_stored(storage, students, pipe, sample):
+    store, tolerance = STORAGES[storage]
+    base = sample(pipe, steps=6, guidance=1.0)
+    with accel.apply(pipe, GPD(steps=6)):
+        expected = sample(pipe, steps=6, guidance=1.0)
+    store(pipe)
+    before = weights(pipe.transformer)
+    with accel.apply(pipe, GPD(steps=6)):
+        found = sample(pipe, steps=6, guidance=1.0)
+    assert distance(found.float(), expected) <= tolerance < distance(base, expected) / 3
+    assert are_equal(weights(pipe.transformer), before)
+
+
+@pytest.mark.parametrize("form", ["disk", "sequential"])
+def test_weights_that_are_not_in_memory_are_refused_with_the_offloading_that_works(form, students, pipe, tmp_path):
+    if form == "disk":
+        path = str(tmp_path / "offloaded")
+        pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=path)
+    else:
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    for method in (GPD(steps=6), DisCa()):
+        with pytest.raises(AccelError, match=r"need the model's in memory.*use enable_model_cpu_offload\(\)"):
+            with accel.apply(pipe, method):
+                pass
+
+
+@pytest.fixture(scope="module")
+def half(tiny_wan):
+    """The shipped model in bfloat16."""
+    pipe = deepcopy(tiny_wan)
+    return pipe.to(torch.bfloat16)
+
+
+def test_the_shipped_predictor_knows_its_student_in_bfloat16(half):
+    with accel.apply(half, "turbo"):
+        pass
+
+
+def test_the_shipped_predictor_refuses_other_models_in_bfloat16(half):
+    for methods in (DisCa(), [GPD(steps=6), DisCa()]):
+        with pytest.raises(AccelError, match="belongs to another model"), accel.apply(half, methods):
+            pass
+
+
+@pytest.mark.parametrize("method", [GPD(steps=6), DisCa(num_full_steps=4)], ids=["student", "predictor"])
+def test_a_pipeline_that_is_converted_inside_runs_right_and_stays_converted(method, students, pipe, sample):
+    with accel.apply(pipe, method):
+        expected = sample(pipe, steps=6, guidance=1.0)
+    base = deepcopy(pipe.transformer).to(torch.bfloat16)
+    with accel.apply(pipe, method):
+        pipe.to(torch.bfloat16)
+        assert distance(sample(pipe, steps=6, guidance=1.0).float(), expected) < 0.03
+    assert are_equal(weights(pipe.transformer), weights(base))
+
+
+def test_projections_fused_inside_are_the_students_and_go_with_it(students, pipe, sample):
+    before = weights(pipe.transformer)
+    with accel.apply(pipe, GPD(steps=6)):
+        expected = sample(pipe, steps=6, guidance=1.0)
+        pipe.transformer.fuse_qkv_projections()
+        torch.testing.assert_close(sample(pipe, steps=6, guidance=1.0), expected)
+    assert are_equal(weights(pipe.transformer), before)
+
+
+def test_a_lora_is_not_fused_into_a_student(students, pipe):
+    with accel.apply(pipe, GPD(steps=6)):
+        for fuse in (pipe.fuse_lora, pipe.transformer.fuse_lora):
+            with pytest.raises(AccelError, match="a LoRA cannot be fused into a student"):
+                fuse()
+    assert "fuse_lora" not in vars(pipe.transformer)
