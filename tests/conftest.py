@@ -57,16 +57,18 @@ def students(pipe, tmp_path):
 
 @pytest.fixture
 def sample():
-    """sample(pipe, steps=, guidance=, height=, on_step=, attention=): the final latents of one run."""
+    """sample(pipe, steps=, guidance=, height=, on_step=, attention=, inputs=): the final latents of one run."""
 
-    def run(pipe, steps=20, guidance=4.0, height=64, on_step=None, seed=0, attention=None) -> torch.Tensor:
+    def run(
+        pipe, steps=20, guidance=4.0, height=64, on_step=None, seed=0, attention=None, inputs=("latents",)
+    ) -> torch.Tensor:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         words = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(99))
         negative = words[1] if guidance > 1 else None
         return pipe(
             prompt_embeds=words[0], negative_prompt_embeds=negative, height=height, width=64, num_frames=5,
             num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent",
-            callback_on_step_end=on_step, attention_kwargs=attention,
+            callback_on_step_end=on_step, attention_kwargs=attention, callback_on_step_end_tensor_inputs=list(inputs),
         ).frames  # fmt: skip
 
     return run

@@ -7,9 +7,8 @@ Letters: b batch, n tokens, m tokens that stay, k attention heads, d channels pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -55,13 +54,13 @@ class QKV:
     """Queries, keys and values (b, n, k, d) of a self-attention, after normalisation and rotary embedding.
 
     `bias` (b, 1 or k, 1, keys) is added to the logits. `query`, `key` and `value` return all tokens, or those that a
-    reduction keeps. `saved_flops` counts FLOPs of the model, outside the core, that reductions saved. `timer` runs
-    while tokens are gathered.
+    reduction keeps. `text_tokens` are attended beside them in joint attention. `saved_flops` counts FLOPs of the model,
+    outside the core, that reductions saved. `timer` runs while tokens are gathered.
     """
 
     def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, bias: Tensor | None = None):
         self.q, self.k, self.v, self.bias = q, k, v, bias
-        self.saved_flops, self.timer = 0, Timer()
+        self.text_tokens, self.saved_flops, self.timer = 0, 0, Timer()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,43 +108,75 @@ def _attribute_of_original(name: str) -> property:
 
 
 class InterceptedProcessor:
-    """Attention processor that runs the original one inside `output_wrapper`, or the family's around `core_wrapper`.
+    """A place of the host: an attention processor that runs the original one inside wrappers; either may be None.
 
-    `output_wrapper(call)` returns the attention's output (b, n, d); `core_wrapper(softmax_attention, qkv)` returns its
-    core's output. Either may be None.
+    `output_wrapper(call)` returns what the attention returns. `core_wrapper(softmax_attention, qkv)` returns its
+    softmax's output (b, n, k, d); the family runs the attention around it.
     """
 
     _attention_backend = _attribute_of_original("_attention_backend")
     _parallel_config = _attribute_of_original("_parallel_config")
 
-    def __init__(self, attn: nn.Module, family: Family):
-        self.attn, self.original, self.family = attn, attn.processor, family
-        self.core_wrapper: Callable | None = None
-        self.output_wrapper: Callable | None = None
-        self.has_output_wrapper = False  # a compiler may guard on this flag: it is the same in all blocks
+    def __init__(
+        self, attn: nn.Module, family: Family, video_tokens: Callable[[], int],
+        core_wrapper: Callable | None = None, output_wrapper: Callable | None = None,
+    ):  # fmt: skip
+        """`video_tokens()` tells how many tokens the video of the current call has."""
+        self.attn, self.original, self.family, self.video_tokens = attn, attn.processor, family, video_tokens
+        self.core_wrapper, self.output_wrapper = core_wrapper, output_wrapper
+        self.has_output_wrapper = output_wrapper is not None  # a compiler may guard on this: it is so in all blocks
         self.layer_id = torch.tensor(next(_LAYER_IDS))
 
-    def __call__(self, attn: nn.Module, x: Tensor, text=None, mask=None, rope: tuple | None = None) -> Tensor:
+    @classmethod
+    def of(cls, attn: nn.Module, *inputs) -> InterceptedProcessor:
+        """One with the parameters of the attention's own processor: diffusers passes on only what it finds there."""
+        return _with_signature_of(type(attn.processor))(attn, *inputs)
+
+    def take(self) -> None:
+        """Set it. Raises AccelError where the family's attention would not compute what the original does."""
+        if self.core_wrapper:
+            _check_core_is_known(self.original)
+        _INTERCEPTED[int(self.layer_id)] = self
+        self.attn.processor = self
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is still the attention's processor."""
+        return self.attn.processor is self
+
+    def leave(self) -> None:
+        """Put the original processor back, unless another one was set in the meantime."""
+        if self.attn.processor is self:
+            self.attn.processor = self.original
+        _INTERCEPTED.pop(int(self.layer_id), None)
+
+    def __call__(self, attn: nn.Module, *inputs, **named):
         if not torch.compiler.is_compiling():
-            return self.run_attention(attn, x, text, mask, rope)
+            return self.run_attention(attn, *inputs, **named)
+        if not self.family.compiles_attention:
+            return self._run_eagerly(attn, *inputs, **named)
+        x, _, _, rope = inputs
         if self.has_output_wrapper:
             return torch.ops.accel.attention(x, list(rope or ()), self.layer_id)
-        return self.family.run_attention(attn, self._compiled_core, x, text, mask, rope)
+        return self.family.run_attention(attn, self.original, self._compiled_core, 0, *inputs)
 
-    def run_attention(self, attn: nn.Module, *inputs) -> Tensor:
-        """The attention's output (b, n, d), through the wrappers that are set."""
+    def run_attention(self, attn: nn.Module, *inputs, **named):
+        """What the attention returns, through the wrappers that are set."""
         if self.core_wrapper is None:
-            call = partial(self.original, attn, *inputs)
+            call = partial(self.original, attn, *inputs, **named)
         else:
-            call = partial(self.family.run_attention, attn, self.run_core, *inputs)
+            run = partial(self.family.run_attention, attn, self.original, self.run_core, self.video_tokens())
+            call = partial(run, *inputs, **named)
         return self.output_wrapper(call) if self.output_wrapper else call()
+
+    _run_eagerly = torch.compiler.disable(run_attention)
 
     def _compiled_core(self, qkv: QKV) -> Tensor:
         return torch.ops.accel.core(qkv.query(), qkv.key(), qkv.value(), self.layer_id)
 
-    def run_core(self, qkv: QKV) -> Tensor:
-        """The core's output, through the core wrapper."""
-        return self.core_wrapper(self.softmax_attention, qkv)
+    def run_core(self, qkv: QKV, softmax: Callable | None = None) -> Tensor:
+        """The core's output, through the core wrapper around `softmax`, or around attention on the user's backend."""
+        return self.core_wrapper(softmax or self.softmax_attention, qkv)
 
     def softmax_attention(self, qkv: QKV) -> Tensor:
         """Softmax attention (b, n, k, d) on the backend that the user chose. Raises AccelError if it takes no bias."""
@@ -176,39 +207,13 @@ def fold_bias_into_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tu
     return tuple(padded)
 
 
-@contextmanager
-def intercept_attention(
-    module: nn.Module, family: Family, core_wrapper: Callable | None = None, output_wrapper: Callable | None = None
-) -> Iterator[None]:
-    """Set wrappers on an attention module for the time of the context; see `InterceptedProcessor`.
+@cache
+def _with_signature_of(original: type) -> type[InterceptedProcessor]:
+    @wraps(original.__call__)
+    def call(self, *inputs, **named):
+        return InterceptedProcessor.__call__(self, *inputs, **named)
 
-    Raises AccelError where the family's attention would not compute what the module's own processor does.
-    """
-    intercepted = isinstance(module.processor, InterceptedProcessor)
-    with nullcontext() if intercepted else _with_interceptor(module, family):
-        processor = module.processor
-        before = processor.core_wrapper, processor.output_wrapper, processor.has_output_wrapper
-        if core_wrapper:
-            _check_core_is_known(processor.original)
-            processor.core_wrapper = core_wrapper
-        if output_wrapper:
-            processor.output_wrapper, processor.has_output_wrapper = output_wrapper, True
-        try:
-            yield
-        finally:
-            processor.core_wrapper, processor.output_wrapper, processor.has_output_wrapper = before
-
-
-@contextmanager
-def _with_interceptor(module: nn.Module, family: Family) -> Iterator[None]:
-    processor = InterceptedProcessor(module, family)
-    _INTERCEPTED[int(processor.layer_id)] = processor
-    module.processor = processor
-    try:
-        yield
-    finally:
-        module.processor = processor.original
-        del _INTERCEPTED[int(processor.layer_id)]
+    return type("InterceptedProcessor", (InterceptedProcessor,), {"__call__": call})
 
 
 def _check_core_is_known(processor) -> None:

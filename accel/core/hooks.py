@@ -1,15 +1,17 @@
-"""Hooks around a module's forward, on diffusers' own registry; afterwards the module is as it was."""
+"""A hook around a module's forward, on diffusers' own registry, that can be checked, taken off and put on again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 
 from diffusers.hooks.group_offloading import _LAZY_PREFETCH_GROUP_OFFLOADING
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
 
 from ..errors import AccelError
+
+NAME = "accel"  # in the registry
 
 
 class ForwardHook(ModelHook):
@@ -25,6 +27,11 @@ class ForwardHook(ModelHook):
         return self.wrapper(self, *args, **kwargs)
 
     @property
+    def context(self) -> str | None:
+        """The name of the pipeline's cache context, where it has one."""
+        return self.states._context.name if self.states._context else None
+
+    @property
     def original(self) -> Callable:
         """The forward that the hook wraps."""
         return self.fn_ref.original_forward
@@ -34,53 +41,50 @@ class ForwardHook(ModelHook):
         return module
 
 
-@contextmanager
-def wrapped_forward(module: nn.Module, wrapper: Callable) -> Iterator[None]:
-    """Put a hook around a module's forward; on exit the module has exactly the attributes it had before.
+class HookedForward:
+    """A place of the host: the forward of a module, wrapped. Others may put hooks of their own below and above it."""
 
-    Raises AccelError where group offloading would remove the hook in the module's first call.
-    """
-    had_registry, had_forward = "_diffusers_hook" in module.__dict__, "forward" in module.__dict__
-    if had_registry and module._diffusers_hook.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING):
-        raise AccelError(
-            "group offloading with streams learns its order in a first call: call the pipeline once before accel.apply"
-        )
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(ForwardHook(wrapper), "accel")
-    registry.invalidate_child_registries_cache()
-    try:
-        yield
-    finally:
-        registry.remove_hook("accel", recurse=False)
+    def __init__(self, module: nn.Module, wrapper: Callable):
+        self.module, self.hook = module, ForwardHook(wrapper)
+
+    def take(self) -> None:
+        """Put the hook on. Raises AccelError where it is on, or where group offloading would take it off again."""
+        module = self.module
+        self._had_registry, self._had_forward = "_diffusers_hook" in vars(module), "forward" in vars(module)
+        if self._had_registry and module._diffusers_hook.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING):
+            raise AccelError(
+                "group offloading with streams learns its order in a first call: "
+                "call the pipeline once before accel.apply"
+            )
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        registry.register_hook(self.hook, NAME)
+        registry.invalidate_child_registries_cache()
+        self._forward = module.forward
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a call of the module still comes to the hook."""
+        forward = self.module.forward
+        while forward is not None and forward is not self._forward:
+            forward = getattr(forward, "__wrapped__", None)
+        return forward is not None
+
+    def leave(self) -> None:
+        """Take the hook off; without hooks of others, the module has exactly the attributes it had before."""
+        module, top = self.module, self.module.forward
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is None or registry.get_hook(NAME) is not self.hook:
+            return
+        registry.remove_hook(NAME, recurse=False)  # sets the forward, whatever it is now
         registry._child_registries_cache = None
-        if not had_registry:
+        if not self._had_registry and not registry.hooks:
             del module._diffusers_hook
-        if not had_forward:
+        if top is not self._forward:  # another hook was put on after this one
+            module.forward = top
+            if vars(module).get("_old_forward") is self._forward:
+                module._old_forward = self.hook.original
+        elif not self._had_forward:
             del module.forward
-
-
-@contextmanager
-def reattach_after_offload(pipe, hooks: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Keep the hooks on the pipeline's models, also over calls of a pipeline whose models are offloaded.
-
-    After each call, an offloaded pipeline removes every hook from its models and adds only its own again. So ours are
-    taken off before that and added again after it.
-    """
-    free = pipe.maybe_free_model_hooks
-    with ExitStack() as stack:
-        stack.enter_context(hooks())
-
-        def free_and_reattach() -> None:
-            if not getattr(pipe, "_all_hooks", None):
-                return free()
-            stack.close()
-            try:
-                free()
-            finally:
-                stack.enter_context(hooks())
-
-        with patched_method(pipe, "maybe_free_model_hooks", free_and_reattach):
-            yield
 
 
 @contextmanager

@@ -1,240 +1,330 @@
 """The host: observes a stock diffusers pipeline and gives methods the step, and places to wrap, from outer to inner.
 
-`wrap_denoiser`   a full transformer call             fn(inner, x, **inputs) -> velocity, in the shape of the latents
+`wrap_denoiser`   a full transformer call             fn(inner, x, **inputs) -> velocity (b, c, f, h, w)
 `wrap_blocks`     the stack of blocks inside it        fn(inner, hidden, *inputs) -> hidden (b, n, d)
-`wrap_attention`  each video self-attention            fn(inner, layer) -> its output (b, n, d)
+`wrap_attention`  each video self-attention            fn(inner, layer) -> its output, of any shape (b, ...)
 `wrap_qkv`        the softmax inside it                fn(inner, qkv, layer) -> its output (b, n, k, d)
 
-Wrappers nest, the last added outermost; none replaces another. Modules are looked up once, at construction, and the
-model is as it was found on exit. Built on diffusers' hooks and attention processors, so offloading, LoRA, attention
-backends and compiled blocks keep working.
+Wrappers nest, the last added outermost; none replaces another. Where a pipeline computes both branches of guidance in
+one batch, the batch is split, so that each call is of one branch. At the start of every run the host looks at what it
+stands on, and takes its places again where somebody has changed the model; on exit the model is as it was found. Built
+on diffusers' hooks and attention processors, so offloading, LoRA, attention backends and compiled blocks keep working.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import AccelError
 from ..families import family_of
-from .attention import QKV, intercept_attention
+from .attention import QKV, InterceptedProcessor
+from .blocks import StackedBlocks
+from .denoising_loop import CallTracker, noise_levels
 from .flops import count_flops
-from .hooks import ForwardHook, reattach_after_offload, wrapped_forward
+from .foreign import check_foreign
+from .hooks import ForwardHook, HookedForward, patched_method
 from .trace import DENOISER, Step, Trace
 
 T = TypeVar("T")
+BATCHED = "cond_uncond"  # the name that diffusers gives to the cache context of a batch of both branches
 
 
-class BlockStack(nn.ModuleList):
-    """The model's own blocks under their own names; iterating over it yields one function that runs them all.
+class Place(Protocol):
+    """Something in a model that the host replaces for a time."""
 
-    The blocks themselves carry no hook, so compiled blocks stay as they were compiled.
-    """
+    is_held: bool
 
-    def __init__(self, blocks: nn.ModuleList, run_stack: Callable):
-        super().__init__(blocks)
-        self._run_stack = run_stack
-
-    def __iter__(self) -> Iterator[Callable]:
-        return iter((self._run_stack,))
+    def take(self) -> None: ...
+    def leave(self) -> None: ...
 
 
 class Host:
     """A pipeline under observation.
 
-    `step` is where its loop stands, `active_index` which of its `denoisers` runs, `latents` the input of that call.
-    `exact_steps` are steps that later steps reuse; methods must compute them exactly.
+    `step` is where its loop stands, `active_index` which of its `denoisers` runs, `latents` the input of that call and
+    `grid` its token grid (f, h, w). `exact_steps` are steps that later steps reuse; methods must compute them exactly.
     """
 
-    def __init__(self, pipe, trace: Trace):
-        self.pipe, self.trace, self.family = pipe, trace, family_of(pipe)
-        self.denoisers = self.family.denoisers(pipe)
-        if any(hasattr(model, "_orig_mod") for model in self.denoisers):
-            raise AccelError(
-                "a transformer that is compiled as a whole cannot be wrapped inside: compile its blocks, by "
-                "pipe.transformer.compile_repeated_blocks()"
-            )
-        self.signatures = [inspect.signature(type(model).forward) for model in self.denoisers]
-        self.attentions = [self.family.attentions(model) for model in self.denoisers]
-        self.num_blocks = [len(self.family.blocks(model)) for model in self.denoisers]
+    def __init__(self, pipe, trace: Trace, is_neutral: bool = False):
+        """`is_neutral`: nothing that wraps will change anything, so that a batch need not be split."""
+        self.pipe, self.trace, self.family, self.is_neutral = pipe, trace, family_of(pipe), is_neutral
         self.step: Step | None = None
         self.active_index = 0
         self.latents: Tensor | None = None
+        self.grid = (0, 0, 0)
+        self.is_guided = False
         self.run_id = 0
+        self.text_id = 0  # changes with the run, and with a text in mid-run
         self.exact_steps: set[int] = set()
-        self._seen: set[tuple[int, str]] = set()  # (step, branch) pairs of this run
         self._tracker = CallTracker()
+        self._levels: list[float] = []  # sigma of each timestep
+        self._is_counting = False  # a call that only counts FLOPs is under way
+        self._layouts: dict[tuple, list[torch.Size]] = {}  # what an attention returns, by transformer, layer and branch
+        self._places: list[Place] = []
         self._denoiser_wrappers: list[Callable] = []
         self._block_wrappers: list[Callable] = []
         self._attention_wrappers: list[Callable] = []
         self._qkv_wrappers: list[Callable] = []
+        self._look()
+
+    def _look(self) -> None:
+        """Look up the pipeline's transformers and what is in them."""
+        self.denoisers = self.family.denoisers(self.pipe)
+        if any(hasattr(model, "_orig_mod") or model._compiled_call_impl for model in self.denoisers):
+            raise AccelError(
+                "a transformer that is compiled as a whole cannot be wrapped inside: compile its blocks, by "
+                "pipe.transformer.compile_repeated_blocks()"
+            )
+        check_foreign(self.denoisers)
+        self.signatures = [inspect.signature(type(model).forward) for model in self.denoisers]
+        self.attentions = [self.family.attentions(model) for model in self.denoisers]
 
     @contextmanager
     def attached(self) -> Iterator[Host]:
         """Let the pipeline's transformer calls pass through the host for the time of the context."""
-        hooks = lambda: enter_all(
-            wrapped_forward(model, partial(self._denoise, i)) for i, model in enumerate(self.denoisers)
-        )
-        with reattach_after_offload(self.pipe, hooks):
-            yield self
+        check, free = self.pipe.check_inputs, self.pipe.maybe_free_model_hooks
+        with patched_method(self.pipe, "check_inputs", partial(self._renew, check)):
+            with patched_method(self.pipe, "maybe_free_model_hooks", partial(self._free, free)):
+                self._take()
+                try:
+                    yield self
+                finally:
+                    self._leave()
 
     def wrap_denoiser(self, fn: Callable) -> AbstractContextManager:
-        """Call `fn(inner, x, **inputs)` for each transformer call; it returns the velocity in the shape of x."""
-        return _registered(self._denoiser_wrappers, fn)
+        """Call `fn(inner, x, **inputs)` for each transformer call; it returns the velocity (b, c, f, h, w)."""
+        return self._registered(self._denoiser_wrappers, fn)
 
     def wrap_blocks(self, fn: Callable) -> AbstractContextManager:
         """Call `fn(inner, hidden, *inputs)` for the stack of blocks; it returns hidden states (b, n, d)."""
-        return _registered(self._block_wrappers, fn, self._open_blocks)
+        return self._registered(self._block_wrappers, fn)
 
     def wrap_attention(self, fn: Callable) -> AbstractContextManager:
-        """Call `fn(inner, layer)` for each video self-attention; it returns the attention's output (b, n, d)."""
-        return _registered(self._attention_wrappers, fn, self._open_attentions)
+        """Call `fn(inner, layer)` for each video self-attention; both return its output, one tensor (b, ...)."""
+        return self._registered(self._attention_wrappers, fn)
 
     def wrap_qkv(self, fn: Callable) -> AbstractContextManager:
         """Call `fn(inner, qkv, layer)` for the softmax of each video self-attention; it returns (b, n, k, d).
 
-        `qkv` is a `QKV`; `inner(qkv)` takes any number of queries and keys. A result of `qkv.restore` may be returned
-        although it is shorter (b, m, k, d): the attention restores it after its output projection.
+        `qkv` is a `QKV` of the video's tokens; `inner(qkv)` takes any number of queries and keys. A result of
+        `qkv.restore` may be returned although it is shorter (b, m, k, d): the attention restores it after its output
+        projection.
         """
-        return _registered(self._qkv_wrappers, fn, self._open_qkv)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Token grid (f, h, w) of the current call."""
-        return self.family.grid(self.denoisers[self.active_index], self.latents)
+        return self._registered(self._qkv_wrappers, fn)
 
     def per_run(self, factory: Callable[[], T]) -> Callable[[], T]:
         """A getter of state that the factory makes anew for each run of the pipeline."""
-        runs: dict[int, T] = {}
+        return self._kept(factory, lambda: self.run_id)
+
+    def per_text(self, factory: Callable[[], T]) -> Callable[[], T]:
+        """A getter of state that depends on the prompt: made anew for each run, and where a callback changes a text."""
+        return self._kept(factory, lambda: self.text_id)
+
+    def _kept(self, factory: Callable[[], T], key: Callable[[], int]) -> Callable[[], T]:
+        kept: dict[int, T] = {}
 
         def get() -> T:
-            if self.run_id not in runs:
-                runs.clear()
-                runs[self.run_id] = factory()
-            return runs[self.run_id]
+            if key() not in kept:
+                kept.clear()
+                kept[key()] = factory()
+            return kept[key()]
 
         return get
 
-    def _open_blocks(self) -> AbstractContextManager:
-        return enter_all(self._as_block_stack(model) for model in self.denoisers)
-
     @contextmanager
-    def _as_block_stack(self, model: nn.Module) -> Iterator[None]:
-        """Replace a model's list of blocks by a `BlockStack` that runs through the block wrappers."""
-        family, blocks = self.family, self.family.blocks(model)
-        if type(model).__name__ not in family.STACKABLE:
-            raise AccelError(f"{type(model).__name__} changes hidden states between its blocks: they are not one stack")
-
-        def run_blocks(hidden: Tensor, *inputs, **named) -> Tensor:
-            for block in blocks:
-                hidden = block(hidden, *inputs, **named)
-            return hidden
-
-        run_stack = lambda *inputs, **named: compose(run_blocks, self._block_wrappers)(*inputs, **named)
-        setattr(model, family.BLOCKS_ATTR, BlockStack(blocks, run_stack))
+    def _registered(self, wrappers: list[Callable], fn: Callable) -> Iterator[None]:
+        """Add a wrapper to its list; the host is in the model where there are wrappers for it."""
+        wrappers.append(fn)
         try:
+            if len(wrappers) == 1:
+                self._retake()
             yield
         finally:
-            setattr(model, family.BLOCKS_ATTR, blocks)
+            wrappers.remove(fn)
+            if not wrappers:
+                self._retake()
 
-    def _open_attentions(self) -> AbstractContextManager:
-        return enter_all(
-            intercept_attention(attn, self.family, output_wrapper=partial(self._run_attention, layer))
-            for layer, attn in self._layers()
-        )
+    # Places in the model
 
-    def _open_qkv(self) -> AbstractContextManager:
-        return enter_all(
-            intercept_attention(attn, self.family, core_wrapper=partial(self._run_core, layer))
-            for layer, attn in self._layers()
-        )
+    def _take(self) -> None:
+        """Take all places that the registered wrappers need; none of them if one cannot be had."""
+        try:
+            for place in self._needed_places():
+                place.take()
+                self._places.append(place)
+        except BaseException:
+            self._leave()
+            raise
 
-    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
-        return (item for attentions in self.attentions for item in attentions.items())
+    def _needed_places(self) -> Iterator[Place]:
+        for i, model in enumerate(self.denoisers):
+            if self._attention_wrappers or self._qkv_wrappers:
+                for layer, attn in self.attentions[i].items():
+                    core = partial(self._run_core, layer) if self._qkv_wrappers else None
+                    output = partial(self._run_attention, layer) if self._attention_wrappers else None
+                    yield InterceptedProcessor.of(attn, self.family, self._num_video_tokens, core, output)
+            if self._block_wrappers:
+                yield StackedBlocks(model, self.family, self._run_blocks)
+            yield HookedForward(model, partial(self._denoise, i))
+
+    def _leave(self) -> None:
+        while self._places:
+            self._places.pop().leave()
+
+    def _retake(self) -> None:
+        self._leave()
+        self._take()
+
+    def _renew(self, check_inputs: Callable, *args, **named) -> Any:
+        """Before a run: look at the pipeline anew, and take the places again if somebody has changed one."""
+        before = self.denoisers
+        self._look()
+        same = len(before) == len(self.denoisers) and all(a is b for a, b in zip(before, self.denoisers))
+        if not same or not all(place.is_held for place in self._places):
+            self._retake()
+        return check_inputs(*args, **named)
+
+    def _free(self, free: Callable[[], None]) -> None:
+        """After a run, diffusers removes all hooks from offloaded models, and puts its own on again."""
+        if not getattr(self.pipe, "_all_hooks", None):
+            return free()
+        self._leave()
+        try:
+            free()
+        finally:
+            self._take()
+
+    # Calls
 
     def _denoise(self, index: int, hook: ForwardHook, *args, **kwargs):
-        """The forward of transformer `index`: track the call, run it through the wrappers, and time it."""
+        """The forward of transformer `index`: one call through the wrappers, or one for each half of a guided batch."""
+        if self._is_counting:
+            return hook.original(*args, **kwargs)
         inputs = self.signatures[index].bind(None, *args, **kwargs).arguments
         del inputs["self"]
         return_dict, x = inputs.pop("return_dict", True), inputs.pop("hidden_states")
+        pipe, call = running_call(self.pipe)
+        # A loop of the user's own tells nothing: its branches come one by one.
+        self.is_guided = self.family.is_guided(pipe, call) if call else not self.family.batches_guidance
+        name = hook.context if hook.context != BATCHED else None
+        run = partial(self._run, index, hook, pipe)
+        if self.family.batches_guidance and self.is_guided and not self.is_neutral:
+            uncond, cond = halves(x, inputs)
+            y = torch.cat([run("cond", *cond), run("uncond", *uncond)][::-1])
+        else:
+            y = run(name or ("cond" if self.family.batches_guidance else None), x, inputs)
+        return Transformer2DModelOutput(sample=y) if return_dict else (y,)
+
+    def _run(self, index: int, hook: ForwardHook, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """One call of one branch: track it, run it through the wrappers, and time it."""
         began = synchronized_time(x.device)
-        self._track_call(index, hook, x, inputs)
-        step = self.step
+        self._track(index, pipe, name, x, inputs)
+        step, family, grid = self.step, self.family, self.grid
 
         def call(x: Tensor, **inputs) -> Tensor:
             for layer in (DENOISER, *self.attentions[index]):
                 self.trace.record(step, layer, "compute")
-            return hook.original(hidden_states=x, **inputs, return_dict=False)[0]
+            return family.to_video(hook.original(hidden_states=x, **inputs, return_dict=False)[0], grid)
 
-        y = compose(call, self._denoiser_wrappers)(x, **inputs)
+        y = family.from_video(compose(call, self._denoiser_wrappers)(x, **inputs))
         spent = 1000 * (synchronized_time(x.device) - began)
         self.trace.milliseconds[step.index] = self.trace.milliseconds.get(step.index, 0.0) + spent
-        return Transformer2DModelOutput(sample=y) if return_dict else (y,)
+        return y
 
-    def _track_call(self, index: int, hook: ForwardHook, x: Tensor, inputs: dict[str, Any]) -> None:
+    def _track(self, index: int, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> None:
         """Find out which step and branch this call is, and whether it begins a new run."""
-        context = hook.states._context
-        scheduler = self.pipe.scheduler
-        if context is None or context.step_index is None:
-            step_index, branch = self._tracker.locate(inputs["timestep"], inputs["encoder_hidden_states"])
-            branch = context.name if context else branch
-            scheduled = len(scheduler.timesteps)
-            count = getattr(self.pipe, "num_timesteps", scheduled)
-            skipped = scheduled - count  # video to video starts later in the schedule
-        else:
-            step_index, branch, count, skipped = context.step_index, context.name, context.num_inference_steps, 0
-        begins = self.step is None or step_index < self.step.index or (step_index, branch) in self._seen
-        if begins:
-            self.run_id += 1
+        at = self._tracker.locate(pipe, inputs["timestep"], inputs["encoder_hidden_states"], name)
+        if at.begins:
+            self._levels = noise_levels(pipe.scheduler)
+            self.run_id, self.text_id = self.run_id + 1, self.text_id + 1
             self.trace.begin()
-            self._seen.clear()
             self.exact_steps.clear()
             self.trace.started = time.perf_counter()
-        self._seen.add((step_index, branch))
-        sigma, sigma_next = map(float, scheduler.sigmas[skipped + step_index : skipped + step_index + 2])
-        self.step = Step(step_index, count, sigma, sigma_next, branch)
-        if begins or index != self.active_index:  # shapes do not change within a run
-            self.trace.flops = count_flops(self.denoisers[index], x, inputs)
+        if at.has_new_text:
+            self.text_id += 1
+            self.trace.add_message(f"the text changed at step {at.index + 1}: what depends on it was computed anew")
+        self.step = Step(at.index, at.count, *self._levels[at.position : at.position + 2], at.branch)
+        self.grid = self.family.grid(self.denoisers[index], x, inputs)
+        if at.begins or index != self.active_index:  # shapes do not change within a run
+            self.trace.flops = count_flops(self.denoisers[index], x, inputs, partial(self._count, index, x, inputs))
         self.active_index, self.latents = index, x
-        self.trace.sigmas[step_index] = self.step.sigma
+        self.trace.sigmas[at.index] = self.step.sigma
 
-    def _run_attention(self, layer: str, call: Callable) -> Tensor:
+    def _count(self, index: int, x: Tensor, inputs: dict[str, Any]) -> None:
+        """A call of the transformer past all wrappers."""
+        self._is_counting = True
+        try:
+            self.denoisers[index](hidden_states=x, **inputs)
+        finally:
+            self._is_counting = False
+
+    def _num_video_tokens(self) -> int:
+        f, h, w = self.grid
+        return f * h * w
+
+    def _run_blocks(self, stack: Callable, hidden: Tensor, *inputs, **named) -> Tensor:
+        return compose(stack, [] if self._is_counting else self._block_wrappers)(hidden, *inputs, **named)
+
+    def _run_attention(self, layer: str, call: Callable) -> Tensor | tuple[Tensor, ...]:
+        """An attention through the wrappers, which see one tensor: in joint attention, video and text side by side."""
+        if self._is_counting or self.step is None:
+            return call()
+        key = self.active_index, layer, self.step.branch
+
+        def joined() -> Tensor:
+            out = call()
+            if isinstance(out, Tensor):
+                return out
+            self._layouts[key] = [part.shape for part in out]
+            return torch.cat([part.flatten(1) for part in out], 1)
+
+        run = joined
         for fn in self._attention_wrappers:
-            call = partial(fn, call, layer)
-        return call()
+            run = partial(fn, run, layer)
+        out = run()
+        if not self.family.is_joint:
+            return out
+        shapes = self._layouts[key]
+        parts = out.split([shape[1:].numel() for shape in shapes], 1)
+        return tuple(part.unflatten(1, shape[1:]) for part, shape in zip(parts, shapes))
 
     def _run_core(self, layer: str, inner: Callable, qkv: QKV) -> Tensor:
+        if self._is_counting:
+            return inner(qkv)
         for fn in self._qkv_wrappers:
             inner = partial(fn, inner, layer=layer)
         return inner(qkv)
 
 
-class CallTracker:
-    """Finds step and branch where the pipeline does not name them: a new timestep is a step, a text is a branch."""
+def running_call(pipe) -> tuple[Any, dict[str, Any]]:
+    """The diffusers pipeline that is running now, and the local variables of its call; `pipe` if none is.
 
-    def __init__(self):
-        self.index, self.time = -1, float("-inf")
-        self.texts: list[Tensor] = []  # all pipelines call cond first
+    A transformer can be in several pipelines, and which one of them calls it is nowhere else to be seen.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"], frame.f_locals
+        frame = frame.f_back
+    return pipe, {}
 
-    def locate(self, timestep: Tensor, text: Tensor) -> tuple[int, str]:
-        """(step index, branch) of a call; a higher timestep or a third text embedding begins another run."""
-        time = float(timestep.max())  # with one timestep per token, those of a given first frame are 0
-        known = any(seen is text for seen in self.texts)
-        if time > self.time or (not known and len(self.texts) == 2):
-            self.index, self.time, self.texts = 0, time, []
-        elif time < self.time:
-            self.index, self.time = self.index + 1, time
-        if not any(seen is text for seen in self.texts):
-            self.texts.append(text)
-        return self.index, "cond" if text is self.texts[0] else "uncond"
+
+def halves(x: Tensor, inputs: dict[str, Any]) -> tuple[tuple[Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]:
+    """The two halves of a batch: latents, and the inputs of which every tensor with an entry per sample is halved."""
+    batched = lambda v: isinstance(v, Tensor) and v.ndim > 0 and len(v) == len(x)
+    parts = {name: v.chunk(2) if batched(v) else (v, v) for name, v in inputs.items()}
+    return tuple((half, {name: part[i] for name, part in parts.items()}) for i, half in enumerate(x.chunk(2)))
 
 
 def compose(call: Callable, wrappers: list[Callable]) -> Callable:
@@ -242,26 +332,6 @@ def compose(call: Callable, wrappers: list[Callable]) -> Callable:
     for fn in wrappers:
         call = partial(fn, call)
     return call
-
-
-@contextmanager
-def enter_all(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
-    """Enter all contexts in their order, and leave them in reverse."""
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
-
-
-@contextmanager
-def _registered(wrappers: list[Callable], fn: Callable, opener: Callable = nullcontext) -> Iterator[None]:
-    """Add a wrapper to its list; `opener` installs the hooks with the first wrapper and removes them with the last."""
-    with nullcontext() if wrappers else opener():
-        wrappers.append(fn)
-        try:
-            yield
-        finally:
-            wrappers.remove(fn)
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -63,7 +63,8 @@ def support() -> str:
     """Model families and methods: which work at once, and which need a training first."""
     state = {name: "after training" if needs_training(name) else "yes" for name in METHODS}
     rows = [["tiny-wan (shipped)", *["yes"] * len(METHODS)]]
-    rows += [[f"`{family}*Pipeline`", *(state[name] for name in METHODS)] for family in FAMILIES]
+    prefixes = [prefix for family in FAMILIES for prefix in family.pipelines]
+    rows += [[f"`{prefix}*Pipeline`", *(state[name] for name in METHODS)] for prefix in prefixes]
     return markdown(["model", *(f"`{name}`" for name in METHODS)], rows)
 
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from diffusers import DiffusionPipeline
+
 from ..errors import AccelError
 from .base import Family
+from .cogvideox import CogVideoX
+from .hunyuan_video import HunyuanVideo, HunyuanVideo15
+from .ltx import LTX
+from .mochi import Mochi
+from .skyreels_v2 import SkyReelsV2
 from .wan import Wan
 
-FAMILIES: dict[str, Family] = {"Wan": Wan()}  # by the beginning of the pipeline's class name
+FAMILIES: tuple[Family, ...] = (Wan(), CogVideoX(), HunyuanVideo15(), HunyuanVideo(), LTX(), Mochi(), SkyReelsV2())
 
 
 def family_of(pipe) -> Family:
-    """The family of a diffusers pipeline, by its class name. Raises AccelError if it is not supported."""
+    """The family of a diffusers pipeline, by its class or one that it inherits from.
+
+    Raises AccelError if it is not supported.
+    """
     name = type(pipe).__name__
-    for prefix, family in FAMILIES.items():
-        if name.startswith(prefix):
-            return family
-    raise AccelError(f"{name} is not supported yet; pipelines whose names start with {', '.join(FAMILIES)} are")
+    if not isinstance(pipe, DiffusionPipeline):
+        raise AccelError(f"{name} is no DiffusionPipeline: give the pipeline itself, such as a WanPipeline")
+    for parent in type(pipe).__mro__:
+        for family in FAMILIES:
+            if parent.__name__.startswith(family.pipelines):
+                return family
+    known = ", ".join(prefix for family in FAMILIES for prefix in family.pipelines)
+    raise AccelError(f"{name} is not supported yet; pipelines whose names start with {known} are")

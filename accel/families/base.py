@@ -1,49 +1,94 @@
-"""What the host must know of a model family, as a typed protocol. One implementation a file; nobody else knows a model.
+"""What the host must know of a model family: `Family` says it as most diffusers models do it.
 
-Letters: b batch, f frames, h w grid rows and columns, n tokens, m tokens that stay, k attention heads, d channels per
-head (of hidden states: the width).
+A family corrects what is different there, in one file; nobody else knows a model.
+Letters: b batch, c channels, f frames, h w grid rows and columns, n tokens, t text tokens, d width of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..core.attention import QKV
+from ..errors import AccelError
+
+Grid = tuple[int, int, int]
 
 
-class Family(Protocol):
+class Family:
     """Where things are in the pipelines and transformers of one family."""
 
-    BLOCKS_ATTR: ClassVar[str]  # attribute of a transformer that holds its blocks
-    STACKABLE: ClassVar[tuple[str, ...]]  # transformer classes that do nothing between two blocks
+    pipelines: ClassVar[tuple[str, ...]] = ()  # beginnings of their class names
+    blocks: ClassVar[tuple[str, ...]] = ()  # attributes of a transformer that hold its blocks, in the order of use
+    attention: ClassVar[str] = ""  # attribute of a block that holds its video self-attention
+    is_joint: ClassVar[bool] = False  # blocks take and return text beside the video, attention is over both
+    batches_guidance: ClassVar[bool] = False  # one call computes both branches, as a batch [uncond, cond]
+    compiles_attention: ClassVar[bool] = False  # the attention can be intercepted inside a compiled block
 
     def denoisers(self, pipe) -> list[nn.Module]:
         """The pipeline's transformers in the order of use."""
+        return [pipe.transformer]
+
+    def block_lists(self, model: nn.Module) -> dict[str, nn.ModuleList]:
+        """The lists of blocks by the attribute that holds them, in the order of use."""
+        return {name: getattr(model, name) for name in self.blocks if len(getattr(model, name, ()))}
+
+    def block_names(self, model: nn.Module) -> list[str]:
+        """The names of all blocks as modules, in the order of use."""
+        return [f"{name}.{i}" for name, blocks in self.block_lists(model).items() for i in range(len(blocks))]
+
+    def is_stack(self, model: nn.Module) -> bool:
+        """Whether the model does nothing between two blocks."""
+        return True
 
     def attentions(self, model: nn.Module) -> dict[str, nn.Module]:
         """Each block's video self-attention by the name of its layer."""
+        lists = self.block_lists(model).items()
+        return {
+            f"{name}.{i}.{self.attention}": getattr(block, self.attention)
+            for name, blocks in lists
+            for i, block in enumerate(blocks.children())  # the host may iterate over them in another way
+        }
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
-        """The stack of blocks; each maps (hidden (b, n, d), ...) to hidden (b, n, d)."""
+    def grid(self, model: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Grid:
+        """Token grid (f, h, w), in raster order, of the latents x that a call gets, with its other inputs."""
+        patch = model.config.patch_size
+        patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch) if isinstance(patch, int) else patch
+        return tuple(n // p for n, p in zip(self.to_video(x, (0, 0, 0)).shape[2:], patch))
 
-    def new_block(self, model: nn.Module) -> nn.Module:
-        """A block of the model's kind with fresh random weights."""
+    def to_video(self, y: Tensor, grid: Grid) -> Tensor:
+        """A velocity as a view (b, c, f, h, w)."""
+        return y
 
-    def grid(self, model: nn.Module, x: Tensor) -> tuple[int, int, int]:
-        """Token grid (f, h, w) of latents x, in raster order."""
+    def from_video(self, y: Tensor) -> Tensor:
+        """The velocity in the family's own layout."""
+        return y
 
     def hidden_size(self, model: nn.Module) -> int:
         """Width d of a token inside the blocks."""
+        return model.config.num_attention_heads * model.config.attention_head_dim
 
-    def is_guided(self, pipe) -> bool:
-        """Whether the pipeline runs an unconditional branch in its current call."""
+    def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
+        """Whether an unconditional branch runs. `call` has the local variables of the pipeline's running call."""
+        return bool(pipe.do_classifier_free_guidance)
 
-    def run_attention(self, attn: nn.Module, core: Callable[[QKV], Tensor], x: Tensor, *inputs) -> Tensor:
-        """Output (b, n, d) of a self-attention on hidden x (b, n, d), with `core` in place of its softmax.
+    def video_tokens(self, sequence: int, video: int) -> slice:
+        """Which tokens of an attention's sequence are the video's."""
+        return slice(0, video)
 
-        `core` maps a `QKV` to (b, n, k, d), or to (b, m, k, d) where its `restore` was called. `inputs` are what the
-        model's blocks pass to the attention after x.
+    def run_attention(
+        self, attn: nn.Module, original: Callable, core: Callable, video: int, *inputs, **named
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What an attention's processor returns, with `core(qkv, softmax)` in place of its softmax.
+
+        `core` gets the queries, keys and values of the `video` tokens alone.
         """
+        from ..core.joint_attention import with_softmax
+
+        tokens = lambda sequence: self.video_tokens(sequence, video) if sequence >= video else None
+        return with_softmax(core, tokens, original, attn, *inputs, **named)
+
+    def new_block(self, model: nn.Module) -> nn.Module:
+        """A block of the model's kind with fresh random weights, for DisCa's predictor."""
+        raise AccelError(f"disca has no learned predictor for {type(model).__name__}: choose reuse or taylor-1")

@@ -10,48 +10,36 @@ from torch import Tensor, nn
 
 from ..core.attention import QKV
 from ..core.lazy_qkv import LazyQKV, Projections
+from .base import Family
 
 
-class Wan:
-    """The family of `WanTransformer3DModel`; see `Family` for each method."""
+class Wan(Family):
+    """The family of `WanTransformer3DModel`."""
 
-    BLOCKS_ATTR = "blocks"
-    STACKABLE = ("WanTransformer3DModel",)  # VACE and Animate add to the hidden states between blocks
+    pipelines = ("Wan",)
+    blocks = ("blocks",)
+    attention = "attn1"
+    compiles_attention = True
 
     def denoisers(self, pipe) -> list[nn.Module]:
         """The transformers in the order of use; Wan 2.2 has a second one for low noise, and either may be missing."""
         both = (pipe.transformer, getattr(pipe, "transformer_2", None))
         return [model for model in both if model is not None]
 
-    def attentions(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Each block's video self-attention by the name of its layer."""
-        return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(model.blocks)}
-
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
-        """The stack of blocks; each maps (hidden, text, time, rope) to hidden (b, n, d)."""
-        return model.blocks
+    def is_stack(self, model: nn.Module) -> bool:
+        """Whether the model does nothing between two blocks: VACE and Animate add to the hidden states there."""
+        return type(model).__name__ == "WanTransformer3DModel"
 
     def new_block(self, model: nn.Module) -> WanTransformerBlock:
         """A block of the model's kind with fresh random weights."""
         c, d = model.config, self.hidden_size(model)
         return WanTransformerBlock(d, c.ffn_dim, c.num_attention_heads, c.qk_norm, c.cross_attn_norm, c.eps)
 
-    def grid(self, model: nn.Module, x: Tensor) -> tuple[int, int, int]:
-        """Token grid (f, h, w) of latents x (b, c, f, h, w)."""
-        return tuple(n // p for n, p in zip(x.shape[2:], model.config.patch_size))
-
-    def hidden_size(self, model: nn.Module) -> int:
-        """Width d of a token inside the blocks."""
-        return model.config.num_attention_heads * model.config.attention_head_dim
-
-    def is_guided(self, pipe) -> bool:
-        """Whether the pipeline runs an unconditional branch in its current call."""
-        return bool(pipe.do_classifier_free_guidance)
-
     def run_attention(
-        self, attn: nn.Module, core: Callable[[QKV], Tensor], x: Tensor, text=None, mask=None, rope=None
-    ) -> Tensor:
-        """Output (b, n, d) of a self-attention with `core` in place of its softmax."""
+        self, attn: nn.Module, original: Callable, core: Callable[[QKV], Tensor], video: int, x: Tensor,
+        text=None, mask=None, rope=None,
+    ) -> Tensor:  # fmt: skip
+        """Output (b, n, d) of a self-attention with `core` in place of its softmax; it projects only what stays."""
         qkv = self.qkv(attn, x, rope)
         return qkv.project_out(core(qkv))
 

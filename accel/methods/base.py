@@ -6,6 +6,7 @@ what runs a model inside the function that uses it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +29,17 @@ class RunSpec(NamedTuple):
 
     model: nn.Module  # the denoiser
     family: Family
-    latents: Tensor  # (b, c, f, h, w); only its shape and dtype are used
+    latents: Tensor  # (b, ...) in the family's layout; only its shape and dtype are used
+    grid: tuple[int, int, int]  # tokens (f, h, w)
     count: int  # number of steps
     guided: bool  # whether an unconditional branch runs
     num_layers: int  # video self-attentions of the denoiser
     model_path: str = "nowhere"  # folder or hub id of the pipeline; its students are in that folder
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens of all samples."""
+        return math.prod(self.grid) * len(self.latents)
 
 
 def model_path(host: Host) -> str:
@@ -42,9 +49,9 @@ def model_path(host: Host) -> str:
 
 def run_spec(host: Host) -> RunSpec:
     """The spec of the run that the host has just begun."""
-    guided = host.family.is_guided(host.pipe)
     model, num_layers = host.denoisers[host.active_index], len(host.attentions[host.active_index])
-    return RunSpec(model, host.family, host.latents, host.step.count, guided, num_layers, model_path(host))
+    about = host.latents, host.grid, host.step.count, host.is_guided, num_layers, model_path(host)
+    return RunSpec(model, host.family, *about)
 
 
 Choices = list | tuple[float, float]  # the possible values of a parameter, or the lowest and the highest
@@ -61,7 +68,7 @@ class Method(BaseModel, frozen=True, extra="forbid"):
 
     title: ClassVar[str]
     paper: ClassVar[str]
-    neutral: ClassVar[dict]
+    neutral: ClassVar[dict] = {}
     basic: ClassVar[tuple[str, ...]]
 
     @classmethod
@@ -76,6 +83,11 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         An empty list means that nothing was trained.
         """
         return {}
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether the settings are those at which the output is bitwise the baseline's."""
+        return bool(self.neutral) and all(getattr(self, name) == value for name, value in self.neutral.items())
 
     def weights_dir(self, model: str | Path) -> Path | None:
         """The folder of the weights that this method loads for a model; None if it needs none."""

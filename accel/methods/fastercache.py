@@ -11,7 +11,6 @@ instead of the step index.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,7 +126,7 @@ class FasterCache(Method):
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of two outputs for each attention and branch, and of the CFG delta (float32) with one output."""
         plans = self._active_plan(spec.count, spec.guided)
-        tokens = math.prod(spec.family.grid(spec.model, spec.latents)) * len(spec.latents)
+        tokens = spec.tokens
         itemsize = spec.latents.element_size()
         outputs = 2 * spec.num_layers * tokens * spec.family.hidden_size(spec.model) * itemsize
         branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
@@ -155,7 +154,8 @@ class FasterCache(Method):
         """The output at a step from its last two computed ones (sigma, F): F_last + w (F_last - F_previous), eq. 5."""
         (previous_sigma, previous), (last_sigma, last) = entries
         if self.extrapolation == "sigma":
-            w = (step.sigma - last_sigma) / (last_sigma - previous_sigma)
+            distance = last_sigma - previous_sigma  # 0 where a solver evaluates twice at one sigma
+            w = (step.sigma - last_sigma) / distance if distance else 0.0
         else:
             steps = reuse_steps(plans, "cond")
             w = (step.index - steps[0]) / max(1, steps[-1] - steps[0])
@@ -164,7 +164,7 @@ class FasterCache(Method):
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the attentions and the denoiser inside the context."""
-        state, plans = host.per_run(State), host.per_run(lambda: self._begin(host, trace))
+        state, plans = host.per_text(State), host.per_run(lambda: self._begin(host, trace))
 
         def attend(inner: Callable[[], Tensor], layer: str) -> Tensor:
             return self._attend(inner, layer, host, trace, state(), plans())

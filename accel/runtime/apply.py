@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from ..core.foreign import check_foreign
 from ..core.host import Host
 from ..core.trace import Trace
 from ..errors import AccelError, quote
@@ -81,8 +80,7 @@ def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
     with ExitStack() as stack:
         for part in (pipe, *denoisers):
             stack.enter_context(_taken(part))
-        check_foreign(denoisers)
-        host = Host(pipe, trace)
+        host = Host(pipe, trace, all(method.is_neutral for method in methods))
         stack.enter_context(host.attached())
         for method in methods:
             stack.enter_context(method.apply(host, trace))

@@ -36,14 +36,15 @@ def latent_spec(run: Run, pipe) -> torch.Tensor:
 
 def grid(pipe, run: Run) -> tuple[int, int, int]:
     """The grid (f, h, w) of a run's tokens."""
-    return family_of(pipe).grid(pipe.transformer, latent_spec(run, pipe))
+    return family_of(pipe).grid(pipe.transformer, latent_spec(run, pipe), {})
 
 
 def run_spec(run: Run, pipe) -> RunSpec:
     """What methods may know of a run before it starts."""
     family, model = family_of(pipe), pipe.transformer
     num_layers = len(family.attentions(model))
-    return RunSpec(model, family, latent_spec(run, pipe), run.steps, run.guidance > 1, num_layers, resolve(run.model))
+    about = latent_spec(run, pipe), grid(pipe, run), run.steps, run.guidance > 1, num_layers, resolve(run.model)
+    return RunSpec(model, family, *about)
 
 
 def estimate_memory(run: Run, pipe) -> int:

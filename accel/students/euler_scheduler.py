@@ -25,7 +25,8 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
         """Start a run. Raises AccelError for any number of steps but that of the given timesteps."""
         if num_inference_steps != len(self.timesteps):
             raise AccelError(self._wrong_count(len(self.timesteps), num_inference_steps))
-        self.num_inference_steps, self.timesteps = num_inference_steps, self.timesteps.to(device)
+        # a new tensor, as of every scheduler: it tells that a run begins
+        self.num_inference_steps, self.timesteps = num_inference_steps, self.timesteps.to(device, copy=True)
         self._step_index = self._begin_index = None
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True):

@@ -74,7 +74,7 @@ def forbid_cfg(host: Host) -> Iterator[None]:
     """Inside the context, refuse guidance, negative prompts, other schedulers, and a student LoRA that acts in part."""
 
     def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
-        if host.family.is_guided(host.pipe):
+        if host.is_guided:
             raise AccelError("a student has guidance distilled in: set guidance to 1")
         if not is_student_run(host.pipe):
             scheduler = type(host.pipe.scheduler).__name__

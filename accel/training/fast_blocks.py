@@ -19,7 +19,7 @@ class DenseAttention:
     """
 
     def __call__(self, attn, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return Wan().run_attention(attn, self._core, x, rope=rope)
+        return Wan().run_attention(attn, None, self._core, 0, x, rope=rope)
 
     def _core(self, qkv: QKV) -> Tensor:
         v = qkv.value()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -13,6 +14,7 @@ from accel.core.attention import QKV, InterceptedProcessor
 from accel.core.flops import count_flops
 from accel.core.host import Host
 from accel.core.trace import Trace
+from accel.families import family_of
 from accel.families.wan import Wan
 from accel.methods import FasterCache
 from accel.methods.base import Method
@@ -26,7 +28,7 @@ def test_without_methods_the_output_is_bitwise_the_baselines(pipe, sample):
 
 
 def test_an_attention_backend_that_takes_no_bias_is_refused_by_its_name():
-    processor = InterceptedProcessor(SimpleNamespace(processor=SimpleNamespace()), Wan())
+    processor = InterceptedProcessor(SimpleNamespace(processor=SimpleNamespace()), Wan(), lambda: 0)
     processor._attention_backend = AttentionBackendName.SAGE
     q = torch.zeros(1, 3, 2, 4)
     with pytest.raises(ValueError, match="attention backend sage takes no bias"):
@@ -186,7 +188,7 @@ def test_flops_are_counted_as_by_hand(pipe, sample):
 
 
 def test_an_unknown_pipeline_is_refused_by_name():
-    class StableDiffusionPipeline:
+    class StableDiffusionPipeline(DiffusionPipeline):
         pass
 
     with pytest.raises(ValueError, match="StableDiffusionPipeline is not supported"):
@@ -209,3 +211,15 @@ def test_flops_are_counted_under_any_attention_backend(pipe, monkeypatch):
     given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}
     flops = count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), given)
     assert flops["blocks.0.attn1"] == 4 * 2 * 48 * 24 * 24 + 2 * 2 * 48 * 48 * 24
+
+
+def test_a_subclass_of_a_pipeline_is_of_its_family():
+    class MyOwn(WanPipeline):
+        pass
+
+    assert isinstance(family_of(MyOwn.__new__(MyOwn)), Wan)
+
+
+def test_a_modular_pipeline_is_refused_by_name():
+    with pytest.raises(ValueError, match="WanModularPipeline is no DiffusionPipeline"):
+        family_of(type("WanModularPipeline", (), {})())

@@ -8,6 +8,7 @@ from accel.core.host import Host
 from accel.core.lazy_qkv import LazyQKV
 from accel.core.trace import Trace
 from accel.families import family_of
+from accel.families.wan import Wan
 from accel.methods import METHODS
 from accel.methods.asymrnr.budget import Profile
 from accel.methods.base import RunSpec
@@ -152,7 +153,7 @@ def test_the_budget_is_met_by_two_transformers_together(schedule, two_models, sa
     _, trace = lengths(two_models, sample, method)
     assert attention_left(trace) == pytest.approx(0.6, abs=0.05)
     assert not any("out of reach" in message for message in trace.messages)
-    given = two_models.transformer, family_of(two_models), torch.empty(1, 4, 3, 8, 8), 20, True, 2
+    given = two_models.transformer, family_of(two_models), torch.empty(1, 4, 3, 8, 8), (3, 4, 4), 20, True, 2
     assert trace.peak_bytes <= method.estimate_memory(RunSpec(*given))
 
 
@@ -194,7 +195,7 @@ def test_the_trace_shows_which_tokens_of_the_middle_frame_stay(pipe, sample):
 
 @pytest.mark.parametrize("schedule", ["fixed", "similarity"])
 def test_tokens_that_are_not_the_grid_are_not_reduced_and_this_is_reported(schedule, pipe, sample, monkeypatch):
-    monkeypatch.setattr(Host, "grid", property(lambda self: (3, 4, 5)))
+    monkeypatch.setattr(Wan, "grid", lambda *_: (3, 4, 5))
     seen, trace = lengths(pipe, sample, AsymRnR(**{**FIXED, "schedule": schedule}))
     assert set(seen.values()) == {(48, 48)}
     assert "AsymRnR is off: 48 tokens are not the grid of (3, 4, 5)" in trace.messages

@@ -154,12 +154,12 @@ def test_residuals_of_the_first_transformer_are_not_used_in_the_second(two_model
 def test_the_memory_estimate_is_not_exceeded(correction, pipe, sample):
     """A residual is one tensor (b, n, d) for each block and branch; a line needs two."""
     method, latents = AsymRnR(**FIXED, correction=correction), torch.empty(1, 4, 3, 8, 8)
-    expected = method.estimate_memory(RunSpec(pipe.transformer, family_of(pipe), latents, 20, True, 2))
+    expected = method.estimate_memory(RunSpec(pipe.transformer, family_of(pipe), latents, (3, 4, 4), 20, True, 2))
     with accel.apply(pipe, [method]) as trace:
         sample(pipe)
     assert expected / 2 < trace.peak_bytes <= expected
     tensors = {"none": 0, "last": 1, "linear": 2}[correction]
     bare = AsymRnR(**FIXED, correction="none").estimate_memory(
-        RunSpec(pipe.transformer, family_of(pipe), latents, 20, True, 2)
+        RunSpec(pipe.transformer, family_of(pipe), latents, (3, 4, 4), 20, True, 2)
     )
     assert expected - bare == tensors * 2 * 2 * 48 * 24 * 4

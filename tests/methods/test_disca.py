@@ -85,7 +85,7 @@ def test_the_memory_estimate_is_the_cached_tensors_of_each_branch(pipe, sample):
             sample(pipe, steps=8, guidance=4.0 if guided else 1.0, height=32 * 2)
         tokens = 3 * (64 // pipe.vae_scale_factor_spatial // 2) ** 2
         assert trace.peak_bytes == tensors * tokens * 24 * 4
-        assert method.estimate_memory(RunSpec(model, Wan(), latents, 8, guided, 2)) == trace.peak_bytes
+        assert method.estimate_memory(RunSpec(model, Wan(), latents, (3, 4, 4), 8, guided, 2)) == trace.peak_bytes
 
 
 def test_predictions_are_never_cached(pipe, sample, monkeypatch):

@@ -185,7 +185,7 @@ def test_extra_memory_at_480p_stays_under_300_mb(global_search):
     latents = torch.empty(1, 16, 21, 60, 104, device="meta")
     config = SimpleNamespace(patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128)
     model = SimpleNamespace(config=config)
-    spec = RunSpec(model, Wan(), latents, 50, True, 30)
+    spec = RunSpec(model, Wan(), latents, (21, 30, 52), 50, True, 30)
     plans = AsymRnR(correction="none").estimate_memory(spec)
     assert 50e6 < plans < 110e6
     assert 100e6 < memory.peak - q.nbytes + plans < 300e6

@@ -67,7 +67,7 @@ def test_without_a_measured_step_there_is_no_time(pipe):
 
 def test_a_student_computes_its_steps_in_full():
     (student,) = build_methods({"gpd": {}})
-    assert student.expected_work(RunSpec(None, None, None, 6, False, 2), {"denoiser": 10}) == 1
+    assert student.expected_work(RunSpec(None, None, None, None, 6, False, 2), {"denoiser": 10}) == 1
 
 
 @pytest.mark.parametrize("seconds, words", [(2.34, "2.3 s"), (9.96, "10 s"), (99.6, "2 min"), (7200, "2.0 h")])

@@ -134,7 +134,7 @@ class AsymRnR(Method):
 
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of matchings and reductions of queries and keys in every attention, and of the residuals."""
-        tokens = math.prod(spec.family.grid(spec.model, spec.latents)) * len(spec.latents)
+        tokens = spec.tokens
         attentions = spec.num_layers * (1 + spec.guided)
         # At most, in int32: order and destinations of a matching, and the four tensors of a reduction.
         indices = 6 * tokens * (1 if self.heads == "shared" else spec.model.config.num_attention_heads)

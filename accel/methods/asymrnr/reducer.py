@@ -39,14 +39,15 @@ class Reducer:
         self.plans = PlanCache(config.cell_shape, config.matching, config.metric, config.heads == "shared")
         corrects = config.correction != "none" and interval > 1
         self.residuals = ResidualCache(DEPTH[config.correction], interval) if corrects else None
-        self.active_index = 0  # the transformer that plans and residuals belong to
+        self.belongs_to = host.active_index, host.text_id  # transformer and text of plans and residuals
         self.timer = Timer()  # of matching, reducing and restoring
         self.full_attention_timer = Timer()  # of the reduced attentions that run besides full ones
         first, full_share = config.first_step(spec.count), 1 / interval if corrects else 0.0
         self.schedule = RateSchedule(config, host, self.plans, first, full_share)
         self.schedule.check_layers()
         trace.estimated_bytes += config.estimate_memory(spec)
-        share = core_flops(host) * len(layers) / trace.flops[DENOISER]
+        tokens, d = math.prod(spec.grid), spec.family.hidden_size(spec.model)
+        share = 4 * len(spec.latents) * tokens**2 * d * len(layers) / trace.flops[DENOISER]
         reason = config.inactive_reason(spec)
         if share < MIN_CORE_SHARE:
             reason = f"AsymRnR is off: the attention cores are {share:.0%} of this model's work at this size"
@@ -74,7 +75,7 @@ class Reducer:
         qkv.timer = self.timer
         if not self.schedule.is_active(qkv, layer) or not max(rates := self.schedule.rates(layer)):
             return inner(qkv)
-        self._switch_model(host.active_index)
+        self._renew()
         key, exact = (layer, step.branch), step.index in host.exact_steps
         if self.residuals and not self.residuals.is_fresh(key, step, exact):
             if step.branch == "cond":
@@ -85,7 +86,7 @@ class Reducer:
             return inner(qkv)
         reductions, matching_flops = self._reductions(qkv, rates, layer)
         q, k = (len(r.keep[0]) if r else qkv.shape[1] for r in reductions)
-        full, reduced = core_flops(host), q * k / qkv.shape[1] ** 2 * core_flops(host)
+        full, reduced = core_flops(qkv, qkv.shape[1], qkv.shape[1]), core_flops(qkv, q, k)
         if self.residuals and self.residuals.needs_refresh(key, step, reductions, exact):
             y = self._full_and_reduced(inner, qkv, reductions, key)
             extra = reduced - qkv.saved_flops + matching_flops
@@ -106,13 +107,14 @@ class Reducer:
         """Bytes of plans, reductions and residuals."""
         return self.plans.nbytes + (self.residuals.nbytes if self.residuals else 0)
 
-    def _switch_model(self, active_index: int) -> None:
-        """Drop everything of another transformer: Wan 2.2 switches to its second one."""
-        if self.active_index != active_index:
+    def _renew(self) -> None:
+        """Drop everything of another transformer (Wan 2.2 switches to its second one), or of another text."""
+        now = self.host.active_index, self.host.text_id
+        if self.belongs_to != now:
             self.plans.clear()
             if self.residuals:
                 self.residuals.entries.clear()
-            self.active_index = active_index
+            self.belongs_to = now
 
     def _milliseconds(self) -> dict[str, float]:
         timers = {"overhead_ms": self.timer, "full_attention_ms": self.full_attention_timer}
@@ -169,7 +171,7 @@ class Reducer:
             kept[feature] = ["".join("01"[token] for token in row) for row in stays.view(f, h, w)[f // 2].tolist()]
 
 
-def core_flops(host: Host) -> int:
-    """FLOPs of one full attention core: of queries with keys, and of weights with values."""
-    hidden_size = host.family.hidden_size(host.denoisers[host.active_index])
-    return 4 * len(host.latents) * math.prod(host.grid) ** 2 * hidden_size
+def core_flops(qkv: QKV, queries: int, keys: int) -> int:
+    """FLOPs of an attention core with so many of the video's queries and keys: two products, text beside them."""
+    b, _, heads, d = qkv.shape
+    return 4 * b * (queries + qkv.text_tokens) * (keys + qkv.text_tokens) * heads * d

@@ -120,7 +120,7 @@ class DisCa(Method):
         full = len(self.steps(spec.count))
         if full == spec.count:
             return weights
-        tokens = math.prod(spec.family.grid(spec.model, spec.latents)) * len(spec.latents)
+        tokens = spec.tokens
         cached = min(full, 1 + TAYLOR_ORDER[self.predictor])
         return weights + cached * (1 + spec.guided) * tokens * spec.family.hidden_size(spec.model) * itemsize
 
@@ -138,8 +138,8 @@ class DisCa(Method):
         """The full steps, and in the others the embedding, the head and the predictor: its weights times the tokens."""
         from .predictor import num_parameters
 
-        blocks = len(spec.family.blocks(spec.model)) * flops[f"{spec.family.BLOCKS_ATTR}.0"]
-        tokens = math.prod(spec.family.grid(spec.model, spec.latents)) * len(spec.latents)
+        blocks = sum(flops[name] for name in spec.family.block_names(spec.model))
+        tokens = spec.tokens
         predictor = 2 * tokens * num_parameters(self.weights_dir(spec.model_path))
         full = len(self.steps(spec.count)) / spec.count
         return full + (1 - full) * min(1.0, (flops[DENOISER] - blocks + predictor) / flops[DENOISER])
@@ -155,7 +155,7 @@ class DisCa(Method):
         """Wrap the block stack inside the context."""
         predictor, runs = self._load(host) if self.predictor in TRAINED else (None, None)
         weights = sum(p.nbytes for p in predictor.parameters()) if predictor else 0
-        caches, full_steps = host.per_run(dict), host.per_run(lambda: self._begin(host, trace, runs))
+        caches, full_steps = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, runs))
 
         def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
             step, order = host.step, TAYLOR_ORDER[self.predictor]
@@ -200,12 +200,13 @@ class DisCa(Method):
 
     def _record_prediction(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
         """Record a predicted pass with the work that is left: embedding, head and predictor."""
-        full, block = trace.flops[DENOISER], trace.flops[f"{host.family.BLOCKS_ATTR}.0"]
-        left = full - host.num_blocks[host.active_index] * block
+        names = host.family.block_names(host.denoisers[host.active_index])
+        full, blocks = trace.flops[DENOISER], [trace.flops[name] for name in names]
+        left = full - sum(blocks)
         if predictor is not None:
             from .predictor import flops
 
-            left += flops(predictor, hidden.shape[0] * hidden.shape[1], block)
+            left += flops(predictor, hidden.shape[0] * hidden.shape[1], blocks[0])
         trace.method_data["disca"]["compute_fraction"] = left / full
         trace.record(host.step, DENOISER, "predict", left / full)
         trace.discard(host.step, host.attentions[host.active_index])

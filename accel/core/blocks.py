@@ -1,0 +1,91 @@
+"""The stack of a transformer's blocks as one function that can be wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..errors import AccelError
+
+if TYPE_CHECKING:
+    from ..families import Family
+
+
+class BlockStack(nn.ModuleList):
+    """A model's own blocks under their own names; iterating over it yields other functions than the blocks.
+
+    The blocks themselves carry no hook, so compiled blocks stay as they were compiled.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, functions: tuple[Callable, ...]):
+        super().__init__(blocks)
+        self._functions = functions
+
+    def __iter__(self) -> Iterator[Callable]:
+        return iter(self._functions)
+
+
+class StackedBlocks:
+    """A place of the host: all blocks of a model, in one list or in several, become one call.
+
+    `run(stack, hidden, *inputs, **named)` gets the function that runs them all and what the model gives its first
+    block; it returns hidden states (b, n, d). In a joint model the blocks pass on text beside them; after the last
+    block the text is not used.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, run: Callable):
+        self.model, self.family, self.run = model, family, run
+        self.stacks: dict[str, tuple[nn.ModuleList, BlockStack]] = {}  # by attribute: what was there, what is
+
+    def take(self) -> None:
+        """Replace the lists. Raises AccelError for a model whose blocks are not one stack."""
+        model, lists = self.model, self.family.block_lists(self.model)
+        if not self.family.is_stack(model):
+            raise AccelError(f"{type(model).__name__} changes hidden states between its blocks: they are not one stack")
+        functions = [self._call]  # the first list runs all blocks, the others none
+        for name in lists:
+            before = getattr(model, name)
+            self.stacks[name] = before, BlockStack(before, tuple(functions))
+            setattr(model, name, self.stacks[name][1])
+            functions = []
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the model still has these lists."""
+        return all(getattr(self.model, name) is stack for name, (_, stack) in self.stacks.items())
+
+    def leave(self) -> None:
+        """Put the model's own lists back."""
+        for name, (before, stack) in self.stacks.items():
+            if getattr(self.model, name) is stack:
+                setattr(self.model, name, before)
+        self.stacks.clear()
+
+    def _call(self, *inputs, **named) -> Any:
+        hidden, *inputs = inputs if inputs else (named.pop("hidden_states"),)
+        out = self.run(self._run_blocks, hidden, *inputs, **named)
+        return (out, _text(inputs, named)) if self.family.is_joint else out
+
+    def _run_blocks(self, hidden: Tensor, *inputs, **named) -> Tensor:
+        for blocks, _ in self.stacks.values():
+            for block in blocks:
+                out = block(hidden, *inputs, **named)
+                if not self.family.is_joint:
+                    hidden = out
+                    continue
+                hidden, text = out
+                if TEXT in named:
+                    named[TEXT] = text
+                else:
+                    inputs = text, *inputs[1:]
+        return hidden
+
+
+TEXT = "encoder_hidden_states"
+
+
+def _text(inputs: tuple, named: dict[str, Any]) -> Tensor:
+    """The text that a block gets: by name, or after the hidden states."""
+    return named[TEXT] if TEXT in named else inputs[0]

@@ -1,0 +1,98 @@
+"""Where a pipeline's denoising loop stands: the noise level of each step, and the run, step and branch of each call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import AccelError
+
+
+def noise_levels(scheduler) -> list[float]:
+    """Sigma of each of a scheduler's timesteps, falling from near 1, and at last 0.
+
+    A flow model's sigma is the share of noise. Where a scheduler knows only the signal's variance alpha, it is
+    sqrt(1 - alpha). Raises AccelError for a scheduler that tells neither.
+    """
+    times, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) > len(times):
+        levels = [float(sigma) for sigma in sigmas[: len(times) + 1]]
+        if scheduler.config.get("invert_sigmas"):  # Mochi counts the signal
+            return [1 - level for level in levels]
+        is_flow = max(levels) <= 1 or scheduler.config.get("use_flow_sigmas")
+        return levels if is_flow else [level / (1 + level**2) ** 0.5 for level in levels]
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise AccelError(
+            f"{type(scheduler).__name__} tells no noise levels: choose a scheduler with sigmas, such as "
+            "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler or DDIMScheduler"
+        )
+    return [float((1 - scheduler.alphas_cumprod[int(time)]) ** 0.5) for time in times] + [0.0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call belongs: step `index` of `count`, its position in the scheduler's list, and its branch."""
+
+    index: int
+    count: int
+    position: int
+    branch: str
+    begins: bool  # a new run
+    has_new_text: bool  # a callback has exchanged this branch's text in mid-run
+
+
+class CallTracker:
+    """Places each transformer call.
+
+    A run begins where the scheduler has a new list of timesteps, or the loop goes back in it. A step begins with a new
+    timestep, or where a branch comes again (a solver may evaluate one timestep twice). A branch has its name from the
+    pipeline; where that gives none, it is a text embedding: all pipelines call cond first.
+    """
+
+    def __init__(self):
+        self._schedule: Tensor | None = None
+        self._index, self._time, self._skipped, self._count = -1, 0.0, 0, 0
+        self._seen: set[str] = set()  # branches of this step
+        self._texts: dict[str, Tensor] = {}  # by branch
+
+    def locate(self, pipe, timestep: Tensor, text: Tensor, name: str | None) -> Place:
+        """The place of a call of a pipeline; `name` is that of its cache context."""
+        times = pipe.scheduler.timesteps
+        time = float(timestep.max())  # with one timestep per token, those of a given first frame are 0
+        begins = times is not self._schedule or self._goes_back(time, times)
+        if begins:
+            self._begin(pipe, times)
+        branch = name.removeprefix("pred_") if name else self._branch_of(text, begins or time != self._time)
+        if begins or time != self._time or branch in self._seen:
+            self._index, self._time, self._seen = self._index + 1, time, set()
+        if self._index == self._count:  # the same short list once more
+            self._begin(pipe, times)
+            self._index, begins = 0, True
+        self._seen.add(branch)
+        has_new_text = branch in self._texts and not is_same(self._texts[branch], text)
+        self._texts[branch] = text
+        return Place(self._index, self._count, self._skipped + self._index, branch, begins, has_new_text)
+
+    def _begin(self, pipe, times: Tensor) -> None:
+        scheduled = len(times)
+        self._count = min(scheduled, getattr(pipe, "num_timesteps", scheduled) or scheduled)
+        self._skipped = scheduled - self._count  # video to video starts later in the list
+        self._schedule, self._index, self._seen, self._texts = times, -1, set(), {}
+
+    def _goes_back(self, time: float, times: Tensor) -> bool:
+        rising = len(times) > 1 and bool(times[-1] > times[0])
+        return self._index >= 0 and (time < self._time if rising else time > self._time)
+
+    def _branch_of(self, text: Tensor, new_step: bool) -> str:
+        """The branch whose text this is; a text that a callback has exchanged belongs to the branch that is due."""
+        for branch, known in self._texts.items():
+            if is_same(known, text):
+                return branch
+        return "cond" if new_step or "cond" not in self._seen else "uncond"
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same values; of one storage they are not compared."""
+    return a is b or (a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b)))

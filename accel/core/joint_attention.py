@@ -1,0 +1,114 @@
+"""Any diffusers attention with another softmax: its own processor runs, and the one call of the softmax is replaced.
+
+In joint attention, text tokens stand before or after the video's. Methods see the video's alone; text is never reduced.
+Letters: b batch, n video tokens, m of them that stay, t text tokens, k attention heads, d channels per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..errors import AccelError
+from .attention import QKV
+
+SDPA = F.scaled_dot_product_attention
+NAMES = ("query", "key", "value", "attn_mask")
+
+
+class _ReplacedSoftmax(TorchFunctionMode):
+    """Calls `attention(query, key, value, attn_mask, **options)` in place of torch's; tensors are (b, k, n + t, d)."""
+
+    def __init__(self, attention: Callable):
+        super().__init__()
+        self.attention, self.calls = attention, 0
+
+    def __torch_function__(self, func: Callable, types, args=(), kwargs=None) -> Any:
+        if func is not SDPA:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self.attention(**dict(zip(NAMES, args)), **(kwargs or {}))
+
+
+def with_softmax(core: Callable, video_tokens: Callable[[int], slice | None], original: Callable, *inputs, **named):
+    """What an attention processor returns, with `core(qkv, softmax)` in place of its softmax on the video's tokens.
+
+    `video_tokens` says which of so many tokens are the video's; None: this attention is left alone. Raises AccelError
+    where the softmax is not torch's own, or comes more than once.
+    """
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
+        video = video_tokens(query.shape[2])
+        if video is None or query.shape[2] != key.shape[2]:
+            return SDPA(query, key, value, attn_mask=attn_mask, **options)
+        return JointSoftmax(query, key, value, attn_mask, video, options).run(core)
+
+    with _ReplacedSoftmax(attention) as mode:
+        out = original(*inputs, **named)
+    if mode.calls != 1:
+        raise AccelError(
+            "tokens can be reduced only where an attention is one call of torch's scaled_dot_product_attention: "
+            + ("choose the attention backend native" if mode.calls == 0 else "generate one video in a call")
+        )
+    return out
+
+
+class JointSoftmax:
+    """One softmax over video and text, whose video tokens a method may reduce."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, video: slice, options: dict[str, Any]):
+        self.tensors, self.mask, self.options = (q, k, v), mask, options
+        self.start, self.stop = video.start, video.stop
+        self.text: Tensor | None = None  # the output's text rows (b, k, t, d), of the first call
+
+    def run(self, core: Callable) -> Tensor:
+        """The output (b, k, n + t, d)."""
+        q, k, v = (x[:, :, self.start : self.stop].transpose(1, 2) for x in self.tensors)
+        qkv = QKV(q, k, v)
+        qkv.text_tokens = self.tensors[0].shape[2] - q.shape[1]
+        y = core(qkv, self._softmax).transpose(1, 2)
+        return y if self.text is None else self._insert(y, self.text)
+
+    def _softmax(self, qkv: QKV) -> Tensor:
+        """The video's rows (b, m, k, d) of the output for any number of its queries and keys."""
+        video = [x.transpose(1, 2) for x in (qkv.query(), qkv.key(), qkv.value())]
+        q, k, v = (self._insert(x, self._text_of(whole)) for x, whole in zip(video, self.tensors))
+        y = SDPA(q, k, v, attn_mask=self._mask(video[0].shape[2], video[1].shape[2], qkv.bias, q.dtype), **self.options)
+        start, stop = self.start, self.start + video[0].shape[2]
+        if self.text is None and y.shape[2] > video[0].shape[2]:
+            self.text = torch.cat([y[:, :, :start], y[:, :, stop:]], 2)
+        return y[:, :, start:stop].transpose(1, 2)
+
+    def _text_of(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, : self.start], x[:, :, self.stop :]], 2)
+
+    def _insert(self, video: Tensor, text: Tensor) -> Tensor:
+        """The joint sequence of video rows (b, k, m, d) and text rows (b, k, t, d)."""
+        if not text.shape[2]:
+            return video
+        return torch.cat([text[:, :, : self.start], video, text[:, :, self.start :]], 2)
+
+    def _mask(self, queries: int, keys: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The mask for so many video queries and keys: it only ever hides text. `bias` is added to the video's keys."""
+        mask = self.mask
+        if mask is not None:
+            mask = self._shortened(mask, 3, keys) if mask.shape[3] > 1 else mask
+            mask = self._shortened(mask, 2, queries) if mask.shape[2] > 1 else mask
+        if bias is None:
+            return mask
+        text = self.tensors[0].shape[2] - (self.stop - self.start)
+        added = F.pad(bias, (self.start, text - self.start)).to(dtype)
+        if mask is None:
+            return added
+        return added.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else added + mask
+
+    def _shortened(self, mask: Tensor, dim: int, length: int) -> Tensor:
+        """The mask with the first `length` of the video's entries along a dimension."""
+        stop = self.start + length
+        parts = mask.narrow(dim, 0, stop), mask.narrow(dim, self.stop, mask.shape[dim] - self.stop)
+        return mask if stop == self.stop else torch.cat(parts, dim)

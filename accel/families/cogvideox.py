@@ -1,0 +1,41 @@
+"""CogVideoX (2B, 5B, 1.5; also from images and videos): joint attention, the text first; guidance in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Family, Grid
+
+
+class CogVideoX(Family):
+    """The family of `CogVideoXTransformer3DModel`; its latents are (b, f, c, h, w)."""
+
+    pipelines = ("CogVideoX",)
+    blocks = ("transformer_blocks",)
+    attention = "attn1"
+    is_joint = True
+    batches_guidance = True
+
+    def grid(self, model: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Grid:
+        """Token grid (f, h, w); CogVideoX 1.5 has patches over two frames."""
+        (_, f, _, h, w), p = x.shape, model.config.patch_size
+        return -(-f // (model.config.patch_size_t or 1)), h // p, w // p
+
+    def to_video(self, y: Tensor, grid: Grid) -> Tensor:
+        """A velocity as a view (b, c, f, h, w)."""
+        return y.transpose(1, 2)
+
+    def from_video(self, y: Tensor) -> Tensor:
+        """The velocity as (b, f, c, h, w)."""
+        return y.transpose(1, 2)
+
+    def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
+        """Whether the batch has an unconditional half."""
+        return bool(call.get("do_classifier_free_guidance", pipe.guidance_scale > 1))
+
+    def video_tokens(self, sequence: int, video: int) -> slice:
+        """The last ones: the text comes first."""
+        return slice(sequence - video, sequence)

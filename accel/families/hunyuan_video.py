@@ -1,0 +1,34 @@
+"""HunyuanVideo and HunyuanVideo 1.5: joint attention with the video first; guidance is embedded, or in two calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Family
+
+
+class HunyuanVideo(Family):
+    """The family of `HunyuanVideoTransformer3DModel`: blocks of two kinds, one after the other."""
+
+    pipelines = ("HunyuanVideo", "HunyuanSkyreels")
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    attention = "attn"
+    is_joint = True
+
+    def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
+        """Whether a true unconditional branch runs beside the embedded guidance."""
+        return bool(call.get("do_true_cfg") or getattr(pipe, "do_classifier_free_guidance", False))
+
+
+class HunyuanVideo15(Family):
+    """The family of `HunyuanVideo15Transformer3DModel`, whose guidance is a guider's."""
+
+    pipelines = ("HunyuanVideo15",)
+    blocks = ("transformer_blocks",)
+    attention = "attn"
+    is_joint = True
+
+    def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
+        """Whether the guider asks for an unconditional branch."""
+        return pipe.guider.num_conditions > 1

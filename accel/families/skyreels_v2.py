@@ -1,0 +1,13 @@
+"""SkyReels-V2: Wan's architecture with classes of its own; guidance in two calls."""
+
+from __future__ import annotations
+
+from .base import Family
+
+
+class SkyReelsV2(Family):
+    """The family of `SkyReelsV2Transformer3DModel`."""
+
+    pipelines = ("SkyReelsV2",)
+    blocks = ("blocks",)
+    attention = "attn1"

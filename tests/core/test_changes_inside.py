@@ -1,0 +1,154 @@
+"""What users change between two runs inside one `accel.apply`: the host looks at the model before every run."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, WanPipeline
+from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+import accel
+from accel.errors import AccelError
+from accel.methods import AsymRnR, DisCa, FasterCache
+
+ASYMRNR = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5)
+METHODS = [FasterCache(), ASYMRNR, DisCa(predictor="taylor-1")]
+
+
+def add_lora(pipe) -> None:
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+
+
+def set_processor(pipe) -> None:
+    pipe.transformer.set_attn_processor(WanAttnProcessor())
+
+
+def offload(pipe) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")  # the device stays; what counts is that diffusers sets its hooks anew
+
+
+def offload_twice(pipe) -> None:
+    offload(pipe)
+    pipe.remove_all_hooks()
+    offload(pipe)
+
+
+def replace_blocks(pipe) -> None:
+    pipe.transformer.blocks = torch.nn.ModuleList(pipe.transformer.blocks.children())
+
+
+@pytest.mark.parametrize("change", [set_processor, offload, offload_twice, replace_blocks, add_lora])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_a_change_between_two_runs_leaves_the_method_acting(method, change, pipe, sample):
+    torch.manual_seed(0)
+    with accel.apply(pipe, method) as trace:
+        first, share = sample(pipe), trace.summary()["flops_ratio"]
+        change(pipe)
+        second = sample(pipe)
+        assert trace.summary()["flops_ratio"] == share < 1
+    if change is not add_lora:
+        assert torch.equal(first, second)
+    with accel.apply(pipe, method):
+        assert torch.equal(sample(pipe), second)
+
+
+@pytest.mark.parametrize("change", [set_processor, offload, offload_twice])
+def test_what_was_changed_inside_stays_and_nothing_else_does(change, pipe, sample):
+    baseline = sample(pipe)
+    with accel.apply(pipe, METHODS):
+        sample(pipe)
+        change(pipe)
+        processors = [block.attn1.processor for block in pipe.transformer.blocks.children()]
+    assert torch.equal(sample(pipe), baseline)
+    assert pipe.transformer._diffusers_hook.hooks == {}
+    if change is set_processor:
+        assert [block.attn1.processor for block in pipe.transformer.blocks] == processors
+    else:
+        assert pipe._all_hooks and hasattr(pipe.transformer, "_hf_hook")
+
+
+def test_offloading_that_begins_inside_a_run_still_moves_the_model_afterwards(pipe, sample):
+    with accel.apply(pipe, FasterCache()):
+        offload(pipe)
+        sample(pipe)
+    calls = []
+    pipe.transformer._hf_hook.pre_forward = lambda module, *args, **named: (calls.append(1), (args, named))[1]
+    sample(pipe, steps=1)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("compile", [lambda model: model.compile(backend="eager"), None], ids=["in place", "wrapped"])
+def test_a_transformer_that_is_compiled_as_a_whole_inside_is_refused_before_the_run(compile, pipe, sample):
+    with accel.apply(pipe, FasterCache()):
+        sample(pipe)
+        if compile:
+            compile(pipe.transformer)
+        else:
+            pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        with pytest.raises(AccelError, match="compile its blocks"):
+            sample(pipe)
+
+
+def test_a_cache_of_diffusers_that_is_enabled_inside_is_refused_before_the_run(pipe, sample):
+    with accel.apply(pipe, FasterCache()):
+        sample(pipe)
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(AccelError, match="FirstBlockCache and accel.apply do not go together"):
+            sample(pipe)
+
+
+def test_another_pipeline_of_the_same_transformer_runs_with_the_methods(pipe, sample):
+    with accel.apply(pipe, FasterCache()):
+        expected = sample(pipe, steps=16)
+    other = WanPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    with accel.apply(pipe, FasterCache()) as trace:
+        sample(pipe, steps=12, guidance=1.0)
+        assert torch.equal(sample(other, steps=16), expected)
+    assert trace.summary()["steps"] == 16 and trace.summary()["calls"]["rebuild"] > 0
+
+
+def test_a_solver_that_evaluates_twice_at_one_sigma_has_a_step_for_each_evaluation(pipe, sample):
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    for method in (FasterCache(), FasterCache(extrapolation="sigma")):
+        with accel.apply(pipe, method) as trace:
+            assert sample(pipe, steps=10).isfinite().all()
+    assert trace.summary()["steps"] == 19  # the last of ten steps is one evaluation
+
+
+@pytest.mark.parametrize("stop_at", [0, 3])
+def test_a_run_after_one_that_was_stopped_is_a_new_run(stop_at, pipe, sample):
+    def stop(pipe, index, time, tensors):
+        if index == stop_at:
+            raise KeyboardInterrupt
+        return {}
+
+    for scheduler in (pipe.scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        pipe.scheduler = scheduler
+        with accel.apply(pipe, FasterCache()):
+            expected = sample(pipe)
+            with pytest.raises(KeyboardInterrupt):
+                sample(pipe, on_step=stop)
+            assert torch.equal(sample(pipe), expected)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("named", [True, False], ids=["named branches", "branches by their text"])
+def test_a_prompt_that_a_callback_changes_renews_what_depends_on_it(named, method, pipe, sample, monkeypatch):
+    def travel(pipe, index, time, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(1)} if index == 9 else {}
+
+    if not named:
+        monkeypatch.setattr(type(pipe.transformer), "cache_context", lambda *_, **__: nullcontext())
+    with accel.apply(pipe, method) as trace:
+        sample(pipe, on_step=travel, inputs=["latents", "prompt_embeds"])
+    branches = {event.branch for event in trace.events.values()}
+    assert trace.summary()["steps"] == 20 and branches == {"cond", "uncond"}
+    assert "the text changed at step 11: what depends on it was computed anew" in trace.messages
+    skipped = [
+        e.step for e in trace.events.values() if e.branch == "cond" and e.action in ("reuse", "reduce", "predict")
+    ]
+    assert 10 not in skipped and min(skipped) < 10 < max(skipped)
