@@ -74,6 +74,11 @@ def report(a: Run, b: Run, video_a: Video, video_b: Video, seconds: dict, pipe, 
     denoise = {p: np.median(stages[p]["denoise"]) for p in "ab"}
     flops = {"a": video_a.trace.flops_computed_and_full()[0], "b": video_b.trace.flops_computed_and_full()[0]}
     work, speed = flops["b"] / flops["a"], float(denoise["a"] / denoise["b"])
+    if video_a.noise_state != video_b.noise_state:
+        video_b.trace.add_message(
+            "The scheduler draws new noise at each step, and the two runs did not draw the same: a part of their "
+            "difference comes from that"
+        )
     pair = Pair(video_a, video_b, b.prompt)
     speedups = [x["denoise"] / y["denoise"] for x, y in zip(cycle(seconds["a"]), seconds["b"])]
     return {

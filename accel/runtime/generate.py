@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,20 @@ class Video:
     seconds: dict[str, float]
     trace: Trace
     race: Race | None = None  # where previews were recorded
+    noise_state: bytes = b""  # of torch's global generator at the end: equal for runs that drew the same from it
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bytes]]:
+    """Inside the context, torch's global generators start from a seed; on exit they are as before.
+
+    Stochastic schedulers draw from the device's one, not from the pipeline's generator. Returns a getter of its state.
+    """
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else ()):
+        torch.manual_seed(seed)
+        state = lambda: torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+        yield lambda: state().numpy().tobytes()
 
 
 def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> Video:
@@ -108,7 +123,11 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
         return {}
 
     started = synchronized_time(device)
-    with solver_of(run, pipe), apply(pipe, build_methods(run.methods)) as trace:
+    with (
+        seeded(run.seed + 1, device) as noise_state,  # the noise that the video begins with is drawn from its own seed
+        solver_of(run, pipe),
+        apply(pipe, build_methods(run.methods)) as trace,
+    ):
         loaded = synchronized_time(device)
         out = pipe(
             prompt=run.prompt, height=run.height, width=run.width, num_frames=run.frames,
@@ -116,13 +135,14 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
             generator=torch.Generator("cpu").manual_seed(run.seed), output_type="np", callback_on_step_end=step_end,
         )  # fmt: skip
         decoded = synchronized_time(device) - paused
+        drawn = noise_state()
     if not np.isfinite(out.frames[0]).all():
         raise AccelError(f"the decoder gave numbers that are not finite: {NOT_FINITE}")
     frames = (np.asarray(out.frames[0]) * 255).round().astype(np.uint8)
     stages = {"text": trace.started - loaded, "denoise": denoised - trace.started, "decode": decoded - denoised}
     if run.methods:
         stages = {"load": loaded - started, **stages}  # mostly a student's weights
-    return Video(frames, final.cpu(), stages, trace)
+    return Video(frames, final.cpu(), stages, trace, noise_state=drawn)
 
 
 def warm_up(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> None:

@@ -1,5 +1,7 @@
 """Comparing a baseline with an accelerated run: who is generated, what the callbacks see, how speed is computed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,11 @@ def test_a_baseline_that_was_generated_before_keeps_its_race_or_has_none(generat
     assert compare(A, B, None, DEFAULTS, baseline=before).report["race"]["a"] is None
     before.race = Race(b"", [1], [6.0], 6.0, 8, 16, 16)
     assert compare(A, B, None, DEFAULTS, baseline=before).report["race"]["a"]["total"] == 6
+
+
+def test_runs_that_drew_other_noise_are_reported(generated, monkeypatch):
+    """A stochastic scheduler on other numbers of steps: a part of the difference is not the method's."""
+    states, drew = iter([b"a", b"a", b"a", b"b"]), module.generate
+    monkeypatch.setattr(module, "generate", lambda *given: replace(drew(*given), noise_state=next(states)))
+    same, different = (compare(A, B, None, DEFAULTS).report["trace"]["summary"]["messages"] for _ in range(2))
+    assert not same and len(different) == 1 and "did not draw the same" in different[0]

@@ -1,14 +1,16 @@
-"""Generating a video: numbers that are not finite are refused with the step at which they came."""
+"""Generating a video: numbers that are not finite are refused with their step; all noise comes from the seed."""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from accel.errors import AccelError
 from accel.runtime.generate import generate
 from accel.runtime.models import TINY, read_defaults
 from accel.runtime.run import build_run
+from accel.students.euler_scheduler import use_scheduler
 
 DEFAULTS = read_defaults(TINY)
 
@@ -57,3 +59,19 @@ def test_another_solver_makes_another_video_and_leaves_the_pipeline_as_it_was(so
     default, other = (generate(run_of(solver=name), tiny_wan, DEFAULTS).latents for name in ("default", solver))
     assert not torch.equal(default, other) and tiny_wan.scheduler is own
     assert torch.equal(generate(run_of(), tiny_wan, DEFAULTS).latents, default)
+
+
+def test_a_stochastic_scheduler_draws_from_the_seed_of_the_run(tiny_wan):
+    before = torch.get_rng_state()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    with use_scheduler(tiny_wan, scheduler):
+        first, again, other = (generate(run_of(seed=seed), tiny_wan, DEFAULTS) for seed in (0, 0, 2**63 - 1))
+        longer = generate(run_of(steps=4), tiny_wan, DEFAULTS)
+    assert torch.equal(first.latents, again.latents) and first.noise_state == again.noise_state
+    assert not torch.equal(first.latents, other.latents) and first.noise_state != longer.noise_state
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_deterministic_scheduler_draws_nothing_at_any_number_of_steps(tiny_wan):
+    states = {generate(run_of(steps=steps), tiny_wan, DEFAULTS).noise_state for steps in (2, 3)}
+    assert len(states) == 1
