@@ -15,6 +15,7 @@ from ...core.trace import DENOISER, Timer
 from ...ops.token_matching import Reduction
 from ...students.euler_scheduler import is_student_run
 from ..base import model_path, run_spec
+from .backends import check_backends
 from .correction import DEPTH, ResidualCache
 from .plan_cache import PlanCache
 from .schedule import RateSchedule
@@ -45,6 +46,7 @@ class Reducer:
         first, full_share = config.first_step(spec.count), 1 / interval if corrects else 0.0
         self.schedule = RateSchedule(config, host, self.plans, first, full_share)
         self.schedule.check_layers()
+        check_backends(config, host.attentions[host.active_index].values(), host.latents.is_cuda)
         trace.estimated_bytes += config.estimate_memory(spec)
         tokens, d = math.prod(spec.grid), spec.family.hidden_size(spec.model)
         share = 4 * len(spec.latents) * tokens**2 * d * len(layers) / trace.flops[DENOISER]
