@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Action = Literal["compute", "reuse", "rebuild", "reduce", "predict", "skip"]
+Action = Literal["compute", "reuse", "rebuild", "reduce", "predict"]
 DENOISER = "denoiser"  # the layer name of a full transformer call
 
 

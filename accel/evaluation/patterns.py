@@ -8,8 +8,7 @@ Line = tuple[tuple[float, float], ...]  # points in a square of side 1
 
 RISING, FALLING = ((0.1, 0.9), (0.9, 0.1)), ((0.1, 0.1), (0.9, 0.9))
 LEVEL, UPRIGHT = ((0.1, 0.5), (0.9, 0.5)), ((0.5, 0.1), (0.5, 0.9))
-FRAME = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9), (0.1, 0.1))
-BLUE, ORANGE, GREY, GREEN, PINK, WHITE = "#0072b2", "#e69f00", "#b5b5b5", "#21b88a", "#d98bb5", "#ffffff"
+BLUE, ORANGE, GREY, GREEN, PINK = "#0072b2", "#e69f00", "#b5b5b5", "#21b88a", "#d98bb5"
 
 
 class Pattern(NamedTuple):

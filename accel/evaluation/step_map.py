@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from ..core.trace import DENOISER
 from .markup import render
-from .patterns import BLUE, FALLING, FRAME, GREEN, GREY, LEVEL, ORANGE, PINK, RISING, UPRIGHT, WHITE, Pattern
+from .patterns import BLUE, FALLING, GREEN, GREY, LEVEL, ORANGE, PINK, RISING, UPRIGHT, Pattern
 
 ACTIONS = {
     "compute": Pattern(BLUE, "computed"),
@@ -19,7 +19,6 @@ ACTIONS = {
     "rebuild": Pattern(GREY, "branch rebuilt", (RISING, FALLING)),
     "reduce": Pattern(GREEN, "tokens reduced", (LEVEL,)),
     "predict": Pattern(PINK, "predicted", (UPRIGHT,)),
-    "skip": Pattern(WHITE, "skipped", (FRAME,)),
 }
 LEFT, TOP = 76, 20  # pixels for the names of rows and the numbers of steps
 WIDTH = 860  # pixels that the map takes at most, as long as a cell has its least width

@@ -131,8 +131,7 @@ class FasterCache(Method):
         outputs = 2 * spec.num_layers * tokens * spec.family.hidden_size(spec.model) * itemsize
         branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
         rebuilds = any(not p.guidance for p in plans)
-        velocity = spec.latents.numel() // spec.latents.shape[1] * spec.model.config.out_channels
-        return outputs * len(branches) + (velocity * (2 * 4 + itemsize) if rebuilds else 0)
+        return outputs * len(branches) + (spec.latents.numel() * (2 * 4 + itemsize) if rebuilds else 0)
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
         """The plan's share: without the extrapolated attentions and the rebuilt unconditional calls."""

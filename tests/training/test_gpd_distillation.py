@@ -133,13 +133,10 @@ def test_a_jump_beyond_the_schedule_ends_at_its_last_step_and_the_teacher_makes_
     assert [s.tolist() for s in stops] == [[42, 46, 47], [46, 47, 47], [47, 48, 48]]
 
 
-def test_guidance_is_constant_or_annealed_over_stages_or_iterations():
+def test_guidance_is_constant_or_annealed_over_stages():
     common = dict(horizons=(1, 2, 3), guidance_start=6.0, guidance_end=2.0)
-    assert [GpdConfig(**common).guidance(s, 0.5) for s in range(3)] == [6, 6, 6]
-    assert [GpdConfig(**common, guidance_anneal="stage").guidance(s, 0.5) for s in range(3)] == [6, 4, 2]
-    assert GpdConfig(**common, guidance_anneal="iteration").guidance(1, 0.5) == pytest.approx(4)
-    alone = GpdConfig(**common | {"horizons": (8,)}, guidance_anneal="iteration")
-    assert [alone.guidance(0, progress) for progress in (0, 0.5, 1)] == [6, 4, 2]
+    assert [GpdConfig(**common).guidance(s) for s in range(3)] == [6, 6, 6]
+    assert [GpdConfig(**common, guidance_anneal="stage").guidance(s) for s in range(3)] == [6, 4, 2]
 
 
 def test_trajectories_are_spread_over_the_schedule_and_restart_at_its_end():

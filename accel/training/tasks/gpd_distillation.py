@@ -39,23 +39,17 @@ class GpdConfig(BaseModel, frozen=True, extra="forbid"):
     target_scheme: Literal["online", "halving", "direct"] = "online"
     guidance_start: float = Field(4.0, ge=1)
     guidance_end: float = Field(4.0, ge=1)
-    guidance_anneal: Literal["none", "stage", "iteration"] = "none"
+    guidance_anneal: Literal["none", "stage"] = "none"
     trajectories: int = Field(16, ge=1)  # over all processes
-    advance: Literal["target", "student"] = "target"  # whose velocity moves the trajectories on
     off_grid: float = Field(0.25, ge=0, le=1)  # fraction of the moves that end one piece early
     max_stride: int = Field(16, ge=1)  # most base steps per move: long moves show short horizons more prompts
     spatial_weight: float = Field(0.0, ge=0)  # loss weight of high spatial frequencies in the last stage
     temporal_weight: float = Field(0.0, ge=0)  # loss weight of high temporal frequencies in the last stage
 
-    def guidance(self, stage: int, progress: float) -> float:
-        """The teacher's guidance in a stage, counted from 0, after a fraction `progress` of its iterations."""
-        count = len(self.horizons)
-        done = {
-            "none": 0.0,
-            "stage": stage / max(1, count - 1),
-            "iteration": min(1.0, (stage + progress) / count),
-        }
-        return self.guidance_start + (self.guidance_end - self.guidance_start) * done[self.guidance_anneal]
+    def guidance(self, stage: int) -> float:
+        """The teacher's guidance in a stage, counted from 0."""
+        done = stage / max(1, len(self.horizons) - 1) if self.guidance_anneal == "stage" else 0.0
+        return self.guidance_start + (self.guidance_end - self.guidance_start) * done
 
 
 class GpdTask(StudentTask):
@@ -93,7 +87,7 @@ class GpdTask(StudentTask):
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The student's squared error on all trajectories, which then move on."""
         pool, config = self.trajectories, self.config
-        guidance = config.guidance(self.stage, step / self.optim.steps)
+        guidance = config.guidance(self.stage)
         target, stops, nfe = self.target(pool.x, pool.index, pool.text, guidance)
         t = self.context.timestep(pool.index, stops[-1]).to(pool.x.device)
         v = velocity(model, pool.x, t, pool.text)
@@ -102,7 +96,7 @@ class GpdTask(StudentTask):
         if self.is_last and (config.spatial_weight or config.temporal_weight):
             logs["spatial"], logs["temporal"] = high_energy(error)
             loss = loss + config.spatial_weight * logs["spatial"] + config.temporal_weight * logs["temporal"]
-        self._move(target if config.advance == "target" else v.detach(), stops, step)
+        self._move(target, stops, step)
         return loss, {name: float(torch.as_tensor(value).detach()) for name, value in logs.items()}
 
     def target(self, x: Tensor, index: Tensor, text: Tensor, guidance: float) -> tuple[Tensor, list[Tensor], int]:
@@ -144,7 +138,7 @@ class GpdTask(StudentTask):
 
     def spread_timesteps(self) -> None:
         """Let the guided teacher move each trajectory to a random base step."""
-        pool, guidance = self.trajectories, self.config.guidance(0, 0)
+        pool, guidance = self.trajectories, self.config.guidance(0)
 
         def guided(index: Tensor) -> Tensor:
             t = self.context.timesteps[index].to(pool.x.device)
