@@ -46,6 +46,12 @@ def quote(value: Any) -> str:
         return "a number of thousands of digits"
 
 
+def sentence(text: object) -> str:
+    """The text of an error as a sentence, with a capital letter and a full stop."""
+    text = str(text)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def amount(number: int, one: str, more: str = "") -> str:
     """A number with its words: "1 step", "2 steps"; with `more`, "1 step is" and "2 steps are"."""
     return f"{number} {one if number == 1 else more or one + 's'}"

@@ -60,7 +60,7 @@ class Api:
             elif kind == "step":
                 yield {"state": "step", "side": data["which"], "done": data["done"]}
             elif kind in ("refused", "failed"):
-                raise gr.Error(data.get("reason") or f"An unexpected error occurred: {data['error_id']}")
+                raise gr.Error(data["reason"])
             elif kind == "stopped":
                 yield {"state": "stopped"}
             elif kind == "waiting":

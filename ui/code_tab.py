@@ -133,14 +133,13 @@ class CodeTab:
 
     def _load(self, shared: SharedSettings) -> Update:
         text = "The settings are those of the link. Press Run to generate with them."
-        if shared.model not in (None, self.context.model):
-            text = f"The settings are those of the link, which was made with {shared.model}: choose that model above."
-        updates = self.page.compare.load_settings(shared.preset, shared.run)
-        return {**updates, self.page.compare.message: note(text)}
+        updates = self.page.compare.load_settings(shared.preset, shared.run, shared.model)
+        model = {self.page.model: shared.model} if shared.model else {}
+        return {**updates, **model, self.page.compare.message: note(text)}
 
-    def _models(self) -> list[str]:
-        """The models that the page offers."""
-        return [choice.id for choice in self.context.models if not choice.reason]
+    def _models(self) -> dict[str, str]:
+        """The models that the page offers, each with the reason why it cannot run here, or an empty text."""
+        return {choice.id: choice.reason for choice in self.context.models}
 
     def _views(self, shown: str | None) -> list[Any]:
         """Values of `views`; empty if there is no pair."""

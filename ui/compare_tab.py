@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import escape
 
-from accel.errors import AccelError
+from accel.errors import AccelError, sentence
 from accel.runtime.models import ModelDefaults, read_defaults
 from accel.runtime.paths import ROOT
 from accel.runtime.presets import Preset, load_preset, preset_names
@@ -159,10 +159,8 @@ class CompareTab:
                 yield {self.message: note("Stopping after this step…")}
             elif kind == "stopped":
                 yield {self.message: note("Stopped. The last pair is still here."), **self._running(False)}
-            elif kind == "refused":
+            elif kind in ("refused", "failed"):
                 yield self._refused(data["reason"])
-            elif kind == "failed":
-                yield self._refused(f"An unexpected error occurred. The server's log has it as {data['error_id']}.")
 
     def stop_jobs(self, visitor: str):
         """Stop the visitor's runs after their current step. The runs themselves report that they have stopped."""
@@ -210,10 +208,6 @@ class CompareTab:
             self.panes: [run_id], self.message: note("Shown from the history. Run measures it again."),
             **self._settings_of(stored.report), self.live: "",
         }  # fmt: skip
-
-    def open_stored(self, run_id: str, visitor: str) -> Update:
-        """Event handler of everything that opens a stored pair."""
-        return self.show_stored(run_id, visitor)
 
     def show_two(self, first: str, second: str) -> Update:
         """The candidates of two stored pairs side by side, the first one as the reference of the next run."""
@@ -318,7 +312,7 @@ class CompareTab:
         try:
             settings = self.settings(model, values)
         except AccelError as error:
-            return f"{str(error)[:1].upper()}{str(error)[1:]}."
+            return sentence(error)
         return estimate_text(self.context, settings.run, settings.reference, settings.candidate)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from accel.errors import AccelError
+from ui.panels import unexpected
 
 log = logging.getLogger(__name__)
 
@@ -50,5 +51,4 @@ def told_errors(name: str) -> Iterator[None]:
     except Exception:
         error_id = secrets.token_hex(4)
         log.exception("endpoint %s failed, error %s", name, error_id)
-        text = f"An unexpected error occurred. The server's log has it as error {error_id}."
-        raise gr.Error(text, print_exception=False) from None
+        raise gr.Error(unexpected(error_id), print_exception=False) from None

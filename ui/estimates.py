@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accel.errors import AccelError
+from accel.errors import AccelError, sentence
 from ui.context import Context
 from ui.side_settings import Side
 
@@ -22,5 +22,5 @@ def estimate_text(context: Context, settings: dict, reference: Side, candidate: 
         kept = context.references.find(a)
         before = "generated before" if kept else estimate(a, pipe, context.workers.step_seconds).words
     except AccelError as error:
-        return f"{str(error)[:1].upper()}{str(error)[1:]}."
+        return sentence(error)
     return f"A: {before} · B: {expected}"

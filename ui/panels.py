@@ -7,6 +7,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from accel.evaluation.metrics import METRICS, metric_texts
+from accel.evaluation.pair_report import conditions
 from ui.templating import render
 
 READ_ALOUD = '<div role="status">${value || ""}</div>'  # template of a `gr.HTML` whose changes screen readers speak
@@ -23,6 +24,11 @@ class Figure(NamedTuple):
 def note(text: str, bad: bool = False) -> Markup:
     """A message in one line; a bad one is marked as an error, an empty one is not shown."""
     return render("note", text=text, bad=bad) if text else Markup()
+
+
+def unexpected(error_id: str) -> str:
+    """What a visitor is told of an error that is no refusal; the server's log has the rest."""
+    return f"An unexpected error occurred. The server's log has it as error {error_id}."
 
 
 def headline(report: dict) -> Markup:
@@ -60,13 +66,4 @@ def metric_cards(report: dict) -> Markup:
         *(Figure(*texts) for texts in metric_texts(report)),
         Figure(f"{held / 2**20:.1f} MiB", "held by the methods at most"),
     ]  # fmt: skip
-    return render("metric_cards", cards=cards, conditions=_conditions(report))
-
-
-def _conditions(report: dict) -> str:
-    """Where and how often a pair was measured, and on which model."""
-    recorded = f"recorded, measured {report['measured']}: " if report.get("measured") else ""
-    toy = report["model"].endswith("tiny-wan")
-    model = "toy model: shows the mechanism, not what you get on Wan 1.3B" if toy else report["model"]
-    n = len(report["b"]["denoise"])
-    return f"{recorded}{report['device']}, {report['threads']} threads, {report['dtype']}, n={n}; {model}"
+    return render("metric_cards", cards=cards, conditions=conditions(report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +43,12 @@ class Recorded:
     banner: str
 
 
-def recorded_pairs(folder: Path = RUNS) -> list[Recorded]:
-    """All recorded pairs: those of `RECORDINGS` in their order, then others by name."""
+@cache
+def recorded_pairs(folder: Path = RUNS) -> tuple[Recorded, ...]:
+    """All recorded pairs: those of `RECORDINGS` in their order, then others by name. They are read once."""
     names = sorted(file.parent.name for file in folder.glob("*/run.json"))
     first = [name for name in RECORDINGS if name in names]
-    return [_read(folder / name) for name in (*first, *(name for name in names if name not in first))]
+    return tuple(_read(folder / name) for name in (*first, *(name for name in names if name not in first)))
 
 
 def _read(folder: Path) -> Recorded:

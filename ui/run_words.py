@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from accel.methods import METHODS
 from accel.runtime.models import TINY
 from accel.runtime.presets import load_preset, preset_names
+from accel.runtime.repeat import reference_of
 from ui.side_settings import describe_side
 
 RUN_KEYS = ("model", "prompt", "seed", "frames", "height", "width")
@@ -25,13 +26,8 @@ class Difference(NamedTuple):
 
 
 def run_of(report: dict, side: str) -> dict[str, Any]:
-    """The run of one side of a report: its steps, guidance, methods, solver and shift.
-
-    Reports without the reference's settings had the stock pipeline as reference.
-    """
-    if side == "b":
-        return report
-    return report.get("reference") or {"steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
+    """The run of one side of a report: its steps, guidance, methods, solver and shift."""
+    return report if side == "b" else reference_of(report)
 
 
 def ranked_name(report: dict, side: str) -> str:

@@ -69,8 +69,10 @@ def link_query(report: dict) -> str:
     return f"p={link_parameter(report)}"
 
 
-def read_link(query: Mapping[str, str], models: Collection[str]) -> SharedSettings | None:
-    """The settings of a page's query parameters; None if it has none. `models`: those that the page offers.
+def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSettings | None:
+    """The settings of a page's query parameters; None if it has none.
+
+    `models` are those that the page offers, each with the reason why it cannot run here, or an empty text.
 
     Raises AccelError in one sentence.
     """
@@ -88,15 +90,17 @@ def read_link(query: Mapping[str, str], models: Collection[str]) -> SharedSettin
     return check_settings(given, models)
 
 
-def check_settings(given: dict[str, Any], models: Collection[str]) -> SharedSettings:
+def check_settings(given: dict[str, Any], models: Mapping[str, str]) -> SharedSettings:
     """Checked settings from untrusted values. Raises AccelError in one sentence that says what is allowed."""
     if unknown := [key for key in given if key not in LINK]:
         raise AccelError(_short(f"unknown setting {unknown[0]!r} in the link; known are p, {', '.join(LINK)}"))
     if "preset" in given and "methods" in given:
         raise AccelError("the link has a preset and methods: one of them says which methods run")
     model = given.get("model")
-    if model is not None and model not in models:
+    if model is not None and model not in list(models):  # it may be of any type
         raise AccelError(_short(f"this page does not offer the model {model!r}; it offers {', '.join(models)}"))
+    if model is not None and models[model]:
+        raise AccelError(models[model])
     if "preset" in given and given["preset"] not in preset_names():
         raise AccelError(_short(f"no preset {given['preset']!r}; there are {', '.join(preset_names())}"))
     preset = load_preset(given["preset"]) if "preset" in given else _preset({"methods": given.get("methods", {})})

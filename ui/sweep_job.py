@@ -133,8 +133,6 @@ def _result(kind: str, data: dict) -> Result | None:
     """What an event says about a cell, if it ends it."""
     if kind == "cell":
         return Result(data["run_id"], data["row"])
-    if kind == "cell_refused":
+    if kind in ("cell_refused", "failed"):
         return Result(reason=data["reason"])
-    if kind == "failed":
-        return Result(reason=f"An unexpected error occurred. The server's log has it as error {data['error_id']}.")
     return None

@@ -149,9 +149,9 @@ class SweepTab:
         )  # fmt: skip
         opening = {"inputs": [self.opened, page.visitor], "outputs": page.compare.outputs, "api_visibility": "private"}
         for clickable in (self.grid, self.plot):
-            clickable.click(clicked_id, None, self.opened, **quick).then(page.compare.open_stored, **opening)
+            clickable.click(clicked_id, None, self.opened, **quick).then(page.compare.show_stored, **opening)
         self.use.click(lambda run_id: run_id, self.proposed, self.opened, **quick).then(
-            page.compare.open_stored, **opening
+            page.compare.show_stored, **opening
         )
 
     def add_endpoints(self) -> None:

@@ -16,6 +16,7 @@ from accel.errors import AccelError, explain_os_error
 from accel.runtime.run import Cancelled
 from ui import zero_gpu
 from ui.job_queue import FairQueue, Job, Work
+from ui.panels import unexpected
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3  # between two looks at a job's events
@@ -239,7 +240,7 @@ def _explain(error: Exception, job: Job) -> tuple[str, dict]:
         log.error("job %s failed", job.id, exc_info=error)
         return "refused", {"reason": "there is not enough memory: choose a smaller model, or methods that hold less"}
     log.error("job %s failed, error %s", job.id, job.id[:8], exc_info=error)
-    return "failed", {"error_id": job.id[:8]}
+    return "failed", {"reason": unexpected(job.id[:8])}
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -27,7 +27,7 @@ class Compare:
         return [self.message]
 
     def load_settings(self, preset, run, model=None) -> dict:
-        self.loaded.append((preset, run))
+        self.loaded.append((preset, run, model))
         return {}
 
 
@@ -40,11 +40,11 @@ def report() -> dict:
 @pytest.fixture
 def tab(report) -> CodeTab:
     store = SimpleNamespace(find=lambda run_id: SimpleNamespace(report=report) if run_id == RUN_ID else None)
-    reasons = {TINY: "", "a/b": "", "c/d": "It needs a GPU."}
+    reasons = {TINY: "", "a/b": "", "c/d": "It needs a GPU"}
     models = [SimpleNamespace(id=model, reason=reason) for model, reason in reasons.items()]
     with gr.Blocks():
         tab = CodeTab(SimpleNamespace(model=TINY, store=store, models=models))
-        page = SimpleNamespace(compare=Compare(), tabs=gr.Tabs())
+        page = SimpleNamespace(compare=Compare(), tabs=gr.Tabs(), model=gr.Dropdown([*reasons]))
         tab.wire(page)
     return tab
 
@@ -92,7 +92,7 @@ def test_the_prompt_is_escaped(tab):
 
 def test_a_preset_file_sets_the_compare_tab(tab):
     tab.use_preset(b"methods: {fastercache: {attention_interval: 3}}")
-    (preset, run), *_ = tab.page.compare.loaded
+    (preset, run, _), *_ = tab.page.compare.loaded
     assert preset.methods == {"fastercache": {"attention_interval": 3}} and run == {}
 
 
@@ -104,17 +104,20 @@ def test_a_wrong_preset_file_is_refused_and_changes_nothing(tab):
 
 def test_settings_of_the_address_are_loaded(tab):
     update = tab.settings_of_url(request(preset="gpd", seed="42", prompt="a red star"))
-    (preset, run), *_ = tab.page.compare.loaded
-    assert list(preset.methods) == ["gpd"] and run == {"seed": 42, "prompt": "a red star"}
+    ((preset, run, model),) = tab.page.compare.loaded
+    assert list(preset.methods) == ["gpd"] and run == {"seed": 42, "prompt": "a red star"} and model is None
     assert "those of the link" in message(tab, update)
 
 
-def test_a_link_of_another_model_says_so(tab):
-    assert "choose that model" in message(tab, tab.settings_of_url(request(model="a/b")))
+def test_a_link_of_another_model_chooses_it(tab):
+    update = tab.settings_of_url(request(model="a/b"))
+    assert update[tab.page.model] == "a/b" and tab.page.compare.loaded[0][2] == "a/b"
 
 
-def test_a_link_of_a_model_that_cannot_be_used_is_refused(tab):
-    assert "does not offer the model" in message(tab, tab.settings_of_url(request(model="c/d")))
+@pytest.mark.parametrize("model, reason", [("c/d", "It needs a GPU"), ("e/f", "does not offer the model")])
+def test_a_link_of_a_model_that_cannot_be_used_says_why(tab, model, reason):
+    update = tab.settings_of_url(request(model=model))
+    assert reason in message(tab, update) and tab.page.model not in update and not tab.page.compare.loaded
 
 
 def test_an_address_without_settings_changes_nothing(tab):

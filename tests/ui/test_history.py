@@ -148,7 +148,8 @@ def test_what_differs_is_listed_with_defaults_filled_in():
 
 
 def test_a_report_without_the_references_run_had_the_stock_pipeline():
-    assert run_of({"steps_a": 50, "guidance_a": 4.0}, "a") == RUN
+    without = {key: value for key, value in REPORT.items() if key != "reference"}
+    assert RUN.items() <= run_of({**without, "steps_a": 50, "guidance_a": 4.0}, "a").items()
 
 
 def test_figures_say_identical_and_leave_out_what_was_not_measured():

@@ -50,6 +50,13 @@ def test_the_player_gets_urls_and_the_race_if_it_was_recorded(write, tmp_path):
     assert recorded.player["curves"] == [{"pane": 1, "name": "SSIM", "values": [0.9, 1.0]}]
 
 
+def test_pairs_are_read_once(write, tmp_path):
+    write("gpd")
+    first = recorded_pairs(tmp_path)
+    (tmp_path / "gpd" / "run.json").unlink()
+    assert recorded_pairs(tmp_path) == first
+
+
 def test_shipped_pairs_can_be_read():
     assert all(pair.player["panes"] and pair.report["trace"] for pair in recorded_pairs())
 

@@ -16,7 +16,7 @@ from accel.runtime.repeat import preset_yaml
 from accel.runtime.run import MAX_PROMPT_LENGTH, build_run
 from ui.share import MAX_LINK, MAX_TEXT, link_parameter, link_query, read_link, read_preset
 
-MODELS = [TINY]
+MODELS = {TINY: ""}
 
 
 def report(methods: dict, **settings) -> dict:
@@ -81,7 +81,7 @@ def test_a_link_is_readable_where_names_and_numbers_say_all():
 def test_a_link_is_packed_where_it_must_hold_more(changes):
     pair = {**report(load_preset("fastercache").methods), **changes}
     query = dict(parse_qsl(link_query(pair)))
-    shared = read_link(query, [TINY, "a/b"])
+    shared = read_link(query, {TINY: "", "a/b": ""})
     assert list(query) == ["p"] and shared.model == pair["model"]
     assert complete(shared.preset.methods) == complete(pair["methods"])
 

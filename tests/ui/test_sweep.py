@@ -14,6 +14,7 @@ from accel.evaluation.sweep import parse_axis_option
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.presets import load_preset
 from accel.runtime.run import Cancelled
+from ui.panels import unexpected
 from ui.store import Store
 from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
@@ -66,7 +67,7 @@ class InstantWorkers:
         except Cancelled:
             final = "stopped", {}
         except RuntimeError:
-            final = "failed", {"error_id": "00ab"}
+            final = "failed", {"reason": unexpected("00ab")}
         while not job.events.empty():
             yield job.events.get()
         yield final
@@ -270,7 +271,7 @@ class Page:
             )
             self.compare = SimpleNamespace(
                 setting_components=[prompt], outputs=[opened], settings=settings,
-                open_stored=lambda run_id, visitor: {opened: run_id},
+                show_stored=lambda run_id, visitor: {opened: run_id},
             )  # fmt: skip
             with gr.Tabs() as self.tabs, gr.Tab("Sweep"):
                 self.sweep = SweepTab(context)

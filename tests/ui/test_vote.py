@@ -21,7 +21,7 @@ from ui.vote_tab import VoteTab, urls
 
 RUN = {"steps": 50, "guidance": 4.0, "methods": {}}
 REPORT = {
-    "model": TINY, "prompt": "a <b>red</b> star", "height": 64, "width": 64, "frames": 17, "fps": 8, **RUN,
+    "model": TINY, "prompt": "a <b>red</b> star", "seed": 1, "height": 64, "width": 64, "frames": 17, "fps": 8, **RUN,
     "methods": {"asymrnr": {}}, "steps": 30, "reference": RUN, "speedup_denoise": 1.604, "bit_equal": False,
 }  # fmt: skip
 FILES = {"a.mp4": b"a", "b.mp4": b"b"}
