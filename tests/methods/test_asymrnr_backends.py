@@ -50,6 +50,11 @@ def test_settings_without_weighted_keys_run_on_every_backend():
     assert is_refused("sage", True, queries_only.model_copy(update={"pairing": "one"}))
 
 
+def test_an_attention_that_calls_torch_itself_is_not_asked_for_its_backend():
+    with attention_backend("_native_flash"):
+        check_backends(WEIGHTED, [SimpleNamespace(processor=SimpleNamespace())], False)
+
+
 def test_a_run_is_refused_at_its_first_step(pipe, sample):
     steps = []
     with accel.apply(pipe, WEIGHTED):

@@ -26,8 +26,11 @@ def check_backends(config: AsymRnR, attentions: Iterable[nn.Module], on_cuda: bo
     if not config.bias or (config.pairing != "one" and not any(kv for _, kv in pairs)):
         return
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    for attention in attentions:
-        name = AttentionBackendName(getattr(attention.processor, "_attention_backend", None) or active).value
+    processors = [getattr(attention.processor, "original", attention.processor) for attention in attentions]
+    for processor in processors:
+        if not hasattr(processor, "_attention_backend"):  # it calls torch itself
+            continue
+        name = AttentionBackendName(processor._attention_backend or active).value
         if name in FIXED_WIDTHS if on_cuda else name not in ADDS_MASK:
             raise AccelError(
                 f"attention backend {name} cannot weight merged keys: set asymrnr.bias to false, or choose another "
