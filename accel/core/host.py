@@ -235,7 +235,8 @@ class Host:
         def call(x: Tensor, **inputs) -> Tensor:
             for layer in (DENOISER, *self.attentions[index]):
                 self.trace.record(step, layer, "compute")
-            return family.to_video(hook.original(hidden_states=x, **inputs, return_dict=False)[0], grid)
+            y = hook.original(hidden_states=x, **inputs, return_dict=False)
+            return family.to_video(y if isinstance(y, Tensor) else y[0], grid)
 
         y = family.from_video(compose(call, self._denoiser_wrappers)(x, **inputs))
         spent = 1000 * (synchronized_time(x.device) - began)

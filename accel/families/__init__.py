@@ -8,12 +8,22 @@ from ..errors import AccelError
 from .base import Family
 from .cogvideox import CogVideoX
 from .hunyuan_video import HunyuanVideo, HunyuanVideo15
+from .kandinsky5 import Kandinsky5
 from .ltx import LTX
 from .mochi import Mochi
 from .skyreels_v2 import SkyReelsV2
 from .wan import Wan
 
-FAMILIES: tuple[Family, ...] = (Wan(), CogVideoX(), HunyuanVideo15(), HunyuanVideo(), LTX(), Mochi(), SkyReelsV2())
+FAMILIES: tuple[Family, ...] = (
+    Wan(),
+    CogVideoX(),
+    HunyuanVideo15(),
+    HunyuanVideo(),
+    LTX(),
+    Mochi(),
+    SkyReelsV2(),
+    Kandinsky5(),
+)
 
 
 def family_of(pipe) -> Family:

@@ -51,11 +51,32 @@ class Family:
             for i, block in enumerate(blocks.children())  # the host may iterate over them in another way
         }
 
+    def patch(self, model: nn.Module) -> Grid:
+        """Latent frames, rows and columns of a token."""
+        patch = model.config.patch_size
+        if not isinstance(patch, int):
+            return tuple(patch)
+        return getattr(model.config, "patch_size_t", None) or 1, patch, patch
+
     def grid(self, model: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Grid:
         """Token grid (f, h, w), in raster order, of the latents x that a call gets, with its other inputs."""
-        patch = model.config.patch_size
-        patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch) if isinstance(patch, int) else patch
-        return tuple(n // p for n, p in zip(self.to_video(x, (0, 0, 0)).shape[2:], patch))
+        shape = self.to_video(x, (0, 0, 0)).shape[2:]
+        return tuple(-(-n // p) for n, p in zip(shape, self.patch(model)))
+
+    def compression(self, pipe) -> tuple[int, int]:
+        """Pixels of a latent row, and frames of a latent frame after the first."""
+        found = [
+            next(getattr(pipe, name) for name in names if hasattr(pipe, name))
+            for names in (
+                ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor"),
+                ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor"),
+            )
+        ]
+        return found[0], found[1]
+
+    def call_inputs(self, model: nn.Module, text_length: int) -> dict[str, Tensor] | None:
+        """Inputs on the meta device of a call for one prompt, beside the latents; None where they are not known."""
+        return None
 
     def to_video(self, y: Tensor, grid: Grid) -> Tensor:
         """A velocity as a view (b, c, f, h, w)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Family, Grid
 
@@ -18,11 +18,6 @@ class CogVideoX(Family):
     attention = "attn1"
     is_joint = True
     batches_guidance = True
-
-    def grid(self, model: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Grid:
-        """Token grid (f, h, w); CogVideoX 1.5 has patches over two frames."""
-        (_, f, _, h, w), p = x.shape, model.config.patch_size
-        return -(-f // (model.config.patch_size_t or 1)), h // p, w // p
 
     def to_video(self, y: Tensor, grid: Grid) -> Tensor:
         """A velocity as a view (b, c, f, h, w)."""

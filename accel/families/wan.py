@@ -30,6 +30,11 @@ class Wan(Family):
         """Whether the model does nothing between two blocks: VACE and Animate add to the hidden states there."""
         return type(model).__name__ == "WanTransformer3DModel"
 
+    def call_inputs(self, model: nn.Module, text_length: int) -> dict[str, Tensor]:
+        """Timestep and text of a call for one prompt."""
+        text = torch.empty(1, text_length, model.config.text_dim, device="meta")
+        return {"timestep": torch.empty(1, device="meta"), "encoder_hidden_states": text}
+
     def new_block(self, model: nn.Module) -> WanTransformerBlock:
         """A block of the model's kind with fresh random weights."""
         c, d = model.config, self.hidden_size(model)

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from ..core.flops import count_flops
 from ..core.trace import DENOISER
 from ..methods.base import RunSpec
@@ -57,19 +55,28 @@ def expected_shares(run: Run, pipe) -> list[float | None]:
         return []
     spec = run_spec(run, pipe)
     flops = _full_flops(spec, model_defaults(pipe, run.model).text_length)
+    if flops is None:
+        return [None] * len(run.methods)
     return [method.expected_work(spec, flops) for method in build_methods(run.methods)]
 
 
 def step_flops(run: Run, pipe) -> int:
-    """FLOPs of a step of the stock pipeline in a run's size: one call, or two with guidance."""
-    flops = _full_flops(run_spec(run, pipe), model_defaults(pipe, run.model).text_length)
-    return flops[DENOISER] * (2 if run.guidance > 1 else 1)
+    """FLOPs of a step of the stock pipeline in a run's size: one call, or two with guidance.
+
+    Where a family does not tell what a call gets, they are those of the weights with the video's tokens, and of its
+    self-attentions.
+    """
+    spec, calls = run_spec(run, pipe), 2 if run.guidance > 1 else 1
+    if flops := _full_flops(spec, model_defaults(pipe, run.model).text_length):
+        return flops[DENOISER] * calls
+    weights = sum(p.numel() for p in spec.model.parameters())
+    return calls * spec.tokens * (2 * weights + 4 * spec.tokens * spec.family.hidden_size(spec.model) * spec.num_layers)
 
 
-def _full_flops(spec: RunSpec, text_length: int) -> dict[str, int]:
-    """FLOPs of one call of the denoiser for one prompt, counted on the meta device."""
-    text, time = torch.empty(1, text_length, spec.model.config.text_dim, device="meta"), torch.empty(1, device="meta")
-    return count_flops(spec.model, spec.latents, {"timestep": time, "encoder_hidden_states": text})
+def _full_flops(spec: RunSpec, text_length: int) -> dict[str, int] | None:
+    """FLOPs of one call of the denoiser for one prompt, where the family tells what such a call gets."""
+    inputs = spec.family.call_inputs(spec.model, text_length)
+    return inputs and count_flops(spec.model, spec.latents, inputs)
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,15 @@ StepCallback = Callable[[int, Trace, torch.Tensor], None]  # steps done, trace, 
 
 def latent_spec(run: Run, pipe) -> torch.Tensor:
     """Latents (1, c, f, h, w) of a run on the meta device: a shape and a dtype."""
-    model, space = pipe.transformer, pipe.vae_scale_factor_spatial
-    frames = (run.frames - 1) // pipe.vae_scale_factor_temporal + 1
-    shape = (1, model.config.in_channels, frames, run.height // space, run.width // space)
+    model, (space, time) = pipe.transformer, family_of(pipe).compression(pipe)
+    shape = (1, model.config.in_channels, (run.frames - 1) // time + 1, run.height // space, run.width // space)
     return torch.empty(shape, device="meta", dtype=model.dtype)
 
 
 def grid(pipe, run: Run) -> tuple[int, int, int]:
     """The grid (f, h, w) of a run's tokens."""
-    return family_of(pipe).grid(pipe.transformer, latent_spec(run, pipe), {})
+    patch = family_of(pipe).patch(pipe.transformer)
+    return tuple(-(-n // p) for n, p in zip(latent_spec(run, pipe).shape[2:], patch))
 
 
 def run_spec(run: Run, pipe) -> RunSpec:
@@ -107,6 +108,7 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
     its numbers become infinite or undefined.
     """
     check_size(run, pipe)
+    to_video = partial(family_of(pipe).to_video, grid=grid(pipe, run))
     device = next(pipe.transformer.parameters()).device
     paused, denoised, final = 0.0, 0.0, torch.empty(0)
 
@@ -114,11 +116,11 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
         nonlocal paused, denoised, final
         now = synchronized_time(device)
         if index + 1 == pipe.num_timesteps:
-            denoised, final = now - paused, tensors["latents"]
+            denoised, final = now - paused, to_video(tensors["latents"])
         if not tensors["latents"].isfinite().all():
             raise AccelError(f"step {index + 1} of {pipe.num_timesteps} gave numbers that are not finite: {NOT_FINITE}")
         if on_step:
-            on_step(index + 1, trace, tensors["latents"])
+            on_step(index + 1, trace, to_video(tensors["latents"]))
         paused += synchronized_time(device) - now
         return {}
 

@@ -178,10 +178,21 @@ def read_defaults(model: str) -> ModelDefaults | None:
 
 def model_defaults(pipe, model: str) -> ModelDefaults:
     """A model's `accel.json`, or else the default arguments of its pipeline's call."""
+    from ..families import family_of
+
     if defaults := read_defaults(model):
         return defaults
     names = {"height": "height", "width": "width", "num_frames": "frames"}
-    names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    names |= {"num_inference_steps": "steps", "guidance_scale": "guidance", "max_sequence_length": "text_length"}
     parameters = inspect.signature(pipe.__call__).parameters
+    if missing := {*names, "callback_on_step_end"} - parameters.keys():
+        raise AccelError(f"{type(pipe).__name__} takes no {min(missing)}: use accel.apply in code of your own for it")
     values = {ours: parameters[theirs].default for theirs, ours in names.items()}
+    values |= {
+        name: getattr(pipe, f"default_{name}") for name in ("height", "width") if hasattr(pipe, f"default_{name}")
+    }
+    config, (space, _) = pipe.transformer.config, family_of(pipe).compression(pipe)
+    if values["height"] is None and "sample_height" in config:  # CogVideoX: its size is the model's
+        sample = {"height": space * config.sample_height, "width": space * config.sample_width}
+        values |= {**sample, "frames": config.sample_frames}
     return ModelDefaults(**{name: value for name, value in values.items() if value is not None})

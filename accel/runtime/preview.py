@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from ..core.host import synchronized_time
@@ -19,6 +20,7 @@ MAX_PREVIEWS = 64  # on a sheet,
 MAX_WIDTH = 128  # pixels of one of them
 COLUMNS = 8
 BATCH = 8  # previews decoded at once
+ROUGH = 8  # pixels of a latent in a rough picture
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,14 @@ def preview_image(pipe, latents: torch.Tensor) -> str:
 
 @torch.no_grad()
 def _first_frames(pipe, latents: torch.Tensor) -> np.ndarray:
-    """First frames uint8 (b, h, w, c) of latents (b, c, f, h, w). One latent frame is cheap to decode on its own."""
+    """First frames uint8 (b, h, w, c) of latents (b, c, f, h, w), as far as they can be had at little cost.
+
+    Wan's autoencoder decodes one latent frame on its own. For others it is a rough picture: three of the channels.
+    """
+    if not isinstance(pipe.vae, AutoencoderKLWan):
+        rough = latents[:, :3, 0].float().repeat_interleave(ROUGH, -1).repeat_interleave(ROUGH, -2)
+        low, high = rough.amin((1, 2, 3), keepdim=True), rough.amax((1, 2, 3), keepdim=True)
+        return (255 * (rough - low) / (high - low + 1e-6)).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     z = denormalize(pipe.vae, latents[:, :, :1]).to(pipe.vae.dtype)
     frames = pipe.vae.decode(z).sample[:, :, 0]
     return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

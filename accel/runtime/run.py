@@ -97,8 +97,11 @@ def _check_required(given: dict[str, Any], required: dict[str, float]) -> None:
 
 def check_size(run: Run, pipe) -> None:
     """Raise AccelError if a loaded model cannot make this size."""
-    patch = pipe.transformer.config.patch_size[-1]
-    _check_multiples(run, pipe.vae_scale_factor_spatial * patch, pipe.vae_scale_factor_temporal)
+    from ..families import family_of
+
+    family = family_of(pipe)
+    space, time = family.compression(pipe)
+    _check_multiples(run, space * family.patch(pipe.transformer)[-1], time)
 
 
 def check_size_from_files(run: Run) -> None:

@@ -1,0 +1,34 @@
+"""Kandinsky 5: self-attention over the video alone, latents with the channels last; guidance in two calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Family, Grid
+
+
+class Kandinsky5(Family):
+    """The family of `Kandinsky5Transformer3DModel`; its latents are (b, f, h, w, c)."""
+
+    pipelines = ("Kandinsky5",)
+    blocks = ("visual_transformer_blocks",)
+    attention = "self_attention"
+
+    def to_video(self, y: Tensor, grid: Grid) -> Tensor:
+        """A velocity as a view (b, c, f, h, w)."""
+        return y.permute(0, 4, 1, 2, 3)
+
+    def from_video(self, y: Tensor) -> Tensor:
+        """The velocity as (b, f, h, w, c)."""
+        return y.permute(0, 2, 3, 4, 1)
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """Width d of a token inside the blocks."""
+        return model.config.model_dim
+
+    def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
+        """Whether an unconditional branch runs."""
+        return pipe.guidance_scale > 1 and call.get("negative_prompt_embeds_qwen") is not None
