@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import AccelError
-from ..families import FAMILIES
+from ..families import FAMILIES, Family
 from ..methods import METHODS
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
@@ -60,12 +60,18 @@ def needs_training(name: str) -> bool:
 
 
 def support() -> str:
-    """Model families and methods: which work at once, and which need a training first."""
-    state = {name: "after training" if needs_training(name) else "yes" for name in METHODS}
+    """Model families and methods: which run, and which need a training first."""
     rows = [["tiny-wan (shipped)", *["yes"] * len(METHODS)]]
-    prefixes = [prefix for family in FAMILIES for prefix in family.pipelines]
-    rows += [[f"`{prefix}*Pipeline`", *(state[name] for name in METHODS)] for prefix in prefixes]
+    for family in FAMILIES:
+        pipelines = ", ".join(f"`{prefix}*Pipeline`" for prefix in family.pipelines)
+        rows.append([pipelines, *(family.remarks.get(name) or _state(family, name) for name in METHODS)])
     return markdown(["model", *(f"`{name}`" for name in METHODS)], rows)
+
+
+def _state(family: Family, name: str) -> str:
+    if not needs_training(name):
+        return "yes"
+    return "yes" if name == "disca" else "after training" if family.trains_students else "no"
 
 
 def parameters() -> str:

@@ -25,9 +25,13 @@ class Family:
     is_joint: ClassVar[bool] = False  # blocks take and return text beside the video, attention is over both
     batches_guidance: ClassVar[bool] = False  # one call computes both branches, as a batch [uncond, cond]
     compiles_attention: ClassVar[bool] = False  # the attention can be intercepted inside a compiled block
+    trains_students: ClassVar[bool] = False  # students and predictors can be trained for it
+    remarks: ClassVar[dict[str, str]] = {}  # by method, where it does not simply run
 
     def denoisers(self, pipe) -> list[nn.Module]:
-        """The pipeline's transformers in the order of use."""
+        """The pipeline's transformers in the order of use. Raises AccelError if it has none."""
+        if getattr(pipe, "transformer", None) is None:
+            raise AccelError(f"this {type(pipe).__name__} has no transformer: there is nothing to accelerate")
         return [pipe.transformer]
 
     def block_lists(self, model: nn.Module) -> dict[str, nn.ModuleList]:

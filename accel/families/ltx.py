@@ -14,7 +14,7 @@ from .base import Family, Grid
 class LTX(Family):
     """The family of `LTXVideoTransformer3DModel`; its latents are (b, n, c)."""
 
-    pipelines = ("LTX",)
+    pipelines = ("LTXPipeline", "LTXImageToVideo", "LTXCondition")  # LTX-2 has other transformers, with sound
     blocks = ("transformer_blocks",)
     attention = "attn1"
     batches_guidance = True

@@ -20,6 +20,8 @@ class Wan(Family):
     blocks = ("blocks",)
     attention = "attn1"
     compiles_attention = True
+    trains_students = True
+    remarks = {"disca": "yes; not VACE and Animate"}
 
     def denoisers(self, pipe) -> list[nn.Module]:
         """The transformers in the order of use; Wan 2.2 has a second one for low noise, and either may be missing."""

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from ..errors import AccelError, amount
 from ..evaluation.result_log import config_hash
+from ..families import family_of
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..world.scene import caption, held_out_prompts, sample_scene
 from .networks import FullNetworks, Networks
@@ -218,6 +219,8 @@ def run_job(
 def _load(job: DistillJob, prompts: list[str], device: str, out: Path) -> LoadedJob:
     """Load the model of a job. Raises AccelError for one that cannot be distilled."""
     pipe = load_pipeline(job.model, device)
+    if not family_of(pipe).trains_students:
+        raise AccelError(f"students are trained for text-to-video pipelines of Wan 2.1 only, not {type(pipe).__name__}")
     if getattr(pipe, "transformer_2", None) is not None or getattr(pipe, "image_encoder", None) is not None:
         raise AccelError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
     return LoadedJob(job, pipe, model_defaults(pipe, job.model), prompts, device, out)
