@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the real diffusers classes: two to four blocks, width 32, 3 x 4 x 4 video tokens.
+"""Tiny random pipelines of the real diffusers classes: two to four blocks, width 32, 48 to 192 video tokens.
 
 `TINY[name](texts)` returns (pipe, kwargs): `pipe(**kwargs, num_inference_steps=, generator=, output_type="latent")`
 runs a batch of so many texts, each with embeddings of its own. There is no text encoder; the autoencoder is real.
@@ -158,7 +158,7 @@ def wan_video(texts: int = 1) -> Tiny:
 def wan_vace(texts: int = 1) -> Tiny:
     """Wan 2.1 VACE: control blocks add to the hidden states between blocks."""
     parts = wan_parts(name="WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=2 * CHANNELS + 64)
-    return assemble("WanVACEPipeline", parts), {**SIZE, **embeddings(texts)}
+    return assemble("WanVACEPipeline", parts), {**SIZE, **embeddings(texts), "num_frames": 13}
 
 
 def skyreels_v2(texts: int = 1) -> Tiny:
@@ -289,10 +289,10 @@ def hunyuan_video_15(texts: int = 1) -> Tiny:
         both |= {
             f"{sign}prompt_embeds": noise(texts, TOKENS, TEXT_DIM, seed=seed),
             f"{sign}prompt_embeds_mask": padding_mask(texts),
-            f"{sign}prompt_embeds_2": noise(texts, 4, 12, seed=seed + 10),
-            f"{sign}prompt_embeds_mask_2": padding_mask(texts, 4),
+            f"{sign}prompt_embeds_2": torch.zeros(texts, 2, 12),  # no letters are to be drawn
+            f"{sign}prompt_embeds_mask_2": torch.zeros(texts, 2, dtype=torch.long),
         }
-    return pipe, {"height": 16, "width": 16, "num_frames": 9, **both}
+    return pipe, {"height": 32, "width": 32, "num_frames": 9, **both}
 
 
 # LTX-Video
@@ -315,8 +315,8 @@ def ltx_parts() -> dict:
 
 
 def ltx_inputs(texts: int) -> dict:
-    """Embeddings and masks; 3 x 4 x 4 latents, one token each."""
-    return {"height": 32, "width": 32, "num_frames": 17, **embeddings(texts), **masks(texts)}
+    """Embeddings and masks; 4 x 4 x 4 latents, one token each."""
+    return {"height": 32, "width": 32, "num_frames": 25, **embeddings(texts), **masks(texts)}
 
 
 def ltx(texts: int = 1) -> Tiny:
