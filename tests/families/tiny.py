@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the real diffusers classes: two to four blocks, width 32, 48 to 192 video tokens.
+"""Tiny random pipelines of the real diffusers classes: two blocks, width 32, 48 to 192 video tokens.
 
 `TINY[name](texts)` returns (pipe, kwargs): `pipe(**kwargs, num_inference_steps=, generator=, output_type="latent")`
 runs a batch of so many texts, each with embeddings of its own. There is no text encoder; the autoencoder is real.
@@ -232,7 +232,7 @@ def hunyuan_parts(**config) -> dict:
     """The components of a HunyuanVideo pipeline; `config` is the transformer's."""
     fields = {
         "num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "in_channels": CHANNELS, "out_channels": CHANNELS,
-        "num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1, "mlp_ratio": 2.0, "text_embed_dim": TEXT_DIM,
+        "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 2.0, "text_embed_dim": TEXT_DIM,
         "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6),
     }  # fmt: skip
     transformer = build("HunyuanVideoTransformer3DModel", **fields | config)

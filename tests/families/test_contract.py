@@ -1,0 +1,313 @@
+"""What holds for every family: each kind of stock pipeline runs with each training-free method, and stays as it was."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+
+import diffusers
+import pytest
+import torch
+from families.tiny import FLOW, TINY
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+import accel
+from accel.errors import AccelError
+from accel.methods import METHODS
+
+UNSUPPORTED = ["kandinsky5"]
+NAMES = [name for name in TINY if name not in UNSUPPORTED]
+EACH_FAMILY = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2"]
+BATCHES_GUIDANCE = ("cogvideox", "ltx", "mochi")  # beginnings of names
+FROM_VIDEO = ["wan_video", "cogvideox_video"]  # they leave out the first fifth of the schedule
+UNGUIDED = ["hunyuan_video"]
+VIDEO_TOKENS = {"wan_vace": 64, "hunyuan_video_15": 192, "ltx": 64, "ltx_image": 64, "ltx_condition": 80}  # others: 48
+MOST_TEXT_TOKENS = 12
+STEPS = 12
+CACHING = METHODS["fastercache"]()
+REDUCING = METHODS["asymrnr"](schedule="fixed", query_rate=0.5, kv_rate=0.5, correction="none", start=0.1)
+PREDICTING = METHODS["disca"](num_full_steps=8, predictor="taylor-1")
+NEUTRAL = {name: METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "asymrnr", "disca")}
+WITHOUT_STACK = ["wan_vace"]  # it adds to the hidden states between blocks
+
+
+def sample(pipe, inputs: dict, name: str, seed: int = 0, **more) -> Tensor:
+    """Final latents of a run of 12 steps; each item of a batch has noise of its own."""
+    texts = len(next(value for key, value in inputs.items() if key.startswith("prompt_embeds")))
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(texts)]
+    steps = round(STEPS / 0.8) if name in FROM_VIDEO else STEPS
+    generator = generators if texts > 1 else generators[0]
+    return pipe(**inputs | more, num_inference_steps=steps, generator=generator, output_type="latent").frames
+
+
+@cache
+def stock(name: str) -> Tensor:
+    """The latents of the pipeline as it comes."""
+    pipe, inputs = TINY[name]()
+    return sample(pipe, inputs, name)
+
+
+def item(inputs: dict, index: int, texts: int) -> dict:
+    """The inputs of one item of a batch."""
+    is_batch = lambda value: isinstance(value, Tensor) and len(value) == texts
+    return {key: value[index : index + 1] if is_batch(value) else value for key, value in inputs.items()}
+
+
+def state(pipe) -> dict:
+    """What a method could leave behind: attributes of the pipeline and of every module, and what they are."""
+    modules = {
+        f"{key}.{name}": {attribute: id(value) for attribute, value in vars(module).items()}
+        for key, model in pipe.components.items()
+        if key.startswith("transformer") and model is not None
+        for name, module in model.named_modules()
+    }
+    return {**modules, "pipeline": sorted(vars(pipe)), "scheduler": sorted(vars(pipe.scheduler))}
+
+
+class Failure(Exception):
+    """Raised in mid-run."""
+
+
+def fail(pipe) -> None:
+    raise Failure
+
+
+def interrupt(pipe) -> None:
+    pipe._interrupt = True
+
+
+@contextmanager
+def in_mid_run(pipe, act: Callable) -> Iterator[None]:
+    """Call `act(pipe)` in the scheduler's seventh step: some pipelines take no callback."""
+    step, calls = pipe.scheduler.step, []
+
+    @wraps(step)
+    def acting(*args, **named):
+        calls.append(None)
+        if len(calls) == 7:
+            act(pipe)
+        return step(*args, **named)
+
+    pipe.scheduler.step = acting
+    try:
+        yield
+    finally:
+        del pipe.scheduler.step
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("neutral", [False, True], ids=["no method", "neutral"])
+def test_latents_are_the_stock_pipelines(name, neutral):
+    pipe, inputs = TINY[name]()
+    methods = [NEUTRAL[key] for key in NEUTRAL if neutral and not (key == "disca" and name in WITHOUT_STACK)]
+    with accel.apply(pipe, methods) as trace:
+        latents = sample(pipe, inputs, name)
+    assert trace.summary()["steps"] == STEPS and trace.summary()["flops_ratio"] == 1
+    if name.startswith(BATCHES_GUIDANCE):  # the halves of the batch, one after the other, are rounded in another way
+        torch.testing.assert_close(latents, stock(name), atol=2e-5, rtol=0)
+    else:
+        assert torch.equal(latents, stock(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_leaves_nothing_to_the_next_one_nor_to_the_pipeline(name):
+    pipe, inputs = TINY[name]()
+    sample(pipe, inputs, name)
+    before, methods = state(pipe), [CACHING, REDUCING, *([] if name in WITHOUT_STACK else [PREDICTING])]
+    with accel.apply(pipe, methods):
+        alone = sample(pipe, inputs, name)
+        assert torch.equal(sample(pipe, inputs, name), alone)
+    assert state(pipe) == before
+    with pytest.raises(Failure), accel.apply(pipe, methods), in_mid_run(pipe, fail):
+        sample(pipe, inputs, name)
+    assert state(pipe) == before
+    with accel.apply(pipe, methods):
+        with in_mid_run(pipe, interrupt):
+            sample(pipe, inputs, name, seed=3)
+        assert torch.equal(sample(pipe, inputs, name), alone)
+    assert state(pipe) == before and torch.equal(sample(pipe, inputs, name), stock(name))
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_sizes_may_change_from_run_to_run(name):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [CACHING, REDUCING]):
+        alone = sample(pipe, inputs, name)
+        assert sample(pipe, inputs, name, width=2 * inputs["width"]).shape != alone.shape
+        assert torch.equal(sample(pipe, inputs, name), alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fastercache_reuses_attention_and_rebuilds_the_unconditional_branch(name):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [CACHING]) as trace:
+        assert not torch.equal(sample(pipe, inputs, name), stock(name))
+    summary, rebuilt = trace.summary(), sum(not plan.guidance for plan in CACHING.plan(STEPS))
+    assert summary["attention"]["reuse"] > 0 and summary["flops_ratio"] < 0.8
+    if name in UNGUIDED:
+        assert summary["calls"] == {"compute": STEPS}
+        assert any("there is no unconditional branch to rebuild" in message for message in summary["messages"])
+        return
+    if name == "wan_22":  # the step in which the second transformer takes over has no CFG delta of it yet
+        rebuilt -= 1
+    assert summary["calls"] == {"compute": 2 * STEPS - rebuilt, "rebuild": rebuilt}
+
+
+class AttentionLengths(TorchFunctionMode):
+    """Records (queries, keys) of every softmax attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, int]] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is scaled_dot_product_attention:
+            query, key = [*args, *(kwargs or {}).values()][:2]
+            self.seen.add((query.shape[-2], key.shape[-2]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_asymrnr_removes_half_of_the_video_tokens_and_no_text(name):
+    pipe, inputs = TINY[name]()
+    with AttentionLengths() as full:
+        sample(pipe, inputs, name)
+    with accel.apply(pipe, [REDUCING]) as trace, AttentionLengths() as reduced:
+        assert not torch.equal(sample(pipe, inputs, name), stock(name))
+    assert trace.summary()["attention"]["reduce"] > 0 and trace.summary()["flops_ratio"] < 1
+    video = VIDEO_TOKENS.get(name, 48)
+    lengths = [q for q, k in full.seen if q == k and video <= q <= video + MOST_TEXT_TOKENS]
+    assert lengths and reduced.seen - full.seen == {(q - video // 2, q - video // 2) for q in lengths}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_STACK])
+def test_disca_predicts_the_blocks_of_both_branches(name):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [PREDICTING]) as trace:
+        latents = sample(pipe, inputs, name)
+    assert latents.isfinite().all() and not torch.equal(latents, stock(name))
+    branches = 1 if name in UNGUIDED else 2
+    assert trace.summary()["calls"] == {"compute": 8 * branches, "predict": 4 * branches}
+
+
+@pytest.mark.parametrize("name", WITHOUT_STACK)
+def test_disca_is_refused_where_the_blocks_are_not_one_stack(name):
+    pipe, _ = TINY[name]()
+    before = state(pipe)
+    with pytest.raises(AccelError, match="they are not one stack"), accel.apply(pipe, [CACHING, PREDICTING]):
+        pass
+    assert state(pipe) == before
+
+
+WITHOUT_BATCHES = ["wan_vace"]  # takes one generator for a whole batch
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_BATCHES])
+def test_two_prompts_in_a_batch_equal_two_runs_under_fastercache(name):
+    pipe, inputs = TINY[name](2)
+    with accel.apply(pipe, [CACHING]):
+        both = sample(pipe, inputs, name)
+        alone = [sample(pipe, item(inputs, i, 2), name, seed=i) for i in range(2)]
+    torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in EACH_FAMILY if name != "mochi"])
+def test_two_prompts_in_a_batch_equal_two_runs_under_asymrnr(name):
+    pipe, inputs = TINY[name](2)
+    with accel.apply(pipe, [REDUCING]):
+        both = sample(pipe, inputs, name)
+        alone = [sample(pipe, item(inputs, i, 2), name, seed=i) for i in range(2)]
+    torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+SOLVERS = {
+    "Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "UniPC": lambda: diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0),
+    "DPM++": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
+    "DDIM": lambda: diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"),
+    "DPM": lambda: diffusers.CogVideoXDPMScheduler(prediction_type="v_prediction"),
+}
+NOT_THEIR_OWN = [
+    *(("wan", "Euler"), ("wan", "DPM++"), ("wan_22", "Euler"), ("wan_22_5b", "DPM++"), ("skyreels_v2", "Euler")),
+    *(("hunyuan_video_true_cfg", "UniPC"), ("hunyuan_video_15", "UniPC"), ("ltx", "UniPC")),
+    *(("cogvideox", "DDIM"), ("cogvideox_2b", "DPM"), ("cogvideox_video", "DDIM")),
+]
+
+
+@pytest.mark.parametrize("name, solver", NOT_THEIR_OWN)
+def test_what_is_skipped_does_not_depend_on_the_solver(name, solver):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [CACHING, REDUCING]) as trace:
+        sample(pipe, inputs, name)
+        usual = trace.summary()
+        pipe.scheduler = SOLVERS[solver]()
+        assert sample(pipe, inputs, name).isfinite().all()
+    for key in ("steps", "calls", "attention"):
+        assert trace.summary()[key] == usual[key]
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_methods_run_on_a_model_with_lora(name):
+    pipe, inputs = TINY[name]()
+    linear = [key for key, module in pipe.transformer.named_modules() if isinstance(module, nn.Linear)]
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=2, init_lora_weights=False, target_modules=[key for key in linear if key.endswith("to_q")])
+    )
+    baseline = sample(pipe, inputs, name)
+    assert not torch.equal(baseline, stock(name))
+    with accel.apply(pipe, NEUTRAL.values()):
+        torch.testing.assert_close(sample(pipe, inputs, name), baseline, atol=2e-5, rtol=0)
+    with accel.apply(pipe, [CACHING, REDUCING]) as trace:
+        assert not torch.equal(sample(pipe, inputs, name), baseline)
+    assert {"reuse", "reduce"} <= trace.summary()["attention"].keys()
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_group_offloading_changes_no_bit(name):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [CACHING, REDUCING]):
+        expected = sample(pipe, inputs, name)
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    with accel.apply(pipe, [CACHING, REDUCING]):
+        assert torch.equal(sample(pipe, inputs, name), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; CUDA_VISIBLE_DEVICES=0 shows it to the tests")
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_model_offloading_changes_no_bit(name):
+    pipe, inputs = TINY[name]()
+    inputs = {key: value.to("cuda") if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    pipe.to("cuda")
+    with accel.apply(pipe, [CACHING, REDUCING]):
+        expected = sample(pipe, inputs, name)
+    pipe.enable_model_cpu_offload()
+    with accel.apply(pipe, [CACHING, REDUCING]):
+        for _ in range(2):
+            assert torch.equal(sample(pipe, inputs, name), expected)
+
+
+WITH_FUSED_PROJECTIONS = [
+    name for name in EACH_FAMILY if hasattr(type(TINY[name]()[0].transformer), "fuse_qkv_projections")
+]
+
+
+@pytest.mark.parametrize("name", WITH_FUSED_PROJECTIONS)
+def test_fused_projections_change_the_rounding_alone(name):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [CACHING, REDUCING]):
+        expected = sample(pipe, inputs, name)
+    pipe.transformer.fuse_qkv_projections()
+    with accel.apply(pipe, [CACHING, REDUCING]):
+        torch.testing.assert_close(sample(pipe, inputs, name), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_pipeline_of_an_unknown_family_is_refused_by_name(name):
+    pipe, _ = TINY[name]()
+    with pytest.raises(AccelError, match=f"{type(pipe).__name__} is not supported yet"), accel.apply(pipe, []):
+        pass
