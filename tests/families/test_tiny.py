@@ -19,5 +19,5 @@ def test_stock_pipeline_gives_finite_latents_that_depend_on_the_text(name):
 
     latents = run(inputs)
     assert latents.isfinite().all() and latents.std() > 0.1
-    other_text = {name: value.flip(1) if is_embedding(name) else value for name, value in inputs.items()}
-    assert not torch.equal(run(other_text), latents)
+    other_text = {name: value.flip(-1) if is_embedding(name) else value for name, value in inputs.items()}
+    assert (run(other_text) - latents).abs().max() > 1e-3

@@ -284,15 +284,12 @@ def hunyuan_video_15(texts: int = 1) -> Tiny:
     parts = {**TWO_ENCODERS, "transformer": transformer, "vae": vae, "scheduler": scheduler, "guider": guider}
     pipe = assemble("HunyuanVideo15Pipeline", parts)
     pipe.vision_num_semantic_tokens = 3
-    both = {}
-    for sign, seed in (("", 10), ("negative_", 50)):
-        both |= {
-            f"{sign}prompt_embeds": noise(texts, TOKENS, TEXT_DIM, seed=seed),
-            f"{sign}prompt_embeds_mask": padding_mask(texts),
-            f"{sign}prompt_embeds_2": torch.zeros(texts, 2, 12),  # no letters are to be drawn
-            f"{sign}prompt_embeds_mask_2": torch.zeros(texts, 2, dtype=torch.long),
-        }
-    return pipe, {"height": 32, "width": 32, "num_frames": 9, **both}
+    text_masks = {key.replace("attention_mask", "embeds_mask"): value for key, value in masks(texts).items()}
+    letters = {}  # none are to be drawn
+    for sign in ("", "negative_"):
+        letters[f"{sign}prompt_embeds_2"] = torch.zeros(texts, 2, 12)
+        letters[f"{sign}prompt_embeds_mask_2"] = torch.zeros(texts, 2, dtype=torch.long)
+    return pipe, {"height": 32, "width": 32, "num_frames": 9, **embeddings(texts), **text_masks, **letters}
 
 
 # LTX-Video
@@ -366,14 +363,11 @@ def kandinsky5(texts: int = 1) -> Tiny:
     )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
     parts = {**TWO_ENCODERS, "transformer": transformer, "vae": hunyuan_vae(), "scheduler": scheduler}
-    both = {}
-    for sign, seed in (("", 10), ("negative_", 50)):
-        both |= {
-            f"{sign}prompt_embeds_qwen": noise(texts, TOKENS, TEXT_DIM, seed=seed),
-            f"{sign}prompt_embeds_clip": noise(texts, 8, seed=seed + 10),
-            f"{sign}prompt_cu_seqlens": TOKENS * torch.arange(texts + 1),
-        }
-    return assemble("Kandinsky5T2VPipeline", parts), {**SIZE, **both}
+    pooled = {"prompt": noise(texts, 8, seed=30), "negative_prompt": noise(1, 8, seed=60).repeat(texts, 1)}
+    inputs = {f"{key}_qwen": value for key, value in embeddings(texts).items()}
+    for text, value in pooled.items():
+        inputs |= {f"{text}_embeds_clip": value, f"{text}_cu_seqlens": TOKENS * torch.arange(texts + 1)}
+    return assemble("Kandinsky5T2VPipeline", parts), {**SIZE, **inputs}
 
 
 TINY: dict[str, Callable[..., Tiny]] = {
