@@ -179,14 +179,9 @@ class InterceptedProcessor:
         return self.core_wrapper(softmax or self.softmax_attention, qkv)
 
     def softmax_attention(self, qkv: QKV) -> Tensor:
-        """Softmax attention (b, n, k, d) on the backend that the user chose. Raises AccelError if it takes no bias."""
+        """Softmax attention (b, n, k, d) on the backend that the user chose."""
         q, k, v, bias = qkv.query(), qkv.key(), qkv.value(), qkv.bias
         backend, d = self._attention_backend, q.shape[-1]
-        name = str(getattr(backend, "value", backend))
-        if bias is not None and "sage" in name:
-            raise AccelError(
-                f"attention backend {name} takes no bias: set the method's bias to false or choose another backend"
-            )
         if bias is not None and q.is_cuda:
             q, k, v = fold_bias_into_channels(q, k, v, bias)
             return dispatch_attention_fn(q, k, v, scale=d**-0.5, backend=backend)[..., :d]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import AccelError
-from .attention import QKV
+from .attention import QKV, fold_bias_into_channels
 
 SDPA = F.scaled_dot_product_attention
 NAMES = ("query", "key", "value", "attn_mask")
@@ -78,7 +78,14 @@ class JointSoftmax:
         """The video's rows (b, m, k, d) of the output for any number of its queries and keys."""
         video = [x.transpose(1, 2) for x in (qkv.query(), qkv.key(), qkv.value())]
         q, k, v = (self._insert(x, self._text_of(whole)) for x, whole in zip(video, self.tensors))
-        y = SDPA(q, k, v, attn_mask=self._mask(video[0].shape[2], video[1].shape[2], qkv.bias, q.dtype), **self.options)
+        bias, options = qkv.bias, self.options
+        if bias is not None and self.mask is None and q.is_cuda:  # flash kernels take no mask
+            options = {"scale": q.shape[-1] ** -0.5, **options}
+            whole_bias = F.pad(bias, (self.start, k.shape[2] - self.start - video[1].shape[2]))
+            folded = fold_bias_into_channels(*(x.transpose(1, 2) for x in (q, k, v)), whole_bias)
+            (q, k, v), bias = (x.transpose(1, 2) for x in folded), None
+        mask = self._mask(video[0].shape[2], video[1].shape[2], bias, q.dtype)
+        y = SDPA(q, k, v, attn_mask=mask, **options)[..., : qkv.shape[3]]
         start, stop = self.start, self.start + video[0].shape[2]
         if self.text is None and y.shape[2] > video[0].shape[2]:
             self.text = torch.cat([y[:, :, :start], y[:, :, stop:]], 2)

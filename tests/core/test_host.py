@@ -1,7 +1,6 @@
 """The host without a method: steps and branches, nested wrappers, and pipelines that do not name their branches."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import accel
-from accel.core.attention import QKV, InterceptedProcessor
 from accel.core.flops import count_flops
 from accel.core.host import Host
 from accel.core.trace import Trace
@@ -25,14 +23,6 @@ def test_without_methods_the_output_is_bitwise_the_baselines(pipe, sample):
     with accel.apply(pipe, []) as trace:
         assert torch.equal(sample(pipe), baseline)
     assert trace.summary()["flops_ratio"] == 1.0 and trace.summary()["calls"] == {"compute": 40}
-
-
-def test_an_attention_backend_that_takes_no_bias_is_refused_by_its_name():
-    processor = InterceptedProcessor(SimpleNamespace(processor=SimpleNamespace()), Wan(), lambda: 0)
-    processor._attention_backend = AttentionBackendName.SAGE
-    q = torch.zeros(1, 3, 2, 4)
-    with pytest.raises(ValueError, match="attention backend sage takes no bias"):
-        processor.softmax_attention(QKV(q, q, q, bias=torch.zeros(1, 1, 1, 3)))
 
 
 def test_step_and_branch_come_from_the_pipeline(pipe, sample):
