@@ -1,0 +1,12 @@
+"""LTX-Video, accelerated in three lines."""
+
+import torch
+from diffusers import LTXPipeline
+
+import accel
+
+pipe = LTXPipeline.from_pretrained("Lightricks/LTX-Video", dtype=torch.bfloat16)
+pipe.to("cuda")
+with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+    video = pipe("a cyclist crosses a bridge in morning fog", num_inference_steps=50).frames[0]
+print(len(video), trace.summary())

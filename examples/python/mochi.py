@@ -1,0 +1,12 @@
+"""Mochi 1, accelerated in three lines."""
+
+import torch
+from diffusers import MochiPipeline
+
+import accel
+
+pipe = MochiPipeline.from_pretrained("genmo/mochi-1-preview", dtype=torch.bfloat16)
+pipe.to("cuda")
+with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+    video = pipe("a chameleon slowly turns its eye", num_inference_steps=50).frames[0]
+print(len(video), trace.summary())

@@ -1,0 +1,12 @@
+"""SkyReels-V2, accelerated in three lines."""
+
+import torch
+from diffusers import SkyReelsV2Pipeline
+
+import accel
+
+pipe = SkyReelsV2Pipeline.from_pretrained("Skywork/SkyReels-V2-T2V-14B-540P-Diffusers", dtype=torch.bfloat16)
+pipe.to("cuda")
+with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+    video = pipe("a dancer turns on an empty stage", num_inference_steps=50).frames[0]
+print(len(video), trace.summary())
