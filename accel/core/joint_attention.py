@@ -39,21 +39,23 @@ def with_softmax(core: Callable, video_tokens: Callable[[int], slice | None], or
     """What an attention processor returns, with `core(qkv, softmax)` in place of its softmax on the video's tokens.
 
     `video_tokens` says which of so many tokens are the video's; None: this attention is left alone. Raises AccelError
-    where the softmax is not torch's own, or comes more than once.
+    where the softmax is not torch's own, or where tokens are removed and it comes once for each sample.
     """
+    softmaxes: list[JointSoftmax] = []
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
         video = video_tokens(query.shape[2])
         if video is None or query.shape[2] != key.shape[2]:
             return SDPA(query, key, value, attn_mask=attn_mask, **options)
-        return JointSoftmax(query, key, value, attn_mask, video, options).run(core)
+        softmaxes.append(JointSoftmax(query, key, value, attn_mask, video, options))
+        return softmaxes[-1].run(core)
 
     with _ReplacedSoftmax(attention) as mode:
         out = original(*inputs, **named)
-    if mode.calls != 1:
+    if mode.calls == 0 or (len(softmaxes) > 1 and any(softmax.is_reduced for softmax in softmaxes)):
         raise AccelError(
             "tokens can be reduced only where an attention is one call of torch's scaled_dot_product_attention: "
-            + ("choose the attention backend native" if mode.calls == 0 else "generate one video in a call")
+            + ("generate one video in a call" if mode.calls else "choose the attention backend native")
         )
     return out
 
@@ -65,6 +67,7 @@ class JointSoftmax:
         self.tensors, self.mask, self.options = (q, k, v), mask, options
         self.start, self.stop = video.start, video.stop
         self.text: Tensor | None = None  # the output's text rows (b, k, t, d), of the first call
+        self.is_reduced = False
 
     def run(self, core: Callable) -> Tensor:
         """The output (b, k, n + t, d)."""
@@ -78,6 +81,7 @@ class JointSoftmax:
         """The video's rows (b, m, k, d) of the output for any number of its queries and keys."""
         video = [x.transpose(1, 2) for x in (qkv.query(), qkv.key(), qkv.value())]
         q, k, v = (self._insert(x, self._text_of(whole)) for x, whole in zip(video, self.tensors))
+        self.is_reduced |= q.shape[2] + k.shape[2] < 2 * self.tensors[0].shape[2]
         bias, options = qkv.bias, self.options
         if bias is not None and self.mask is None and q.is_cuda:  # flash kernels take no mask
             options = {"scale": q.shape[-1] ** -0.5, **options}

@@ -1,0 +1,44 @@
+"""Every family in bfloat16 and with weights stored in eight bits: neutral is the baseline, and the methods act."""
+
+import pytest
+import torch
+from families.tiny import TINY
+
+import accel
+from accel.methods import AsymRnR, DisCa, FasterCache
+
+METHODS = [FasterCache(), AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5), DisCa(predictor="taylor-1")]
+NEUTRAL = [type(method)(**method.neutral) for method in METHODS]
+EACH_FAMILY = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2", "kandinsky5"]
+
+
+def in_bfloat16(pipe, inputs: dict) -> dict:
+    pipe.to(torch.bfloat16)
+    is_float = lambda value: isinstance(value, torch.Tensor) and value.is_floating_point()
+    return {key: value.to(torch.bfloat16) if is_float(value) else value for key, value in inputs.items()}
+
+
+def stored_in_eight_bits(pipe, inputs: dict) -> dict:
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [(name, change) for name in EACH_FAMILY for change in (in_bfloat16, stored_in_eight_bits)
+     if (name, change) != ("kandinsky5", in_bfloat16)],  # the stock pipeline runs so on a GPU only
+)  # fmt: skip
+def test_neutral_is_the_baseline_and_methods_act(name, change):
+    pipe, inputs = TINY[name]()
+    inputs = change(pipe, inputs)
+    run = lambda: (
+        pipe(**inputs, num_inference_steps=12, generator=torch.Generator().manual_seed(0), output_type="latent").frames
+    )
+    baseline = run()
+    with accel.apply(pipe, NEUTRAL):
+        assert torch.equal(run(), baseline)
+    with accel.apply(pipe, METHODS) as trace:
+        latents = run()
+    assert latents.isfinite().all() and latents.dtype == baseline.dtype and not torch.equal(latents, baseline)
+    assert {"predict"} <= trace.summary()["calls"].keys() and "reuse" in trace.summary()["attention"]
+    assert torch.equal(run(), baseline)
