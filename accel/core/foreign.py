@@ -21,14 +21,17 @@ CACHES = {  # by the beginning of the names of their hooks
 
 def check_foreign(models: Iterable[nn.Module]) -> None:
     """Raise AccelError if one of diffusers' caches is on a model: neither side would see what the other one skips."""
-    for model in models:
-        for name in _hook_names(model):
-            cache = next((title for prefix, title in CACHES.items() if name.startswith(prefix)), None)
-            if cache:
-                raise AccelError(
-                    f"diffusers' {cache} and accel.apply do not go together, as each skips what the other one counts "
-                    "on: take the cache off by disable_cache() of the transformer, or leave accel.apply"
-                )
+    if cache := foreign_cache(models):
+        raise AccelError(
+            f"diffusers' {cache} and accel.apply do not go together, as each skips what the other one counts "
+            "on: take the cache off by disable_cache() of the transformer, or leave accel.apply"
+        )
+
+
+def foreign_cache(models: Iterable[nn.Module]) -> str | None:
+    """The name of a cache of diffusers that is on one of the models."""
+    names = (name for model in models for name in _hook_names(model))
+    return next((title for name in names for prefix, title in CACHES.items() if name.startswith(prefix)), None)
 
 
 def _hook_names(model: nn.Module) -> Iterator[str]:

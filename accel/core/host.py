@@ -32,7 +32,7 @@ from .attention import QKV, InterceptedProcessor
 from .blocks import StackedBlocks
 from .denoising_loop import CallTracker, noise_levels
 from .flops import count_flops
-from .foreign import check_foreign
+from .foreign import check_foreign, foreign_cache
 from .hooks import ForwardHook, HookedForward, patched_method
 from .trace import DENOISER, Step, Trace
 
@@ -86,7 +86,8 @@ class Host:
                 "a transformer that is compiled as a whole cannot be wrapped inside: compile its blocks, by "
                 "pipe.transformer.compile_repeated_blocks()"
             )
-        check_foreign(self.denoisers)
+        if not self.is_neutral:
+            check_foreign(self.denoisers)
         self.signatures = [inspect.signature(type(model).forward) for model in self.denoisers]
         self.attentions = [self.family.attentions(model) for model in self.denoisers]
 
@@ -252,6 +253,8 @@ class Host:
             self.trace.begin()
             self.exact_steps.clear()
             self.trace.started = time.perf_counter()
+            if cache := foreign_cache(self.denoisers):
+                self.trace.add_message(f"diffusers' {cache} is on: what it skips is counted as computed here")
         if at.has_new_text:
             self.text_id += 1
             self.trace.add_message(f"the text changed at step {at.index + 1}: what depends on it was computed anew")

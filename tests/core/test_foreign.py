@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import hooks
 
+import accel
 from accel.core.foreign import check_foreign
 
 CONFIGS = {
@@ -27,6 +28,18 @@ def test_each_cache_of_diffusers_is_refused_until_it_is_disabled(name, pipe):
         check_foreign([torch.nn.Identity(), model])
     model.disable_cache()
     check_foreign([model])
+
+
+def test_without_a_method_a_cache_of_diffusers_acts_as_ever_and_the_trace_says_so(pipe, sample):
+    pipe.transformer.enable_cache(hooks.FirstBlockCacheConfig(threshold=10.0))
+    baseline = sample(pipe)
+    with accel.apply(pipe) as trace:
+        assert torch.equal(sample(pipe), baseline)
+    assert "diffusers' FirstBlockCache is on" in trace.messages[0]
+    with pytest.raises(ValueError, match="do not go together"), accel.apply(pipe, "fastercache"):
+        pass
+    pipe.transformer.disable_cache()
+    assert not torch.equal(sample(pipe), baseline)
 
 
 def test_no_cache_of_diffusers_is_missing_here():
