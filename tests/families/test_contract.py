@@ -239,7 +239,16 @@ def velocities(pipe, inputs: dict, name: str) -> Tensor:
     return torch.stack(seen)
 
 
-GUIDED = ["wan", "cogvideox_2b", "hunyuan_video_true_cfg", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2"]
+GUIDED = [
+    "wan",
+    "cogvideox_2b",
+    "hunyuan_video_true_cfg",
+    "hunyuan_video_15",
+    "ltx",
+    "mochi",
+    "skyreels_v2",
+    "kandinsky5",
+]
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -247,7 +256,7 @@ def test_what_the_negative_prompt_changes_does_not_depend_on_the_prompt(name):
     pipe, inputs = TINY[name](2)
     caching = CACHING.model_copy(update={"guidance": False})  # both branches run in every step
     texts = [item(inputs, i, 2) for i in range(2)]
-    is_negative = lambda key: key.startswith("negative") and "mask" not in key
+    is_negative = lambda key: key.startswith("negative_prompt_embeds") and "mask" not in key
     with accel.apply(pipe, [caching, REDUCING, PREDICTING]):
         changes = []
         for text in texts:
