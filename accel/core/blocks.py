@@ -40,8 +40,12 @@ class StackedBlocks:
         self.stacks: dict[str, tuple[nn.ModuleList, BlockStack]] = {}  # by attribute: what was there, what is
 
     def take(self) -> None:
-        """Replace the lists. Raises AccelError for a model whose blocks are not one stack."""
+        """Replace the lists. Raises AccelError where the blocks are not one stack, or each device runs other tokens."""
         model, lists = self.model, self.family.block_lists(self.model)
+        if getattr(model._parallel_config, "context_parallel_config", None):
+            raise AccelError(
+                "steps cannot be predicted under context parallelism: the tokens are divided inside the blocks"
+            )
         if not self.family.is_stack(model):
             raise AccelError(f"{type(model).__name__} changes hidden states between its blocks: they are not one stack")
         functions = [self._call]  # the first list runs all blocks, the others none
