@@ -53,7 +53,8 @@ class Host:
     """A pipeline under observation.
 
     `step` is where its loop stands, `active_index` which of its `denoisers` runs, `latents` the input of that call and
-    `grid` its token grid (f, h, w). `exact_steps` are steps that later steps reuse; methods must compute them exactly.
+    `grid` its token grid (f, h, w), `text_tokens` those that joint attention has beside it. `exact_steps` are steps
+    that later steps reuse; methods must compute them exactly.
     """
 
     def __init__(self, pipe, trace: Trace, is_neutral: bool = False):
@@ -62,7 +63,7 @@ class Host:
         self.step: Step | None = None
         self.active_index = 0
         self.latents: Tensor | None = None
-        self.grid = (0, 0, 0)
+        self.grid, self.text_tokens = (0, 0, 0), 0
         self.is_guided = False
         self.run_id = 0
         self.text_id = 0  # changes with the run, and with a text in mid-run
@@ -260,6 +261,7 @@ class Host:
             self.trace.add_message(f"the text changed at step {at.index + 1}: what depends on it was computed anew")
         self.step = Step(at.index, at.count, *self._levels[at.position : at.position + 2], at.branch)
         self.grid = self.family.grid(self.denoisers[index], x, inputs)
+        self.text_tokens = self.family.text_tokens(inputs)
         if at.begins or index != self.active_index:  # shapes do not change within a run
             self.trace.flops = count_flops(self.denoisers[index], x, inputs, partial(self._count, index, x, inputs))
         self.active_index, self.latents = index, x

@@ -82,6 +82,10 @@ class Family:
         """Inputs on the meta device of a call for one prompt, beside the latents; None where they are not known."""
         return None
 
+    def text_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """How many tokens joint attention has beside the video's, of one sample, in a call with these inputs."""
+        return inputs["encoder_hidden_states"].shape[1] if self.is_joint else 0
+
     def to_video(self, y: Tensor, grid: Grid) -> Tensor:
         """A velocity as a view (b, c, f, h, w)."""
         return y

@@ -33,3 +33,8 @@ class HunyuanVideo15(Family):
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
         """Whether the guider asks for an unconditional branch."""
         return pipe.guider.num_conditions > 1
+
+    def text_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Tokens of both texts and of the image."""
+        names = "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"
+        return sum(inputs[name].shape[1] for name in names)

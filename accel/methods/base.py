@@ -34,6 +34,7 @@ class RunSpec(NamedTuple):
     count: int  # number of steps
     guided: bool  # whether an unconditional branch runs
     num_layers: int  # video self-attentions of the denoiser
+    text_tokens: int = 0  # of one sample, that joint attention has beside the video's
     model_path: str = "nowhere"  # folder or hub id of the pipeline; its students are in that folder
 
     @property
@@ -50,7 +51,7 @@ def model_path(host: Host) -> str:
 def run_spec(host: Host) -> RunSpec:
     """The spec of the run that the host has just begun."""
     model, num_layers = host.denoisers[host.active_index], len(host.attentions[host.active_index])
-    about = host.latents, host.grid, host.step.count, host.is_guided, num_layers, model_path(host)
+    about = host.latents, host.grid, host.step.count, host.is_guided, num_layers, host.text_tokens, model_path(host)
     return RunSpec(model, host.family, *about)
 
 

@@ -126,8 +126,8 @@ class FasterCache(Method):
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of two outputs for each attention and branch, and of the CFG delta (float32) with one output."""
         plans = self._active_plan(spec.count, spec.guided)
-        tokens = spec.tokens
         itemsize = spec.latents.element_size()
+        tokens = spec.tokens + spec.text_tokens * len(spec.latents)
         outputs = 2 * spec.num_layers * tokens * spec.family.hidden_size(spec.model) * itemsize
         branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
         rebuilds = any(not p.guidance for p in plans)

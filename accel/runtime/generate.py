@@ -17,7 +17,7 @@ from ..errors import AccelError
 from ..families import family_of
 from ..methods.base import RunSpec
 from .apply import apply
-from .models import ModelDefaults, resolve
+from .models import ModelDefaults, model_defaults, resolve
 from .presets import build_methods
 from .preview import Race
 from .run import Run, check_size
@@ -45,7 +45,8 @@ def run_spec(run: Run, pipe) -> RunSpec:
     """What methods may know of a run before it starts."""
     family, model = family_of(pipe), pipe.transformer
     num_layers = len(family.attentions(model))
-    about = latent_spec(run, pipe), grid(pipe, run), run.steps, run.guidance > 1, num_layers, resolve(run.model)
+    text = model_defaults(pipe, run.model).text_length if family.is_joint else 0
+    about = latent_spec(run, pipe), grid(pipe, run), run.steps, run.guidance > 1, num_layers, text, resolve(run.model)
     return RunSpec(model, family, *about)
 
 

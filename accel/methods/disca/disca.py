@@ -159,9 +159,11 @@ class DisCa(Method):
 
         def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
             step, order = host.step, TAYLOR_ORDER[self.predictor]
+            if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
+                caches().clear()
             cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
             fits = bool(cache.terms) and cache.terms[0].shape == hidden.shape
-            if step.index in full_steps() or not fits:
+            if step.index in full_steps() or step.index in host.exact_steps or not fits:
                 if step.index == step.count - 1:
                     self._report_speedup(trace, full_steps())
                 out = inner(hidden, *inputs, **named)
