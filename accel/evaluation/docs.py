@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from ..families import FAMILIES, Family
 from ..methods import METHODS
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
+from .memory import SETTINGS, SHAPES, forecast
 from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
 from .suites import OVERVIEW, SUITES, baseline_at_matched_time, results
@@ -72,6 +74,15 @@ def _state(family: Family, name: str) -> str:
     if not needs_training(name):
         return "yes"
     return "yes" if name == "disca" else "after training" if family.trains_students else "no"
+
+
+def memory() -> str:
+    """Forecast of what methods hold on real models."""
+    rows = []
+    for name, shape in SHAPES.items():
+        tokens = math.prod(shape.grid)
+        rows.append([name, shape.size, f"{tokens:,}", *(f"{gib:.1f}" for gib in forecast(shape).values())])
+    return markdown(["model", "size", "video tokens", *(f"{name}, GiB" for name in SETTINGS)], rows)
 
 
 def parameters() -> str:
@@ -204,6 +215,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "support": support,
     "parameters": parameters,
     "gpu": gpu,
+    "memory": memory,
     "attributes": attributes,
     "training": training,
     "students": students,

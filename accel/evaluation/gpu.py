@@ -78,8 +78,8 @@ def measure_layout(
     cases: list[Case] = [(PROMPT, seed) for seed in range(repeats)]
     log = ResultLog(file, settings_key(settings, pipe=pipe, defaults=defaults, **common))
     if len(log.lines) < repeats * len(settings):
-        for run in runs_of(settings, cases[0], defaults, **common).values():  # warm up the kernels of each method
-            generate(run.model_copy(update={"steps": 2}), pipe, defaults)
+        for run in runs_of(settings, cases[0], defaults, **common).values():  # warm up the kernels of each method:
+            generate(run.model_copy(update={"steps": min(run.steps, 10)}), pipe, defaults)  # in 10 steps all act
     lines = measure_in_turn(settings, cases, common, log, pipe, defaults, lambda *_: {}, "gpu")
     by_seed = [case["rows"] for case in by_case(lines)]
     baseline = next(iter(settings))

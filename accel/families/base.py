@@ -98,6 +98,10 @@ class Family:
         """Width d of a token inside the blocks."""
         return model.config.num_attention_heads * model.config.attention_head_dim
 
+    def num_heads(self, model: nn.Module) -> int:
+        """Heads k of a self-attention."""
+        return model.config.num_attention_heads
+
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
         """Whether an unconditional branch runs. `call` has the local variables of the pipeline's running call."""
         return bool(pipe.do_classifier_free_guidance)

@@ -29,6 +29,10 @@ class Kandinsky5(Family):
         """Width d of a token inside the blocks."""
         return model.config.model_dim
 
+    def num_heads(self, model: nn.Module) -> int:
+        """Heads k of a self-attention."""
+        return model.visual_transformer_blocks[0].self_attention.num_heads
+
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
         """Whether an unconditional branch runs."""
         return pipe.guidance_scale > 1 and call.get("negative_prompt_embeds_qwen") is not None

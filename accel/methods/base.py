@@ -55,6 +55,22 @@ def run_spec(host: Host) -> RunSpec:
     return RunSpec(model, host.family, *about)
 
 
+def report_estimate(method: Method, spec: RunSpec, trace: Trace) -> None:
+    """Add a method's memory estimate to the trace, with a warning if the GPU has not so much left."""
+    needed = method.estimate_memory(spec)
+    trace.estimated_bytes += needed
+    if spec.latents.is_cuda:
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(spec.latents.device)
+        free += torch.cuda.memory_reserved(spec.latents.device) - torch.cuda.memory_allocated(spec.latents.device)
+        if needed > free:
+            trace.add_message(
+                f"{method.title} will cache up to {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of the GPU are "
+                "free: make the video smaller, or set fastercache.max_cache_gib"
+            )
+
+
 Choices = list | tuple[float, float]  # the possible values of a parameter, or the lowest and the highest
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from ..core.trace import DENOISER, Step, Trace
 from ..errors import amount
-from .base import Method, RunSpec, run_spec
+from .base import Method, RunSpec, report_estimate, run_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +98,12 @@ class FasterCache(Method):
     gain_high: float = Field(
         0.0, ge=-0.5, le=0.5, multiple_of=0.01, description="Extra guidance on fine detail, second half only."
     )
+    max_cache_gib: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Most GiB of cached attention outputs (0: no limit); early blocks that do not fit save nothing.",
+    )
     compound_gain: bool = Field(
         False, description="Multiply the gains again at each rebuilt step, as the authors' code does, not the paper."
     )
@@ -125,18 +131,31 @@ class FasterCache(Method):
 
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of two outputs for each attention and branch, and of the CFG delta (float32) with one output."""
+        rebuilds = any(not p.guidance for p in self._active_plan(spec.count, spec.guided))
+        delta = spec.latents.numel() * (2 * 4 + spec.latents.element_size()) if rebuilds else 0
+        return self.num_cached(spec) * self._layer_bytes(spec) + delta
+
+    def num_cached(self, spec: RunSpec) -> int:
+        """How many attentions keep their outputs: all, or the last ones, as many as fit.
+
+        An error in a late block changes less of what follows.
+        """
+        if not self.max_cache_gib:
+            return spec.num_layers
+        return min(spec.num_layers, int(self.max_cache_gib * 2**30 / max(1, self._layer_bytes(spec))))
+
+    def _layer_bytes(self, spec: RunSpec) -> int:
+        """Bytes of the cached outputs of one attention in all branches that reuse them."""
         plans = self._active_plan(spec.count, spec.guided)
-        itemsize = spec.latents.element_size()
         tokens = spec.tokens + spec.text_tokens * len(spec.latents)
-        outputs = 2 * spec.num_layers * tokens * spec.family.hidden_size(spec.model) * itemsize
         branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
-        rebuilds = any(not p.guidance for p in plans)
-        return outputs * len(branches) + (spec.latents.numel() * (2 * 4 + itemsize) if rebuilds else 0)
+        return 2 * len(branches) * tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
         """The plan's share: without the extrapolated attentions and the rebuilt unconditional calls."""
         plans = self._active_plan(spec.count, spec.guided)
-        attentions = sum(flops[name] for name in spec.family.attentions(spec.model)) / flops[DENOISER]
+        cached = list(spec.family.attentions(spec.model))[spec.num_layers - self.num_cached(spec) :]
+        attentions = sum(flops[name] for name in cached) / flops[DENOISER]
         calls = [(1 - attentions * (not p.attention)) * (1 + (spec.guided and p.guidance)) for p in plans]
         return sum(calls) / (len(plans) * (1 + spec.guided))
 
@@ -165,8 +184,14 @@ class FasterCache(Method):
         """Wrap the attentions and the denoiser inside the context."""
         state, plans = host.per_text(State), host.per_run(lambda: self._begin(host, trace))
 
+        def layers() -> set[str]:
+            spec = run_spec(host)
+            return set(list(host.attentions[host.active_index])[spec.num_layers - self.num_cached(spec) :])
+
+        cached = host.per_run(layers)
+
         def attend(inner: Callable[[], Tensor], layer: str) -> Tensor:
-            return self._attend(inner, layer, host, trace, state(), plans())
+            return self._attend(inner, layer, host, trace, state(), plans(), cached())
 
         def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
             return self._denoise(inner, x, inputs, host, trace, state(), plans())
@@ -188,18 +213,22 @@ class FasterCache(Method):
             trace.add_message(inactive_reason)
         elif self.guidance and not spec.guided:
             trace.add_message("FasterCache: guidance is off in this run, there is no unconditional branch to rebuild")
-        trace.estimated_bytes += self.estimate_memory(spec)
+        report_estimate(self, spec, trace)
         host.exact_steps |= {
             i for i, (plan, following) in enumerate(pairwise(plans)) if plan.guidance and not following.guidance
         }
         return plans
 
-    def _attend(self, inner, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
+    def _attend(
+        self, inner, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan], cached: set[str]
+    ) -> Tensor:
         step, key = host.step, (host.active_index, layer, host.step.branch)
         if state.active_index != host.active_index:  # Wan 2.2 has switched to its second transformer
             state.outputs.clear()
             state.active_index = host.active_index
         entries = state.outputs.get(key, [])
+        if layer not in cached:
+            return inner()
         if not plans[step.index].attention and len(entries) == 2:
             trace.record(step, layer, "reuse")
             return self.extrapolate(entries, step, plans)

@@ -200,3 +200,15 @@ def test_compiled_blocks_share_one_graph_over_all_steps(pipe, sample):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert {e.action for e in trace.events.values()} == {"compute", "reuse", "rebuild"}
+
+
+def test_a_limit_of_memory_keeps_the_outputs_of_the_last_blocks_that_fit(pipe, sample):
+    unlimited = FasterCache(guidance=False)
+    with accel.apply(pipe, unlimited) as trace:
+        sample(pipe)
+    layer = trace.peak_bytes // 2  # of two
+    limited = FasterCache(guidance=False, max_cache_gib=1.5 * layer / 2**30)
+    with accel.apply(pipe, limited) as trace:
+        sample(pipe)
+    assert trace.peak_bytes == layer == trace.estimated_bytes
+    assert {event.layer for event in trace.events.values() if event.action == "reuse"} == {"blocks.1.attn1"}

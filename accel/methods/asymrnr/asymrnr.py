@@ -137,8 +137,7 @@ class AsymRnR(Method):
         tokens = spec.tokens
         attentions = spec.num_layers * (1 + spec.guided)
         # At most, in int32: order and destinations of a matching, and the four tensors of a reduction.
-        attention = next(iter(spec.family.attentions(spec.model).values()))
-        indices = 6 * tokens * (1 if self.heads == "shared" else attention.heads)
+        indices = 6 * tokens * (1 if self.heads == "shared" else spec.family.num_heads(spec.model))
         matchings = 4 * indices * 2 * attentions
         depth = DEPTH[self.correction] if self.steps_between(spec.count) > 1 else 0
         output = tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()

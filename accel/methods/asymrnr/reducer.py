@@ -14,7 +14,7 @@ from ...core.host import Host
 from ...core.trace import DENOISER, Timer
 from ...ops.token_matching import Reduction
 from ...students.euler_scheduler import is_student_run
-from ..base import model_path, run_spec
+from ..base import model_path, report_estimate, run_spec
 from .backends import check_backends
 from .correction import DEPTH, ResidualCache
 from .plan_cache import PlanCache
@@ -47,7 +47,7 @@ class Reducer:
         self.schedule = RateSchedule(config, host, self.plans, first, full_share)
         self.schedule.check_layers()
         check_backends(config, host.attentions[host.active_index].values(), host.latents.is_cuda)
-        trace.estimated_bytes += config.estimate_memory(spec)
+        report_estimate(config, spec, trace)
         tokens, d = math.prod(spec.grid), spec.family.hidden_size(spec.model)
         share = 4 * len(spec.latents) * tokens**2 * d * len(layers) / trace.flops[DENOISER]
         reason = config.inactive_reason(spec)

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from ...core.trace import DENOISER, Trace
 from ...errors import AccelError
 from ...students.manifest import load_manifest
-from ..base import Choices, Method, RunSpec, model_path, run_spec
+from ..base import Choices, Method, RunSpec, model_path, report_estimate, run_spec
 from .predictor_manifest import PredictorForm, PredictorManifest, PredictorRuns
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class DisCa(Method):
             trace.add_message(
                 f"DisCa: this predictor was trained for runs of {trained}; this run has {count}, up to {gap} apart"
             )
-        trace.estimated_bytes += self.estimate_memory(spec)
+        report_estimate(self, spec, trace)
         trace.method_data["disca"] = {"full_steps": full_steps, "predictor": self.predictor, "compute_fraction": 1.0}
         return full_steps
 
