@@ -101,7 +101,7 @@ class FasterCache(Method):
     max_cache_gib: float = Field(
         0.0,
         ge=0,
-        le=1000,
+        le=512,
         description="Most GiB of cached attention outputs (0: no limit); early blocks that do not fit save nothing.",
     )
     compound_gain: bool = Field(
