@@ -67,18 +67,26 @@ class JointSoftmax:
         self.tensors, self.mask, self.options = (q, k, v), mask, options
         self.start, self.stop = video.start, video.stop
         self.text: Tensor | None = None  # the output's text rows (b, k, t, d), of the first call
+        self.full: Tensor | None = None  # the output (b, k, n + t, d) of a softmax over everything,
+        self.full_video: Tensor | None = None  # and its video rows (b, n, k, d)
         self.is_reduced = False
 
     def run(self, core: Callable) -> Tensor:
         """The output (b, k, n + t, d)."""
-        q, k, v = (x[:, :, self.start : self.stop].transpose(1, 2) for x in self.tensors)
-        qkv = QKV(q, k, v)
-        qkv.text_tokens = self.tensors[0].shape[2] - q.shape[1]
-        y = core(qkv, self._softmax).transpose(1, 2)
-        return y if self.text is None else self._insert(y, self.text)
+        self.video = [x[:, :, self.start : self.stop].transpose(1, 2) for x in self.tensors]
+        qkv = QKV(*self.video)
+        qkv.text_tokens = self.tensors[0].shape[2] - qkv.shape[1]
+        y = core(qkv, self._softmax)
+        if y is self.full_video:
+            return self.full
+        return y.transpose(1, 2) if self.text is None else self._insert(y.transpose(1, 2), self.text)
 
     def _softmax(self, qkv: QKV) -> Tensor:
         """The video's rows (b, m, k, d) of the output for any number of its queries and keys."""
+        if qkv.bias is None and all(x is y for x, y in zip((qkv.q, qkv.k, qkv.v), self.video)):
+            self.full = SDPA(*self.tensors, attn_mask=self.mask, **self.options)
+            self.full_video = self._without_text(self.full, self.stop)
+            return self.full_video
         video = [x.transpose(1, 2) for x in (qkv.query(), qkv.key(), qkv.value())]
         q, k, v = (self._insert(x, self._text_of(whole)) for x, whole in zip(video, self.tensors))
         self.is_reduced |= q.shape[2] + k.shape[2] < 2 * self.tensors[0].shape[2]
@@ -90,10 +98,13 @@ class JointSoftmax:
             (q, k, v), bias = (x.transpose(1, 2) for x in folded), None
         mask = self._mask(video[0].shape[2], video[1].shape[2], bias, q.dtype)
         y = SDPA(q, k, v, attn_mask=mask, **options)[..., : qkv.shape[3]]
-        start, stop = self.start, self.start + video[0].shape[2]
-        if self.text is None and y.shape[2] > video[0].shape[2]:
-            self.text = torch.cat([y[:, :, :start], y[:, :, stop:]], 2)
-        return y[:, :, start:stop].transpose(1, 2)
+        return self._without_text(y, self.start + video[0].shape[2])
+
+    def _without_text(self, y: Tensor, stop: int) -> Tensor:
+        """The video's rows (b, m, k, d) of an output, as a view; the text's are kept."""
+        if self.text is None and y.shape[2] > stop - self.start:
+            self.text = torch.cat([y[:, :, : self.start], y[:, :, stop:]], 2)
+        return y[:, :, self.start : stop].transpose(1, 2)
 
     def _text_of(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :, : self.start], x[:, :, self.stop :]], 2)

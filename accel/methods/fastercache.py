@@ -12,7 +12,7 @@ instead of the step index.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -196,7 +196,7 @@ class FasterCache(Method):
         def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
             return self._denoise(inner, x, inputs, host, trace, state(), plans())
 
-        with host.wrap_attention(attend), host.wrap_denoiser(denoise):
+        with host.wrap_attention(attend) if self.attention else nullcontext(), host.wrap_denoiser(denoise):
             yield
 
     def _active_plan(self, count: int, guided: bool) -> list[StepPlan]:
