@@ -10,6 +10,13 @@ from torch import Tensor
 from ..errors import AccelError
 
 
+def is_flow(scheduler) -> bool:
+    """Whether latents are (1 - sigma) signal + sigma noise, and not sqrt(1 - sigma^2) signal + sigma noise."""
+    sigmas, config = getattr(scheduler, "sigmas", None), scheduler.config
+    known = config.get("use_flow_sigmas") or config.get("invert_sigmas")
+    return sigmas is not None and bool(known or max(sigmas) <= 1)
+
+
 def noise_levels(scheduler) -> list[float]:
     """Sigma of each of a scheduler's timesteps, falling from near 1, and at last 0.
 
@@ -21,8 +28,7 @@ def noise_levels(scheduler) -> list[float]:
         levels = [float(sigma) for sigma in sigmas[: len(times) + 1]]
         if scheduler.config.get("invert_sigmas"):  # Mochi counts the signal
             return [1 - level for level in levels]
-        is_flow = max(levels) <= 1 or scheduler.config.get("use_flow_sigmas")
-        return levels if is_flow else [level / (1 + level**2) ** 0.5 for level in levels]
+        return levels if is_flow(scheduler) else [level / (1 + level**2) ** 0.5 for level in levels]
     if not hasattr(scheduler, "alphas_cumprod"):
         raise AccelError(
             f"{type(scheduler).__name__} tells no noise levels: choose a scheduler with sigmas, such as "

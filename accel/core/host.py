@@ -30,7 +30,7 @@ from ..errors import AccelError
 from ..families import family_of
 from .attention import QKV, InterceptedProcessor
 from .blocks import StackedBlocks
-from .denoising_loop import CallTracker, noise_levels
+from .denoising_loop import CallTracker, is_flow, noise_levels
 from .flops import count_flops
 from .foreign import check_foreign, foreign_cache
 from .hooks import ForwardHook, HookedForward, patched_method
@@ -52,15 +52,17 @@ class Place(Protocol):
 class Host:
     """A pipeline under observation.
 
-    `step` is where its loop stands, `active_index` which of its `denoisers` runs, `latents` the input of that call and
-    `grid` its token grid (f, h, w), `text_tokens` those that joint attention has beside it. `exact_steps` are steps
-    that later steps reuse; methods must compute them exactly.
+    `step` is where its loop stands, `active_index` which of its `denoisers` runs, `latents` the input of that call
+    (`signal` times the clean video, plus sigma times noise) and `grid` its token grid (f, h, w), `text_tokens` those
+    that joint attention has beside it. `exact_steps` are steps that later steps reuse; methods must compute them
+    exactly.
     """
 
     def __init__(self, pipe, trace: Trace, is_neutral: bool = False):
         """`is_neutral`: nothing that wraps will change anything, so that a batch need not be split."""
         self.pipe, self.trace, self.family, self.is_neutral = pipe, trace, family_of(pipe), is_neutral
         self.step: Step | None = None
+        self.signal = 0.0
         self.active_index = 0
         self.latents: Tensor | None = None
         self.grid, self.text_tokens = (0, 0, 0), 0
@@ -260,6 +262,8 @@ class Host:
             self.text_id += 1
             self.trace.add_message(f"the text changed at step {at.index + 1}: what depends on it was computed anew")
         self.step = Step(at.index, at.count, *self._levels[at.position : at.position + 2], at.branch)
+        sigma = self.step.sigma
+        self.signal = 1 - sigma if is_flow(pipe.scheduler) else (1 - sigma**2) ** 0.5
         self.grid = self.family.grid(self.denoisers[index], x, inputs)
         self.text_tokens = self.family.text_tokens(inputs)
         if at.begins or index != self.active_index:  # shapes do not change within a run

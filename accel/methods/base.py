@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from ..core.trace import Trace
+from ..core.trace import DENOISER, Trace
 from ..students.manifest import load_manifest
 
 if TYPE_CHECKING:
@@ -71,6 +71,31 @@ def report_estimate(method: Method, spec: RunSpec, trace: Trace) -> None:
             )
 
 
+def outside_blocks(family: Family, model: nn.Module, flops: dict[str, int]) -> int:
+    """FLOPs of a call without its blocks: of the embedding and the head."""
+    return flops[DENOISER] - sum(flops[name] for name in family.block_names(model))
+
+
+def record_prediction(host: Host, trace: Trace, flops: int = 0) -> float:
+    """Record that the blocks of this call are predicted, which costs `flops`; returns the share of work left."""
+    left = outside_blocks(host.family, host.denoisers[host.active_index], trace.flops) + flops
+    share = left / trace.flops[DENOISER]
+    trace.record(host.step, DENOISER, "predict", share)
+    trace.discard(host.step, host.attentions[host.active_index])
+    return share
+
+
+def _rising_from_0(full_steps: str) -> str:
+    try:
+        steps = [int(word) for word in full_steps.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"full_steps = {full_steps!r} are not whole numbers") from None
+    if steps and (steps[0] != 0 or sorted(set(steps)) != steps):
+        raise ValueError(f"full_steps = {full_steps!r} must rise from 0: before the first one nothing is cached")
+    return " ".join(map(str, steps))
+
+
+FullSteps = Annotated[str, AfterValidator(_rising_from_0)]  # indices of steps, as "0 1 2 5 9"; empty for none
 Choices = list | tuple[float, float]  # the possible values of a parameter, or the lowest and the highest
 
 
@@ -84,7 +109,7 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     """
 
     title: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str]  # such as "arXiv 2410.19355"; empty for a method of ours
     neutral: ClassVar[dict] = {}
     basic: ClassVar[tuple[str, ...]]
 

@@ -56,3 +56,20 @@ def high_energy(x: Tensor, space: float = 0.25, time: float = 0.5) -> tuple[Tens
         twice[-1] = 1
     masks = high_pass((f, h, w), space, time)
     return tuple((power * twice * m.to(x.device)).sum((-3, -2, -1)).mean() / (f * h * w) for m in masks)
+
+
+def estimate_signal(x: Tensor, signal: float, noise: float) -> Tensor:
+    """Estimate of the clean signal in noisy x (..., f, h, w), float32, by a Wiener filter whose gain has the mean 1.
+
+    `signal` and `noise` are the scales of both in x; the signal's power falls as |frequency|^-3 along each axis.
+    SeaCache (arXiv 2602.18993).
+    """
+    signal = max(signal, 1e-6)
+    gains = []
+    for axis in (-3, -2, -1):
+        frequency = torch.fft.fftfreq(x.shape[axis], device=x.device).abs()
+        gain = signal / (signal**2 + noise**2 * frequency**3)
+        gains.append(gain / gain.mean())
+    f, h, w = gains
+    gain = f[:, None, None] * h[:, None] * w[: x.shape[-1] // 2 + 1]
+    return torch.fft.irfftn(torch.fft.rfftn(x.float(), dim=(-3, -2, -1)) * gain, s=x.shape[-3:], dim=(-3, -2, -1))

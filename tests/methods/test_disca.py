@@ -9,8 +9,9 @@ import accel
 from accel.families.wan import Wan
 from accel.methods import AsymRnR, DisCa, FasterCache, MeanFlow
 from accel.methods.base import RunSpec
-from accel.methods.disca.disca import TaylorCache, select_full_steps
+from accel.methods.disca.disca import select_full_steps
 from accel.methods.disca.predictor import Predictor, flops
+from accel.ops.taylor import TaylorCache
 from accel.students.interval_embedding import INTERVAL_EMBEDDER, with_interval_embedder
 from accel.students.loading import load_student
 
@@ -41,15 +42,6 @@ def test_full_steps_can_be_given():
             DisCa(full_steps=wrong)
     with pytest.raises(ValueError, match="ends with step 9, but a run of 8 steps ends with step 7"):
         DisCa(full_steps="0 9").steps(8)
-
-
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_taylor_series_are_exact_for_features_linear_in_the_step(order):
-    cache, line = TaylorCache(), lambda i: torch.full((1, 2, 3), 2.0 + 3 * i * (order > 0))
-    for i in (0, 2, 5):
-        cache.refresh(i, line(i), order)
-    assert len(cache.terms) == order + 1
-    torch.testing.assert_close(cache.extrapolate(9), line(9))
 
 
 def test_blocks_run_at_full_steps_only_in_each_branch(pipe, sample):

@@ -10,21 +10,29 @@ reuse of the cached output, and a Taylor series of the last few (TaylorSeer, arX
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ...core.trace import DENOISER, Trace
 from ...errors import AccelError
 from ...students.manifest import load_manifest
-from ..base import Choices, Method, RunSpec, model_path, report_estimate, run_spec
+from ..base import (
+    Choices,
+    FullSteps,
+    Method,
+    RunSpec,
+    model_path,
+    outside_blocks,
+    record_prediction,
+    report_estimate,
+    run_spec,
+)
 from .predictor_manifest import PredictorForm, PredictorManifest, PredictorRuns
 
 if TYPE_CHECKING:
@@ -36,26 +44,6 @@ if TYPE_CHECKING:
 TAYLOR_ORDER = {"residual": 0, "paper": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
 TRAINED = get_args(PredictorForm)
 MANIFEST = "predictor.json"
-
-
-@dataclass
-class TaylorCache:
-    """The cached output (b, n, d) of one branch at the last full step, with its backward differences by step."""
-
-    step: int = 0
-    terms: list[Tensor] = field(default_factory=list)  # differences of order 0, 1, ...
-
-    def refresh(self, step: int, feature: Tensor, order: int) -> None:
-        """Cache the output of a full step and its differences, up to `order`, from the full steps before."""
-        terms, before = [feature], self.terms if self.terms and self.terms[0].shape == feature.shape else []
-        for older in before[:order]:
-            terms.append((terms[-1] - older) / (step - self.step))
-        self.step, self.terms = step, terms
-
-    def extrapolate(self, step: int) -> Tensor:
-        """The Taylor series at a later step."""
-        ahead = step - self.step
-        return sum(term * (ahead**i / math.factorial(i)) for i, term in enumerate(self.terms))
 
 
 class DisCa(Method):
@@ -73,7 +61,7 @@ class DisCa(Method):
         "residual",
         description="A trained network (residual, or as in the paper), the cached output, or its Taylor series.",
     )
-    full_steps: str = Field(
+    full_steps: FullSteps = Field(
         "",
         description="Indices of the full steps, as in '0 1 2 5 9'; empty: spread evenly.",
         json_schema_extra={"page": False},
@@ -81,17 +69,6 @@ class DisCa(Method):
     predictor_dir: str = Field(
         "", description="Folder of a predictor; empty: in the model's folder.", json_schema_extra={"page": False}
     )
-
-    @field_validator("full_steps")
-    @classmethod
-    def _are_rising(cls, full_steps: str) -> str:
-        try:
-            steps = [int(word) for word in full_steps.replace(",", " ").split()]
-        except ValueError:
-            raise ValueError(f"full_steps = {full_steps!r} are not whole numbers") from None
-        if steps and (steps[0] != 0 or sorted(set(steps)) != steps):
-            raise ValueError(f"full_steps = {full_steps!r} must rise from 0: before the first one nothing is cached")
-        return " ".join(map(str, steps))
 
     @model_validator(mode="after")
     def _unused_predictor_exists(self) -> DisCa:
@@ -138,11 +115,10 @@ class DisCa(Method):
         """The full steps, and in the others the embedding, the head and the predictor: its weights times the tokens."""
         from .predictor import num_parameters
 
-        blocks = sum(flops[name] for name in spec.family.block_names(spec.model))
-        tokens = spec.tokens
-        predictor = 2 * tokens * num_parameters(self.weights_dir(spec.model_path))
+        predictor = 2 * spec.tokens * num_parameters(self.weights_dir(spec.model_path))
+        left = outside_blocks(spec.family, spec.model, flops) + predictor
         full = len(self.steps(spec.count)) / spec.count
-        return full + (1 - full) * min(1.0, (flops[DENOISER] - blocks + predictor) / flops[DENOISER])
+        return full + (1 - full) * min(1.0, left / flops[DENOISER])
 
     def inactive_reason(self, spec: RunSpec) -> str:
         """All steps are full steps."""
@@ -153,6 +129,8 @@ class DisCa(Method):
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the block stack inside the context."""
+        from ...ops.taylor import TaylorCache
+
         predictor, runs = self._load(host) if self.predictor in TRAINED else (None, None)
         weights = sum(p.nbytes for p in predictor.parameters()) if predictor else 0
         caches, full_steps = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, runs))
@@ -162,14 +140,13 @@ class DisCa(Method):
             if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
                 caches().clear()
             cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
-            fits = bool(cache.terms) and cache.terms[0].shape == hidden.shape
-            if step.index in full_steps() or step.index in host.exact_steps or not fits:
+            if step.index in full_steps() or step.index in host.exact_steps or not cache.fits(hidden):
                 if step.index == step.count - 1:
                     self._report_speedup(trace, full_steps())
                 out = inner(hidden, *inputs, **named)
                 if len(full_steps()) < step.count:
                     cache.refresh(step.index, out, order)
-                    trace.set_memory("disca", weights + sum(t.nbytes for c in caches().values() for t in c.terms))
+                    trace.set_memory("disca", weights + sum(c.nbytes for c in caches().values()))
                 return out
             self._record_prediction(host, trace, predictor, hidden)
             if predictor is not None:
@@ -202,16 +179,13 @@ class DisCa(Method):
 
     def _record_prediction(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
         """Record a predicted pass with the work that is left: embedding, head and predictor."""
-        names = host.family.block_names(host.denoisers[host.active_index])
-        full, blocks = trace.flops[DENOISER], [trace.flops[name] for name in names]
-        left = full - sum(blocks)
+        work = 0
         if predictor is not None:
             from .predictor import flops
 
-            left += flops(predictor, hidden.shape[0] * hidden.shape[1], blocks[0])
-        trace.method_data["disca"]["compute_fraction"] = left / full
-        trace.record(host.step, DENOISER, "predict", left / full)
-        trace.discard(host.step, host.attentions[host.active_index])
+            block = trace.flops[host.family.block_names(host.denoisers[host.active_index])[0]]
+            work = flops(predictor, hidden.shape[0] * hidden.shape[1], block)
+        trace.method_data["disca"]["compute_fraction"] = record_prediction(host, trace, work)
 
     def _report_speedup(self, trace: Trace, full_steps: list[int]) -> None:
         """Report, at the last step, the speed-up over full passes only, as counted and as measured so far."""

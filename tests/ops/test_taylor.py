@@ -1,0 +1,36 @@
+"""The Taylor cache: what the series gives, and when it starts anew."""
+
+import pytest
+import torch
+
+from accel.ops.taylor import TaylorCache
+
+
+def line(position: float, slope: float = 3.0) -> torch.Tensor:
+    return torch.full((1, 2, 3), 2.0 + slope * position)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("positions", [(0, 2, 5, 9), (-7.0, -4.5, -3.5, 1.25)], ids=["steps", "log SNR"])
+def test_a_feature_linear_in_the_position_is_continued_exactly(positions, order):
+    cache, slope = TaylorCache(), 3.0 * (order > 0)
+    for position in positions[:3]:
+        cache.refresh(position, line(position, slope), order)
+    assert len(cache.terms) == order + 1 and cache.nbytes == (order + 1) * 6 * 4
+    torch.testing.assert_close(cache.extrapolate(positions[3]), line(positions[3], slope))
+
+
+def test_a_feature_computed_twice_at_one_position_replaces_the_first():
+    cache = TaylorCache()
+    for value in (1.0, 2.0):
+        cache.refresh(4, torch.full((1, 2, 3), value), 1)
+    assert torch.equal(cache.extrapolate(6), torch.full((1, 2, 3), 2.0))
+
+
+def test_a_feature_of_another_shape_starts_a_new_series():
+    cache, wider = TaylorCache(), torch.ones(1, 4, 3)
+    assert not cache.fits(wider)
+    cache.refresh(0, line(0), 1)
+    assert not cache.fits(wider)
+    cache.refresh(1, wider, 1)
+    assert cache.fits(wider) and torch.equal(cache.extrapolate(5), wider)
