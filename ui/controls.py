@@ -44,7 +44,8 @@ class MethodControls:
                 )  # fmt: skip
         for name, method in METHODS.items():
             with gr.Column(visible=name in active, elem_classes="knobs", elem_id=f"knobs-{name}") as self.groups[name]:
-                gr.Markdown(f"**{method.title}** · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})")
+                paper = f" · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})" if method.paper else ""
+                gr.Markdown(f"**{method.title}**{paper}")
                 self.parameters[name] = self._parameters(active.get(name) or method(), available_values(name, model))
 
     def _parameters(self, method: Method, available: AvailableValues) -> dict[str, gr.components.Component]:

@@ -50,7 +50,7 @@ def methods() -> str:
     rows = []
     for name, method in METHODS.items():
         arxiv = method.paper.removeprefix("arXiv ")
-        paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})"
+        paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})" if arxiv else "ours"
         about = inspect.getdoc(method).split("\n\n")[0].replace("\n", " ")
         rows.append([f"`{name}`", method.title, paper, about, "yes" if needs_training(name) else "no"])
     return markdown(["name", "method", "paper", "what it does", "needs training"], rows)

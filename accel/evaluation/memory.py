@@ -17,6 +17,7 @@ SETTINGS = {
     "`asymrnr`": METHODS["asymrnr"](),
     "`asymrnr`, uncorrected": METHODS["asymrnr"](correction="none"),
     "`disca`, `taylor-1`": METHODS["disca"](predictor="taylor-1"),
+    "`stepcache`": METHODS["stepcache"](),
 }
 
 

@@ -6,6 +6,7 @@ from .disca.disca import DisCa
 from .fastercache import FasterCache
 from .gpd import GPD
 from .meanflow import MeanFlow
+from .stepcache import StepCache
 
 METHODS: dict[str, type[Method]] = {
     "fastercache": FasterCache,
@@ -13,4 +14,5 @@ METHODS: dict[str, type[Method]] = {
     "gpd": GPD,
     "meanflow": MeanFlow,
     "disca": DisCa,
+    "stepcache": StepCache,
 }

@@ -199,6 +199,17 @@ def test_disca_predicts_the_blocks_of_both_branches(name):
     assert trace.summary()["calls"] == {"compute": 8 * branches, "predict": 4 * branches}
 
 
+@pytest.mark.parametrize("name", all_but(*WITHOUT_STACK))
+def test_stepcache_predicts_the_same_steps_in_both_branches(name):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [METHODS["stepcache"](threshold=1.2)]) as trace:
+        latents = sample(pipe, inputs, name)
+    assert latents.isfinite().all() and not torch.equal(latents, stock(name))
+    calls = [e for e in trace.events.values() if e.layer == "denoiser"]
+    steps = [{e.step: e.action for e in calls if e.branch == branch} for branch in ("cond", "uncond")]
+    assert set(steps[0].values()) == {"compute", "predict"} and (name in UNGUIDED or steps[0] == steps[1])
+
+
 @pytest.mark.parametrize("name", WITHOUT_STACK)
 def test_disca_is_refused_where_the_blocks_are_not_one_stack(name):
     pipe, _ = TINY[name]()

@@ -1,0 +1,203 @@
+"""StepCache: full forward passes at a few steps; at the others the residual of the block stack is extrapolated.
+
+Ours, without training, from published ideas. What is cached is the residual, output minus input of all blocks, as in
+TeaCache (arXiv 2411.19108); it is extrapolated by a Taylor series, as in TaylorSeer (arXiv 2503.06923). A full pass
+runs at given steps, or where the denoised input has changed enough since the last one, as in SeaCache
+(arXiv 2602.18993), here measured on the latents.
+
+New: the series runs in the log signal-to-noise ratio instead of the step index, and all branches of a step are full or
+none is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ..core.trace import DENOISER, Trace
+from ..errors import amount
+from .base import FullSteps, Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.host import Host
+
+MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
+CROWDING = 2  # full step i of n is at (i / n) ** CROWDING of the run
+
+
+@dataclass
+class State:
+    """What one run has decided."""
+
+    planned: list[int] | None  # the full steps; None: where the input has changed enough
+    full_steps: list[int] = field(default_factory=list)  # so far
+    changes: list[float] = field(default_factory=list)  # relative change of the input in each step but the first
+    accumulated: float = 0.0  # change since the last full step
+    step: int = -1  # the last one that was decided
+    position: float = 0.0  # of the last full step
+    signal: Tensor | None = None  # (b, c, f, h, w) estimated in the last step's latents
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the current step is a full one."""
+        return self.full_steps[-1:] == [self.step]
+
+
+class StepCache(Method):
+    """Extrapolates the residual of all blocks, in the log signal-to-noise ratio, between full forward passes."""
+
+    title: ClassVar[str] = "StepCache"
+    paper: ClassVar[str] = ""
+    neutral: ClassVar[dict] = {"schedule": "spread", "full_share": 1.0, "full_steps": ""}
+    basic: ClassVar[tuple[str, ...]] = ("schedule", "threshold", "full_share")
+
+    schedule: Literal["change", "spread"] = Field(
+        "change", description="Full passes where the input has changed enough, or spread, densest at the beginning."
+    )
+    threshold: float = Field(
+        0.2, ge=0, le=2, multiple_of=0.01, description="Change from one full pass to the next; more loses shape."
+    )
+    full_share: float = Field(
+        0.4, ge=0.06, le=1, multiple_of=0.01, description="Share of full passes if they are spread; fewer lose shape."
+    )
+    order: int = Field(
+        1,
+        ge=0,
+        le=2,
+        description="Order of the series: 0 reuses the last residual, 2 needs more full passes to be safe.",
+    )
+    full_steps: FullSteps = Field(
+        "",
+        description="Indices of full steps of a run, as in '0 1 2 5 9', scaled to other step counts; empty: schedule.",
+        json_schema_extra={"page": False},
+    )
+
+    def steps(self, count: int) -> list[int] | None:
+        """The full steps of `count` steps, the first two and the last among them; None: they depend on the video."""
+        if count < MIN_STEPS:
+            return list(range(count))
+        if given := [int(word) for word in self.full_steps.split()]:
+            last = max(1, given[-1])
+            return sorted({0, 1, count - 1, *(round(step * (count - 1) / last) for step in given)})
+        return spread(max(3, round(self.full_share * count)), count) if self.schedule == "spread" else None
+
+    def estimate_memory(self, spec: RunSpec) -> int:
+        """Bytes of the cached residuals of each branch, and of the latents (float32) of which a change is measured."""
+        full = self.steps(spec.count)
+        if full and len(full) == spec.count:
+            return 0
+        tensors = (1 + self.order) * (1 + spec.guided)
+        residuals = tensors * spec.tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        return residuals + (0 if full else 4 * spec.latents.numel())
+
+    def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float | None:
+        """The full steps, and in the others the embedding and the head; None where the steps depend on the video."""
+        full = self.steps(spec.count)
+        if full is None:
+            return None
+        share = len(full) / spec.count
+        return share + (1 - share) * outside_blocks(spec.family, spec.model, flops) / flops[DENOISER]
+
+    def inactive_reason(self, spec: RunSpec) -> str:
+        """Too few steps, or all of them are full steps."""
+        if spec.count < MIN_STEPS:
+            few = amount(spec.count, "step is", "steps are")
+            return f"StepCache is off: {few} too few, it needs at least {MIN_STEPS}"
+        if self.steps(spec.count) == list(range(spec.count)):
+            return f"StepCache does nothing: all {spec.count} steps are full forward passes at this setting"
+        return ""
+
+    @contextmanager
+    def apply(self, host: Host, trace: Trace) -> Iterator[None]:
+        """Wrap the block stack inside the context."""
+        from ..ops.taylor import TaylorCache
+
+        caches, state = host.per_text(dict), host.per_run(lambda: self._begin(host, trace))
+
+        def blocks(inner: Callable[..., Tensor], hidden: Tensor, *inputs, **named) -> Tensor:
+            step, run = host.step, state()
+            if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
+                caches().clear()
+            cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
+            position = log_snr(host.signal, step.sigma)
+            is_fresh = cache.fits(hidden) and cache.position == run.position
+            if run.step != step.index:
+                self._decide(host, trace, run, is_fresh)
+            if not run.is_full and is_fresh:
+                record_prediction(host, trace)
+                return hidden + cache.extrapolate(position)
+            out = inner(hidden, *inputs, **named)
+            if step.index < step.count - 1 and run.planned != list(range(step.count)):
+                cache.refresh(position, out - hidden, self.order)
+                signal = run.signal.nbytes if run.signal is not None else 0
+                trace.set_memory("stepcache", signal + sum(c.nbytes for c in caches().values()))
+            return out
+
+        with host.wrap_blocks(blocks):
+            yield
+
+    def _begin(self, host: Host, trace: Trace) -> State:
+        """The state of a new run. Messages and the memory estimate go to the trace."""
+        spec = run_spec(host)
+        if inactive_reason := self.inactive_reason(spec):
+            trace.add_message(inactive_reason)
+        report_estimate(self, spec, trace)
+        state = State(self.steps(spec.count))
+        trace.method_data["stepcache"] = {"full_steps": state.full_steps, "changes": state.changes}
+        return state
+
+    def _decide(self, host: Host, trace: Trace, run: State, is_fresh: bool) -> None:
+        """Decide, in the first branch of a step, whether all branches run in full."""
+        step = host.step
+        run.step = step.index
+        is_due = self._has_changed(host, run) if run.planned is None else step.index in run.planned
+        is_edge = step.index < 2 or step.index == step.count - 1
+        if is_due or is_edge or not is_fresh or step.index in host.exact_steps:
+            run.full_steps.append(step.index)
+            run.accumulated, run.position = 0.0, log_snr(host.signal, step.sigma)
+        if run.planned is None and step.index == step.count - 1:
+            self._report_threshold(trace, run)
+
+    def _has_changed(self, host: Host, run: State) -> bool:
+        """Whether the signal in the latents has changed by the threshold since the last full step."""
+        from ..ops.spectrum import estimate_signal
+
+        before, latents = run.signal, host.family.to_video(host.latents, host.grid)
+        is_flat = host.grid[:2] == (1, 1)  # a family that does not know its grid
+        run.signal = latents.float() if is_flat else estimate_signal(latents, host.signal, host.step.sigma)
+        if before is not None:
+            run.changes.append(float((run.signal - before).abs().mean() / before.abs().mean()))
+            run.accumulated += run.changes[-1]
+        return run.accumulated >= self.threshold
+
+    def _report_threshold(self, trace: Trace, run: State) -> None:
+        """Say so if the threshold is below or above all that can happen."""
+        changes, count = run.changes[1:-1], len(run.changes) + 1  # the first two steps and the last are always full
+        if len(run.full_steps) == count:
+            trace.add_message(
+                f"StepCache did nothing: its threshold {self.threshold:g} is not above the smallest change in a step, "
+                f"{min(changes):.2g}"
+            )
+        elif sum(changes) < self.threshold:
+            trace.add_message(
+                f"StepCache predicted every step that it may: its threshold {self.threshold:g} is above the sum of all "
+                f"changes, {sum(changes):.2g}"
+            )
+
+
+def log_snr(signal: float, noise: float) -> float:
+    """Log of the signal-to-noise ratio, of the two scales; either counts as 0.001 at least."""
+    return math.log(max(signal, 1e-3) / max(noise, 1e-3))
+
+
+def spread(num_full_steps: int, count: int) -> list[int]:
+    """Full steps of `count` steps: the first two, the last, and the others between, ever further apart."""
+    last = num_full_steps - 2
+    return [0, *(1 + max(i, round((count - 2) * (i / last) ** CROWDING)) for i in range(last + 1))]
