@@ -19,7 +19,6 @@ from accel.methods import METHODS
 
 NAMES = list(TINY)
 EACH_FAMILY = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2", "kandinsky5"]
-ALWAYS_RUN = [*EACH_FAMILY, "wan_22", "cogvideox_15", "hunyuan_video_true_cfg", "ltx_image"]  # the others are slow
 FROM_VIDEO = ["wan_video", "cogvideox_video"]  # they leave out the first fifth of the schedule
 UNGUIDED = ["hunyuan_video"]
 VIDEO_TOKENS = {"wan_vace": 64, "hunyuan_video_15": 192, "ltx": 64, "ltx_image": 64, "ltx_condition": 80}  # others: 48
@@ -35,7 +34,7 @@ ONE_BY_ONE = ["mochi"]  # its attention has one softmax for each item of a batch
 
 def all_but(*left_out: str) -> list:
     """The pipelines as parameters of a test."""
-    marks = lambda name: () if name in ALWAYS_RUN else pytest.mark.slow
+    marks = lambda name: () if name in EACH_FAMILY else pytest.mark.slow
     return [pytest.param(name, marks=marks(name)) for name in NAMES if name not in left_out]
 
 

@@ -11,6 +11,8 @@ METHODS = [FasterCache(), AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5)
 NEUTRAL = [type(method)(**method.neutral) for method in METHODS]
 EACH_FAMILY = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2", "kandinsky5"]
 
+ALWAYS_RUN = ["wan", "cogvideox", "ltx"]
+
 
 def in_bfloat16(pipe, inputs: dict) -> dict:
     pipe.to(torch.bfloat16)
@@ -25,7 +27,8 @@ def stored_in_eight_bits(pipe, inputs: dict) -> dict:
 
 @pytest.mark.parametrize(
     "name, change",
-    [(name, change) for name in EACH_FAMILY for change in (in_bfloat16, stored_in_eight_bits)
+    [pytest.param(name, change, marks=() if name in ALWAYS_RUN else pytest.mark.slow)
+     for name in EACH_FAMILY for change in (in_bfloat16, stored_in_eight_bits)
      if (name, change) != ("kandinsky5", in_bfloat16)],  # the stock pipeline runs so on a GPU only
 )  # fmt: skip
 def test_neutral_is_the_baseline_and_methods_act(name, change):
