@@ -3,8 +3,8 @@
 python tests/diffusers_pipelines.py DIFFUSERS [FAMILY ...]    (a checkout of diffusers; exit code 1 if any test differs)
 
 Three comparisons: no method against the plain pipeline, where all outputs must be equal bit for bit, too; then, with at
-least 12 steps in every call, FasterCache against the plain pipeline, by outcome alone. Tests that fetch a tiny text
-model get one of the same kind, made here: no network is needed. Their stored values then fail on both sides.
+least 12 steps in every call, FasterCache against the plain pipeline, by outcome alone. Tests that fetch a tiny
+encoder get one of the same kind, made here: no network is needed. Their stored values then fail on both sides.
 """
 
 from __future__ import annotations
@@ -56,6 +56,26 @@ def t5_encoder(*_, **__):
         return T5EncoderModel(t5_config()).eval()
 
 
+def siglip(*_, **__):
+    """A random image encoder, always the same."""
+    import torch
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=30, patch_size=2
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SiglipVisionModel(config).eval()
+
+
+def siglip_processor(*_, **__):
+    """The pictures of that encoder."""
+    from transformers import SiglipImageProcessor
+
+    return SiglipImageProcessor(size={"height": 30, "width": 30})
+
+
 STAND_INS = {
     "AutoTokenizer": bytes_tokenizer,
     "CLIPTokenizer": bytes_tokenizer,
@@ -64,6 +84,8 @@ STAND_INS = {
     "Qwen2Tokenizer": bytes_tokenizer,
     "AutoConfig": t5_config,
     "T5EncoderModel": t5_encoder,
+    "SiglipVisionModel": siglip,
+    "SiglipImageProcessor": siglip_processor,
 }
 FETCHED = ("hf-internal-testing/", "finetrainers/")
 
@@ -206,7 +228,7 @@ def main() -> None:
     checkout, families = Path(sys.argv[1]).resolve(), sys.argv[2:] or FAMILIES
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     columns = "family | comparison | tests | passed | calls inside | method acted | differ | refused"
     print(f"| {columns} |\n{8 * '|---'}|")
     rows = []

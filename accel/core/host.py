@@ -58,8 +58,12 @@ class Host:
     exactly.
     """
 
-    def __init__(self, pipe, trace: Trace, is_neutral: bool = False):
-        """`is_neutral`: nothing that wraps will change anything, so that a batch need not be split."""
+    def __init__(self, pipe, trace: Trace, is_neutral: bool = False, has_methods: bool = True):
+        """`is_neutral`: nothing that wraps will change anything, so that a batch need not be split.
+
+        Without methods, a cache of diffusers is not refused.
+        """
+        self.has_methods = has_methods
         self.pipe, self.trace, self.family, self.is_neutral = pipe, trace, family_of(pipe), is_neutral
         self.step: Step | None = None
         self.signal = 0.0
@@ -89,7 +93,7 @@ class Host:
                 "a transformer that is compiled as a whole cannot be wrapped inside: compile its blocks, by "
                 "pipe.transformer.compile_repeated_blocks()"
             )
-        if not self.is_neutral:
+        if self.has_methods:
             check_foreign(self.denoisers)
         self.signatures = [inspect.signature(type(model).forward) for model in self.denoisers]
         self.attentions = [self.family.attentions(model) for model in self.denoisers]
@@ -256,8 +260,6 @@ class Host:
             self.trace.begin()
             self.exact_steps.clear()
             self.trace.started = time.perf_counter()
-            if cache := foreign_cache(self.denoisers):
-                self.trace.add_message(f"diffusers' {cache} is on: what it skips is counted as computed here")
         if at.has_new_text:
             self.text_id += 1
             self.trace.add_message(f"the text changed at step {at.index + 1}: what depends on it was computed anew")
@@ -267,9 +269,16 @@ class Host:
         self.grid = self.family.grid(self.denoisers[index], x, inputs)
         self.text_tokens = self.family.text_tokens(inputs)
         if at.begins or index != self.active_index:  # shapes do not change within a run
-            self.trace.flops = count_flops(self.denoisers[index], x, inputs, partial(self._count, index, x, inputs))
+            self.trace.flops = self._flops(index, x, inputs)
         self.active_index, self.latents = index, x
         self.trace.sigmas[at.index] = self.step.sigma
+
+    def _flops(self, index: int, x: Tensor, inputs: dict[str, Any]) -> dict[str, int]:
+        """FLOPs of one call; none beside a cache of diffusers, which would take a counting call for a step."""
+        if cache := foreign_cache(self.denoisers):
+            self.trace.add_message(f"diffusers' {cache} is on: what it skips is not counted here")
+            return {}
+        return count_flops(self.denoisers[index], x, inputs, partial(self._count, index, x, inputs))
 
     def _count(self, index: int, x: Tensor, inputs: dict[str, Any]) -> None:
         """A call of the transformer past all wrappers."""

@@ -80,7 +80,7 @@ def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
     with ExitStack() as stack:
         for part in (pipe, *denoisers):
             stack.enter_context(_taken(part))
-        host = Host(pipe, trace, all(method.is_neutral for method in methods))
+        host = Host(pipe, trace, all(method.is_neutral for method in methods), bool(methods))
         stack.enter_context(host.attached())
         for method in methods:
             stack.enter_context(method.apply(host, trace))

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from diffusers import hooks
+from families.tiny import TINY
 
 import accel
+from accel.core import flops
 from accel.core.foreign import check_foreign
+from accel.methods import FasterCache
 
 CONFIGS = {
     "FasterCache": lambda: hooks.FasterCacheConfig(current_timestep_callback=lambda: 1),
@@ -35,11 +38,30 @@ def test_without_a_method_a_cache_of_diffusers_acts_as_ever_and_the_trace_says_s
     baseline = sample(pipe)
     with accel.apply(pipe) as trace:
         assert torch.equal(sample(pipe), baseline)
-    assert "diffusers' FirstBlockCache is on" in trace.messages[0]
-    with pytest.raises(ValueError, match="do not go together"), accel.apply(pipe, "fastercache"):
-        pass
+    assert "diffusers' FirstBlockCache is on" in trace.messages[0] and not trace.flops
+    for method in ("fastercache", FasterCache(**FasterCache.neutral)):
+        with pytest.raises(ValueError, match="do not go together"), accel.apply(pipe, method):
+            pass
     pipe.transformer.disable_cache()
     assert not torch.equal(sample(pipe), baseline)
+
+
+def test_a_cache_of_diffusers_counts_no_step_more_where_flops_are_counted_by_a_call(monkeypatch):
+    monkeypatch.setattr(flops, "_COUNTED", {})
+    pipe, inputs = TINY["mochi"]()
+    iterations = []
+    cache = hooks.FasterCacheConfig(
+        spatial_attention_block_skip_range=2, unconditional_batch_skip_range=2,
+        current_timestep_callback=lambda: pipe.current_timestep, attention_weight_callback=lambda _: 0.5,
+    )  # fmt: skip
+    pipe.transformer.enable_cache(cache)
+    denoiser = pipe.transformer._diffusers_hook.get_hook("faster_cache_denoiser")
+    with accel.apply(pipe):
+        pipe(
+            **inputs, num_inference_steps=2, output_type="latent",
+            callback_on_step_end=lambda *_: iterations.append(denoiser.state.iteration) or {},
+        )  # fmt: skip
+    assert iterations == [1, 2]
 
 
 def test_no_cache_of_diffusers_is_missing_here():
