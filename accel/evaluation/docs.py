@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from ..errors import AccelError
@@ -19,7 +18,8 @@ from ..families import FAMILIES, Family
 from ..methods import METHODS
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
-from .memory import SETTINGS, SHAPES, forecast
+from .layouts import LAYOUTS
+from .memory import SETTINGS, forecast
 from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
 from .suites import OVERVIEW, SUITES, baseline_at_matched_time, results
@@ -76,12 +76,13 @@ def _state(family: Family, name: str) -> str:
     return "yes" if name == "disca" else "after training" if family.trains_students else "no"
 
 
+@cache  # every model is built, though without its weights
 def memory() -> str:
     """Forecast of what methods hold on real models."""
     rows = []
-    for name, shape in SHAPES.items():
-        tokens = math.prod(shape.grid)
-        rows.append([name, shape.size, f"{tokens:,}", *(f"{gib:.1f}" for gib in forecast(shape).values())])
+    for name, layout in LAYOUTS.items():
+        size, tokens, gib = forecast(layout)
+        rows.append([name, size, f"{tokens:,}", *(f"{n:.1f}" for n in gib)])
     return markdown(["model", "size", "video tokens", *(f"{name}, GiB" for name in SETTINGS)], rows)
 
 

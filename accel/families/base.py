@@ -24,6 +24,7 @@ class Family:
     attention: ClassVar[str] = ""  # attribute of a block that holds its video self-attention
     is_joint: ClassVar[bool] = False  # blocks take and return text beside the video, attention is over both
     batches_guidance: ClassVar[bool] = False  # one call computes both branches, as a batch [uncond, cond]
+    embeds_guidance: ClassVar[bool] = False  # guidance is an input of the one branch
     compiles_attention: ClassVar[bool] = False  # the attention can be intercepted inside a compiled block
     trains_students: ClassVar[bool] = False  # students and predictors can be trained for it
     remarks: ClassVar[dict[str, str]] = {}  # by method, where it does not simply run

@@ -15,6 +15,7 @@ class HunyuanVideo(Family):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     attention = "attn"
     is_joint = True
+    embeds_guidance = True
     remarks = {"fastercache": "yes; a branch to rebuild only with true guidance"}
 
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:

@@ -66,7 +66,8 @@ def step_flops(run: Run, pipe) -> int:
     Where a family does not tell what a call gets, they are those of the weights with the video's tokens, and of its
     self-attentions.
     """
-    spec, calls = run_spec(run, pipe), 2 if run.guidance > 1 else 1
+    spec = run_spec(run, pipe)
+    calls = 1 + spec.guided
     if flops := _full_flops(spec, model_defaults(pipe, run.model).text_length):
         return flops[DENOISER] * calls
     weights = sum(p.numel() for p in spec.model.parameters())

@@ -46,7 +46,8 @@ def run_spec(run: Run, pipe) -> RunSpec:
     family, model = family_of(pipe), pipe.transformer
     num_layers = len(family.attentions(model))
     text = model_defaults(pipe, run.model).text_length if family.is_joint else 0
-    about = latent_spec(run, pipe), grid(pipe, run), run.steps, run.guidance > 1, num_layers, text, resolve(run.model)
+    guided = run.guidance > 1 and not family.embeds_guidance
+    about = latent_spec(run, pipe), grid(pipe, run), run.steps, guided, num_layers, text, resolve(run.model)
     return RunSpec(model, family, *about)
 
 
