@@ -64,8 +64,10 @@ def test_ctrl_c_while_files_are_replaced_comes_afterwards(folder, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr("accel.files.os.replace", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
     with pytest.raises(KeyboardInterrupt), all_or_nothing(folder, "run.json", KNOWN) as part:
         write(part)
+    signal.signal(signal.SIGINT, before)
     assert contents(folder) == NEW
 
 

@@ -98,14 +98,3 @@ def test_a_pipeline_is_copied_and_saved_outside_only(duplicate, pipe):
             with pytest.raises(AccelError, match="cannot be copied or saved inside accel.apply"):
                 duplicate(part)
     duplicate(pipe)
-
-
-def test_a_cache_of_diffusers_is_refused_on_entering(pipe):
-    from diffusers.hooks import FirstBlockCacheConfig
-
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(AccelError, match="diffusers' FirstBlockCache and accel.apply"), accel.apply(pipe):
-        pass
-    pipe.transformer.disable_cache()
-    with accel.apply(pipe):
-        pass

@@ -156,6 +156,7 @@ def test_a_student_leaves_the_users_own_lora_on(distilled, sample):
     assert list(pipe.transformer.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_a_large_model_is_distilled_into_meanflow_with_a_predictor_and_both_run(large, sample):
     train("meanflow", large, rank=2)
     train("predictor", large)
@@ -171,6 +172,7 @@ def test_a_large_model_is_distilled_into_meanflow_with_a_predictor_and_both_run(
     assert torch.equal(sample(pipe), baseline)
 
 
+@pytest.mark.slow
 def test_all_weights_of_a_large_model_can_be_trained(large, sample):
     train("meanflow", large, rank=0)
     assert (large / "meanflow" / "model.safetensors").is_file()

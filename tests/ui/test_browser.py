@@ -210,6 +210,7 @@ def test_earlier_candidates_stay_in_the_player_if_asked_for(page):
     page.uncheck("#keep input")
 
 
+@pytest.mark.slow
 def test_any_result_can_be_pinned_as_the_reference(page):
     choose_preset(page, "plain")
     set_steps(page, 4, 2)
@@ -345,6 +346,7 @@ def test_a_sweep_fills_its_grid_and_a_point_of_its_plot_opens_a_pair(page):
     page.wait_for_selector("#message >> text=from the history", timeout=30_000)
 
 
+@pytest.mark.slow
 def test_the_code_tab_and_the_report_are_of_the_pair_that_is_shown(page, server):
     choose_preset(page, "fastercache", "fastercache")
     set_steps(page, 2, 5)

@@ -49,6 +49,7 @@ def alone(tiny_wan):
     return lambda run: generate(run, deepcopy(tiny_wan), DEFAULTS).frames
 
 
+@pytest.mark.slow
 def test_ten_visitors_at_once_get_the_frames_that_each_would_have_got_alone(workers, alone):
     runs = [run_of(i) for i in range(10)]
     with ThreadPoolExecutor(10) as pool:

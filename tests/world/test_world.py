@@ -130,6 +130,7 @@ def test_living_textures_move_and_depend_on_their_seed(pattern):
     assert (corner(video) - corner(other)).abs().mean() > 2
 
 
+@pytest.mark.slow
 def test_a_second_object_has_another_colour_and_is_read():
     rng, scenes = random.Random(8), []
     while len(scenes) < 20:
