@@ -59,6 +59,7 @@ def test_a_student_runs_in_its_own_steps_and_the_baseline_in_the_given_ones(acce
     assert read_settings(tmp_path / "b.mp4")["steps"] == 6 and read_settings(tmp_path / "b.mp4")["guidance"] == 1
 
 
+@pytest.mark.slow
 def test_run_repeats_a_video_from_the_file_alone(accel, tmp_path):
     common = ("--prompt", PROMPT, "--seed", "5", "--steps", "10", "--set", "fastercache.attention_interval=3")
     _, first, _ = accel("run", *common, "--out", str(tmp_path / "one"))

@@ -33,8 +33,8 @@ ONE_BY_ONE = ["mochi"]  # its attention has one softmax for each item of a batch
 
 
 def all_but(*left_out: str) -> list:
-    """The pipelines as parameters of a test."""
-    marks = lambda name: () if name in EACH_FAMILY else pytest.mark.slow
+    """The pipelines as parameters of a test; variants, and the one with the most tokens, are slow."""
+    marks = lambda name: () if name in EACH_FAMILY and name != "hunyuan_video_15" else pytest.mark.slow
     return [pytest.param(name, marks=marks(name)) for name in NAMES if name not in left_out]
 
 

@@ -245,7 +245,9 @@ def test_a_foreign_host_name_is_refused_by_the_whole_server(server):
 
 
 @pytest.mark.parametrize("moment", ["at once", pytest.param("in a run", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"]
+)
 def test_the_server_ends_cleanly_and_leaves_no_files(tmp_path, number, moment):
     server = subprocess.Popen(
         [sys.executable, "-c", SERVE.format(port=free_port(), busy=moment == "in a run")], cwd=ROOT,

@@ -152,8 +152,8 @@ def test_a_second_object_counts_only_where_the_caption_names_it():
 
 
 @pytest.mark.parametrize("frames, size, living", [
-    (17, 64, False), (33, 64, True), pytest.param(33, 64, False, marks=pytest.mark.slow),
-    pytest.param(17, 96, True, marks=pytest.mark.slow),
+    (17, 64, False), (17, 64, True), pytest.param(33, 64, False, marks=pytest.mark.slow),
+    pytest.param(33, 64, True, marks=pytest.mark.slow), pytest.param(17, 96, True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_judge_reads_true_renders(frames, size, living):
     """At least 98 % on every attribute; half the scenes are of the held-out kind."""
