@@ -18,10 +18,13 @@ from ..core.trace import DENOISER, Trace
 from ..students.manifest import load_manifest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from ..core.host import Host
     from ..families import Family
+
+WORKING_TENSORS = 16  # of all tokens, that a forward pass itself needs at most, about; measured at the size of Wan 1.3B
 
 
 class RunSpec(NamedTuple):
@@ -56,19 +59,26 @@ def run_spec(host: Host) -> RunSpec:
 
 
 def report_estimate(method: Method, spec: RunSpec, trace: Trace) -> None:
-    """Add a method's memory estimate to the trace, with a warning if the GPU has not so much left."""
-    needed = method.estimate_memory(spec)
-    trace.estimated_bytes += needed
+    """Add a method's memory estimate to the trace, with a warning if the GPU has not so much left for all methods."""
+    trace.estimated_bytes += method.estimate_memory(spec)
     if spec.latents.is_cuda:
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(spec.latents.device)
-        free += torch.cuda.memory_reserved(spec.latents.device) - torch.cuda.memory_allocated(spec.latents.device)
-        if needed > free:
+        caches = trace.estimated_bytes - sum(trace.memory_by_method.values())  # without what is there already
+        token = spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        free = free_memory(spec.latents.device) - WORKING_TENSORS * spec.tokens * token
+        if caches > free:
             trace.add_message(
-                f"{method.title} will cache up to {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of the GPU are "
-                "free: make the video smaller, or set fastercache.max_cache_gib"
+                f"{method.title} may run out of memory: up to {caches / 2**30:.1f} GiB will be cached, and about "
+                f"{max(0, free) / 2**30:.1f} GiB of the GPU are left for that; make the video smaller, or set "
+                "fastercache.max_cache_gib or asymrnr.correction = none"
             )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that torch can still allocate."""
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def outside_blocks(family: Family, model: nn.Module, flops: dict[str, int]) -> int:

@@ -133,16 +133,18 @@ class FasterCache(Method):
         """Bytes of two outputs for each attention and branch, and of the CFG delta (float32) with one output."""
         rebuilds = any(not p.guidance for p in self._active_plan(spec.count, spec.guided))
         delta = spec.latents.numel() * (2 * 4 + spec.latents.element_size()) if rebuilds else 0
-        return self.num_cached(spec) * self._layer_bytes(spec) + delta
+        return self._num_cached(spec) * self._layer_bytes(spec) + delta
 
-    def num_cached(self, spec: RunSpec) -> int:
-        """How many attentions keep their outputs: all, or the last ones, as many as fit.
+    def cached_layers(self, spec: RunSpec) -> list[str]:
+        """The attentions that keep their outputs: all, or the last ones, as many as fit.
 
         An error in a late block changes less of what follows.
         """
-        if not self.max_cache_gib:
-            return spec.num_layers
-        return min(spec.num_layers, int(self.max_cache_gib * 2**30 / max(1, self._layer_bytes(spec))))
+        return list(spec.family.attentions(spec.model))[spec.num_layers - self._num_cached(spec) :]
+
+    def _num_cached(self, spec: RunSpec) -> int:
+        fit = int(self.max_cache_gib * 2**30 / max(1, self._layer_bytes(spec)))
+        return min(spec.num_layers, fit) if self.max_cache_gib else spec.num_layers
 
     def _layer_bytes(self, spec: RunSpec) -> int:
         """Bytes of the cached outputs of one attention in all branches that reuse them."""
@@ -154,8 +156,7 @@ class FasterCache(Method):
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
         """The plan's share: without the extrapolated attentions and the rebuilt unconditional calls."""
         plans = self._active_plan(spec.count, spec.guided)
-        cached = list(spec.family.attentions(spec.model))[spec.num_layers - self.num_cached(spec) :]
-        attentions = sum(flops[name] for name in cached) / flops[DENOISER]
+        attentions = sum(flops[name] for name in self.cached_layers(spec)) / flops[DENOISER]
         calls = [(1 - attentions * (not p.attention)) * (1 + (spec.guided and p.guidance)) for p in plans]
         return sum(calls) / (len(plans) * (1 + spec.guided))
 
@@ -183,15 +184,10 @@ class FasterCache(Method):
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the attentions and the denoiser inside the context."""
         state, plans = host.per_text(State), host.per_run(lambda: self._begin(host, trace))
-
-        def layers() -> set[str]:
-            spec = run_spec(host)
-            return set(list(host.attentions[host.active_index])[spec.num_layers - self.num_cached(spec) :])
-
-        cached = host.per_run(layers)
+        layers = host.per_run(lambda: self.cached_layers(run_spec(host)))
 
         def attend(inner: Callable[[], Tensor], layer: str) -> Tensor:
-            return self._attend(inner, layer, host, trace, state(), plans(), cached())
+            return self._attend(inner, layer, host, trace, state(), plans()) if layer in layers() else inner()
 
         def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
             return self._denoise(inner, x, inputs, host, trace, state(), plans())
@@ -219,16 +215,12 @@ class FasterCache(Method):
         }
         return plans
 
-    def _attend(
-        self, inner, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan], cached: set[str]
-    ) -> Tensor:
+    def _attend(self, inner, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
         step, key = host.step, (host.active_index, layer, host.step.branch)
         if state.active_index != host.active_index:  # Wan 2.2 has switched to its second transformer
             state.outputs.clear()
             state.active_index = host.active_index
         entries = state.outputs.get(key, [])
-        if layer not in cached:
-            return inner()
         if not plans[step.index].attention and len(entries) == 2:
             trace.record(step, layer, "reuse")
             return self.extrapolate(entries, step, plans)
