@@ -343,18 +343,18 @@ def profile(
 
 @app.command()
 def gpu(
-    layout: Annotated[str, typer.Option(help="Size of the model, such as wan-1.3b.")] = "wan-1.3b",
-    steps: Annotated[int, typer.Option(min=10, help="Denoising steps; default: 50.")] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of 480x832; default: 81.")] = None,
+    layout: Annotated[str, typer.Option(help="Only this one of ltx, cogvideox-2b and wan-1.3b.")] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Denoising steps; in fewer, methods do not act.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="Times that all settings are generated in turn.")] = 1,
+    small: Annotated[bool, typer.Option("--small", help="Tiny models, to try the command on a CPU.")] = False,
     out: Out = Path("runs/gpu"),
 ) -> None:  # fmt: skip
-    """Time the presets on random weights in a real model's size, on a GPU: results.json in --out. Resumable."""
+    """Time the methods on random weights in real models' sizes, with plain and compiled blocks, on a GPU."""
     from .evaluation.gpu import run_gpu
     from .files import only_writer
 
     with only_writer(out):
-        print_json(run_gpu(layout, steps, frames, repeats, out))
+        print_json(run_gpu(layout, steps, repeats, small, out))
 
 
 @app.command()

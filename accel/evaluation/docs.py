@@ -22,7 +22,7 @@ from .layouts import LAYOUTS
 from .memory import SETTINGS, forecast
 from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
-from .suites import OVERVIEW, SUITES, baseline_at_matched_time, results
+from .suites import OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, results
 
 CARD = ROOT / TINY / "README.md"
 NOT_YET = "Not measured yet.\n"
@@ -195,19 +195,30 @@ def attributes() -> str:
 
 
 def gpu() -> str:
-    """Speed and memory of the methods on random weights in a real layout."""
-    found = results("wan-1.3b")
-    if not found:
-        return NOT_YET
+    """Speed and memory of the methods on random weights in real layouts."""
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/results.json"))]
+    return "\n".join(_gpu_table(one) for one in found if "layout" in one) or NOT_YET
+
+
+def _gpu_table(found: dict) -> str:
     size = "{width}x{height}, {frames} frames, {steps} steps, guidance {guidance:g}".format(**found)
-    baseline = next(iter(found["rows"].values()))["peak_memory_bytes"]
-    rows = []
+    baseline, rows = found["rows"]["baseline"]["peak_memory_bytes"], []
     for name, row in found["rows"].items():
-        figures = [f"{row[key]:.2f}" for key in ("speedup", "work", "efficiency")]
+        figures = [f"{row[key]:.2f}" if key in row else "-" for key in ("speedup", "work", "efficiency", "roofline")]
         memory = [f"{n / 1e9:.1f} GB" for n in (row["peak_memory_bytes"], row["peak_memory_bytes"] - baseline)]
         rows.append([name, f"{row['seconds']:.1f}", *figures, *memory])
-    head = ["setting", "denoise s", "speed-up", "work", "efficiency", "peak memory", "more than the baseline"]
-    return f"{found['device']}, {found['dtype']}, {size}; n = {found['n']}\n\n" + markdown(head, rows)
+    head = [
+        "setting",
+        "denoise s",
+        "speed-up",
+        "work",
+        "efficiency",
+        "roofline",
+        "peak memory",
+        "more than the baseline",
+    ]
+    about = f"`{found['layout']}`: {found['device']}, {found['dtype']}, {size}; n = {found['n']}"
+    return f"{about}\n\n" + markdown(head, rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {
