@@ -30,12 +30,12 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     job is not recorded in the shipped model. Raises AccelError for an unknown part or setting, or one that has no
     optimizer settings for the part.
     """
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else torchrun's processes on a CPU stay apart
     if job := _job_fields(what, job):
         if setting:
             raise AccelError("--setting is for the shipped model: leave it out with --model or --ablation")
         folder = out / job.get("ablation", what) / Path(job.get("model", "")).name
         return {what: train_student(what, minutes, resume, folder, None, **job)}
-    state = PartialState()
     device = str(state.device)
     setting = _setting_name(setting)
     model, optims = SETTINGS[setting], OPTIM_CONFIGS[setting]

@@ -1,6 +1,8 @@
 """`accel train`: parts, the record of runs, and what an unfinished run leaves alone."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,3 +69,15 @@ def test_a_setting_is_refused_where_it_would_be_ignored(tmp_path):
         export_base("base", "huge", tmp_path)
     with pytest.raises(ValueError, match="only the base model can be exported, not gpd"):
         export_base("gpd", None, tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_train_together_on_a_cpu(tmp_path):
+    (script := tmp_path / "script.py").write_text(
+        "from accelerate import PartialState\n"
+        "from accel.training.parts import train_parts\n"
+        "try:\n    train_parts('base', None, False, None, 'huge')\n"
+        "except ValueError:\n    print('of', PartialState().num_processes)\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    assert subprocess.run(run, capture_output=True, text=True).stdout.split() == ["of", "2"] * 2
