@@ -24,6 +24,12 @@ def pipe() -> WanPipeline:
     return build_pipe()
 
 
+@pytest.fixture
+def installed_neutral(monkeypatch):
+    """Neutral methods are put into the model all the same: what is tested is that their wrappers change nothing."""
+    monkeypatch.setattr("accel.runtime.apply._announced", lambda method, host, trace: method.apply(host, trace))
+
+
 @pytest.fixture(scope="session")
 def tiny_wan() -> WanPipeline:
     """The shipped model, loaded once for each test process; leave it as it is."""

@@ -23,7 +23,7 @@ import accel  # noqa: E402
 from accel.methods import METHODS  # noqa: E402
 
 FAMILIES = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2", "kandinsky5"]
-NEUTRAL = [METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "asymrnr", "disca")]
+NEUTRAL = [METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "asymrnr", "disca", "stepcache")]
 SIZE, STEPS, PAIRS = 320, 10, 9
 
 

@@ -15,6 +15,7 @@ from ..core.trace import Trace
 from ..errors import AccelError, quote
 from ..families import family_of
 from ..methods import Method
+from ..methods.base import run_spec
 from .presets import checked, load_preset
 
 
@@ -83,8 +84,22 @@ def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
         host = Host(pipe, trace, all(method.is_neutral for method in methods), bool(methods))
         stack.enter_context(host.attached())
         for method in methods:
-            stack.enter_context(method.apply(host, trace))
+            stack.enter_context((_announced if method.is_neutral else type(method).apply)(method, host, trace))
         yield trace
+
+
+@contextmanager
+def _announced(method: Method, host: Host, trace: Trace) -> Iterator[None]:
+    """In place of a neutral method, which need not be in the model: each run says that it does nothing."""
+    reason = host.per_run(lambda: method.inactive_reason(run_spec(host)))
+
+    def denoise(inner, x, **inputs):
+        if reason():
+            trace.add_message(reason())
+        return inner(x, **inputs)
+
+    with host.wrap_denoiser(denoise):
+        yield
 
 
 @contextmanager

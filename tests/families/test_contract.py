@@ -109,7 +109,7 @@ def in_mid_run(pipe, act: Callable) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", all_but())
 @pytest.mark.parametrize("neutral", [False, True], ids=["no method", "neutral"])
-def test_latents_are_the_stock_pipelines(name, neutral):
+def test_latents_are_the_stock_pipelines(name, neutral, installed_neutral):
     pipe, inputs = TINY[name]()
     with accel.apply(pipe, neutral_methods(name) if neutral else []) as trace:
         latents = sample(pipe, inputs, name)
@@ -303,7 +303,7 @@ def test_what_is_skipped_does_not_depend_on_the_solver(name, solver):
 
 
 @pytest.mark.parametrize("name", EACH_FAMILY)
-def test_methods_run_on_a_model_with_lora(name):
+def test_methods_run_on_a_model_with_lora(name, installed_neutral):
     pipe, inputs = TINY[name]()
     linear = [key for key, module in pipe.transformer.named_modules() if isinstance(module, nn.Linear)]
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ def stored_in_eight_bits(pipe, inputs: dict) -> dict:
      for name in EACH_FAMILY for change in (in_bfloat16, stored_in_eight_bits)
      if (name, change) != ("kandinsky5", in_bfloat16)],  # the stock pipeline runs so on a GPU only
 )  # fmt: skip
-def test_neutral_is_the_baseline_and_methods_act(name, change):
+def test_neutral_is_the_baseline_and_methods_act(name, change, installed_neutral):
     pipe, inputs = TINY[name]()
     inputs = change(pipe, inputs)
     run = lambda: (

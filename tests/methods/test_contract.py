@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 import accel
-from accel.methods import METHODS
+from accel.methods import METHODS, AsymRnR, DisCa, FasterCache, StepCache
 from accel.methods.base import Method
 from accel.runtime.presets import build_methods
 from accel.runtime.run import Cancelled
@@ -28,10 +28,21 @@ def attributes(pipe) -> dict:
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_neutral_is_bitwise_the_baseline(method, pipe, sample):
+def test_neutral_is_bitwise_the_baseline(method, pipe, sample, installed_neutral):
     baseline = sample(pipe, steps=STEPS)
     with accel.apply(pipe, [method(**method.neutral)]):
         assert torch.equal(sample(pipe, steps=STEPS), baseline)
+
+
+def test_a_neutral_method_is_not_in_the_model(pipe, sample):
+    neutral = [method(**method.neutral) for method in (FasterCache, AsymRnR, DisCa, StepCache)]
+    forwards = lambda: {name: module.forward for name, module in pipe.transformer.named_modules() if name}
+    processors, before = pipe.transformer.attn_processors, forwards()
+    with accel.apply(pipe, neutral) as trace:
+        sample(pipe, steps=STEPS)
+        assert pipe.transformer.attn_processors == processors and forwards() == before
+    for title in ("FasterCache", "AsymRnR", "DisCa", "StepCache"):
+        assert any(message.startswith(f"{title} does nothing") for message in trace.messages)
 
 
 @pytest.mark.parametrize("method", ALL)
