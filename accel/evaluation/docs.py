@@ -83,7 +83,7 @@ def memory() -> str:
     for name, layout in LAYOUTS.items():
         size, tokens, gib = forecast(layout)
         rows.append([name, size, f"{tokens:,}", *(f"{n:.1f}" for n in gib)])
-    return markdown(["model", "size", "video tokens", *(f"{name}, GiB" for name in SETTINGS)], rows)
+    return markdown(["model", "size", "video tokens", *SETTINGS], rows)
 
 
 def parameters() -> str:

@@ -13,6 +13,7 @@ from .layouts import Layout, build
 STEPS = 50
 SETTINGS = {
     "`fastercache`": METHODS["fastercache"](),
+    "`fastercache`, `fp8`": METHODS["fastercache"](cache_format="fp8"),
     "`asymrnr`": METHODS["asymrnr"](),
     "`asymrnr`, uncorrected": METHODS["asymrnr"](correction="none"),
     "`disca`, `taylor-1`": METHODS["disca"](predictor="taylor-1"),

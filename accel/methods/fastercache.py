@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.host import Host
+    from ..ops.storage import Stored
 
 MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
 
@@ -52,7 +53,7 @@ class CFGDelta:
 class State:
     """What one run caches."""
 
-    outputs: dict[tuple[int, str, str], list[tuple[float, Tensor]]] = field(default_factory=dict)
+    outputs: dict[tuple[int, str, str], list[tuple[float, Stored]]] = field(default_factory=dict)
     # (sigma, output) of the last two computed attentions, by (transformer, layer, branch)
     cfg_delta: CFGDelta | None = None
     cond: Tensor | None = None  # the last conditional output
@@ -60,8 +61,8 @@ class State:
     since_full: int = 0  # rebuilt steps since the last full one
 
     def nbytes(self) -> int:
-        """Bytes of all cached tensors."""
-        tensors = [t for entries in self.outputs.values() for _, t in entries]
+        """Bytes of all cached tensors on the model's device."""
+        tensors: list[Tensor | Stored] = [t for entries in self.outputs.values() for _, t in entries]
         tensors += [self.cfg_delta.low, self.cfg_delta.high] if self.cfg_delta else []
         tensors += [self.cond] if self.cond is not None else []
         return sum(t.nbytes for t in tensors)
@@ -102,7 +103,11 @@ class FasterCache(Method):
         0.0,
         ge=0,
         le=512,
-        description="Most GiB of cached attention outputs (0: no limit); late blocks that do not fit save nothing.",
+        description="Most GiB of cached attention outputs on the device (0: any); late blocks beyond it save nothing.",
+    )
+    cache_format: Literal["model", "fp8", "cpu"] = Field(
+        "model",
+        description="Cache attention outputs as computed, rounded to 8 bits, or in CPU memory (copies take time).",
     )
     compound_gain: bool = Field(
         False, description="Multiply the gains again at each rebuilt step, as the authors' code does, not the paper."
@@ -130,7 +135,7 @@ class FasterCache(Method):
         return (1 + self.gain_low) ** power if early else 1.0, 1.0 if early else (1 + self.gain_high) ** power
 
     def estimate_memory(self, spec: RunSpec) -> int:
-        """Bytes of two outputs for each attention and branch, and of the CFG delta (float32) with one output."""
+        """Bytes on the device: two outputs for each attention and branch, the CFG delta (float32) and one output."""
         rebuilds = any(not p.guidance for p in self._active_plan(spec.count, spec.guided))
         delta = spec.latents.numel() * (2 * 4 + spec.latents.element_size()) if rebuilds else 0
         return self._num_cached(spec) * self._layer_bytes(spec) + delta
@@ -147,11 +152,15 @@ class FasterCache(Method):
         return min(spec.num_layers, fit) if self.max_cache_gib else spec.num_layers
 
     def _layer_bytes(self, spec: RunSpec) -> int:
-        """Bytes of the cached outputs of one attention in all branches that reuse them."""
+        """Bytes on the device of the cached outputs of one attention in all branches that reuse them."""
+        device = spec.model.device if spec.latents.is_meta else spec.latents.device
+        if self.cache_format == "cpu" and device.type != "cpu":
+            return 0
         plans = self._active_plan(spec.count, spec.guided)
         tokens = spec.tokens + spec.text_tokens * len(spec.latents)
         branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
-        return 2 * len(branches) * tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        numel, size = tokens * spec.family.hidden_size(spec.model), spec.latents.element_size()
+        return 2 * len(branches) * (numel + len(spec.latents) * size if self.cache_format == "fp8" else numel * size)
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
         """The plan's share: without the extrapolated attentions and the rebuilt unconditional calls."""
@@ -216,6 +225,8 @@ class FasterCache(Method):
         return plans
 
     def _attend(self, inner, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
+        from ..ops.storage import store
+
         step, key = host.step, (host.active_index, layer, host.step.branch)
         if state.active_index != host.active_index:  # Wan 2.2 has switched to its second transformer
             state.outputs.clear()
@@ -223,15 +234,15 @@ class FasterCache(Method):
         entries = state.outputs.get(key, [])
         if not plans[step.index].attention and len(entries) == 2:
             trace.record(step, layer, "reuse")
-            return self.extrapolate(entries, step, plans)
+            return self.extrapolate([(sigma, stored.load()) for sigma, stored in entries], step, plans)
         out = inner()
         steps = reuse_steps(plans, step.branch)
         if not any(i > step.index for i in steps):  # no later step needs the cache
             if state.outputs.pop(key, None):
                 trace.set_memory("fastercache", state.nbytes())
         elif step.index >= steps[0] - 2:  # one of the last two outputs computed before the first extrapolation
-            previous = [entry for entry in entries[-1:] if entry[1].shape == out.shape]
-            state.outputs[key] = [*previous, (step.sigma, out)]
+            previous = [entry for entry in entries[-1:] if entry[1].data.shape == out.shape]
+            state.outputs[key] = [*previous, (step.sigma, store(out, self.cache_format))]
             trace.set_memory("fastercache", state.nbytes())
         return out
 

@@ -212,3 +212,31 @@ def test_a_limit_of_memory_keeps_the_outputs_of_the_first_blocks_that_fit(pipe, 
         sample(pipe)
     assert trace.peak_bytes == layer == trace.estimated_bytes
     assert {event.layer for event in trace.events.values() if event.action == "reuse"} == {"blocks.0.attn1"}
+
+
+def test_outputs_in_eight_bits_take_half_of_bfloat16_and_err_little(pipe, sample):
+    pipe.transformer.to(torch.bfloat16)
+    latents, peaks = {}, {}
+    for cache_format in ("model", "fp8"):
+        method = FasterCache(guidance=False, attention_interval=4, cache_format=cache_format)
+        with accel.apply(pipe, method) as trace:
+            latents[cache_format], peaks[cache_format] = sample(pipe), trace.peak_bytes
+        assert trace.peak_bytes == trace.estimated_bytes
+    assert 0.5 < peaks["fp8"] / peaks["model"] < 0.51  # with the scales
+    assert 0 < (latents["fp8"] - latents["model"]).norm() < 0.01 * latents["model"].norm()
+
+
+def test_outputs_in_cpu_memory_give_the_same_bits(pipe, sample):
+    latents = []
+    for cache_format in ("model", "cpu"):
+        with accel.apply(pipe, FasterCache(cache_format=cache_format)):
+            latents.append(sample(pipe))
+    assert torch.equal(*latents)
+
+
+def test_outputs_in_cpu_memory_take_nothing_of_another_device(pipe):
+    methods = {"fastercache": {"cache_format": "cpu", "guidance": False}}
+    run = Run(model="m", prompt="p", height=64, width=64, frames=5, steps=20, guidance=4.0, methods=methods)
+    assert estimate_memory(run, pipe) > 0
+    pipe.transformer.to("meta")
+    assert estimate_memory(run, pipe) == 0
