@@ -8,6 +8,7 @@ from math import prod
 
 from ..core.flops import count_flops
 from ..core.trace import DENOISER
+from ..families import family_of
 from ..methods.base import RunSpec
 from .generate import estimate_memory, run_spec
 from .models import model_defaults
@@ -41,9 +42,9 @@ def estimate(run: Run, pipe, step_seconds: StepSeconds) -> Estimate:
     """
     shares = expected_shares(run, pipe)
     step, unguided = step_seconds(run), run.guidance <= 1
-    if step is None and unguided:  # a guided step is two calls
+    if step is None and unguided:
         guided = step_seconds(run.model_copy(update={"guidance": 2.0}))
-        step = guided and guided / 2
+        step = guided and guided / (1 if family_of(pipe).embeds_guidance else 2)  # calls of a guided step
     known = prod(share for share in shares if share is not None)
     seconds = None if step is None else run.steps * step * known
     return Estimate(seconds, None in shares, estimate_memory(run, pipe))

@@ -3,6 +3,7 @@
 import pytest
 
 import accel
+from accel.families.wan import Wan
 from accel.methods.base import RunSpec
 from accel.runtime import estimate as module
 from accel.runtime.estimate import duration, estimate
@@ -59,6 +60,12 @@ def test_a_share_that_depends_on_the_video_gives_an_upper_bound(pipe):
 def test_an_unguided_step_that_was_never_measured_is_half_a_guided_one(pipe):
     measured = lambda run: GUIDED if run.guidance > 1 else None
     assert estimate(run_of(guidance=1.0), pipe, measured).seconds == pytest.approx(2.0)
+
+
+def test_where_guidance_is_an_input_an_unguided_step_takes_as_long_as_a_guided_one(pipe, monkeypatch):
+    monkeypatch.setattr(Wan, "embeds_guidance", True)
+    measured = lambda run: GUIDED if run.guidance > 1 else None
+    assert estimate(run_of(guidance=1.0), pipe, measured).seconds == pytest.approx(4.0)
 
 
 def test_without_a_measured_step_there_is_no_time(pipe):
