@@ -271,18 +271,22 @@ def bench(
     model: Model = TINY,
     out: Annotated[Path, typer.Option(help="Folder for the results; default: runs/bench/SUITE.")] = None,
 ) -> None:  # fmt: skip
-    """Measure a suite on held-out prompts: results.json, report.md and pareto.png in --out. Resumable."""
+    """Measure a suite on held-out prompts: results.json, report.md and pareto.png in --out. Resumable.
+
+    Processes share the work: torchrun --nproc_per_node 2 -m accel bench ...
+    """
     from .evaluation.suites import check_suite
-    from .files import only_writer
     from .runtime.models import check_model
 
     check_suite(suite)
     check_model(model)
+    from accelerate import PartialState
+
     from .evaluation.bench import run_suite
 
-    out = out or Path("runs/bench") / suite
-    with only_writer(out):
-        print_json(run_suite(suite, prompts, seeds, model, out))
+    if summary := run_suite(suite, prompts, seeds, model, out or Path("runs/bench") / suite):
+        print_json(summary)
+    PartialState().destroy_process_group()
 
 
 @app.command()

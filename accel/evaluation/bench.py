@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+
 from ..errors import AccelError
-from ..files import atomic_write
+from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
 from .measure import by_case, measure_in_turn, settings_key
@@ -17,32 +22,44 @@ from .result_log import ResultLog
 from .suites import PROMPT_SEED, SUITES, Setting, check_suite
 
 
-def run_suite(suite: str, prompts: int, seeds: int, model: str, out: Path) -> dict:
+def run_suite(
+    suite: str, prompts: int, seeds: int, model: str, out: Path, state: PartialState | None = None
+) -> dict:  # fmt: skip
     """The summary of a suite, after writing results.json, report.md and pareto.png. A second call resumes the first.
 
+    Of several processes, each measures a part, and only the first writes the results; the others return {}.
     Raises AccelError for an unknown suite, or if `out` holds results of more prompts or of other settings.
     """
+    check_suite(suite)
+    # without `cpu`, those that torchrun starts on a CPU stay apart; the first to finish waits as long as it takes
+    state = state or PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=9))
+    with only_writer(out) if state.is_main_process else nullcontext():
+        summary = _measure_suite(suite, prompts, seeds, model, out, state)
+        if not state.is_main_process:
+            return {}
+        with atomic_write(out / "results.json") as part:
+            part.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
+        differences = f"\n{pairs_table(summary)}" if summary["pairs"] else ""
+        (out / "report.md").write_text(table(summary, "report") + differences)
+        plot(summary, out / "pareto.png")
+    return {"suite": suite, "out": str(out), **summary}
+
+
+def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, state: PartialState) -> dict:
     from ..world.scene import held_out_prompts
 
-    check_suite(suite)
     settings = {name: setting for name, setting in SUITES[suite].settings.items() if setting.is_available(model)}
     _check_out(out / "results.json", settings, prompts * seeds)
-    if missing := SUITES[suite].settings.keys() - settings.keys():
+    if state.is_main_process and (missing := SUITES[suite].settings.keys() - settings.keys()):
         print(f"skipped, as their students were not trained: {', '.join(sorted(missing))}", file=sys.stderr)
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
     metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
-    out.mkdir(parents=True, exist_ok=True)
-    log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults))
+    log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)
     cases = [(prompt, seed) for seed in range(seeds) for prompt in held_out_prompts(prompts, PROMPT_SEED)]
     record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
     lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, suite)
-    summary = {**environment(pipe), **summarize(by_case(lines), SUITES[suite].pairs)}
-    with atomic_write(out / "results.json") as part:
-        part.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
-    (out / "report.md").write_text(table(summary, "report") + (f"\n{pairs_table(summary)}" if summary["pairs"] else ""))
-    plot(summary, out / "pareto.png")
-    return {"suite": suite, "out": str(out), **summary}
+    return {**environment(pipe), **summarize(by_case(lines), SUITES[suite].pairs)}
 
 
 def _check_out(file: Path, settings: dict[str, Setting], n: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from tqdm import tqdm
@@ -39,32 +41,32 @@ def measure_in_turn(
 
     The settings of a case follow each other, so that a slow minute of the machine affects all of them. The first one is
     the baseline that `record` sees with each video; it is generated again if another one of its case is missing.
+    Of several processes, each generates an equal part of what is missing, and all return all lines.
     """
     done = {(line["prompt"], line["seed"], line["setting"]) for line in log.lines}
-    warm = False
-    with tqdm(total=len(settings) * len(cases), desc=title) as bar:
-        for case in cases:
-            todo = [name for name in settings if (*case, name) not in done]
-            bar.update(len(settings) - len(todo))
-            if not todo:
-                continue
+    wanted = [(case, name) for case in dict.fromkeys(cases) for name in settings]
+    todo = [(case, name) for case, name in wanted if (*case, name) not in done]
+    first, last = (len(todo) * (log.state.process_index + i) // log.state.num_processes for i in (0, 1))
+    baseline_name, warm = next(iter(settings)), False
+    with tqdm(total=last - first, desc=title, disable=not log.state.is_main_process) as bar:
+        for case, group in groupby(todo[first:last], key=itemgetter(0)):
+            names = [name for _, name in group]
             runs = runs_of(settings, case, defaults, **common)
-            baseline_name = next(iter(settings))
             if not warm:
                 warm_up(runs[baseline_name], pipe, defaults)
                 warm = True
             baseline: Video | None = None
-            for name in dict.fromkeys((baseline_name, *todo)):
+            for name in dict.fromkeys((baseline_name, *names)):
                 video, peak_memory = _generate(settings[name], runs[name], pipe, defaults)
                 baseline = baseline or video
-                if name in todo:
+                if name in names:
                     facts = {**_speed(video), "peak_memory_bytes": peak_memory}
                     facts |= record(name, runs[name], baseline, video)
                     log.add(prompt=case[0], seed=case[1], setting=name, **facts)
                     bar.update()
-    wanted = {(*case, name) for case in cases for name in settings}
+    log.join()
     found = {(line["prompt"], line["seed"], line["setting"]): line for line in reversed(log.lines)}
-    return [line for key, line in reversed(found.items()) if key in wanted]  # once, also where a line is duplicated
+    return [found[(*case, name)] for case, name in wanted]  # once, also where a line is duplicated
 
 
 def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:

@@ -6,26 +6,48 @@ import hashlib
 import json
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ..files import atomic_write
 
 
 class ResultLog:
-    """The lines of a file that have `key`. Lines with another key stay in the file and are ignored."""
+    """The lines of a file that have `key`. Lines with another key stay in the file and are ignored.
 
-    def __init__(self, file: Path, key: str):
-        self.file, self.key = file, key
-        text = file.read_text() if file.is_file() else ""
-        lines = text[: text.rfind("\n") + 1]
-        if lines != text:  # the last line is incomplete: the process was killed while writing it
-            with atomic_write(file) as part:
-                part.write_text(lines)
-        self.lines = [line for line in map(json.loads, lines.splitlines()) if line["key"] == key]
+    Of several processes, each but the first writes to a file of its own beside it, until `join` puts all into one.
+    """
+
+    def __init__(self, file: Path, key: str, state: PartialState | None = None):
+        self.file, self.key, self.state = file, key, state or PartialState()
+        self.join()
+
+    def join(self) -> None:
+        """Collect the lines of all processes, also of killed ones, and read them. Every process calls this."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            parts = sorted(self.file.parent.glob(f"{self.file.stem}-*{self.file.suffix}"))
+            with atomic_write(self.file) as joined:
+                joined.write_text("".join(map(_complete_lines, (self.file, *parts))))
+            for part in parts:
+                part.unlink()
+        self.state.wait_for_everyone()
+        lines = map(json.loads, self.file.read_text().splitlines())
+        self.lines = [line for line in lines if line["key"] == self.key]
+        self.state.wait_for_everyone()  # the first process adds no line before all have read the same ones
 
     def add(self, **line) -> None:
-        """Append a line to the file."""
+        """Append a line to this process's file."""
         self.lines.append({"key": self.key, **line})
-        with open(self.file, "a") as log:
+        process = self.state.process_index
+        file = self.file.with_stem(f"{self.file.stem}-{process}") if process else self.file
+        with open(file, "a") as log:
             log.write(json.dumps(self.lines[-1]) + "\n")
+
+
+def _complete_lines(file: Path) -> str:
+    """The text of a file, without a last line that was cut short because its process was killed."""
+    text = file.read_text() if file.is_file() else ""
+    return text[: text.rfind("\n") + 1]
 
 
 def config_hash(*config) -> str:

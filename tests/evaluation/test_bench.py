@@ -1,5 +1,8 @@
 """Running a suite: what is generated, what is resumed, how results are summarized."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +12,11 @@ import torch
 from accel.evaluation import bench, measure
 from accel.evaluation.measure import settings_key
 from accel.evaluation.report import pairs_table, summarize, table
-from accel.evaluation.suites import SUITES, Setting, Suite
+from accel.evaluation.suites import PROMPT_SEED, SUITES, Setting, Suite
 from accel.runtime.generate import Video
 from accel.runtime.models import ModelDefaults
 from accel.students.euler_scheduler import euler_sampling
+from accel.world.scene import held_out_prompts
 
 
 def test_results_of_another_model_or_machine_have_another_key(pipe, monkeypatch):
@@ -95,6 +99,33 @@ def test_a_missing_setting_is_measured_against_a_baseline_that_is_generated_agai
     summary = bench.run_suite("small", 1, 1, "m", tmp_path)
     assert [steps for *_, steps in generated] == [4, 2, 4, 2] and summary["n"] == 1
     assert len(log.read_text().splitlines()) == 2
+
+
+def test_two_processes_share_the_work_and_give_the_table_of_one(generated, tmp_path):
+    alone = bench.run_suite("small", 3, 1, "m", tmp_path / "one")
+    barrier = Barrier(2)
+    state = lambda i: SimpleNamespace(
+        process_index=i, num_processes=2, is_main_process=i == 0, wait_for_everyone=partial(barrier.wait, 60)
+    )
+    measured = []
+
+    def run(i: int) -> dict:
+        return bench.run_suite("small", 3, 1, "m", tmp_path / "two", state(i))
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):  # the second time, what one line of the first process and all of the second's hold is there
+            generated.clear()
+            shared, other = pool.map(run, (0, 1))
+            measured.append(sorted(generated))
+            log = tmp_path / "two" / "results.jsonl"
+            lines = log.read_text().splitlines(keepends=True)
+            log.write_text(lines[0])
+            log.with_name("results-1.jsonl").write_text("".join(lines[3:]) + lines[1][:-9])
+    assert {**shared, "out": 0} == {**alone, "out": 0} and other == {}
+    first, second, third = held_out_prompts(3, PROMPT_SEED)
+    half = [(second, 0, 4)]  # the baseline of the prompt that both have a part of
+    assert measured[0] == sorted([(prompt, 0, n) for prompt in (first, second, third) for n in (4, 2)] + half)
+    assert measured[1] == sorted([(first, 0, 4), (first, 0, 2), (second, 0, 4)])
 
 
 def _timed(prompt, **rows):
