@@ -54,13 +54,14 @@ class QKV:
     """Queries, keys and values (b, n, k, d) of a self-attention, after normalisation and rotary embedding.
 
     `bias` (b, 1 or k, 1, keys) is added to the logits. `query`, `key` and `value` return all tokens, or those that a
-    reduction keeps. `text_tokens` are attended beside them in joint attention. `saved_flops` counts FLOPs of the model,
-    outside the core, that reductions saved. `timer` runs while tokens are gathered.
+    reduction keeps. `text_tokens` are attended beside them in joint attention. `sample` is the place in the batch,
+    where each sample has a softmax of its own. `saved_flops` counts FLOPs of the model, outside the core, that
+    reductions saved. `timer` runs while tokens are gathered.
     """
 
     def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, bias: Tensor | None = None):
         self.q, self.k, self.v, self.bias = q, k, v, bias
-        self.text_tokens, self.saved_flops, self.timer = 0, 0, Timer()
+        self.text_tokens, self.sample, self.saved_flops, self.timer = 0, 0, 0, Timer()
 
     @property
     def shape(self) -> tuple[int, ...]:

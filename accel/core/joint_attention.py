@@ -7,6 +7,7 @@ Letters: b batch, n video tokens, m of them that stay, t text tokens, k attentio
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -38,24 +39,23 @@ class _ReplacedSoftmax(TorchFunctionMode):
 def with_softmax(core: Callable, video_tokens: Callable[[int], slice | None], original: Callable, *inputs, **named):
     """What an attention processor returns, with `core(qkv, softmax)` in place of its softmax on the video's tokens.
 
-    `video_tokens` says which of so many tokens are the video's; None: this attention is left alone. Raises AccelError
-    where the softmax is not torch's own, or where tokens are removed and it comes once for each sample.
+    `video_tokens` says which of so many tokens are the video's; None: this attention is left alone. A softmax may come
+    once for each sample. Raises AccelError where it is not torch's own.
     """
-    softmaxes: list[JointSoftmax] = []
+    samples = count()
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
         video = video_tokens(query.shape[2])
         if video is None or query.shape[2] != key.shape[2]:
             return SDPA(query, key, value, attn_mask=attn_mask, **options)
-        softmaxes.append(JointSoftmax(query, key, value, attn_mask, video, options))
-        return softmaxes[-1].run(core)
+        return JointSoftmax(query, key, value, attn_mask, video, options).run(core, next(samples))
 
     with _ReplacedSoftmax(attention) as mode:
         out = original(*inputs, **named)
-    if mode.calls == 0 or (len(softmaxes) > 1 and any(softmax.is_reduced for softmax in softmaxes)):
+    if mode.calls == 0:
         raise AccelError(
-            "tokens can be reduced only where an attention is one call of torch's scaled_dot_product_attention: "
-            + ("generate one video in a call" if mode.calls else "choose the attention backend native")
+            "tokens can be reduced only where an attention calls torch's scaled_dot_product_attention: choose the "
+            "attention backend native"
         )
     return out
 
@@ -69,13 +69,12 @@ class JointSoftmax:
         self.text: Tensor | None = None  # the output's text rows (b, k, t, d), of the first call
         self.full: Tensor | None = None  # the output (b, k, n + t, d) of a softmax over everything,
         self.full_video: Tensor | None = None  # and its video rows (b, n, k, d)
-        self.is_reduced = False
 
-    def run(self, core: Callable) -> Tensor:
+    def run(self, core: Callable, sample: int) -> Tensor:
         """The output (b, k, n + t, d)."""
         self.video = [x[:, :, self.start : self.stop].transpose(1, 2) for x in self.tensors]
         qkv = QKV(*self.video)
-        qkv.text_tokens = self.tensors[0].shape[2] - qkv.shape[1]
+        qkv.text_tokens, qkv.sample = self.tensors[0].shape[2] - qkv.shape[1], sample
         y = core(qkv, self._softmax)
         if y is self.full_video:
             return self.full
@@ -89,7 +88,6 @@ class JointSoftmax:
             return self.full_video
         video = [x.transpose(1, 2) for x in (qkv.query(), qkv.key(), qkv.value())]
         q, k, v = (self._insert(x, self._text_of(whole)) for x, whole in zip(video, self.tensors))
-        self.is_reduced |= q.shape[2] + k.shape[2] < 2 * self.tensors[0].shape[2]
         bias, options = qkv.bias, self.options
         if bias is not None and self.mask is None and q.is_cuda:  # flash kernels take no mask
             options = {"scale": q.shape[-1] ** -0.5, **options}

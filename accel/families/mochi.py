@@ -13,4 +13,3 @@ class Mochi(Family):
     attention = "attn1"
     is_joint = True
     batches_guidance = True
-    remarks = {"asymrnr": "yes; one video in a call"}

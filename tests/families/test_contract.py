@@ -29,7 +29,6 @@ REDUCING = METHODS["asymrnr"](schedule="fixed", query_rate=0.5, kv_rate=0.5, cor
 PREDICTING = METHODS["disca"](num_full_steps=8, predictor="taylor-1")
 NEUTRAL = {name: METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "asymrnr", "disca")}
 WITHOUT_STACK = ["wan_vace"]  # it adds to the hidden states between blocks
-ONE_BY_ONE = ["mochi"]  # its attention has one softmax for each item of a batch
 
 
 def all_but(*left_out: str) -> list:
@@ -230,13 +229,16 @@ def test_two_prompts_in_a_batch_equal_two_runs_under_fastercache(name):
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in EACH_FAMILY if name not in ONE_BY_ONE])
-def test_two_prompts_in_a_batch_equal_two_runs_under_asymrnr(name):
+@pytest.mark.parametrize(
+    "name, correction", [*((name, "none") for name in EACH_FAMILY), ("mochi", "linear")]
+)  # Mochi's attention has one softmax for each item of a batch
+def test_two_prompts_in_a_batch_equal_two_runs_under_asymrnr(name, correction):
     pipe, inputs = TINY[name](2)
-    with accel.apply(pipe, [REDUCING]):
-        both = sample(pipe, inputs, name)
+    with accel.apply(pipe, [REDUCING.model_copy(update={"correction": correction})]) as trace:
+        both, work = sample(pipe, inputs, name), trace.summary()["flops_ratio"]
         alone = [sample(pipe, item(inputs, i, 2), name, seed=i) for i in range(2)]
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=0)
+    assert work == pytest.approx(trace.summary()["flops_ratio"], abs=0.005)
 
 
 def velocities(pipe, inputs: dict, name: str) -> Tensor:

@@ -42,7 +42,7 @@ class Residual:
 
 @dataclass
 class ResidualCache:
-    """The last residuals of one run, by a key that names attention and branch."""
+    """The last residuals of one run, by a key that names attention, branch and sample."""
 
     depth: int  # residuals cached for each key
     interval: int  # steps from one full attention to the next

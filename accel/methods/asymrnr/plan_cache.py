@@ -15,7 +15,7 @@ SEEDS = {"query": 0, "kv": 1}  # of the partitions; both guidance branches share
 
 @dataclass
 class PlanCache:
-    """The merge plans and reductions of one run, by a key that names layer, branch and feature."""
+    """The merge plans and reductions of one run, by a key that names layer, branch, sample and feature."""
 
     cell: tuple[int, ...]
     matching: Matching

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.attention import QKV
 from ...core.host import Host
-from ...core.trace import DENOISER, Timer
+from ...core.trace import DENOISER, Action, Timer
 from ...ops.token_matching import Reduction
 from ...students.euler_scheduler import is_student_run
 from ..base import model_path, report_estimate, run_spec
@@ -78,7 +78,7 @@ class Reducer:
         if not self.schedule.is_active(qkv, layer) or not max(rates := self.schedule.rates(layer)):
             return inner(qkv)
         self._renew()
-        key, exact = (layer, step.branch), step.index in host.exact_steps
+        key, exact = (layer, step.branch, qkv.sample), step.index in host.exact_steps
         if self.residuals and not self.residuals.is_fresh(key, step, exact):
             if step.branch == "cond":
                 trace.add_message(
@@ -92,12 +92,12 @@ class Reducer:
         if self.residuals and self.residuals.needs_refresh(key, step, reductions, exact):
             y = self._full_and_reduced(inner, qkv, reductions, key)
             extra = reduced - qkv.saved_flops + matching_flops
-            trace.record(step, layer, "compute", 1 + extra / trace.flops[layer])
+            self._record("compute", qkv, layer, extra)
         else:
             residual = self.residuals.extrapolate(key, step) if self.residuals else None
             y = qkv.restore(inner(self._reduced(qkv, *reductions)), reductions[0], residual)
             extra = reduced - full - qkv.saved_flops + matching_flops
-            trace.record(step, layer, "reduce", 1 + extra / trace.flops[layer])
+            self._record("reduce", qkv, layer, extra)
             trace.method_data["asymrnr"]["rates"][layer][step.index] = [*rates]
         trace.set_memory("asymrnr", self.nbytes)
         if host.latents.device.type != "cuda":  # there, this clock would see only the kernel launches
@@ -153,7 +153,7 @@ class Reducer:
         part = self.plans.partition(feature, host.grid, host.latents.device)
         # A residual belongs to one reduction, so with correction one matching serves the whole run.
         window = 0 if self.residuals else (host.step.index - self.schedule.first) // self.interval
-        key, flops = (layer, host.step.branch, feature), 0
+        key, flops = (layer, host.step.branch, qkv.sample, feature), 0
         if self.plans.needs_matching(key, window, qkv.shape):
             x = qkv.query() if feature == "query" else qkv.value()
             with self.timer:
@@ -163,6 +163,12 @@ class Reducer:
         if host.step.branch == "cond":
             self._record_kept_tokens(feature, reduction, layer)
         return reduction, flops
+
+    def _record(self, action: Action, qkv: QKV, layer: str, extra: int) -> None:
+        """Record what an attention computed, `extra` FLOPs more than all; those of a batch's samples add up."""
+        step, trace = self.host.step, self.host.trace
+        before = trace.events[step.index, step.branch, layer].compute_fraction if qkv.sample else 1.0
+        trace.record(step, layer, action, before + extra / trace.flops[layer])
 
     def _record_kept_tokens(self, feature: str, reduction: Reduction, layer: str) -> None:
         """Record, once for each layer, which tokens of the middle frame stay: rows of "0" and "1" for the page."""
