@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import groupby
 from operator import itemgetter
 
@@ -14,11 +13,9 @@ from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults, hash_of, resolve, weights
 from ..runtime.presets import build_methods
 from ..runtime.run import Run, build_run
-from ..students.euler_scheduler import euler_sampling
 from .result_log import ResultLog, config_hash
 from .suites import Setting
 
-LATER_SETTINGS = {"solver": "default", "shift": None}
 Case = tuple[str, int]  # prompt and seed
 Record = Callable[[str, Run, Video, Video], dict]  # setting, run, baseline, video -> what is logged of it
 
@@ -57,7 +54,7 @@ def measure_in_turn(
                 warm = True
             baseline: Video | None = None
             for name in dict.fromkeys((baseline_name, *names)):
-                video, peak_memory = _generate(settings[name], runs[name], pipe, defaults)
+                video, peak_memory = _generate(runs[name], pipe, defaults)
                 baseline = baseline or video
                 if name in names:
                     facts = {**_speed(video), "peak_memory_bytes": peak_memory}
@@ -69,7 +66,7 @@ def measure_in_turn(
     return [found[(*case, name)] for case, name in wanted]  # once, also where a line is duplicated
 
 
-def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:
+def _generate(run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:
     """A video, and the most bytes of the GPU that were allocated until its last step (0 on a CPU)."""
     on_gpu, peak = torch.cuda.is_available(), 0
 
@@ -80,8 +77,7 @@ def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tupl
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with euler_sampling(pipe, run.steps) if setting.euler else nullcontext():
-        return generate(run, pipe, defaults, on_step), peak
+    return generate(run, pipe, defaults, on_step), peak
 
 
 def _speed(video: Video) -> dict:
@@ -117,11 +113,6 @@ def settings_key(
     files = [hash_of(file) for method in methods for file in method.files(resolve(model))]
     own_weights = [pair for pair in weights(model) if pair[0] != ignore]
     return config_hash(
-        {name: _key_of(run) for name, run in runs.items()}, [s.euler for s in settings.values()],
-        [method.model_dump() for method in methods], files, own_weights, environment(pipe),
+        {name: run.model_dump() for name, run in runs.items()}, [method.model_dump() for method in methods],
+        files, own_weights, environment(pipe),
     )  # fmt: skip
-
-
-def _key_of(run: Run) -> dict:
-    """What a run is, without those settings at their defaults that runs lacked when the committed results were made."""
-    return run.model_dump(exclude={name for name, value in LATER_SETTINGS.items() if getattr(run, name) == value})

@@ -32,15 +32,13 @@ OVERVIEW = {  # preset -> its suite and its setting there
 
 @dataclass(frozen=True)
 class Setting:
-    """A preset (None: no method), other steps and guidance than the model's, and other parameters of its methods.
-
-    `euler`: use the first-order solver on the noise levels of the model's own solver.
-    """
+    """A preset (None: no method), run settings in place of its own or the model's, and parameters of its methods."""
 
     preset: str | None = None
     steps: int | None = None
     guidance: float | None = None
-    euler: bool = False
+    solver: str | None = None
+    shift: float | None = None
     overrides: dict[str, dict] = field(default_factory=dict)
 
     def settings(self) -> dict:
@@ -48,7 +46,11 @@ class Setting:
         preset = load_preset(self.preset) if self.preset else Preset()
         names = dict.fromkeys((*preset.methods, *self.overrides))
         methods = {name: {**preset.methods.get(name, {}), **self.overrides.get(name, {})} for name in names}
-        return {"methods": methods, "steps": self.steps or preset.steps, "guidance": self.guidance or preset.guidance}
+        run = {name: getattr(self, name) for name in ("steps", "guidance", "solver", "shift")}
+        return {
+            "methods": methods,
+            **{name: getattr(preset, name) if value is None else value for name, value in run.items()},
+        }
 
     def is_available(self, model: str) -> bool:
         """Whether the students and predictors that its methods need exist for a model."""
@@ -119,8 +121,8 @@ def _balanced() -> Suite:
 def _gpd() -> Suite:
     students = {f"gpd, {n} steps": Setting("gpd", overrides={"gpd": {"steps": n}}) for n in (6, 8, 12, 16, 24)}
     baselines = fewer_steps(24, 12, 6) | {
-        "Euler, 48 steps": Setting(steps=48, euler=True),
-        "Euler, 6 steps": Setting(steps=6, euler=True),
+        "Euler, 48 steps": Setting(steps=48, solver="euler"),
+        "Euler, 6 steps": Setting(steps=6, solver="euler"),
         "baseline, 3 steps (equal NFE)": Setting(steps=3),
         "baseline, 6 steps, no guidance": Setting(steps=6, guidance=1.0),
     }
@@ -160,7 +162,7 @@ def _disca() -> Suite:
     students = {
         f"meanflow, {n} steps": Setting("meanflow", overrides={"meanflow": {"steps": n}}) for n in (20, 12, 10, 8, 6)
     }
-    baselines = fewer_steps(6, 5) | {"Euler, 5 steps": Setting(steps=5, euler=True)}
+    baselines = fewer_steps(6, 5) | {"Euler, 5 steps": Setting(steps=5, solver="euler")}
     settings = BASELINE | {"disca": Setting("disca")} | variants | students | baselines | {"turbo": Setting("turbo")}
     pairs = against("disca", *variants, "meanflow, 10 steps", "Euler, 5 steps", "baseline, 5 steps")
     return Suite(settings, pairs + (("turbo", "meanflow, 6 steps"),))

@@ -64,11 +64,3 @@ def use_scheduler(pipe, scheduler) -> Iterator[None]:
 def is_student_run(pipe) -> bool:
     """Whether a student's weights and scheduler are in the pipeline now."""
     return isinstance(pipe.scheduler, StudentEuler)
-
-
-@contextmanager
-def euler_sampling(pipe, steps: int) -> Iterator[None]:
-    """Inside the context, the pipeline takes `steps` Euler steps on the sigmas and timesteps of its own scheduler."""
-    pipe.scheduler.set_timesteps(steps)
-    with use_scheduler(pipe, FixedSigmaEuler(pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps.tolist())):
-        yield

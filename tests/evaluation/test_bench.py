@@ -15,7 +15,6 @@ from accel.evaluation.report import pairs_table, summarize, table
 from accel.evaluation.suites import PROMPT_SEED, SUITES, Setting, Suite
 from accel.runtime.generate import Video
 from accel.runtime.models import ModelDefaults
-from accel.students.euler_scheduler import euler_sampling
 from accel.world.scene import held_out_prompts
 
 
@@ -35,19 +34,9 @@ def test_a_students_files_change_the_key_of_its_settings_alone(pipe, students, t
     assert key(baseline) == before[0] and key(gpd) != before[1]
 
 
-def test_the_solver_changes_the_key(pipe):
-    key = lambda euler: settings_key({"a": Setting(steps=8, euler=euler)}, "m", pipe, ModelDefaults())
-    assert key(True) != key(False)
-
-
-def test_euler_sampling_uses_the_sigmas_of_the_pipelines_solver_and_restores_it(pipe, sample):
-    baseline, solver = sample(pipe), pipe.scheduler
-    with euler_sampling(pipe, 20):
-        sigmas = pipe.scheduler.sigmas.clone()
-        euler = sample(pipe)
-    solver.set_timesteps(20)
-    assert torch.equal(sigmas, solver.sigmas) and pipe.scheduler is solver
-    assert not torch.equal(euler, baseline) and torch.equal(sample(pipe), baseline)
+def test_solver_and_shift_change_the_key(pipe):
+    key = lambda **solver: settings_key({"a": Setting(steps=8, **solver)}, "m", pipe, ModelDefaults())
+    assert len({key(), key(solver="euler"), key(shift=5.0)}) == 3
 
 
 @pytest.fixture

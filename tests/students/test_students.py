@@ -16,13 +16,19 @@ from accel.ops.token_matching import match
 from accel.runtime.generate import preflight
 from accel.runtime.presets import build_methods
 from accel.runtime.run import Run
-from accel.students.euler_scheduler import FixedSigmaEuler, euler_sampling
+from accel.students.euler_scheduler import FixedSigmaEuler, use_scheduler
 from accel.students.weights import fingerprint, load_int8_delta, save_int8_delta
 from accel.training.networks import FullNetworks
 from accel.training.stages import store
 
 SIGMAS = [1.0, 0.75, 0.6, 0.4, 0.3, 0.1, 0.0]
 TIMESTEPS = [999, 750, 600, 400, 300, 100]
+
+
+def euler_sampling(pipe, steps):
+    """Inside the context, the pipeline takes Euler steps on the noise levels of its own scheduler."""
+    pipe.scheduler.set_timesteps(steps)
+    return use_scheduler(pipe, FixedSigmaEuler(pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps.tolist()))
 
 
 @pytest.fixture
