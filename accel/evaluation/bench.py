@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from ..errors import AccelError
 from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
+from .front import front_table, plot, with_front
 from .measure import by_case, measure_in_turn, settings_key
 from .metrics import Pair, measure, metrics_of
-from .report import pairs_table, plot, summarize, table
+from .report import pairs_table, summarize, table
 from .result_log import ResultLog
 from .suites import PROMPT_SEED, SUITES, Setting, check_suite
 
@@ -39,8 +41,8 @@ def run_suite(
             return {}
         with atomic_write(out / "results.json") as part:
             part.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
-        differences = f"\n{pairs_table(summary)}" if summary["pairs"] else ""
-        (out / "report.md").write_text(table(summary, "report") + differences)
+        parts = {"classes": front_table, "rows": partial(table, kind="report"), "pairs": pairs_table}
+        (out / "report.md").write_text("\n".join(make(summary) for key, make in parts.items() if summary.get(key)))
         plot(summary, out / "pareto.png")
     return {"suite": suite, "out": str(out), **summary}
 
@@ -59,7 +61,11 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     cases = [(prompt, seed) for seed in range(seeds) for prompt in held_out_prompts(prompts, PROMPT_SEED)]
     record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
     lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, suite)
-    return {**environment(pipe), **summarize(by_case(lines), SUITES[suite].pairs)}
+    if not state.is_main_process:
+        return {}
+    cases, groups = by_case(lines), SUITES[suite].groups
+    summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs)}
+    return with_front(summary, cases, groups) if groups else summary
 
 
 def _check_out(file: Path, settings: dict[str, Setting], n: int) -> None:

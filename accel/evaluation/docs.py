@@ -18,6 +18,7 @@ from ..families import FAMILIES, Family
 from ..methods import METHODS
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
+from .front import front_table
 from .layouts import LAYOUTS
 from .memory import SETTINGS, forecast
 from .metrics import METRICS
@@ -106,9 +107,9 @@ def allowed_values(schema: dict) -> str:
 
 
 def suite_table(suite: str, kind: str) -> str:
-    """The "brief" table of a suite that was measured."""
+    """The "brief" table of a suite that was measured; of one with groups, the best of each."""
     found = results(suite)
-    return table(found, kind) if found else NOT_YET
+    return NOT_YET if not found else front_table(found) if "classes" in found else table(found, kind)
 
 
 def suite_details(suite: str) -> str:

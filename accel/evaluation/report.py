@@ -1,9 +1,8 @@
-"""Summaries of measured settings: means with intervals, differences of pairs, Markdown tables, a plot."""
+"""Summaries of measured settings: means with intervals, differences of pairs, Markdown tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -37,14 +36,22 @@ def summarize(cases: Sequence[dict], pairs: Sequence[tuple[str, str]] = ()) -> d
     settings whose difference is computed prompt by prompt. Seeds of one prompt are averaged first, as they are not
     independent.
     """
-    by_prompt: dict[str, list[Case]] = {}
-    for case in cases:
-        by_prompt.setdefault(case["prompt"], []).append(case["rows"])
-    prompts = list(by_prompt.values())
-    names = list(cases[0]["rows"])
+    prompts, names = _by_prompt(cases), list(cases[0]["rows"])
     rows = {name: _setting(prompts, name, names[0]) for name in names}
-    differences = [_pair(prompts, a, b) for a, b in pairs if a in rows and b in rows]
-    return {"n": len(cases), "prompts": len(prompts), "rows": rows, "pairs": differences}
+    return {"n": len(cases), "prompts": len(prompts), "rows": rows, "pairs": paired_differences(cases, pairs)}
+
+
+def paired_differences(cases: Sequence[dict], pairs: Sequence[tuple[str, str]]) -> list[dict]:
+    """How settings (a, b) differ prompt by prompt, for the pairs of which both were measured."""
+    prompts, known = _by_prompt(cases), cases[0]["rows"]
+    return [_pair(prompts, a, b) for a, b in pairs if a in known and b in known]
+
+
+def _by_prompt(cases: Sequence[dict]) -> list[list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case["prompt"], []).append(case["rows"])
+    return list(found.values())
 
 
 def _per_prompt(prompts: list[list[Case]], value: Callable[[Case], float | None]) -> list[float]:
@@ -162,21 +169,3 @@ def pairs_table(summary: dict) -> str:
         for pair in summary["pairs"]
     ]
     return markdown(head, rows)
-
-
-def plot(summary: dict, path: Path) -> None:
-    """SSIM against speed-up, one point for each setting, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, row in summary["rows"].items():
-        mean, low, high = row["ssim"]
-        axes.errorbar(row["speedup"], mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
-        axes.annotate(name, (row["speedup"], mean), textcoords="offset points", xytext=(6, 6))
-    axes.set(xlabel="measured speed-up of the denoising", ylabel="SSIM to the baseline", title=f"n = {summary['n']}")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)

@@ -7,9 +7,11 @@ Students of ablations lie in `checkpoints/`, where `python -m accel train ... --
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from ..errors import AccelError
+from ..methods import METHODS
 from ..runtime.models import resolve
 from ..runtime.paths import ROOT
 from ..runtime.presets import Preset, build_methods, load_preset
@@ -60,10 +62,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Suite:
-    """Settings by name, the baseline first, and pairs (a, b) of them whose difference a - b is reported."""
+    """Settings by name, the baseline first, and pairs (a, b) of them whose difference a - b is reported.
+
+    Where `groups` name settings, the report says which group is best at which speed (see front.py).
+    """
 
     settings: dict[str, Setting]
     pairs: tuple[tuple[str, str], ...] = ()
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 BASELINE = {"baseline": Setting()}
@@ -168,7 +174,69 @@ def _disca() -> Suite:
     return Suite(settings, pairs + (("turbo", "meanflow, 6 steps"),))
 
 
+def _front() -> Suite:
+    groups = {"ours": _training_free() | _students(), "peers": _peers(), "plain solvers": _plain_solvers()}
+    settings = BASELINE | {name: setting for found in groups.values() for name, setting in found.items()}
+    return Suite(settings, groups={group: tuple(found) for group, found in groups.items()})
+
+
+def _in_steps(counts: Sequence[int], **settings: Setting) -> dict[str, Setting]:
+    """Each setting at each step count."""
+    return {f"{name}, {n} steps": replace(setting, steps=n) for name, setting in settings.items() for n in counts}
+
+
+def _training_free() -> dict[str, Setting]:
+    wide = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}
+    thresholds = {f"stepcache {t}": Setting("stepcache", overrides={"stepcache": {"threshold": t}}) for t in (0.1, 0.4)}
+    presets = {name: Setting(name) for name in ("fastercache", "asymrnr", "balanced", "stepcache")}
+    wider = {"fastercache, wide": Setting("fastercache", overrides={"fastercache": wide})}
+    return _in_steps((50, 33, 20, 14, 10), **presets, **thresholds, **wider)
+
+
+def _students() -> dict[str, Setting]:
+    student = lambda name, **more: Setting(name, overrides={name: more})
+    both = lambda steps, full: {"meanflow": {"steps": steps}, "disca": {"num_full_steps": full}}
+    return (
+        {f"gpd, {n} steps": student("gpd", steps=n) for n in (24, 16, 12, 8, 6)}
+        | {f"meanflow, {n} steps": student("meanflow", steps=n) for n in (20, 12, 10, 8, 6, 5, 4)}
+        | {
+            f"disca, {full} of {n} steps": Setting("disca", overrides=both(n, full))
+            for n, full in ((20, 12), (20, 8), (20, 5), (10, 5), (6, 4))
+        }
+    )
+
+
+def _peers() -> dict[str, Setting]:
+    """diffusers' caches from their own defaults upwards, as their first parameter makes them faster."""
+    found = {
+        f"{name}, {parameter} {value}": Setting(overrides={name: {parameter: value}})
+        for name, method in METHODS.items()
+        if method.peer
+        for parameter in method.basic[:1]
+        for value in _rising(method.parameters()[parameter])
+    }
+    return _in_steps((50, 33, 20, 14, 10), **found)
+
+
+def _rising(schema: dict) -> list[float]:
+    """The default of a numeric parameter, and its multiples up to what is allowed."""
+    kind, unit, default = type(schema["default"]), schema.get("multipleOf", 1), schema["default"]
+    values = (min(round(default * times / unit) * unit, schema["maximum"]) for times in (1, 1.5, 2, 3))
+    return list(dict.fromkeys(kind(round(value, 6)) for value in values))
+
+
+def _plain_solvers() -> dict[str, Setting]:
+    """The base model in the steps of each speed class; DPM++ of order 1 is Euler on these noise levels."""
+    solvers = {
+        f"{solver}, shift {shift:g}": Setting(solver=solver, shift=shift)
+        for solver in ("unipc", "euler", "dpm++2m", "dpm++2s")
+        for shift in (3.0, 5.0)
+    }
+    return _in_steps((33, 25, 20, 14, 10, 6, 4, 3), **solvers)
+
+
 SUITES: dict[str, Suite] = {
+    "front": _front(),
     "base": Suite(BASELINE),
     "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),

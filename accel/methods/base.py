@@ -121,6 +121,7 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     title: ClassVar[str]
     paper: ClassVar[str]  # such as "arXiv 2410.19355"; empty for a method of ours
     neutral: ClassVar[dict] = {}
+    peer: ClassVar[bool] = False  # of diffusers, to be compared with
     basic: ClassVar[tuple[str, ...]]
 
     @classmethod

@@ -1,0 +1,66 @@
+"""Groups of settings against each other: the best at each speed, their differences, the area under their fronts."""
+
+import pytest
+
+from accel.evaluation import suites
+from accel.evaluation.front import best_settings, front_table, hypervolume, plot, with_front
+from accel.evaluation.report import summarize
+from accel.methods import METHODS, StepCache
+
+GROUPS = {"ours": ("o2", "o5", "not measured"), "peers": ("p2",), "plain": ("s2", "s3")}
+ROWS = {  # FLOPs and SSIM of two prompts; the baseline has 30 FLOPs
+    "baseline": (30, 1.0, 1.0), "o2": (15, 0.9, 0.8), "o5": (6, 0.7, 0.6), "p2": (12, 0.8, 0.9), "s2": (15, 0.6, 0.6),
+    "s3": (10, 0.8, 0.7),
+}  # fmt: skip
+
+
+@pytest.fixture
+def summary():
+    line = lambda flops, ssim: {"denoise": 1.0, "decode": 0.1, "flops": flops, "ssim": ssim, "ssim_worst": 0.5}
+    cases = [
+        {"prompt": prompt, "rows": {name: line(row[0], row[1 + i]) for name, row in ROWS.items()}}
+        for i, prompt in enumerate(("first", "second"))
+    ]
+    return with_front({"device": "cpu", "threads": 1, "dtype": "float32", **summarize(cases)}, cases, GROUPS)
+
+
+def test_the_best_of_a_class_is_at_least_so_fast_and_has_the_highest_ssim(summary):
+    best = {found["speed"]: found["best"] for found in best_settings(summary["rows"], GROUPS)}
+    assert best[1.5] == best[2] == {"ours": "o2", "peers": "p2", "plain": "s3"}  # 3 times as fast and still better
+    assert best[2.5] == {"ours": "o5", "peers": "p2", "plain": "s3"}
+    assert best[3.5] == best[5] == {"ours": "o5"} and best[8] == {}
+
+
+def test_ours_is_compared_with_the_others_prompt_by_prompt(summary):
+    pairs = {(pair["a"], pair["b"]): pair["ssim"] for pair in summary["pairs"]}
+    assert pairs.keys() == {("o2", "p2"), ("o2", "s3"), ("o5", "p2"), ("o5", "s3")}
+    assert pairs["o2", "p2"] == pytest.approx((0.0, -0.1, 0.1)) and pairs["o2", "s3"] == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
+    rows = [line.split(" | ") for line in front_table(summary).splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 8 * 3
+    assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000] |"
+    assert rows[10][1:3] == ["peers", "none is so fast"]
+    plot(summary, tmp_path / "a.png")
+    plot({**summary, "groups": None}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000 < (tmp_path / "b.png").stat().st_size
+
+
+def test_the_hypervolume_is_the_area_under_the_front_over_the_logarithm_of_speed():
+    assert hypervolume([]) == 0 and hypervolume([(16, 1.0)]) == hypervolume([(99, 1.0)]) == 1
+    assert hypervolume([(4, 0.8)]) == pytest.approx(0.4)
+    assert hypervolume([(2, 1.0), (8, 0.6), (4, 0.5)]) == pytest.approx((1.0 + 2 * 0.6) / 4)
+
+
+def test_methods_marked_as_peers_are_a_group_from_their_defaults_upwards(monkeypatch):
+    class Peer(StepCache):
+        peer = True
+        basic = ("threshold",)
+
+    monkeypatch.setitem(METHODS, "peer", Peer)
+    names = suites._front().groups["peers"]
+    assert {name.rpartition(",")[0] for name in names} == {f"peer, threshold {t}" for t in (0.2, 0.3, 0.4, 0.6)}
+    whole = {"default": 4, "maximum": 10}
+    assert suites._rising(whole) == [4, 6, 8, 10]
+    assert suites._front().settings[names[0]].settings()["methods"] == {"peer": {"threshold": 0.2}}
