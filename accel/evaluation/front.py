@@ -12,6 +12,7 @@ from pathlib import Path
 from .metrics import METRICS
 from .pareto_front import pareto_front
 from .report import SPEED, cell, conditions, markdown, paired_differences
+from .suites import NOISE_FLOOR
 
 CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
 OURS = "ours"  # the group that the others are compared with
@@ -88,7 +89,13 @@ def front_table(summary: dict) -> str:
         f"{conditions(summary)}. The best is that with the highest mean SSIM here, so its own SSIM is a little high; "
         f"this holds for all groups\n\n{markdown(titles, rows)}\n"
         f"Hypervolume, the best SSIM over speeds 1 to {CLASSES[-1]} (log scale), 0 above a group's fastest: {volumes}\n"
+        f"\n{_floor(summary['rows'])}\n"
     )
+
+
+def _floor(rows: dict[str, dict]) -> str:
+    ssim, worst = (cell(METRICS[name], rows[NOISE_FLOOR][name]) for name in ("ssim", "ssim_worst"))
+    return f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}"
 
 
 def _cells(summary: dict, best: dict[str, str], group: str) -> list[str]:
@@ -122,6 +129,8 @@ def plot(summary: dict, path: Path) -> None:
             (dots,) = axes.plot(*zip(*[(x, 1 - y) for x, y in points]), "o", markersize=4, alpha=0.6, label=group)
             front = [points[i] for i in pareto_front(points)]
             axes.step(*zip(*[(x, 1 - y) for x, y in front]), where="pre", color=dots.get_color())
+    if NOISE_FLOOR in summary["rows"]:
+        axes.axhline(1 - summary["rows"][NOISE_FLOOR]["ssim"][0], color="grey", linestyle=":", label=NOISE_FLOOR)
     axes.set(
         xlabel="speed by counted work", ylabel="1 - SSIM to the baseline", xscale="log", yscale="log",
         title=f"n = {summary['n']}",

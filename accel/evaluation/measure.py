@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from operator import itemgetter
 
 import torch
 from tqdm import tqdm
 
+from ..core.hooks import patched_method
 from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults, hash_of, resolve, weights
 from ..runtime.presets import build_methods
@@ -16,6 +18,7 @@ from ..runtime.run import Run, build_run
 from .result_log import ResultLog, config_hash
 from .suites import Setting
 
+NOISE_SEED = 2**31  # not that of a video; torch takes the lower 32 bits alone
 Case = tuple[str, int]  # prompt and seed
 Record = Callable[[str, Run, Video, Video], dict]  # setting, run, baseline, video -> what is logged of it
 
@@ -54,7 +57,7 @@ def measure_in_turn(
                 warm = True
             baseline: Video | None = None
             for name in dict.fromkeys((baseline_name, *names)):
-                video, peak_memory = _generate(runs[name], pipe, defaults)
+                video, peak_memory = _generate(settings[name], runs[name], pipe, defaults)
                 baseline = baseline or video
                 if name in names:
                     facts = {**_speed(video), "peak_memory_bytes": peak_memory}
@@ -66,7 +69,7 @@ def measure_in_turn(
     return [found[(*case, name)] for case, name in wanted]  # once, also where a line is duplicated
 
 
-def _generate(run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:
+def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:
     """A video, and the most bytes of the GPU that were allocated until its last step (0 on a CPU)."""
     on_gpu, peak = torch.cuda.is_available(), 0
 
@@ -77,7 +80,23 @@ def _generate(run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    return generate(run, pipe, defaults, on_step), peak
+    with perturbed_noise(pipe, setting.noise):
+        return generate(run, pipe, defaults, on_step), peak
+
+
+@contextmanager
+def perturbed_noise(pipe, share: float) -> Iterator[None]:
+    """Inside the context, the pipeline begins with its own noise and a share of other noise, at the same variance."""
+
+    def prepare(*args, **kwargs) -> torch.Tensor:
+        latents = stock(*args, **kwargs)
+        other = torch.randn(latents.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(latents)
+        other[latents == 0] = 0  # empty channels that some pipelines append
+        return (1 - share**2) ** 0.5 * latents + share * other
+
+    stock = pipe.prepare_latents
+    with patched_method(pipe, "prepare_latents", prepare) if share else nullcontext():
+        yield
 
 
 def _speed(video: Video) -> dict:
@@ -114,5 +133,5 @@ def settings_key(
     own_weights = [pair for pair in weights(model) if pair[0] != ignore]
     return config_hash(
         {name: run.model_dump() for name, run in runs.items()}, [method.model_dump() for method in methods],
-        files, own_weights, environment(pipe),
+        [setting.noise for setting in settings.values()], files, own_weights, environment(pipe),
     )  # fmt: skip

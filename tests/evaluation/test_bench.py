@@ -34,9 +34,21 @@ def test_a_students_files_change_the_key_of_its_settings_alone(pipe, students, t
     assert key(baseline) == before[0] and key(gpd) != before[1]
 
 
-def test_solver_and_shift_change_the_key(pipe):
+def test_solver_shift_and_noise_change_the_key(pipe):
     key = lambda **solver: settings_key({"a": Setting(steps=8, **solver)}, "m", pipe, ModelDefaults())
-    assert len({key(), key(solver="euler"), key(shift=5.0)}) == 3
+    assert len({key(), key(solver="euler"), key(shift=5.0), key(noise=0.01)}) == 4
+
+
+def test_a_share_of_the_initial_noise_is_replaced_inside_the_context_only(pipe):
+    prepare = lambda: pipe.prepare_latents(1, 4, 64, 64, 5, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    own = prepare()
+    with measure.perturbed_noise(pipe, 0.1):
+        mixed = prepare()
+    with measure.perturbed_noise(pipe, 0.0):
+        assert torch.equal(prepare(), own)
+    assert torch.equal(prepare(), own) and vars(pipe).get("prepare_latents") is None
+    assert (mixed - own).norm() / own.norm() == pytest.approx(0.1, rel=0.1)
+    assert mixed.var() == pytest.approx(own.var(), rel=0.02)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from accel.methods import METHODS, StepCache
 GROUPS = {"ours": ("o2", "o5", "not measured"), "peers": ("p2",), "plain": ("s2", "s3")}
 ROWS = {  # FLOPs and SSIM of two prompts; the baseline has 30 FLOPs
     "baseline": (30, 1.0, 1.0), "o2": (15, 0.9, 0.8), "o5": (6, 0.7, 0.6), "p2": (12, 0.8, 0.9), "s2": (15, 0.6, 0.6),
-    "s3": (10, 0.8, 0.7),
+    "s3": (10, 0.8, 0.7), suites.NOISE_FLOOR: (30, 0.9, 0.95),
 }  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     assert len(rows) == 8 * 3
     assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000] |"
     assert rows[10][1:3] == ["peers", "none is so fast"]
+    assert front_table(summary).endswith("is replaced: 0.9250 [0.9000, 0.9500], worst frame 0.500\n")
     plot(summary, tmp_path / "a.png")
     plot({**summary, "groups": None}, tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > 5000 < (tmp_path / "b.png").stat().st_size
