@@ -62,12 +62,17 @@ def needs_training(name: str) -> bool:
     return METHODS[name]().weights_dir(ROOT / TINY) is not None
 
 
+def support_cells() -> dict[tuple[Family, str], str]:
+    """For each model family and method: whether it runs, or needs a training first."""
+    return {(family, name): family.remarks.get(name) or _state(family, name) for family in FAMILIES for name in METHODS}
+
+
 def support() -> str:
-    """Model families and methods: which run, and which need a training first."""
-    rows = [["tiny-wan (shipped)", *["yes"] * len(METHODS)]]
+    """The cells as a table, in which the shipped model is the first row."""
+    rows, cells = [["tiny-wan (shipped)", *["yes"] * len(METHODS)]], support_cells()
     for family in FAMILIES:
         pipelines = ", ".join(f"`{prefix}*Pipeline`" for prefix in family.pipelines)
-        rows.append([pipelines, *(family.remarks.get(name) or _state(family, name) for name in METHODS)])
+        rows.append([pipelines, *(cells[family, name] for name in METHODS)])
     return markdown(["model", *(f"`{name}`" for name in METHODS)], rows)
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
+from unittest.mock import MagicMock
 
 import diffusers
 import pytest
 import torch
+from families import tiny
 from families.tiny import FLOW, TINY
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 import accel
 from accel.errors import AccelError
+from accel.evaluation.docs import support_cells
+from accel.families import family_of
 from accel.methods import METHODS
 
 NAMES = list(TINY)
@@ -35,6 +39,15 @@ def all_but(*left_out: str) -> list:
     """The pipelines as parameters of a test; variants, and the one with the most tokens, are slow."""
     marks = lambda name: () if name in EACH_FAMILY and name != "hunyuan_video_15" else pytest.mark.slow
     return [pytest.param(name, marks=marks(name)) for name in NAMES if name not in left_out]
+
+
+SEEN_TO_ACT: dict[str, list[str]] = {}  # by method, the pipelines on which a test of this file sees it act
+
+
+def sees_acting(method: str, *left_out: str) -> pytest.MarkDecorator:
+    """Parametrizes a test that sees a method act, by all pipelines but those."""
+    SEEN_TO_ACT[method] = [name for name in NAMES if name not in left_out]
+    return pytest.mark.parametrize("name", all_but(*left_out))
 
 
 def sample(pipe, inputs: dict, name: str, seed: int = 0, **more) -> Tensor:
@@ -144,7 +157,7 @@ def test_sizes_may_change_from_run_to_run(name):
         assert torch.equal(sample(pipe, inputs, name), alone)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@sees_acting("fastercache")
 def test_fastercache_reuses_attention_and_rebuilds_the_unconditional_branch(name):
     pipe, inputs = TINY[name]()
     with accel.apply(pipe, [CACHING]) as trace:
@@ -174,7 +187,7 @@ class AttentionLengths(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", all_but())
+@sees_acting("asymrnr")
 def test_asymrnr_removes_half_of_the_video_tokens_and_no_text(name):
     pipe, inputs = TINY[name]()
     with AttentionLengths() as full:
@@ -187,7 +200,7 @@ def test_asymrnr_removes_half_of_the_video_tokens_and_no_text(name):
     assert lengths and reduced.seen - full.seen == {(q - video // 2, q - video // 2) for q in lengths}
 
 
-@pytest.mark.parametrize("name", all_but(*WITHOUT_STACK))
+@sees_acting("disca", *WITHOUT_STACK)
 def test_disca_predicts_the_blocks_of_both_branches(name):
     pipe, inputs = TINY[name]()
     with accel.apply(pipe, [PREDICTING]) as trace:
@@ -197,7 +210,7 @@ def test_disca_predicts_the_blocks_of_both_branches(name):
     assert trace.summary()["calls"] == {"compute": 8 * branches, "predict": 4 * branches}
 
 
-@pytest.mark.parametrize("name", all_but(*WITHOUT_STACK))
+@sees_acting("stepcache", *WITHOUT_STACK)
 def test_stepcache_predicts_the_same_steps_in_both_branches(name):
     pipe, inputs = TINY[name]()
     with accel.apply(pipe, [METHODS["stepcache"](threshold=1.2)]) as trace:
@@ -206,6 +219,17 @@ def test_stepcache_predicts_the_same_steps_in_both_branches(name):
     calls = [e for e in trace.events.values() if e.layer == "denoiser"]
     steps = [{e.step: e.action for e in calls if e.branch == branch} for branch in ("cond", "uncond")]
     assert set(steps[0].values()) == {"compute", "predict"} and (name in UNGUIDED or steps[0] == steps[1])
+
+
+def test_a_test_sees_each_method_act_where_the_support_table_says_yes(monkeypatch):
+    monkeypatch.setattr(tiny, "build", MagicMock())  # the classes of the pipelines are enough
+    monkeypatch.setattr(tiny, "assemble", lambda name, *_, **__: object.__new__(getattr(diffusers, name)))
+    pipelines = {name: TINY[name]()[0] for name in NAMES}
+    for (family, method), cell in support_cells().items():
+        seen = [pipelines[name] for name in SEEN_TO_ACT.get(method, ())]
+        for prefix in family.pipelines if cell.startswith("yes") else ():
+            of_kind = [pipe for pipe in seen if family_of(pipe) is family and type(pipe).__name__.startswith(prefix)]
+            assert of_kind, f"the table says {cell!r} of {method} on {prefix}*Pipeline, and no test sees that"
 
 
 @pytest.mark.parametrize("name", WITHOUT_STACK)

@@ -266,6 +266,12 @@ def hunyuan_video_image(texts: int = 1) -> Tiny:
     return pipe, {**hunyuan_inputs(texts), "image": picture(texts, 3, 64, 64), "true_cfg_scale": 4.0}
 
 
+def hunyuan_skyreels(texts: int = 1) -> Tiny:
+    """SkyReels V1 image to video: the image's latents beside the noise, guidance in two calls without a context."""
+    pipe = assemble("HunyuanSkyreelsImageToVideoPipeline", hunyuan_parts(in_channels=2 * CHANNELS))
+    return pipe, {**hunyuan_inputs(texts), "image": picture(texts, 3, 64, 64)}
+
+
 def hunyuan_video_15(texts: int = 1) -> Tiny:
     """HunyuanVideo 1.5 text to video: two text encoders and an image's place in one sequence, guidance by a guider."""
     transformer = build(
@@ -375,7 +381,7 @@ TINY: dict[str, Callable[..., Tiny]] = {
     for builder in (
         wan, wan_22, wan_22_5b, wan_image, wan_22_5b_image, wan_video, wan_vace,
         skyreels_v2, cogvideox, cogvideox_2b, cogvideox_15, cogvideox_image, cogvideox_video,
-        hunyuan_video, hunyuan_video_true_cfg, hunyuan_video_image, hunyuan_video_15,
+        hunyuan_video, hunyuan_video_true_cfg, hunyuan_video_image, hunyuan_skyreels, hunyuan_video_15,
         ltx, ltx_image, ltx_condition, mochi, kandinsky5,
     )
 }  # fmt: skip
