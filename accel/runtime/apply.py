@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.hooks import patched_method
 from ..core.host import Host
 from ..core.trace import Trace
 from ..errors import AccelError, quote
@@ -104,17 +105,18 @@ def _announced(method: Method, host: Host, trace: Trace) -> Iterator[None]:
 
 @contextmanager
 def _taken(part) -> Iterator[None]:
-    """Inside the context, a second `apply` on a pipeline or transformer is refused, and so are its copies.
+    """Inside the context, a second `apply` on a pipeline or transformer is refused, and so is copying or saving it.
 
-    A copy's hooks would run the original.
+    A copy's hooks would run the original, and saved weights could be a student's.
     """
 
-    def refuse():
+    def refuse(*args, **named):
         raise AccelError("a pipeline cannot be copied or saved inside accel.apply: do that before or after it")
 
     if vars(part).setdefault("__getstate__", refuse) is not refuse:
         raise AccelError("accel.apply acts on this pipeline already: leave it first, or give all methods in one list")
     try:
-        yield
+        with patched_method(part, "save_pretrained", refuse):
+            yield
     finally:
         del vars(part)["__getstate__"]

@@ -89,12 +89,18 @@ def test_a_second_apply_is_refused_and_the_first_goes_on(pipe, two_models, sampl
         pass
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda part: torch.save(part, io.BytesIO())], ids=["copy", "save"]
-)
-def test_a_pipeline_is_copied_and_saved_outside_only(duplicate, pipe):
+DUPLICATES = {
+    "copy": lambda part, folder: copy.deepcopy(part),
+    "torch.save": lambda part, folder: torch.save(part, io.BytesIO()),
+    "save_pretrained": lambda part, folder: part.save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+def test_a_pipeline_is_copied_and_saved_outside_only(duplicate, pipe, tmp_path):
     with accel.apply(pipe, FasterCache()):
         for part in (pipe, pipe.transformer):
             with pytest.raises(AccelError, match="cannot be copied or saved inside accel.apply"):
-                duplicate(part)
-    duplicate(pipe)
+                duplicate(part, tmp_path)
+    assert not list(tmp_path.iterdir())
+    duplicate(pipe, tmp_path)
