@@ -142,11 +142,15 @@ def _ratio(value: float, base: float) -> float | None:
     return float(value / base) if base else None
 
 
-def vmaf(pair: Pair) -> float | None:
-    """VMAF to the baseline; None where ffmpeg cannot measure it."""
-    from .vmaf import vmaf as measure_vmaf
+def by_ffmpeg(name: str) -> Callable[[Pair], float | None]:
+    """A metric of `ffmpeg_metrics`, to the baseline; None where ffmpeg cannot measure it."""
 
-    return measure_vmaf(pair.baseline.frames, pair.video.frames)
+    def measured(pair: Pair) -> float | None:
+        from . import ffmpeg_metrics
+
+        return getattr(ffmpeg_metrics, name)(pair.baseline.frames, pair.video.frames)
+
+    return measured
 
 
 def latent_nmse(pair: Pair) -> float | None:
@@ -155,13 +159,14 @@ def latent_nmse(pair: Pair) -> float | None:
     return _ratio((x - y).square().mean(), x.square().mean())
 
 
-def motion_ratio(pair: Pair) -> float | None:
-    """Mean change from frame to frame, divided by the baseline's."""
-    base, value = (
-        np.abs(np.diff(video.frames.astype(np.float32), axis=0)).mean() if len(video.frames) > 1 else 0.0
-        for video in (pair.baseline, pair.video)
-    )
-    return _ratio(value, base)
+def _ratio_of_frames(value: Callable[[np.ndarray], float]) -> Callable[[Pair], float | None]:
+    """The value of frames (f, h, w, c), divided by the baseline's."""
+    return lambda pair: _ratio(*(value(video.frames.astype(np.float32)) for video in (pair.video, pair.baseline)))
+
+
+def _change(frames: np.ndarray, order: int) -> float:
+    """Mean absolute difference over time of frames (f, h, w, c), of some order; 0 for too few frames."""
+    return np.abs(np.diff(frames, order, axis=0)).mean() if len(frames) > order else 0.0
 
 
 def _high_frequency_ratio(pair: Pair, axis: int) -> float | None:
@@ -201,8 +206,12 @@ METRICS: dict[str, Metric] = {
             shown_in=frozenset({"report", "page"}),
         ),
         Metric(
-            "vmaf", "VMAF", "VMAF to the baseline, of 100", vmaf, higher_is_better=True, digits=1, text="{:.1f}",
-            in_suites=False, shown_in=frozenset({"page"}),
+            "vmaf", "VMAF", "VMAF to the baseline, of 100", by_ffmpeg("vmaf"), higher_is_better=True, digits=1,
+            text="{:.1f}", in_suites=False, shown_in=frozenset({"page"}),
+        ),
+        Metric(
+            "xpsnr", "XPSNR dB", "PSNR to the baseline, weighted by what the eye sees", by_ffmpeg("xpsnr"),
+            higher_is_better=True, digits=1, text="{:.1f} dB", shown_in=frozenset({"details"}),
         ),
         Metric(
             "latent_nmse", "latent error", "squared error of the final latents, relative to the baseline's mean square",
@@ -210,7 +219,18 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "motion_ratio", "motion ratio", "mean change from frame to frame, relative to the baseline's",
-            motion_ratio, higher_is_better=None, shown_in=frozenset({"details"}),
+            _ratio_of_frames(lambda frames: _change(frames, 1)), higher_is_better=None,
+            shown_in=frozenset({"details"}),
+        ),
+        Metric(
+            "flicker", "flicker", "mean change of the change from frame to frame, relative to the baseline's",
+            _ratio_of_frames(lambda frames: _change(frames, 2)), higher_is_better=None,
+            shown_in=frozenset({"details"}),
+        ),
+        Metric(
+            "saturation_ratio", "saturation", "mean span of a pixel's colours, relative to the baseline's",
+            _ratio_of_frames(lambda frames: np.ptp(frames, axis=-1).mean()), higher_is_better=None,
+            shown_in=frozenset({"details"}),
         ),
         Metric(
             "spatial_hf", "spatial detail", "latents' energy in high spatial frequencies, relative to the baseline's",

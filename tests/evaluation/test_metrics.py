@@ -53,6 +53,16 @@ def test_motion_is_the_mean_change_and_undefined_if_the_baseline_stands_still():
     assert METRICS["motion_ratio"].measure(Pair(steps(7, 7), steps(0, 1), "-")) is None
 
 
+def test_flicker_is_what_changes_back_and_saturation_the_span_of_the_colours():
+    steps = lambda *levels: video(np.concatenate([grey(level, 1) for level in levels]))
+    assert METRICS["flicker"].measure(Pair(steps(0, 4, 0), steps(0, 2, 0), "-")) == 0.5
+    assert METRICS["flicker"].measure(Pair(steps(0, 4, 0), steps(0, 4, 8), "-")) == 0  # it moves on
+    assert METRICS["flicker"].measure(Pair(steps(0, 4), steps(0, 4), "-")) is None
+    colour = lambda *rgb: video(np.full((2, 16, 16, 3), rgb, np.uint8))
+    assert METRICS["saturation_ratio"].measure(Pair(colour(90, 50, 50), colour(130, 70, 110), "-")) == 1.5
+    assert METRICS["saturation_ratio"].measure(Pair(video(grey(9)), colour(9, 8, 7), "-")) is None
+
+
 def test_videos_of_different_shapes_have_no_similarity():
     values = measure(Pair(video(grey(1)), video(grey(1, 5)), "-"), [m for m in METRICS.values() if not m.of_one_video])
     assert set(values.values()) == {None}
@@ -74,7 +84,7 @@ def test_metrics_that_a_model_does_not_have_are_none_in_run_json():
 
 def test_vmaf_is_measured_for_pairs_and_shown_where_there_is_a_score(monkeypatch):
     for score, shown in ((87.65, [("87.7", "VMAF to the baseline, of 100")]), (None, [])):
-        monkeypatch.setattr("accel.evaluation.vmaf.vmaf", lambda reference, frames, score=score: score)
+        monkeypatch.setattr("accel.evaluation.ffmpeg_metrics.vmaf", lambda reference, frames, score=score: score)
         report = report_metrics(Pair(video(grey(1)), video(grey(2)), "-"), metrics_of(ModelDefaults()))
         assert report["vmaf"] == score and [text for text in metric_texts(report) if "VMAF" in text[1]] == shown
 

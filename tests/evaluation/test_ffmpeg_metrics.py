@@ -1,11 +1,11 @@
-"""VMAF by ffmpeg: it falls with the distortion, and is None where it cannot be measured."""
+"""VMAF and XPSNR by ffmpeg: they fall with the distortion, and are None where they cannot be measured."""
 
 import numpy as np
 import pytest
 
 from accel.errors import AccelError
-from accel.evaluation import vmaf as module
-from accel.evaluation.vmaf import vmaf
+from accel.evaluation import ffmpeg_metrics as module
+from accel.evaluation.ffmpeg_metrics import vmaf, xpsnr
 
 
 def clip(size: tuple[int, int] = (48, 64), frames: int = 5) -> np.ndarray:
@@ -28,6 +28,16 @@ def test_equal_videos_score_high_and_more_noise_scores_lower():
     assert scores[0] > 95 and scores[0] > scores[1] > scores[2] >= 0
 
 
+def test_xpsnr_falls_with_noise_and_errors_in_texture_count_less():
+    video = clip()
+    assert xpsnr(video, video) is None
+    assert xpsnr(video, noisy(video, 4)) > xpsnr(video, noisy(video, 30)) > 0
+    flat = np.full_like(video, 128)
+    textured = noisy(flat, 30)
+    shifted = lambda base: np.where(np.arange(base.shape[2])[:, None] % 2, base, base + 2).astype(np.uint8)
+    assert xpsnr(textured.clip(0, 250), shifted(textured.clip(0, 250))) > xpsnr(flat, shifted(flat)) + 3
+
+
 @pytest.mark.parametrize("size, frames", [((16, 16), 1), ((15, 33), 2), ((200, 240), 3)])
 def test_small_odd_and_large_frames_are_measured(size, frames):
     assert vmaf(clip(size, frames), clip(size, frames)) > 90
@@ -40,7 +50,7 @@ def test_the_first_video_is_the_reference():
 
 
 def test_without_ffmpeg_or_its_filter_there_is_no_score(monkeypatch):
-    monkeypatch.setattr(module, "_graph", lambda reference: "[0:v]nosuchfilter")
+    monkeypatch.setattr(module, "_graph", lambda *_: "[0:v]nosuchfilter")
     assert vmaf(clip(), clip()) is None
 
     def missing():
