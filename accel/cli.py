@@ -290,6 +290,39 @@ def bench(
 
 
 @app.command()
+def tune(
+    max_loss: Annotated[float, typer.Option(min=0, max=1, help="Write the fastest preset within this loss.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try; more find better ones.")] = 150,
+    prompts: Annotated[int, typer.Option(min=1, help="Tuning prompts of the toy world; no report uses them.")] = 4,
+    prompt_file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Prompts instead, one a line.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    model: Model = TINY,
+    out: Out = Path("runs/tune"),
+) -> None:  # fmt: skip
+    """Search methods, steps, solver and shift for the least loss at every speed: front.json and presets in --out.
+
+    Work is counted, not timed, so nothing has to be quiet. Ctrl-C keeps the tries; the same command goes on.
+    """
+    pipe, defaults, _ = load_for(model, lambda defaults: [])
+    from .evaluation.tune import SPEED_CLASSES, TUNING_SEED, at_least, fastest, front_table, tune, write_preset
+    from .files import only_writer
+    from .world.scene import held_out_prompts
+
+    lines = prompt_file.read_text().split("\n") if prompt_file else []
+    texts = [line for line in lines if line.strip()] or held_out_prompts(prompts, TUNING_SEED)
+    with only_writer(out):
+        rows = tune(model, pipe, defaults, texts, trials, seed, out)
+        chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in SPEED_CLASSES}
+        if max_loss is not None:
+            chosen = {f"loss-{max_loss:g}": fastest(rows, max_loss)}
+        chosen = {name: row for name, row in chosen.items() if row}
+        for name, row in chosen.items():
+            write_preset(row, out / f"{name}.yaml", len(texts), trials)
+    print(front_table(chosen))
+    print_json({"out": str(out), "presets": {name: str(out / f"{name}.yaml") for name in chosen}, "rows": rows})
+
+
+@app.command()
 def sweep(
     axis: Annotated[list[str], typer.Option(help="steps=20,30,50 or gpd.steps=6..16; once or twice.")],
     prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.txt.")] = None,

@@ -1,0 +1,201 @@
+"""`accel tune`: searches methods, parameters, steps, solver and shift for the settings that lose least at their work.
+
+A try is a point (work, loss): FLOPs in parts of the baseline's, and 1 - SSIM to its videos, the mean over prompts that
+no report uses. Both are counted and not timed, so a search gives the same tries for the same seed, whatever else the
+machine does, and also where it was stopped and resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from tqdm import tqdm
+
+from ..errors import AccelError
+from ..files import atomic_write
+from ..methods import METHODS
+from ..runtime.generate import Video, environment, generate
+from ..runtime.models import ModelDefaults, resolve, weights
+from ..runtime.presets import Preset
+from ..runtime.run import Run, build_run
+from .metrics import METRICS, Pair, mean_of
+from .pareto_front import pareto_front
+from .report import markdown
+from .result_log import config_hash
+
+TUNING_SEED = 11  # of held-out prompts for the search; those of reports have another one
+STEPS = (50, 40, 32, 25, 20, 16, 13, 10, 8, 6, 5, 4)
+SPEED_CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
+STUDENTS = ("gpd", "meanflow")
+RANDOM_TRIES = 20  # before the sampler learns from them
+SMALLEST_LOSS = 1e-6  # below it, losses count as equal
+MAX_ADHERENCE_LOSS = 0.01  # of a preset against the baseline
+
+
+def tune(
+    model: str, pipe, defaults: ModelDefaults, prompts: Sequence[str], trials: int, seed: int, out: Path
+) -> list[dict]:
+    """The front of `trials` tries as rows, slowest first, after writing front.json. A second call resumes the first.
+
+    A row has "preset" (its settings), "work", "speed" (the inverse), "ssim", and "adherence_loss" where the model's
+    world is known. Raises AccelError if `out` holds a search of other prompts, weights or another seed.
+    """
+    key = config_hash(list(prompts), seed, weights(model), defaults.model_dump())
+    study = open_study(out, key)
+    judge = Judge(model, pipe, defaults, prompts)
+    steps = {name: METHODS[name].available_values(resolve(model)).get("steps", []) for name in STUDENTS}
+    students = {name: [n for n in counts if n] for name, counts in steps.items() if any(counts)}
+    found = finished(study)
+    with tqdm(total=trials, initial=min(trials, len(found)), desc="tries") as bar:
+        while len(found) < trials:
+            # a sampler of its own for each try: the choices of a resumed search are those of an unbroken one
+            study.sampler = sampler(seed * 100_003 + len(found))
+            trial = study.ask()
+            row = judge(suggest(trial, students))
+            trial.set_user_attr("row", row)
+            study.tell(trial, (math.log(row["work"]), math.log(max(SMALLEST_LOSS, 1 - row["ssim"]))))
+            found = finished(study)
+            bar.update()
+    rows = front(found[:trials])
+    document = {"model": model, "prompts": list(prompts), "tries": trials, "seed": seed, **environment(pipe)}
+    with atomic_write(out / "front.json") as part:
+        part.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def open_study(out: Path, key: str) -> optuna.Study:
+    """The search in a folder, new or begun. Raises AccelError if it is another one."""
+    out.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(out / "tries.jsonl"))), study_name="tune",
+            directions=("minimize", "minimize"), load_if_exists=True,
+        )  # fmt: skip
+    if study.user_attrs.get("key", key) != key:
+        raise AccelError(f"{out} holds a search of other prompts, weights or another seed: give another --out")
+    study.set_user_attr("key", key)
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):  # it was broken off
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return study
+
+
+def sampler(seed: int) -> optuna.samplers.TPESampler:
+    """The sampler of one try."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=RANDOM_TRIES)
+
+
+def finished(study: optuna.Study) -> list[dict]:
+    """The rows of all finished tries; one that was broken off is not among them."""
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return [trial.user_attrs["row"] for trial in complete]
+
+
+def suggest(trial: optuna.Trial, students: dict[str, list[int]]) -> Preset:
+    """The settings of a try: a student in some steps, or the base with a solver and with what is free of training."""
+    source = trial.suggest_categorical("source", ("base", *students))
+    if source != "base":
+        return Preset(methods={source: {"steps": trial.suggest_categorical(f"{source}.steps", students[source])}})
+    steps = trial.suggest_categorical("steps", STEPS)
+    solver = trial.suggest_categorical("solver", ("unipc", "dpm++2m", "dpm++2s", "euler"))
+    methods = {}
+    if steps >= 10 and trial.suggest_categorical("stepcache", (True, False)):
+        methods["stepcache"] = _stepcache(trial)
+    if steps >= 10 and trial.suggest_categorical("guidance", (True, False)):
+        methods["fastercache"] = {
+            "attention": False,
+            "guidance_interval": trial.suggest_int("guidance_interval", 2, 8),
+            "guidance_start": round(trial.suggest_float("guidance_start", 0.1, 0.8, step=0.05), 2),
+        }
+    return Preset(steps=steps, solver=solver, shift=trial.suggest_float("shift", 2, 7, step=0.5), methods=methods)
+
+
+def _stepcache(trial: optuna.Trial) -> dict:
+    schedule = trial.suggest_categorical("schedule", ("change", "spread"))
+    values = {"schedule": schedule, "order": trial.suggest_int("order", 0, 2)}
+    if schedule == "change":
+        return {**values, "threshold": round(trial.suggest_float("threshold", 0.02, 0.8, step=0.02), 2)}
+    return {**values, "full_share": round(trial.suggest_float("full_share", 0.1, 0.8, step=0.02), 2)}
+
+
+class Judge:
+    """Generates the videos of a preset and compares them with the baseline's, which are generated once."""
+
+    def __init__(self, model: str, pipe, defaults: ModelDefaults, prompts: Sequence[str]):
+        self.model, self.pipe, self.defaults, self.prompts = model, pipe, defaults, prompts
+        self._baselines: dict[str, Video] = {}
+
+    def __call__(self, preset: Preset) -> dict:
+        """The row of a preset."""
+        pairs = [Pair(self._baseline(prompt), self._generate(prompt, preset), prompt) for prompt in self.prompts]
+        flops = [[video.trace.flops_computed_and_full()[0] for video in (p.video, p.baseline)] for p in pairs]
+        work = sum(own / full for own, full in flops) / len(pairs)
+        row = {"preset": preset.model_dump(exclude_defaults=True), "work": work, "speed": 1 / work}
+        row["ssim"] = self._mean("ssim", pairs)
+        if "adherence" in self.defaults.metrics:
+            of_baselines = [Pair(pair.baseline, pair.baseline, pair.prompt) for pair in pairs]
+            row["adherence_loss"] = self._mean("adherence", of_baselines) - self._mean("adherence", pairs)
+        return row
+
+    def _mean(self, metric: str, pairs: Sequence[Pair]) -> float:
+        return sum(mean_of(METRICS[metric].measure(pair)) for pair in pairs) / len(pairs)
+
+    def _baseline(self, prompt: str) -> Video:
+        if prompt not in self._baselines:
+            self._baselines[prompt] = self._generate(prompt, Preset())
+        return self._baselines[prompt]
+
+    def _generate(self, prompt: str, preset: Preset) -> Video:
+        return generate(self._run(prompt, preset), self.pipe, self.defaults)
+
+    def _run(self, prompt: str, preset: Preset) -> Run:
+        settings = preset.model_dump(exclude_defaults=True)
+        return build_run(self.defaults, model=self.model, prompt=prompt, seed=0, **settings)
+
+
+def front(rows: Sequence[dict]) -> list[dict]:
+    """The rows that no other one beats in work and SSIM, slowest first."""
+    return [rows[i] for i in pareto_front([(row["speed"], row["ssim"]) for row in rows])]
+
+
+def fastest(rows: Sequence[dict], max_loss: float) -> dict:
+    """The fastest row whose SSIM is at least 1 - max_loss and whose adherence is the baseline's, almost.
+
+    Raises AccelError if there is none.
+    """
+    fits = lambda row: 1 - row["ssim"] <= max_loss + 1e-9 and row.get("adherence_loss", 0) <= MAX_ADHERENCE_LOSS
+    if found := [row for row in rows if fits(row)]:
+        return max(found, key=lambda row: row["speed"])
+    least = min((1 - row["ssim"] for row in rows), default=1)
+    raise AccelError(f"no try loses at most {max_loss:g}; the least is {least:.2g}: allow more, or try more --trials")
+
+
+def at_least(rows: Sequence[dict], speed: float) -> dict | None:
+    """The row with the best SSIM among those of a speed or more; None if there is none."""
+    return max((row for row in rows if row["speed"] >= speed), key=lambda row: row["ssim"], default=None)
+
+
+def front_table(rows: dict[str, dict]) -> str:
+    """A Markdown table of named rows."""
+    settings = lambda row: yaml.safe_dump(row["preset"], default_flow_style=True, width=1000).strip()
+    cells = [[name, f"{row['speed']:.2f}", f"{row['ssim']:.4f}", settings(row)] for name, row in rows.items()]
+    return markdown(["preset", "less work", "SSIM", "settings"], cells)
+
+
+def write_preset(row: dict, file: Path, prompts: int, trials: int) -> None:
+    """Write a row as a preset that says how it was found."""
+    measured = f"{row['speed']:.2f} times less work at SSIM {row['ssim']:.4f}"
+    about = f"{measured}, the mean over {prompts} tuning prompts; found by accel tune among {trials} tries."
+    with atomic_write(file) as part:
+        part.write_text(yaml.safe_dump({"about": about, **row["preset"]}, sort_keys=False, width=1000))

@@ -1,0 +1,98 @@
+"""`accel tune`: the same tries for the same seed, also after a stop; what is chosen; presets that load again."""
+
+import json
+
+import optuna
+import pytest
+
+from accel.evaluation import tune as tune_module
+from accel.evaluation.tune import Judge, at_least, fastest, front, suggest, tune, write_preset
+from accel.methods import METHODS
+from accel.runtime.models import ModelDefaults
+from accel.runtime.presets import Preset, load_preset
+
+DEFAULTS = ModelDefaults(height=32, width=32, frames=5, steps=10, guidance=4.0, fps=8, text_length=16)
+ROWS = [
+    {"preset": {"steps": 40}, "work": 0.8, "speed": 1.25, "ssim": 0.999},
+    {"preset": {"steps": 20}, "work": 0.4, "speed": 2.5, "ssim": 0.99},
+    {"preset": {"steps": 18}, "work": 0.4, "speed": 2.5, "ssim": 0.98},
+    {"preset": {"steps": 10}, "work": 0.2, "speed": 5.0, "ssim": 0.95, "adherence_loss": 0.2},
+]
+
+
+class Counted(Judge):
+    """Judges without a model: fewer steps are faster and worse, methods help a little."""
+
+    calls = 0
+
+    def __call__(self, preset: Preset) -> dict:
+        type(self).calls += 1
+        work = (preset.steps or 6) / 50 / (1 + len(preset.methods))
+        preset = preset.model_dump(exclude_defaults=True)
+        return {"preset": preset, "work": work, "speed": 1 / work, "ssim": 1 - 0.001 / work}
+
+
+@pytest.fixture
+def search(monkeypatch, tmp_path):
+    """search(folder, trials, prompts=, seed=): the rows of a search without a model."""
+    monkeypatch.setattr(tune_module, "Judge", Counted)
+    monkeypatch.setattr(tune_module, "RANDOM_TRIES", 4)
+    monkeypatch.setattr(tune_module, "weights", lambda model: [])
+    monkeypatch.setattr(tune_module, "environment", lambda pipe: {"device": "none"})
+    return lambda folder, trials, prompts=("a",), seed=0: tune(
+        "none", None, DEFAULTS, prompts, trials, seed, tmp_path / folder
+    )
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_result(search, tmp_path, monkeypatch):
+    unbroken = search("unbroken", 8)
+    search("stopped", 5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Counted, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        search("stopped", 8)
+    before = Counted.calls
+    assert search("stopped", 8) == unbroken and Counted.calls == before + 3
+    assert search("stopped", 8) == unbroken and Counted.calls == before + 3
+    document = json.loads((tmp_path / "stopped" / "front.json").read_text())
+    assert document["rows"] == unbroken and document["tries"] == 8 and document["device"] == "none"
+    assert search("other seed", 8, seed=1) != unbroken
+
+
+def test_a_folder_of_another_search_is_refused(search):
+    search("folder", 1)
+    with pytest.raises(ValueError, match="holds a search of other prompts, weights or another seed"):
+        search("folder", 1, prompts=("b",))
+
+
+def test_every_suggestion_is_a_run_that_is_allowed():
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
+    presets = [suggest(study.ask(), {"gpd": [6, 12]}) for _ in range(200)]
+    for preset in presets:
+        list(preset)  # builds the methods
+    used = {name for preset in presets for name in preset.methods}
+    assert used == {"gpd", "stepcache", "fastercache"} and used <= METHODS.keys()
+    assert {preset.methods["gpd"]["steps"] for preset in presets if "gpd" in preset.methods} == {6, 12}
+
+
+def test_the_front_the_fastest_within_a_loss_and_the_best_at_a_speed():
+    assert front(ROWS) == [ROWS[0], ROWS[1], ROWS[3]]
+    assert fastest(ROWS, 0.01) == fastest(ROWS, 0.1) == ROWS[1]  # the fastest row has lost what the prompt says
+    assert at_least(ROWS, 2) == ROWS[1] and at_least(ROWS, 6) is None
+    with pytest.raises(ValueError, match="no try loses at most 0.0001; the least is 0.001"):
+        fastest(ROWS, 0.0001)
+
+
+def test_a_preset_of_a_row_loads_and_says_how_it_was_found(tmp_path):
+    row = {**ROWS[1], "preset": {"steps": 20, "methods": {"stepcache": {"schedule": "spread", "full_share": 0.42}}}}
+    write_preset(row, file := tmp_path / "found.yaml", prompts=4, trials=150)
+    preset = load_preset(file)
+    assert preset.model_dump(exclude_defaults=True, exclude={"about"}) == row["preset"]
+    assert preset.about.startswith("2.50 times less work at SSIM 0.9900, the mean over 4 tuning prompts")
+
+
+def test_a_try_is_measured_against_the_baseline_of_the_same_noise(tiny_wan):
+    judge = Judge("none", tiny_wan, DEFAULTS, ["a ball"])
+    plain = judge(Preset())
+    assert plain["work"] == plain["ssim"] == 1 and plain["preset"] == {}
+    row = judge(Preset(methods={"stepcache": {"schedule": "spread", "full_share": 0.5}}))
+    assert 0.4 < row["work"] < 0.7 and row["speed"] == 1 / row["work"] and row["ssim"] < 1
