@@ -309,7 +309,7 @@ def tune(
     from .world.scene import held_out_prompts
 
     lines = prompt_file.read_text().split("\n") if prompt_file else []
-    texts = [line for line in lines if line.strip()] or held_out_prompts(prompts, TUNING_SEED)
+    texts = [line for line in lines if line.strip()] or held_out_prompts(prompts, TUNING_SEED, defaults.living)
     with only_writer(out):
         rows = tune(model, pipe, defaults, texts, trials, seed, out)
         chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in SPEED_CLASSES}

@@ -112,7 +112,7 @@ def _cases(n: int, defaults: ModelDefaults) -> list[Case]:
     if defaults.toy_world:
         from ..world.scene import held_out_prompts
 
-        prompts = held_out_prompts(n, PROMPT_SEED)
+        prompts = held_out_prompts(n, PROMPT_SEED, defaults.living)
     else:
         prompts = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[:n]
         if len(prompts) < n:

@@ -58,7 +58,8 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     defaults = model_defaults(pipe, model)
     metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
     log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)
-    cases = [(prompt, seed) for seed in range(seeds) for prompt in held_out_prompts(prompts, PROMPT_SEED)]
+    texts = held_out_prompts(prompts, PROMPT_SEED, defaults.living)
+    cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
     record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
     lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, suite)
     if not state.is_main_process:

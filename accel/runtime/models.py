@@ -36,6 +36,7 @@ class ModelDefaults(BaseModel, frozen=True):
     fps: int = 16
     text_length: int = 512
     toy_world: bool = False  # trained on the captioned toy world
+    living: bool = False  # on its living version
     metrics: tuple[str, ...] = ()  # quality metrics of this model, beside those of every model
 
 
