@@ -188,6 +188,15 @@ def adherence(pair: Pair) -> dict[str, float] | None:
     return score(pair.video.frames, pair.prompt)
 
 
+def texture(pair: Pair) -> float | None:
+    """Distance of the background to the living texture that the prompt names; None if it names none or none is seen."""
+    from ..world.scene import LIVING, read_caption
+    from ..world.texture_stats import texture_distance
+
+    pattern = read_caption(pair.prompt).get("pattern")
+    return texture_distance(pair.video.frames, pattern) if pattern in LIVING else None
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -245,6 +254,11 @@ METRICS: dict[str, Metric] = {
             "adherence", "adherence", "of the prompt read back", adherence, higher_is_better=True, text="{:.0%}",
             of_one_video=True, parts="attributes", extra=True,
             shown_in=frozenset({"brief", "report", "details", "pairs", "page"}),
+        ),
+        Metric(
+            "texture", "texture", "distance of the background to the named texture, about 1 for a true one", texture,
+            higher_is_better=False, digits=2, text="{:.2f}", of_one_video=True, extra=True,
+            shown_in=frozenset({"report", "page"}),
         ),
     )
 }  # fmt: skip

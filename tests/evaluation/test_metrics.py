@@ -39,6 +39,20 @@ def test_worst_frame_is_the_worst():
     assert METRICS["ssim_worst"].measure(pair) == pair.ssim_frames[1] < 0 < pair.ssim_frames[0]
 
 
+def test_texture_is_measured_where_the_prompt_names_a_living_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "accel.world.texture_stats.texture_distance", lambda frames, pattern: asked.append(pattern) or 1
+    )
+    measured = [
+        METRICS["texture"].measure(
+            Pair(video(grey(1)), video(grey(2)), f"a red ball floats over a {pattern} background")
+        )
+        for pattern in ("marbled white", "striped navy", "plain gray")
+    ]
+    assert measured == [1, None, None] and asked == ["marbled"]
+
+
 def test_latent_error_is_relative_to_the_baseline():
     latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     pair = Pair(video(grey(1), latents), video(grey(1), 1.5 * latents), "-")
