@@ -16,7 +16,7 @@ from ..errors import AccelError
 from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
-from .front import front_table, plot, with_front
+from .front import front_table, plot_summary, with_front
 from .measure import by_case, measure_in_turn, settings_key
 from .metrics import Pair, measure, metrics_of
 from .report import pairs_table, summarize, table
@@ -43,7 +43,7 @@ def run_suite(
             part.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
         parts = {"classes": front_table, "rows": partial(table, kind="report"), "pairs": pairs_table}
         (out / "report.md").write_text("\n".join(make(summary) for key, make in parts.items() if summary.get(key)))
-        plot(summary, out / "pareto.png")
+        plot_summary(summary, out / "pareto.png")
     return {"suite": suite, "out": str(out), **summary}
 
 

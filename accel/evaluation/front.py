@@ -12,11 +12,14 @@ from pathlib import Path
 from .metrics import METRICS
 from .pareto_front import pareto_front
 from .report import SPEED, cell, conditions, markdown, paired_differences
-from .suites import NOISE_FLOOR
+from .suites import NEUTRAL, NOISE_FLOOR
 
 CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
 OURS = "ours"  # the group that the others are compared with
-Groups = dict[str, tuple[str, ...]]  # name -> its settings
+SHOWN = ("ssim", "ssim_worst", "adherence")
+MAX_LABELS = 20
+Groups = dict[str, Sequence[str]]  # name -> its settings
+Point = tuple[float, float, str]  # speed, SSIM, label
 
 
 def speed_of(row: dict) -> float:
@@ -25,22 +28,13 @@ def speed_of(row: dict) -> float:
 
 
 def best_settings(rows: dict[str, dict], groups: Groups) -> list[dict]:
-    """For each speed class, the setting of each group with the highest SSIM of those that are at least so fast.
-
-    {"speed": 2.5, "best": {group: setting}}, without groups that have none.
-    """
+    """{"speed": 2.5, "best": {group: setting}} for each class: of those at least so fast, that of the highest SSIM."""
     found = []
     for speed in CLASSES:
-        fast = {g: [n for n in names if n in rows and speed_of(rows[n]) > speed - 1e-9] for g, names in groups.items()}
-        best = {g: max(names, key=lambda name: rows[name]["ssim"][0]) for g, names in fast.items() if names}
+        fast = {group: [n for n in names if speed_of(rows[n]) > speed - 1e-9] for group, names in groups.items()}
+        best = {group: max(names, key=lambda n: rows[n]["ssim"][0]) for group, names in fast.items() if names}
         found.append({"speed": speed, "best": best})
     return found
-
-
-def pairs_of(classes: Sequence[dict]) -> list[tuple[str, str]]:
-    """Ours with the best of each other group, in each class."""
-    found = [(c["best"][OURS], other) for c in classes for g, other in c["best"].items() if g != OURS in c["best"]]
-    return list(dict.fromkeys(found))
 
 
 def hypervolume(points: Sequence[tuple[float, float]]) -> float:
@@ -56,88 +50,82 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area / log2(CLASSES[-1])
 
 
-def hypervolumes(rows: dict[str, dict], groups: Groups) -> dict[str, float]:
-    """The hypervolume of SSIM of each group."""
-    points = {g: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names if n in rows] for g, names in groups.items()}
-    return {group: hypervolume(found) for group, found in points.items()}
-
-
 def with_front(summary: dict, cases: Sequence[dict], groups: Groups) -> dict:
-    """A summary of `report.summarize` and, of its groups, the best of each class, their pairs and the hypervolumes."""
+    """A summary of `report.summarize` and, of its groups, the best of each class, their pairs and the hypervolumes.
+
+    The pairs are ours with the best of each other group.
+    """
     rows = summary["rows"]
     groups = {group: known for group, names in groups.items() if (known := [n for n in names if n in rows])}
     classes = best_settings(rows, groups)
-    pairs = summary["pairs"] + paired_differences(cases, pairs_of(classes))
-    return {**summary, "pairs": pairs, "groups": groups, "classes": classes, "hypervolume": hypervolumes(rows, groups)}
+    bests = [found["best"] for found in classes if OURS in found["best"]]
+    pairs = dict.fromkeys((best[OURS], name) for best in bests for group, name in best.items() if group != OURS)
+    points = {group: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names] for group, names in groups.items()}
+    return {
+        **summary, "pairs": summary["pairs"] + paired_differences(cases, list(pairs)), "groups": groups,
+        "classes": classes, "hypervolume": {group: hypervolume(found) for group, found in points.items()},
+    }  # fmt: skip
 
 
 def front_table(summary: dict) -> str:
-    """The best of each group in each speed class, as Markdown."""
+    """The best of each group in each speed class, as Markdown, and what is measured where no method acts."""
     rows = [[f"{c['speed']}x", *_cells(summary, c["best"], g)] for c in summary["classes"] for g in summary["groups"]]
-    metrics = [METRICS[name] for name in ("ssim", "ssim_worst", "adherence")]
-    titles = [
-        "at least",
-        "best of",
-        "setting",
-        "speed by work",
-        "speed-up",
-        *(m.title for m in metrics),
-        "SSIM, ours - it",
-    ]
+    titles = ["at least", "best of", "setting", "speed by work", "speed-up", *(METRICS[m].title for m in SHOWN)]
     volumes = ", ".join(f"{group} {volume:.3f}" for group, volume in summary["hypervolume"].items())
+    floor, neutral = (summary["rows"][name] for name in (NOISE_FLOOR, NEUTRAL))
+    ssim, worst = (cell(METRICS[name], floor[name]) for name in SHOWN[:2])
+    overhead, low, high = (f"{1 / s - 1:+.1%}" for s in (neutral["speedup"], *reversed(neutral["speedup_range"])))
     return (
-        f"{conditions(summary)}. The best is that with the highest mean SSIM here, so its own SSIM is a little high; "
-        f"this holds for all groups\n\n{markdown(titles, rows)}\n"
-        f"Hypervolume, the best SSIM over speeds 1 to {CLASSES[-1]} (log scale), 0 above a group's fastest: {volumes}\n"
-        f"\n{_floor(summary['rows'])}\n"
+        f"{conditions(summary)}. The best has the highest mean SSIM on these prompts, which makes it look a little too "
+        f"good in every group\n\n{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
+        f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
+        f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
+        f"Overhead of methods at neutral settings, in turn with the baseline: {overhead} [{low}, {high}] of its time\n"
     )
-
-
-def _floor(rows: dict[str, dict]) -> str:
-    ssim, worst = (cell(METRICS[name], rows[NOISE_FLOOR][name]) for name in ("ssim", "ssim_worst"))
-    return f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}"
 
 
 def _cells(summary: dict, best: dict[str, str], group: str) -> list[str]:
     if group not in best:
-        return [group, "none is so fast", *["-"] * 6]
-    name, ours = best[group], best.get(OURS)
-    row = summary["rows"][name]
-    metrics = [cell(METRICS[key], row.get(key)) for key in ("ssim", "ssim_worst", "adherence")]
-    pair = next((p for p in summary["pairs"] if (p["a"], p["b"]) == (ours, name)), {})
-    return [
-        group,
-        name,
-        f"{speed_of(row):.2f}",
-        SPEED["speed-up"](row),
-        *metrics,
-        cell(METRICS["ssim"], pair.get("ssim")),
-    ]
+        return [group, "none is so fast", *["-"] * (3 + len(SHOWN))]
+    row = summary["rows"][best[group]]
+    pair = next((p for p in summary["pairs"] if (p["a"], p["b"]) == (best.get(OURS), best[group])), {})
+    metrics = [cell(METRICS[name], row.get(name)) for name in SHOWN] + [cell(METRICS["ssim"], pair.get("ssim"))]
+    return [group, best[group], f"{speed_of(row):.2f}", SPEED["speed-up"](row), *metrics]
 
 
-def plot(summary: dict, path: Path) -> None:
-    """1 - SSIM against speed by work as a PNG: the points of each group and its front; without groups, all settings."""
+def plot_summary(summary: dict, path: Path) -> None:
+    """`plot` of the groups of a suite, or of all its settings."""
+    rows = summary["rows"]
+    groups = summary.get("groups") or {"settings": list(rows)}
+    series = {g: [(speed_of(rows[n]), rows[n]["ssim"][0], n) for n in names] for g, names in groups.items()}
+    floor = rows[NOISE_FLOOR]["ssim"][0] if NOISE_FLOOR in rows else None
+    plot(series, path, "speed by counted work", f"n = {summary['n']}", floor)
+
+
+def plot(series: dict[str, list[Point]], path: Path, xlabel: str, title: str = "", floor: float | None = None) -> None:
+    """1 - SSIM against speed as a PNG, both on a logarithmic axis: the points of each series and its front.
+
+    Points that equal the baseline are left out; up to `MAX_LABELS` are named. `floor` is an SSIM to draw a line at.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for group, names in (summary.get("groups") or {name: [name] for name in summary["rows"]}).items():
-        points = [(speed_of(row), row["ssim"][0]) for row in map(summary["rows"].get, names) if row["ssim"][0] < 1]
-        if points:
-            (dots,) = axes.plot(*zip(*[(x, 1 - y) for x, y in points]), "o", markersize=4, alpha=0.6, label=group)
-            front = [points[i] for i in pareto_front(points)]
-            axes.step(*zip(*[(x, 1 - y) for x, y in front]), where="pre", color=dots.get_color())
-    if NOISE_FLOOR in summary["rows"]:
-        axes.axhline(1 - summary["rows"][NOISE_FLOOR]["ssim"][0], color="grey", linestyle=":", label=NOISE_FLOOR)
-    axes.set(
-        xlabel="speed by counted work", ylabel="1 - SSIM to the baseline", xscale="log", yscale="log",
-        title=f"n = {summary['n']}",
-    )  # fmt: skip
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
+    for name, points in series.items():
+        points = [point for point in points if point[1] < 1]
+        front = [points[i] for i in pareto_front([point[:2] for point in points])]
+        (dots,) = axes.plot([x for x, *_ in points], [1 - y for _, y, _ in points], "o", markersize=4, label=name)
+        axes.step([x for x, *_ in front], [1 - y for _, y, _ in front], where="pre", color=dots.get_color())
+        for x, y, label in points if sum(map(len, series.values())) <= MAX_LABELS else ():
+            axes.annotate(label, (x, 1 - y), textcoords="offset points", xytext=(5, 4), fontsize=6)
+    if floor is not None:
+        axes.axhline(1 - floor, color="grey", linestyle=":", label=NOISE_FLOOR)
+    axes.set(xlabel=xlabel, ylabel="1 - SSIM to the baseline", xscale="log", yscale="log", title=title)
+    for set_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_format(lambda x, _: f"{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

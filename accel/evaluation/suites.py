@@ -75,6 +75,7 @@ class Suite:
 
 BASELINE = {"baseline": Setting()}
 NOISE_FLOOR = "baseline, 1 % other noise"  # how far videos differ that nobody would call worse
+NEUTRAL = "neutral methods"  # installed, and all of them change nothing
 BASELINE_48 = {"baseline, 48 steps": Setting(steps=48)}  # 48 is a multiple of every step count of GPD
 
 
@@ -108,15 +109,6 @@ def _asymrnr_suite() -> Suite:
     peers = {name: Setting(name) for name in ("asymrnr-official", "tome", "todo")}
     others = peers | ablations | fewer_steps(38)
     return Suite(BASELINE | {"asymrnr": Setting("asymrnr")} | others, against("asymrnr", *others))
-
-
-def _asymrnr_curve() -> Suite:
-    budgets = {f"asymrnr, budget {budget}": _asymrnr(budget=budget) for budget in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}
-    intervals = {
-        f"asymrnr, budget {budget}, full every {n}": _asymrnr(budget=budget, interval=n)
-        for budget, n in ((0.32, 5), (0.28, 6), (0.24, 9))
-    }
-    return Suite(BASELINE | budgets | intervals | fewer_steps(47, 43, 38, 35))
 
 
 def _balanced() -> Suite:
@@ -178,65 +170,58 @@ def _disca() -> Suite:
 
 def _front() -> Suite:
     groups = {"ours": _training_free() | _students(), "peers": _peers(), "plain solvers": _plain_solvers()}
-    settings = BASELINE | {NOISE_FLOOR: Setting(noise=0.01)}
+    neutral = {name: method.neutral for name, method in METHODS.items() if method.neutral and not method.peer}
+    settings = BASELINE | {NEUTRAL: Setting(overrides=neutral), NOISE_FLOOR: Setting(noise=0.01)}
     for found in groups.values():
         settings |= found
     return Suite(settings, groups={group: tuple(found) for group, found in groups.items()})
 
 
-def _in_steps(counts: Sequence[int], **settings: Setting) -> dict[str, Setting]:
+def _in_steps(counts: Sequence[int], settings: dict[str, Setting]) -> dict[str, Setting]:
     """Each setting at each step count."""
     return {f"{name}, {n} steps": replace(setting, steps=n) for name, setting in settings.items() for n in counts}
 
 
 def _training_free() -> dict[str, Setting]:
     wide = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}
-    thresholds = {f"stepcache {t}": Setting("stepcache", overrides={"stepcache": {"threshold": t}}) for t in (0.1, 0.4)}
-    presets = {name: Setting(name) for name in ("fastercache", "asymrnr", "balanced", "stepcache")}
-    wider = {"fastercache, wide": Setting("fastercache", overrides={"fastercache": wide})}
-    return _in_steps((50, 33, 20, 14, 10), **presets, **thresholds, **wider)
+    found = {name: Setting(name) for name in ("fastercache", "asymrnr", "balanced", "stepcache")}
+    found["fastercache, wide"] = Setting("fastercache", overrides={"fastercache": wide})
+    for threshold in (0.1, 0.4):
+        found[f"stepcache {threshold}"] = Setting("stepcache", overrides={"stepcache": {"threshold": threshold}})
+    return _in_steps((50, 33, 20, 14, 10), found)
 
 
 def _students() -> dict[str, Setting]:
-    student = lambda name, **more: Setting(name, overrides={name: more})
-    both = lambda steps, full: {"meanflow": {"steps": steps}, "disca": {"num_full_steps": full}}
-    return (
-        {f"gpd, {n} steps": student("gpd", steps=n) for n in (24, 16, 12, 8, 6)}
-        | {f"meanflow, {n} steps": student("meanflow", steps=n) for n in (20, 12, 10, 8, 6, 5, 4)}
-        | {
-            f"disca, {full} of {n} steps": Setting("disca", overrides=both(n, full))
-            for n, full in ((20, 12), (20, 8), (20, 5), (10, 5), (6, 4))
-        }
-    )
+    found = {f"gpd, {n} steps": Setting("gpd", overrides={"gpd": {"steps": n}}) for n in (24, 16, 12, 8, 6)}
+    for n in (20, 12, 10, 8, 6, 5, 4):
+        found[f"meanflow, {n} steps"] = Setting("meanflow", overrides={"meanflow": {"steps": n}})
+    for full, n in ((12, 20), (8, 20), (5, 20), (5, 10), (4, 6)):
+        overrides = {"meanflow": {"steps": n}, "disca": {"num_full_steps": full}}
+        found[f"disca, {full} of {n} steps"] = Setting("disca", overrides=overrides)
+    return found
 
 
 def _peers() -> dict[str, Setting]:
-    """diffusers' caches from their own defaults upwards, as their first parameter makes them faster."""
-    found = {
-        f"{name}, {parameter} {value}": Setting(overrides={name: {parameter: value}})
-        for name, method in METHODS.items()
-        if method.peer
-        for parameter in method.basic[:1]
-        for value in _rising(method.parameters()[parameter])
-    }
-    return _in_steps((50, 33, 20, 14, 10), **found)
-
-
-def _rising(schema: dict) -> list[float]:
-    """The default of a numeric parameter, and its multiples up to what is allowed."""
-    kind, unit, default = type(schema["default"]), schema.get("multipleOf", 1), schema["default"]
-    values = (min(round(default * times / unit) * unit, schema["maximum"]) for times in (1, 1.5, 2, 3))
-    return list(dict.fromkeys(kind(round(value, 6)) for value in values))
+    """diffusers' caches at half of the default, the default and twice the default of what makes each faster."""
+    found = {}
+    for name, method in METHODS.items():
+        for parameter in method.basic[:1] if method.peer else ():
+            schema = method.parameters()[parameter]
+            unit, default = schema.get("multipleOf", 1), schema["default"]
+            for value in (round(round(default * times / unit) * unit, 6) for times in (0.5, 1, 2)):
+                if value > schema["minimum"]:
+                    found[f"{name}, {parameter} {value}"] = Setting(overrides={name: {parameter: value}})
+    return _in_steps((50, 25, 14), found)
 
 
 def _plain_solvers() -> dict[str, Setting]:
     """The base model in the steps of each speed class; DPM++ of order 1 is Euler on these noise levels."""
-    solvers = {
+    found = {
         f"{solver}, shift {shift:g}": Setting(solver=solver, shift=shift)
         for solver in ("unipc", "euler", "dpm++2m", "dpm++2s")
         for shift in (3.0, 5.0)
     }
-    return _in_steps((33, 25, 20, 14, 10, 6, 4, 3), **solvers)
+    return _in_steps((33, 25, 20, 14, 10, 6, 4, 3), found)
 
 
 SUITES: dict[str, Suite] = {
@@ -244,7 +229,6 @@ SUITES: dict[str, Suite] = {
     "base": Suite(BASELINE),
     "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),
-    "asymrnr-curve": _asymrnr_curve(),
     "balanced": _balanced(),
     "gpd": _gpd(),
     "gpd-ablations": _gpd_ablations("halving", "direct"),  # other ways from 48 steps to 6

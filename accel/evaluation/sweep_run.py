@@ -18,6 +18,7 @@ from ..runtime.models import ModelDefaults, weights
 from ..runtime.run import Run
 from ..runtime.video import write_mp4
 from .compare import compare
+from .front import Point, plot
 from .metrics import METRICS
 from .pareto_front import pareto_front
 from .report import markdown
@@ -53,7 +54,11 @@ def run_sweep(cells: Sequence[CellRun], pipe, defaults: ModelDefaults, out: Path
             with atomic_write(out / "results.json") as part:
                 part.write_text(json.dumps(document, indent=1))
     document["front"] = front_of(document["rows"])
-    plot(document["rows"], out / "pareto.png")
+    series: dict[str, list[Point]] = {"settings": [], "plain steps": []}
+    for row in document["rows"]:
+        if row["ssim"] is not None:
+            series["plain steps" if row["plain"] else "settings"].append((row["speedup"], row["ssim"], row["label"]))
+    plot(series, out / "pareto.png", "measured speed-up of the denoising")
     return document
 
 
@@ -137,31 +142,3 @@ def sweep_table(rows: Sequence[dict]) -> str:
 
 def _value(row: dict, metric) -> float | None:
     return row.get(f"{metric.name}_b" if metric.of_one_video else metric.name)
-
-
-def plot(rows: Sequence[dict], file: Path) -> None:
-    """SSIM against speed-up as a PNG: plain steps connected, the front drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in rows if row["ssim"] is not None]
-    xy = lambda chosen: ([row["speedup"] for row in chosen], [row["ssim"] for row in chosen])
-    front = front_of(rows)
-    by_speed = sorted(rows, key=lambda row: row["speedup"])
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    axes.plot(*xy([row for row in by_speed if row["label"] in front]), color="#999999", linewidth=1, label="front")
-    axes.plot(*xy([row for row in rows if row["plain"]]), "s--", color="#0072b2", label="plain steps")
-    axes.plot(*xy([row for row in rows if not row["plain"]]), "o", color="#d55e00", label="settings")
-    for row in rows:
-        axes.annotate(
-            row["label"], (row["speedup"], row["ssim"]), textcoords="offset points", xytext=(5, 4), fontsize=6
-        )
-    axes.set(xlabel="measured speed-up of the denoising", ylabel="SSIM to the reference", xscale="log")
-    for set_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        set_format(lambda x, _: f"{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    plt.close(figure)

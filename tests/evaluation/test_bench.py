@@ -66,7 +66,7 @@ def generated(pipe, monkeypatch):
     monkeypatch.setattr(bench, "load_pipeline", lambda model: pipe)
     monkeypatch.setattr(bench, "model_defaults", lambda *_: ModelDefaults(height=16, width=16, frames=5, steps=4))
     monkeypatch.setattr(bench, "metrics_of", lambda _: [METRICS[name] for name in ("ssim", "ssim_worst", "psnr")])
-    monkeypatch.setattr(bench, "plot", lambda *_: None)
+    monkeypatch.setattr(bench, "plot_summary", lambda *_: None)
     monkeypatch.setattr(measure, "generate", generate)
     monkeypatch.setattr(measure, "warm_up", lambda *_: None)
     monkeypatch.setitem(SUITES, "small", Suite({"baseline": Setting(), "fewer": Setting(steps=2)}))

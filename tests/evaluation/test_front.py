@@ -3,14 +3,14 @@
 import pytest
 
 from accel.evaluation import suites
-from accel.evaluation.front import best_settings, front_table, hypervolume, plot, with_front
+from accel.evaluation.front import best_settings, front_table, hypervolume, plot_summary, with_front
 from accel.evaluation.report import summarize
 from accel.methods import METHODS, StepCache
 
 GROUPS = {"ours": ("o2", "o5", "not measured"), "peers": ("p2",), "plain": ("s2", "s3")}
 ROWS = {  # FLOPs and SSIM of two prompts; the baseline has 30 FLOPs
     "baseline": (30, 1.0, 1.0), "o2": (15, 0.9, 0.8), "o5": (6, 0.7, 0.6), "p2": (12, 0.8, 0.9), "s2": (15, 0.6, 0.6),
-    "s3": (10, 0.8, 0.7), suites.NOISE_FLOOR: (30, 0.9, 0.95),
+    "s3": (10, 0.8, 0.7), suites.NOISE_FLOOR: (30, 0.9, 0.95), suites.NEUTRAL: (30, 1.0, 1.0),
 }  # fmt: skip
 
 
@@ -21,11 +21,13 @@ def summary():
         {"prompt": prompt, "rows": {name: line(row[0], row[1 + i]) for name, row in ROWS.items()}}
         for i, prompt in enumerate(("first", "second"))
     ]
+    for case, seconds in zip(cases, (1.0, 1.1)):
+        case["rows"][suites.NEUTRAL]["denoise"] = seconds
     return with_front({"device": "cpu", "threads": 1, "dtype": "float32", **summarize(cases)}, cases, GROUPS)
 
 
 def test_the_best_of_a_class_is_at_least_so_fast_and_has_the_highest_ssim(summary):
-    best = {found["speed"]: found["best"] for found in best_settings(summary["rows"], GROUPS)}
+    best = {found["speed"]: found["best"] for found in best_settings(summary["rows"], summary["groups"])}
     assert best[1.5] == best[2] == {"ours": "o2", "peers": "p2", "plain": "s3"}  # 3 times as fast and still better
     assert best[2.5] == {"ours": "o5", "peers": "p2", "plain": "s3"}
     assert best[3.5] == best[5] == {"ours": "o5"} and best[8] == {}
@@ -42,10 +44,10 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     assert len(rows) == 8 * 3
     assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000] |"
     assert rows[10][1:3] == ["peers", "none is so fast"]
-    assert front_table(summary).endswith("is replaced: 0.9250 [0.9000, 0.9500], worst frame 0.500\n")
-    plot(summary, tmp_path / "a.png")
-    plot({**summary, "groups": None}, tmp_path / "b.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000 < (tmp_path / "b.png").stat().st_size
+    assert "is replaced: 0.9250 [0.9000, 0.9500], worst frame 0.500\n" in front_table(summary)
+    assert front_table(summary).endswith("in turn with the baseline: +4.8% [+0.5%, +9.5%] of its time\n")
+    plot_summary(summary, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_the_hypervolume_is_the_area_under_the_front_over_the_logarithm_of_speed():
@@ -54,14 +56,15 @@ def test_the_hypervolume_is_the_area_under_the_front_over_the_logarithm_of_speed
     assert hypervolume([(2, 1.0), (8, 0.6), (4, 0.5)]) == pytest.approx((1.0 + 2 * 0.6) / 4)
 
 
-def test_methods_marked_as_peers_are_a_group_from_their_defaults_upwards(monkeypatch):
+def test_methods_marked_as_peers_are_a_group_around_their_defaults(monkeypatch):
     class Peer(StepCache):
         peer = True
         basic = ("threshold",)
 
     monkeypatch.setitem(METHODS, "peer", Peer)
-    names = suites._front().groups["peers"]
-    assert {name.rpartition(",")[0] for name in names} == {f"peer, threshold {t}" for t in (0.2, 0.3, 0.4, 0.6)}
-    whole = {"default": 4, "maximum": 10}
-    assert suites._rising(whole) == [4, 6, 8, 10]
-    assert suites._front().settings[names[0]].settings()["methods"] == {"peer": {"threshold": 0.2}}
+    suite = suites._front()
+    assert {name.rpartition(",")[0] for name in suite.groups["peers"]} == {
+        f"peer, threshold {threshold}" for threshold in (0.1, 0.2, 0.4)
+    }
+    assert suite.settings["peer, threshold 0.4, 14 steps"].settings()["methods"] == {"peer": {"threshold": 0.4}}
+    assert "peer" not in suite.settings[suites.NEUTRAL].settings()["methods"]
