@@ -113,16 +113,18 @@ def plot(series: dict[str, list[Point]], path: Path, xlabel: str, title: str = "
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    series = {name: [point for point in points if point[1] < 1] for name, points in series.items()}
+    count = sum(map(len, series.values()))
     for name, points in series.items():
-        points = [point for point in points if point[1] < 1]
         front = [points[i] for i in pareto_front([point[:2] for point in points])]
         (dots,) = axes.plot([x for x, *_ in points], [1 - y for _, y, _ in points], "o", markersize=4, label=name)
         axes.step([x for x, *_ in front], [1 - y for _, y, _ in front], where="pre", color=dots.get_color())
-        for x, y, label in points if sum(map(len, series.values())) <= MAX_LABELS else ():
+        for x, y, label in points if count <= MAX_LABELS else ():
             axes.annotate(label, (x, 1 - y), textcoords="offset points", xytext=(5, 4), fontsize=6)
     if floor is not None:
         axes.axhline(1 - floor, color="grey", linestyle=":", label=NOISE_FLOOR)
-    axes.set(xlabel=xlabel, ylabel="1 - SSIM to the baseline", xscale="log", yscale="log", title=title)
+    scale = "log" if count else "linear"  # without points there is no logarithmic axis
+    axes.set(xlabel=xlabel, ylabel="1 - SSIM to the baseline", xscale=scale, yscale=scale, title=title)
     for set_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         set_format(lambda x, _: f"{x:g}")
     axes.grid(alpha=0.3)
