@@ -17,7 +17,7 @@ from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
 from .front import front_table, plot_summary, with_front
-from .measure import by_case, measure_in_turn, settings_key
+from .measure import by_case, measure_in_turn, refused_peers, settings_key
 from .metrics import Pair, measure, metrics_of
 from .report import pairs_table, summarize, table
 from .result_log import ResultLog
@@ -56,16 +56,18 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         print(f"skipped, as their students were not trained: {', '.join(sorted(missing))}", file=sys.stderr)
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
-    metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
-    log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)
     texts = held_out_prompts(prompts, PROMPT_SEED, defaults.living)
     cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
+    refused = refused_peers(settings, cases[0], pipe, defaults, model=model)
+    settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
+    metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
+    log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)
     record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
     lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, suite)
     if not state.is_main_process:
         return {}
     cases, groups = by_case(lines), SUITES[suite].groups
-    summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs)}
+    summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), "refused": refused}
     return with_front(summary, cases, groups) if groups else summary
 
 

@@ -81,7 +81,7 @@ def front_table(summary: dict) -> str:
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
         f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
         f"Overhead of methods at neutral settings, in turn with the baseline: {overhead} [{low}, {high}] of its time\n"
-    )
+    ) + "".join(f"\nNot measured: {why}\n" for why in summary["refused"].values())
 
 
 def _cells(summary: dict, best: dict[str, str], group: str) -> list[str]:

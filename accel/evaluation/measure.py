@@ -11,6 +11,8 @@ import torch
 from tqdm import tqdm
 
 from ..core.hooks import patched_method
+from ..errors import AccelError
+from ..methods import METHODS
 from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults, hash_of, resolve, weights
 from ..runtime.presets import build_methods
@@ -82,6 +84,20 @@ def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tupl
         torch.cuda.reset_peak_memory_stats()
     with perturbed_noise(pipe, setting.noise):
         return generate(run, pipe, defaults, on_step), peak
+
+
+def refused_peers(settings: dict[str, Setting], case: Case, pipe, defaults: ModelDefaults, **common) -> dict[str, str]:
+    """{peer: why not} of those of diffusers' caches that cannot run on a model; each is tried for two steps."""
+    tried = {}
+    for name, setting in settings.items():
+        for peer in [m for m in setting.settings()["methods"] if METHODS[m].peer and m not in tried]:
+            run = runs_of({name: setting}, case, defaults, **common)[name]
+            try:
+                generate(run.model_copy(update={"steps": 2}), pipe, defaults)
+                tried[peer] = ""
+            except AccelError as error:
+                tried[peer] = str(error)
+    return {peer: why for peer, why in tried.items() if why}
 
 
 @contextmanager

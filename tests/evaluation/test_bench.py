@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from accel.errors import AccelError
 from accel.evaluation import bench, measure
 from accel.evaluation.measure import settings_key
 from accel.evaluation.metrics import METRICS
 from accel.evaluation.report import pairs_table, summarize, table
 from accel.evaluation.suites import PROMPT_SEED, SUITES, Setting, Suite
+from accel.methods import METHODS, StepCache
 from accel.runtime.generate import Video
 from accel.runtime.models import ModelDefaults
 from accel.world.scene import held_out_prompts
@@ -58,6 +60,8 @@ def generated(pipe, monkeypatch):
     seen = []
 
     def generate(run, *_):
+        if "peer" in run.methods:
+            raise AccelError("Peer cannot run here")
         seen.append((run.prompt, run.seed, run.steps))
         frames = np.full((5, 16, 16, 3), 10 * run.steps, np.uint8)
         trace = SimpleNamespace(flops_computed_and_full=lambda: (run.steps, run.steps))
@@ -130,6 +134,14 @@ def test_two_processes_share_the_work_and_give_the_table_of_one(generated, tmp_p
     half = [(second, 0, 4)]  # the baseline of the prompt that both have a part of
     assert measured[0] == sorted([(prompt, 0, n) for prompt in (first, second, third) for n in (4, 2)] + half)
     assert measured[1] == sorted([(first, 0, 4), (first, 0, 2), (second, 0, 4)])
+
+
+def test_a_peer_that_the_model_refuses_is_left_out_and_the_reason_is_kept(generated, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "peer", type("Peer", (StepCache,), {"peer": True}))
+    peers = {name: Setting(overrides={"peer": {}}, steps=n) for name, n in (("peer", 4), ("peer, fewer", 2))}
+    monkeypatch.setitem(SUITES, "small", Suite({"baseline": Setting(), **peers}))
+    summary = bench.run_suite("small", 1, 1, "m", tmp_path)
+    assert summary["refused"] == {"peer": "Peer cannot run here"} and list(summary["rows"]) == ["baseline"]
 
 
 def _timed(prompt, **rows):
