@@ -379,6 +379,25 @@ def profile(
 
 
 @app.command()
+def calibrate(
+    model: Model = TINY,
+    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.txt.")] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    out: Out = Path("runs/calibrate"),
+) -> None:
+    """Measure in one run the ratios that diffusers' MagCache needs: magcache.json, also in the folder of the model."""
+    from .runtime.models import check_model
+    from .runtime.paths import ROOT
+
+    check_model(model)
+    from .evaluation.magcache_ratios import run_calibration
+
+    prompt = prompt or (ROOT / "examples" / "prompts.txt").read_text().splitlines()[0]
+    print_json(run_calibration(model, prompt, seed, steps, out))
+
+
+@app.command()
 def gpu(
     layout: Annotated[str, typer.Option(help="Only this one of ltx, cogvideox-2b and wan-1.3b.")] = None,
     steps: Annotated[int, typer.Option(min=10, help="Denoising steps; in fewer, methods do not act.")] = 10,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -140,7 +141,7 @@ def widget(name: str, method: Method, available: AvailableValues) -> gr.componen
     common = {
         "label": words(name), "info": schema.get("description", ""), "min_width": 220,
         "value": nearest_available(getattr(method, name), choices),
-        "elem_id": f"{method.title.lower()}-{name}", "elem_classes": ["knob"],
+        "elem_id": "-".join([*re.findall(r"\w+", method.title.lower()), name]), "elem_classes": ["knob"],
     }  # fmt: skip
     if schema["type"] == "boolean":
         return gr.Checkbox(**common)

@@ -14,7 +14,8 @@ FEATURED = ("balanced", "fastercache", "asymrnr", "meanflow", "disca", "gpd", "t
 def card_choices(model: str) -> list[tuple[str, str]]:
     """(text of the card, preset) of each card; the text has two lines: name and figures, about."""
     names = [*FEATURED, *(name for name in preset_names() if name not in FEATURED)]
-    cards = [(f"{name} {_figures(name, model)}\n{load_preset(name).about}", name) for name in names]
+    presets = {name: load_preset(name) for name in names}
+    cards = [(f"{p.title or name} {_figures(name, model)}\n{p.about}", name) for name, p in presets.items()]
     cards.insert(len(FEATURED), (f"{PLAIN}\nThe stock pipeline, at the steps you choose.", PLAIN))
     return cards
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from diffusers.hooks.group_offloading import _LAZY_PREFETCH_GROUP_OFFLOADING
-from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from torch import nn
 
 from ..errors import AccelError
@@ -27,9 +27,9 @@ class ForwardHook(ModelHook):
         return self.wrapper(self, *args, **kwargs)
 
     @property
-    def context(self) -> str | None:
-        """The name of the pipeline's cache context, where it has one."""
-        return self.states._context.name if self.states._context else None
+    def context(self) -> CacheContext | None:
+        """The pipeline's cache context, where it has one."""
+        return self.states._context
 
     @property
     def original(self) -> Callable:

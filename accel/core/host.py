@@ -23,8 +23,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.hooks import CacheContext
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AccelError
 from ..families import family_of
@@ -32,7 +33,7 @@ from .attention import QKV, InterceptedProcessor
 from .blocks import StackedBlocks
 from .denoising_loop import CallTracker, is_flow, noise_levels
 from .flops import count_flops
-from .foreign import check_foreign, foreign_cache
+from .foreign import DiffusersCache, check_foreign, foreign_cache
 from .hooks import ForwardHook, HookedForward, patched_method
 from .trace import DENOISER, Step, Trace
 
@@ -58,13 +59,13 @@ class Host:
     exactly.
     """
 
-    def __init__(self, pipe, trace: Trace, is_neutral: bool = False, has_methods: bool = True):
-        """`is_neutral`: nothing that wraps will change anything, so that a batch need not be split.
+    def __init__(self, pipe, trace: Trace, splits_batches: bool = True, has_methods: bool = True):
+        """`splits_batches`: methods see the branches of guidance one by one, also where a call has both.
 
         Without methods, a cache of diffusers is not refused.
         """
         self.has_methods = has_methods
-        self.pipe, self.trace, self.family, self.is_neutral = pipe, trace, family_of(pipe), is_neutral
+        self.pipe, self.trace, self.family, self.splits_batches = pipe, trace, family_of(pipe), splits_batches
         self.step: Step | None = None
         self.signal = 0.0
         self.active_index = 0
@@ -77,6 +78,9 @@ class Host:
         self._tracker = CallTracker()
         self._levels: list[float] = []  # sigma of each timestep
         self._is_counting = False  # a call that only counts FLOPs is under way
+        self.cache_context: CacheContext | None = None  # of the pipeline's current call
+        self.caches: list[DiffusersCache] = []  # those that a peer puts on the denoisers
+        self._new_cache: Callable[[nn.Module], DiffusersCache] | None = None
         self._layouts: dict[tuple, list[torch.Size]] = {}  # what an attention returns, by transformer, layer and branch
         self._places: list[Place] = []
         self._denoiser_wrappers: list[Callable] = []
@@ -93,7 +97,7 @@ class Host:
                 "a transformer that is compiled as a whole cannot be wrapped inside: compile its blocks, by "
                 "pipe.transformer.compile_repeated_blocks()"
             )
-        if self.has_methods:
+        if self.has_methods and not self.caches:
             check_foreign(self.denoisers)
         self.signatures = [inspect.signature(type(model).forward) for model in self.denoisers]
         self.attentions = [self.family.attentions(model) for model in self.denoisers]
@@ -130,6 +134,17 @@ class Host:
         projection.
         """
         return self._registered(self._qkv_wrappers, fn)
+
+    @contextmanager
+    def cached(self, new_cache: Callable[[nn.Module], DiffusersCache]) -> Iterator[None]:
+        """Put one of diffusers' caches on each denoiser, inside all wrappers; it starts afresh with each run."""
+        self._new_cache = new_cache
+        try:
+            self._retake()
+            yield
+        finally:
+            self._new_cache = None
+            self._retake()
 
     def per_run(self, factory: Callable[[], T]) -> Callable[[], T]:
         """A getter of state that the factory makes anew for each run of the pipeline."""
@@ -176,7 +191,10 @@ class Host:
             raise
 
     def _needed_places(self) -> Iterator[Place]:
+        self.caches = [self._new_cache(model) for model in self.denoisers] if self._new_cache else []
         for i, model in enumerate(self.denoisers):
+            if self.caches:
+                yield self.caches[i]
             if self._attention_wrappers or self._qkv_wrappers:
                 for layer, attn in self.attentions[i].items():
                     core = partial(self._run_core, layer) if self._qkv_wrappers else None
@@ -225,9 +243,10 @@ class Host:
         pipe, call = running_call(self.pipe)
         # A loop of the user's own tells nothing: its branches come one by one.
         self.is_guided = self.family.is_guided(pipe, call) if call else not self.family.batches_guidance
-        name = hook.context if hook.context != BATCHED else None
+        self.cache_context = hook.context
+        name = self.cache_context.name if self.cache_context and self.cache_context.name != BATCHED else None
         run = partial(self._run, index, hook, pipe)
-        if self.family.batches_guidance and self.is_guided and not self.is_neutral:
+        if self.family.batches_guidance and self.is_guided and self.splits_batches:
             uncond, cond = halves(x, inputs)
             y = torch.cat([run("cond", *cond), run("uncond", *uncond)][::-1])
         else:
@@ -259,6 +278,7 @@ class Host:
             self.run_id, self.text_id = self.run_id + 1, self.text_id + 1
             self.trace.begin()
             self.exact_steps.clear()
+            self._reset_caches()
             self.trace.started = time.perf_counter()
         if at.has_new_text:
             self.text_id += 1
@@ -275,18 +295,23 @@ class Host:
 
     def _flops(self, index: int, x: Tensor, inputs: dict[str, Any]) -> dict[str, int]:
         """FLOPs of one call; none beside a cache of diffusers, which would take a counting call for a step."""
-        if cache := foreign_cache(self.denoisers):
+        if not self.caches and (cache := foreign_cache(self.denoisers)):
             self.trace.add_message(f"diffusers' {cache} is on: what it skips is not counted here")
             return {}
         return count_flops(self.denoisers[index], x, inputs, partial(self._count, index, x, inputs))
 
     def _count(self, index: int, x: Tensor, inputs: dict[str, Any]) -> None:
-        """A call of the transformer past all wrappers."""
+        """A call of the transformer past all wrappers; caches, which take it for a step, forget it."""
         self._is_counting = True
         try:
             self.denoisers[index](hidden_states=x, **inputs)
         finally:
             self._is_counting = False
+            self._reset_caches()
+
+    def _reset_caches(self) -> None:
+        for cache in self.caches:
+            cache.reset(self.cache_context)
 
     def _num_video_tokens(self) -> int:
         f, h, w = self.grid

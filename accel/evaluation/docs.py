@@ -25,6 +25,7 @@ from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
 from .suites import OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, results
 
+OURS = [name for name, method in METHODS.items() if not method.peer]
 CARD = ROOT / TINY / "README.md"
 NOT_YET = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- ([\w.-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
@@ -46,12 +47,14 @@ def overview() -> str:
     return markdown(head, rows)
 
 
-def methods() -> str:
-    """One row for each method, from its class."""
+def methods(of_diffusers: bool = False) -> str:
+    """One row for each of our methods, or for each peer, from its class."""
     rows = []
     for name, method in METHODS.items():
+        if method.peer != of_diffusers:
+            continue
         arxiv = method.paper.removeprefix("arXiv ")
-        paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})" if arxiv else "ours"
+        paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})" if arxiv else "-" if method.peer else "ours"
         about = inspect.getdoc(method).split("\n\n")[0].replace("\n", " ")
         rows.append([f"`{name}`", method.title, paper, about, "yes" if needs_training(name) else "no"])
     return markdown(["name", "method", "paper", "what it does", "needs training"], rows)
@@ -63,17 +66,17 @@ def needs_training(name: str) -> bool:
 
 
 def support_cells() -> dict[tuple[Family, str], str]:
-    """For each model family and method: whether it runs, or needs a training first."""
-    return {(family, name): family.remarks.get(name) or _state(family, name) for family in FAMILIES for name in METHODS}
+    """For each model family and method of ours: whether it runs, or needs a training first."""
+    return {(family, name): family.remarks.get(name) or _state(family, name) for family in FAMILIES for name in OURS}
 
 
 def support() -> str:
     """The cells as a table, in which the shipped model is the first row."""
-    rows, cells = [["tiny-wan (shipped)", *["yes"] * len(METHODS)]], support_cells()
+    rows, cells = [["tiny-wan (shipped)", *["yes"] * len(OURS)]], support_cells()
     for family in FAMILIES:
         pipelines = ", ".join(f"`{prefix}*Pipeline`" for prefix in family.pipelines)
-        rows.append([pipelines, *(cells[family, name] for name in METHODS)])
-    return markdown(["model", *(f"`{name}`" for name in METHODS)], rows)
+        rows.append([pipelines, *(cells[family, name] for name in OURS)])
+    return markdown(["model", *(f"`{name}`" for name in OURS)], rows)
 
 
 def _state(family: Family, name: str) -> str:
@@ -230,6 +233,7 @@ def _gpu_table(found: dict) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "overview": overview,
     "methods": methods,
+    "peers": partial(methods, of_diffusers=True),
     "support": support,
     "parameters": parameters,
     "gpu": gpu,

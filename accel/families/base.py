@@ -22,6 +22,7 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]] = ()  # beginnings of their class names
     blocks: ClassVar[tuple[str, ...]] = ()  # attributes of a transformer that hold its blocks, in the order of use
     attention: ClassVar[str] = ""  # attribute of a block that holds its video self-attention
+    latent_format: ClassVar[str] = "BCFHW"  # as diffusers writes it: b batch, c channels, f frames
     is_joint: ClassVar[bool] = False  # blocks take and return text beside the video, attention is over both
     batches_guidance: ClassVar[bool] = False  # one call computes both branches, as a batch [uncond, cond]
     embeds_guidance: ClassVar[bool] = False  # guidance is an input of the one branch

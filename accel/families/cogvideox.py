@@ -16,6 +16,7 @@ class CogVideoX(Family):
     pipelines = ("CogVideoX",)
     blocks = ("transformer_blocks",)
     attention = "attn1"
+    latent_format = "BFCHW"
     is_joint = True
     batches_guidance = True
 

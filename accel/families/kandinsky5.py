@@ -16,6 +16,7 @@ class Kandinsky5(Family):
     pipelines = ("Kandinsky5",)
     blocks = ("visual_transformer_blocks",)
     attention = "self_attention"
+    latent_format = "BFHWC"
 
     def to_video(self, y: Tensor, grid: Grid) -> Tensor:
         """A velocity as a view (b, c, f, h, w)."""

@@ -17,6 +17,7 @@ class LTX(Family):
     pipelines = ("LTXPipeline", "LTXImageToVideo", "LTXCondition")  # LTX-2 has other transformers, with sound
     blocks = ("transformer_blocks",)
     attention = "attn1"
+    latent_format = "BSC"
     batches_guidance = True
 
     def grid(self, model: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Grid:

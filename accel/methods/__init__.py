@@ -1,4 +1,4 @@
-"""The only list of methods."""
+"""The only list of methods: ours, then the peers."""
 
 from .asymrnr.asymrnr import AsymRnR
 from .base import Method
@@ -6,6 +6,14 @@ from .disca.disca import DisCa
 from .fastercache import FasterCache
 from .gpd import GPD
 from .meanflow import MeanFlow
+from .peers import (
+    DiffusersFasterCache,
+    FirstBlockCache,
+    MagCache,
+    PyramidAttentionBroadcast,
+    SeaCache,
+    TaylorSeer,
+)
 from .stepcache import StepCache
 
 METHODS: dict[str, type[Method]] = {
@@ -15,4 +23,10 @@ METHODS: dict[str, type[Method]] = {
     "meanflow": MeanFlow,
     "disca": DisCa,
     "stepcache": StepCache,
+    "seacache": SeaCache,
+    "taylorseer": TaylorSeer,
+    "magcache": MagCache,
+    "firstblockcache": FirstBlockCache,
+    "pab": PyramidAttentionBroadcast,
+    "diffusers_fastercache": DiffusersFasterCache,
 }

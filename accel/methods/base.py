@@ -121,7 +121,8 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     title: ClassVar[str]
     paper: ClassVar[str]  # such as "arXiv 2410.19355"; empty for a method of ours
     neutral: ClassVar[dict] = {}
-    peer: ClassVar[bool] = False  # of diffusers, to be compared with
+    peer: ClassVar[bool] = False  # a cache of diffusers, to be compared with; it runs alone
+    needs_batched_guidance: ClassVar[bool] = False  # it would mix up branches that are computed one after the other
     basic: ClassVar[tuple[str, ...]]
 
     @classmethod

@@ -17,6 +17,7 @@ from ..errors import AccelError, quote
 from ..families import family_of
 from ..methods import Method
 from ..methods.base import run_spec
+from ..methods.peers import check_peers
 from .presets import checked, load_preset
 
 
@@ -78,11 +79,13 @@ def _methods_of(given: Any) -> Iterator[Method]:
 def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
     if isinstance(pipe, nn.Module):
         raise AccelError(f"accel.apply takes a pipeline, not its {type(pipe).__name__}: give the pipeline itself")
+    check_peers(methods)
     denoisers, trace = family_of(pipe).denoisers(pipe), Trace()
     with ExitStack() as stack:
         for part in (pipe, *denoisers):
             stack.enter_context(_taken(part))
-        host = Host(pipe, trace, all(method.is_neutral for method in methods), bool(methods))
+        splits_batches = not all(method.is_neutral or method.peer for method in methods)
+        host = Host(pipe, trace, splits_batches, bool(methods))
         stack.enter_context(host.attached())
         for method in methods:
             stack.enter_context((_announced if method.is_neutral else type(method).apply)(method, host, trace))

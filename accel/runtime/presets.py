@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import AccelError, quote
 from ..methods import METHODS, Method
+from ..methods.peers import check_peers
 from .paths import ROOT
 
 FOLDER = ROOT / "presets"
@@ -117,8 +118,10 @@ def _schema(field: dict) -> dict:
 
 
 def required_settings(settings: dict[str, dict]) -> dict[str, float]:
-    """The `steps` and `guidance` that methods require of a run. Raises AccelError if two of them require any."""
-    required = {name: method.required_settings() for name, method in zip(settings, build_methods(settings))}
+    """The `steps` and `guidance` that methods require of a run. Raises AccelError if some do not go together."""
+    methods = build_methods(settings)
+    check_peers(methods)
+    required = {name: method.required_settings() for name, method in zip(settings, methods)}
     required = {name: values for name, values in required.items() if values}
     if len(required) > 1:
         raise AccelError(f"{' and '.join(required)} do not go together: each replaces the model by a student")
@@ -173,5 +176,6 @@ def load_preset(name: str | Path) -> Preset:
 
 
 def preset_names() -> list[str]:
-    """Names of the shipped presets, sorted."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    """Names of the shipped presets, sorted; those of peers, which have the peer's name, come last."""
+    is_peer = lambda name: name in METHODS and METHODS[name].peer
+    return sorted((p.stem for p in FOLDER.glob("*.yaml")), key=lambda name: (is_peer(name), name))

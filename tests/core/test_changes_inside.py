@@ -10,10 +10,11 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import accel
 from accel.errors import AccelError
-from accel.methods import AsymRnR, DisCa, FasterCache
+from accel.methods import AsymRnR, DisCa, FasterCache, SeaCache
 
 ASYMRNR = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5)
 METHODS = [FasterCache(), ASYMRNR, DisCa(predictor="taylor-1")]
+PEER = SeaCache(threshold=1.0)  # diffusers' cache with a hook on the whole transformer
 
 
 def add_lora(pipe) -> None:
@@ -41,7 +42,7 @@ def replace_blocks(pipe) -> None:
 
 
 @pytest.mark.parametrize("change", [set_processor, offload, offload_twice, replace_blocks, add_lora])
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [*METHODS, PEER], ids=lambda method: type(method).__name__)
 def test_a_change_between_two_runs_leaves_the_method_acting(method, change, pipe, sample):
     torch.manual_seed(0)
     with accel.apply(pipe, method) as trace:
@@ -55,15 +56,26 @@ def test_a_change_between_two_runs_leaves_the_method_acting(method, change, pipe
         assert torch.equal(sample(pipe), second)
 
 
+def forwards(model) -> set[str]:
+    """The functions that a call of the model goes through."""
+    found, forward = set(), model.forward
+    while forward is not None:
+        found.add(getattr(forward, "func", forward).__qualname__)
+        forward = getattr(forward, "__wrapped__", None)
+    return found
+
+
+@pytest.mark.parametrize("methods", [METHODS, PEER], ids=["ours", "peer"])
 @pytest.mark.parametrize("change", [set_processor, offload, offload_twice])
-def test_what_was_changed_inside_stays_and_nothing_else_does(change, pipe, sample):
+def test_what_was_changed_inside_stays_and_nothing_else_does(change, methods, pipe, sample):
     baseline = sample(pipe)
-    with accel.apply(pipe, METHODS):
+    with accel.apply(pipe, methods):
         sample(pipe)
         change(pipe)
         processors = [block.attn1.processor for block in pipe.transformer.blocks.children()]
     assert torch.equal(sample(pipe), baseline)
     assert pipe.transformer._diffusers_hook.hooks == {}
+    assert forwards(pipe.transformer) <= {"WanTransformer3DModel.forward", "add_hook_to_module.<locals>.new_forward"}
     if change is set_processor:
         assert [block.attn1.processor for block in pipe.transformer.blocks] == processors
     else:

@@ -152,4 +152,5 @@ def test_readme_lists_every_package():
 
 
 def test_every_method_has_a_page():
-    assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == set(accel.METHODS)
+    ours = {name for name, method in accel.METHODS.items() if not method.peer}
+    assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == ours | {"peers"}

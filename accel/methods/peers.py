@@ -1,0 +1,434 @@
+"""Peers: the caches that diffusers ships, as methods beside ours.
+
+A peer enables diffusers' own cache by its public interface, with diffusers' own defaults, and changes nothing in it.
+What it skipped is what its hooks did not call. Its parameters have diffusers' names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from ..core.trace import DENOISER, Action, Trace
+from ..errors import AccelError, amount
+from .base import Method, RunSpec, model_path, report_estimate, run_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..core.foreign import DiffusersCache
+    from ..core.host import Host
+    from ..families import Family
+
+RATIOS = "magcache.json"  # file of calibrated ratios in a model's folder
+
+
+@dataclass
+class Skipped:
+    """Whether a run has skipped anything so far."""
+
+    anything: bool = False
+
+
+class Peer(Method):
+    """One of diffusers' caches on every denoiser."""
+
+    peer: ClassVar[bool] = True
+    action: ClassVar[Action] = "predict"  # what stands in for a skipped module
+    skips_blocks: ClassVar[bool] = False  # diffusers must know the class of the blocks
+
+    def config(self, host: Host, model: nn.Module) -> Any:
+        """Diffusers' configuration of the cache for one denoiser."""
+        raise NotImplementedError
+
+    def num_full_steps(self, count: int) -> int:
+        """How many of `count` steps are computed in full whatever the video is."""
+        return 1
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """How many hidden states of one branch the cache holds at most."""
+        raise NotImplementedError
+
+    def estimate_memory(self, spec: RunSpec) -> int:
+        """Bytes of the cached hidden states of all branches."""
+        tokens = spec.tokens + len(spec.latents) * spec.text_tokens
+        state = tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        return 0 if self.inactive_reason(spec) else round((1 + spec.guided) * self.cached_states(spec) * state)
+
+    def inactive_reason(self, spec: RunSpec) -> str:
+        """Neutral settings, or too few steps."""
+        if self.is_neutral:
+            return f"{self.title} does nothing: at this setting every step is computed in full"
+        if spec.count <= (full := self.num_full_steps(spec.count)):
+            few = amount(spec.count, "step is", "steps are")
+            return f"{self.title} does nothing: {few} too few, as it computes {full} in full"
+        return ""
+
+    @contextmanager
+    def apply(self, host: Host, trace: Trace) -> Iterator[None]:
+        """Enable the cache inside the context. Raises AccelError for a model on which diffusers' cache cannot run."""
+        from ..core.foreign import DiffusersCache
+
+        for model in host.denoisers:
+            self.check_model(host.family, model)
+        skipped = host.per_run(lambda: self._begin(host, trace))
+
+        def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
+            run, cache = skipped(), host.caches[host.active_index]
+            cache.computed.clear()
+            y = inner(x, **inputs)
+            run.anything |= self._record(host, trace, cache, len(x))
+            trace.set_memory(self.title, sum(cache.nbytes for cache in host.caches))
+            if host.step.index == host.step.count - 1 and not self.inactive_reason(run_spec(host)):
+                self._report(trace, run.anything)
+            return y
+
+        with host.wrap_denoiser(denoise), host.cached(lambda model: DiffusersCache(model, self.config(host, model))):
+            yield
+
+    def check_model(self, family: Family, model: nn.Module) -> None:
+        """Raise AccelError where the cache cannot run on a model."""
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        blocks = [block for blocks in family.block_lists(model).values() for block in blocks]
+        if any(block._compiled_call_impl for block in blocks):
+            self.refuse("what it skips cannot be counted inside compiled blocks", model)
+        if self.skips_blocks and not family.is_stack(model):
+            self.refuse("the model changes hidden states between its blocks", model)
+        for block in blocks if self.skips_blocks else ():
+            try:
+                TransformerBlockRegistry.get(type(block))
+            except ValueError:
+                self.refuse(f"diffusers has not registered {type(block).__name__} for it", model)
+
+    def check_run(self, host: Host) -> None:
+        """Raise AccelError where the cache cannot run in a pipeline, or would mix up its branches."""
+        name = type(host.pipe).__name__
+        if not self.needs_batched_guidance and host.cache_context is None:
+            self.refuse(f"{name} does not name its calls by a cache_context")
+        if self.needs_batched_guidance and host.is_guided and not host.family.batches_guidance:
+            self.refuse(
+                f"it would mix up the branches of guidance, which {name} computes one after the other: choose "
+                "a guidance of 1, or a model that computes both at once, such as CogVideoX"
+            )
+        if self.needs_batched_guidance and not hasattr(host.pipe, "current_timestep"):
+            self.refuse(f"{name} does not tell its current_timestep")
+
+    def refuse(self, reason: str, model: nn.Module | None = None) -> None:
+        """Raise AccelError."""
+        raise AccelError(f"{self.title} cannot run {f'on {type(model).__name__}' if model else 'here'}: {reason}")
+
+    def _begin(self, host: Host, trace: Trace) -> Skipped:
+        self.check_run(host)
+        spec = run_spec(host)
+        if reason := self.inactive_reason(spec):
+            trace.add_message(reason)
+        report_estimate(self, spec, trace)
+        return Skipped()
+
+    def _record(self, host: Host, trace: Trace, cache: DiffusersCache, batch: int) -> bool:
+        """Record what a call of a batch skipped; returns whether it skipped anything.
+
+        Skipped self-attentions are events of their own. What else was skipped lowers the share of the whole call.
+        """
+        full, step, attentions = trace.flops[DENOISER], host.step, host.attentions[host.active_index]
+        share = cache.computed.get(DENOISER, batch) / batch  # FasterCache computes one half of a guided batch
+        skipped = [name for name in cache.modules if name not in cache.computed and name != DENOISER]
+        reused = [name for name in skipped if name in attentions]
+        inside = [name for name in attentions if any(name.startswith(f"{module}.") for module in skipped)]
+        work = share * (full - sum(trace.flops.get(name, 0) for name in skipped))
+        for name in reused:
+            trace.record(step, name, self.action, 0.0)
+        work += sum(trace.flops[name] for name in reused)
+        if skipped or share < 1:
+            action = self.action if inside else "rebuild" if share < 1 else "compute"
+            trace.record(step, DENOISER, action, work / full)
+            trace.discard(step, inside)
+        return bool(skipped) or share < 1
+
+    def _report(self, trace: Trace, anything: bool) -> None:
+        """Say at the end of a run if nothing was skipped; a later branch of the last step may still skip something."""
+        text = f"{self.title} skipped nothing in this run: every step was computed in full"
+        if not anything:
+            trace.add_message(text)
+        elif text in trace.messages:
+            trace.messages.remove(text)
+
+
+def check_peers(methods: Sequence[Method]) -> None:
+    """Raise AccelError if a peer is not alone: neither side would see what the other one skips."""
+    for method in methods:
+        if method.peer and len(methods) > 1:
+            others = " and ".join(other.title for other in methods if other is not method)
+            raise AccelError(f"{method.title} and {others} do not go together: diffusers' caches run alone")
+
+
+class SeaCache(Peer):
+    """Diffusers' cache of the residual of all blocks, where the filtered latents have changed little."""
+
+    title: ClassVar[str] = "SeaCache (diffusers)"
+    paper: ClassVar[str] = "arXiv 2602.18993"
+    skips_blocks: ClassVar[bool] = True
+    neutral: ClassVar[dict] = {"threshold": 0.0}
+    basic: ClassVar[tuple[str, ...]] = ("threshold", "max_consecutive_cached")
+
+    threshold: float = Field(
+        0.25, ge=0, le=2, multiple_of=0.01, description="Change from one full step to the next; more loses shape."
+    )
+    residual_order: int = Field(1, ge=0, le=1, description="0 reuses the last residual, 1 continues the last two.")
+    retention_steps: int = Field(1, ge=0, le=50, description="First steps that are always full.")
+    cache_end_steps: int = Field(1, ge=0, le=50, description="Last steps that are always full.")
+    max_consecutive_cached: int = Field(2, ge=0, le=50, description="Skipped steps in a row; 0 for no limit.")
+
+    def config(self, host: Host, model: nn.Module) -> Any:
+        """Diffusers' `SeaCacheConfig`."""
+        from diffusers.hooks import SeaCacheConfig
+
+        return SeaCacheConfig(**self.model_dump())
+
+    def num_full_steps(self, count: int) -> int:
+        """The first ones, the very first among them, and the last ones."""
+        return max(1, self.retention_steps) + self.cache_end_steps
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """One residual for each order, and the filtered latents, which are compared in 32 bits at most."""
+        state = spec.tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        return 1 + self.residual_order + 4 * spec.latents.numel() / state
+
+    def check_run(self, host: Host) -> None:
+        """Raise AccelError also where the pipeline does not tell the noise level."""
+        super().check_run(host)
+        if host.cache_context.sigma is None:
+            self.refuse(
+                f"{type(host.pipe).__name__} does not tell its cache_context the noise level, as WanPipeline does"
+            )
+
+
+class TaylorSeer(Peer):
+    """Diffusers' Taylor series of the outputs of modules, between full steps at a fixed interval."""
+
+    title: ClassVar[str] = "TaylorSeer (diffusers)"
+    paper: ClassVar[str] = "arXiv 2503.06923"
+    neutral: ClassVar[dict] = {"cache_interval": 1}
+    basic: ClassVar[tuple[str, ...]] = ("cache_interval", "modules")
+
+    cache_interval: int = Field(5, ge=1, le=20, description="Steps from one full step to the next; more loses shape.")
+    disable_cache_before_step: int = Field(3, ge=1, le=50, description="First steps that are always full.")
+    max_order: int = Field(1, ge=0, le=4, description="Order of the series: 0 reuses the last output.")
+    modules: Literal["attention", "all", "lite"] = Field(
+        "attention",
+        description="Predicted: attentions (diffusers' default), also feed-forwards (the paper), or the output alone.",
+    )
+
+    def config(self, host: Host, model: nn.Module) -> Any:
+        """Diffusers' `TaylorSeerCacheConfig`. Its default patterns match no attention of Wan, so names are given."""
+        from diffusers.hooks import TaylorSeerCacheConfig
+
+        names = None if self.modules == "lite" else [re.escape(name) for name in self._names(host.family, model)]
+        return TaylorSeerCacheConfig(
+            **self.model_dump(exclude={"modules"}), cache_identifiers=names, use_lite_mode=self.modules == "lite"
+        )
+
+    def num_full_steps(self, count: int) -> int:
+        """The first ones."""
+        return self.disable_cache_before_step
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """The factors of each module, in 16 bits; of the output alone they are smaller."""
+        modules = 1 if self.modules == "lite" else len(self._names(spec.family, spec.model))
+        return modules * (1 + self.max_order) * 2 / spec.latents.element_size()
+
+    def _names(self, family: Family, model: nn.Module) -> list[str]:
+        """The attentions, and perhaps the feed-forwards, of all blocks."""
+        from diffusers.hooks._common import _ATTENTION_CLASSES, _FEEDFORWARD_CLASSES
+
+        kinds = _ATTENTION_CLASSES + (_FEEDFORWARD_CLASSES if self.modules == "all" else ())
+        blocks = {name: model.get_submodule(name) for name in family.block_names(model)}
+        return [f"{name}.{part}" for name, block in blocks.items() for part, module in block.named_children()
+                if isinstance(module, kinds)]  # fmt: skip
+
+
+class FirstBlockCache(Peer):
+    """Diffusers' cache of the residual of all blocks but the first, where that of the first has changed little."""
+
+    title: ClassVar[str] = "FirstBlockCache (diffusers)"
+    paper: ClassVar[str] = ""
+    skips_blocks: ClassVar[bool] = True
+    neutral: ClassVar[dict] = {"threshold": 0.0}
+    basic: ClassVar[tuple[str, ...]] = ("threshold",)
+
+    threshold: float = Field(
+        0.05, ge=0, le=1, multiple_of=0.01, description="Change of the first block's residual; more loses shape."
+    )
+
+    def config(self, host: Host, model: nn.Module) -> Any:
+        """Diffusers' `FirstBlockCacheConfig`."""
+        from diffusers.hooks import FirstBlockCacheConfig
+
+        return FirstBlockCacheConfig(threshold=self.threshold)
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """The first block's output and residual, and the residual of the others."""
+        return 3
+
+
+class MagCache(Peer):
+    """Diffusers' cache of the residual of all blocks, where calibrated ratios of its magnitude stay near 1."""
+
+    title: ClassVar[str] = "MagCache (diffusers)"
+    paper: ClassVar[str] = "arXiv 2506.09045"
+    skips_blocks: ClassVar[bool] = True
+    neutral: ClassVar[dict] = {"max_skip_steps": 0}
+    basic: ClassVar[tuple[str, ...]] = ("threshold", "max_skip_steps", "retention_ratio")
+
+    threshold: float = Field(
+        0.06, ge=0, le=1, multiple_of=0.01, description="Accumulated error of skipped steps; more loses shape."
+    )
+    max_skip_steps: int = Field(3, ge=0, le=20, description="Skipped steps in a row.")
+    retention_ratio: float = Field(
+        0.2, ge=0, le=1, multiple_of=0.01, description="Share of the first steps that are always full."
+    )
+
+    ratios: str = Field(
+        "",
+        description="File of calibrated ratios; empty: the one in the model's folder.",
+        json_schema_extra={"page": False},
+    )
+
+    def config(self, host: Host, model: nn.Module) -> Any:
+        """Diffusers' `MagCacheConfig`. Raises AccelError without calibrated ratios."""
+        return self._config(host, 1)
+
+    def _config(self, host: Host, count: int) -> Any:
+        """That for a run of `count` steps, which diffusers stretches the ratios to."""
+        from diffusers.hooks import MagCacheConfig
+
+        ratios = read_ratios(self._file(model_path(host))).ratios
+        return MagCacheConfig(**self.model_dump(exclude={"ratios"}), mag_ratios=ratios, num_inference_steps=count)
+
+    def _file(self, model: str | Path) -> Path:
+        return Path(self.ratios) if self.ratios else Path(model) / RATIOS
+
+    def files(self, model: str | Path) -> list[Path]:
+        """The calibrated ratios."""
+        return [file for file in [self._file(model)] if file.is_file()]
+
+    def num_full_steps(self, count: int) -> int:
+        """The first ones, the very first among them."""
+        return max(1, int(self.retention_ratio * count + 0.5))
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """The last residual, and the input of the blocks."""
+        return 2
+
+    def check_run(self, host: Host) -> None:
+        """Raise AccelError also for two transformers; the cache learns how many steps the run has."""
+        super().check_run(host)
+        if len(host.denoisers) > 1:
+            self.refuse("its ratios belong to the steps of one transformer, and this pipeline has two")
+        vars(host.caches[0].config).update(vars(self._config(host, host.step.count)))
+
+
+class PyramidAttentionBroadcast(Peer):
+    """Diffusers' reuse of attention outputs at a fixed interval, in the middle of the run."""
+
+    title: ClassVar[str] = "PyramidAttentionBroadcast (diffusers)"
+    paper: ClassVar[str] = "arXiv 2408.12588"
+    action: ClassVar[Action] = "reuse"
+    needs_batched_guidance: ClassVar[bool] = True
+    neutral: ClassVar[dict] = {"spatial_attention_block_skip_range": 1, "cross_attention_block_skip_range": 1}
+    basic: ClassVar[tuple[str, ...]] = ("spatial_attention_block_skip_range", "cross_attention_block_skip_range")
+
+    spatial_attention_block_skip_range: int = Field(2, ge=1, le=20, description="Steps that share a self-attention.")
+    cross_attention_block_skip_range: int = Field(
+        1, ge=1, le=20, description="Steps that share a cross-attention, with the same limits; 1 for none."
+    )
+    first_timestep: int = Field(800, ge=0, le=1000, description="Timestep below which outputs are reused.")
+    last_timestep: int = Field(100, ge=0, le=1000, description="Timestep above which outputs are reused.")
+
+    def config(self, host: Host, model: nn.Module) -> Any:
+        """Diffusers' `PyramidAttentionBroadcastConfig`."""
+        from diffusers.hooks import PyramidAttentionBroadcastConfig
+
+        span, cross = (self.last_timestep, self.first_timestep), self.cross_attention_block_skip_range
+        return PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=self.spatial_attention_block_skip_range,
+            cross_attention_block_skip_range=cross if cross > 1 else None,
+            spatial_attention_timestep_skip_range=span, cross_attention_timestep_skip_range=span,
+            current_timestep_callback=lambda: host.pipe.current_timestep,
+        )  # fmt: skip
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """The output of each attention; HunyuanVideo has two more for its text, which count as one."""
+        return (spec.num_layers + spec.family.is_joint) * (1 if self.cross_attention_block_skip_range == 1 else 2)
+
+
+class DiffusersFasterCache(Peer):
+    """Diffusers' FasterCache: attention outputs are extrapolated, and the unconditional half of a batch rebuilt."""
+
+    title: ClassVar[str] = "FasterCache (diffusers)"
+    paper: ClassVar[str] = "arXiv 2410.19355"
+    action: ClassVar[Action] = "reuse"
+    needs_batched_guidance: ClassVar[bool] = True
+    neutral: ClassVar[dict] = {"spatial_attention_block_skip_range": 1, "unconditional_batch_skip_range": 1}
+    basic: ClassVar[tuple[str, ...]] = ("spatial_attention_block_skip_range", "unconditional_batch_skip_range")
+
+    spatial_attention_block_skip_range: int = Field(2, ge=1, le=20, description="Steps that share a self-attention.")
+    unconditional_batch_skip_range: int = Field(5, ge=1, le=20, description="Steps that share an unconditional half.")
+    attention_timestep: int = Field(681, ge=0, le=1001, description="Timestep below which attention is extrapolated.")
+    unconditional_timestep: int = Field(641, ge=0, le=1001, description="Timestep below which the half is rebuilt.")
+
+    def config(self, host: Host, model: nn.Module) -> Any:
+        """Diffusers' `FasterCacheConfig`; where guidance is no batch, it extrapolates attention alone."""
+        from diffusers.hooks import FasterCacheConfig
+
+        return FasterCacheConfig(
+            spatial_attention_block_skip_range=self.spatial_attention_block_skip_range,
+            unconditional_batch_skip_range=self.unconditional_batch_skip_range,
+            spatial_attention_timestep_skip_range=(-1, self.attention_timestep),
+            unconditional_batch_timestep_skip_range=(-1, self.unconditional_timestep),
+            attention_weight_callback=lambda module: 0.5, tensor_format=host.family.latent_format,
+            is_guidance_distilled=not host.family.batches_guidance,
+            current_timestep_callback=lambda: host.pipe.current_timestep,
+        )  # fmt: skip
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """The last two outputs of each self-attention, of one branch."""
+        return 2 * spec.num_layers
+
+    def check_model(self, family: Family, model: nn.Module) -> None:
+        """Raise AccelError also for latents in a format that diffusers does not know."""
+        super().check_model(family, model)
+        if family.latent_format not in ("BCFHW", "BFCHW"):
+            self.refuse("diffusers does not know the format of its latents", model)
+
+    def check_run(self, host: Host) -> None:
+        """Raise AccelError also for half a batch."""
+        super().check_run(host)
+        if host.family.batches_guidance and not host.is_guided:
+            self.refuse("it halves the batch of guidance, and this run has none: choose a guidance above 1")
+
+
+class Ratios(BaseModel):
+    """MagCache's calibration of a model: for each step, the magnitude of the residual over that of the step before."""
+
+    steps: int
+    ratios: list[float] = Field(min_length=1)
+
+
+def read_ratios(path: Path) -> Ratios:
+    """The ratios in a file. Raises AccelError if there is no such file or it holds no ratios."""
+    try:
+        return Ratios.model_validate_json(path.read_bytes())
+    except OSError:
+        raise AccelError(
+            f"MagCache (diffusers) finds no ratios in {path}: measure them by `python -m accel calibrate`"
+        ) from None
+    except ValidationError:
+        raise AccelError(f"{path.name} holds no ratios: measure them by `python -m accel calibrate`") from None
