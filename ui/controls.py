@@ -38,16 +38,22 @@ class MethodControls:
         self.parameters: dict[str, dict[str, gr.components.Component]] = {}
         active = preset_methods(preset)
         with gr.Row(elem_id="switches"):
-            for name, method in METHODS.items():
-                self.switches[name] = gr.Checkbox(
-                    name in active, label=method.title, elem_id=f"use-{name}", min_width=90,
-                    interactive=is_usable(name, model),
-                )  # fmt: skip
+            self._add_switches(model, active, peers=False)
+        with gr.Accordion("Caches of diffusers, to compare with", open=False, elem_id="peers", elem_classes="advanced"):
+            self._add_switches(model, active, peers=True)
         for name, method in METHODS.items():
             with gr.Column(visible=name in active, elem_classes="knobs", elem_id=f"knobs-{name}") as self.groups[name]:
                 paper = f" · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})" if method.paper else ""
                 gr.Markdown(f"**{method.title}**{paper}")
                 self.parameters[name] = self._parameters(active.get(name) or method(), available_values(name, model))
+
+    def _add_switches(self, model: str, active: dict[str, Method], peers: bool) -> None:
+        for name, method in METHODS.items():
+            if method.peer == peers:
+                self.switches[name] = gr.Checkbox(
+                    name in active, label=method.title, elem_id=f"use-{name}", min_width=90,
+                    interactive=is_usable(name, model),
+                )  # fmt: skip
 
     def _parameters(self, method: Method, available: AvailableValues) -> dict[str, gr.components.Component]:
         """The widgets of a method: the basic ones, and the others in a closed part."""

@@ -202,13 +202,10 @@ def _students() -> dict[str, Setting]:
 
 
 def _peers() -> dict[str, Setting]:
-    """diffusers' caches at half of the default, the default and twice the default of what makes each faster.
-
-    Those that need guidance in one batch cannot run on the shipped Wan.
-    """
+    """diffusers' caches at half of the default, the default and twice the default of what makes each faster."""
     found = {}
     for name, method in METHODS.items():
-        for parameter in method.basic[:1] if method.peer and not method.needs_batched_guidance else ():
+        for parameter in method.basic[:1] if method.peer else ():
             schema = method.parameters()[parameter]
             unit, default = schema.get("multipleOf", 1), schema["default"]
             for value in (round(round(default * times / unit) * unit, 6) for times in (0.5, 1, 2)):

@@ -122,7 +122,6 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     paper: ClassVar[str]  # such as "arXiv 2410.19355"; empty for a method of ours
     neutral: ClassVar[dict] = {}
     peer: ClassVar[bool] = False  # a cache of diffusers, to be compared with; it runs alone
-    needs_batched_guidance: ClassVar[bool] = False  # it would mix up branches that are computed one after the other
     basic: ClassVar[tuple[str, ...]]
 
     @classmethod

@@ -42,6 +42,7 @@ class Peer(Method):
     peer: ClassVar[bool] = True
     action: ClassVar[Action] = "predict"  # what stands in for a skipped module
     skips_blocks: ClassVar[bool] = False  # diffusers must know the class of the blocks
+    needs_batched_guidance: ClassVar[bool] = False  # it would mix up branches that are computed one after the other
 
     def config(self, host: Host, model: nn.Module) -> Any:
         """Diffusers' configuration of the cache for one denoiser."""
