@@ -41,8 +41,15 @@ def replace_blocks(pipe) -> None:
     pipe.transformer.blocks = torch.nn.ModuleList(pipe.transformer.blocks.children())
 
 
-@pytest.mark.parametrize("change", [set_processor, offload, offload_twice, replace_blocks, add_lora])
-@pytest.mark.parametrize("method", [*METHODS, PEER], ids=lambda method: type(method).__name__)
+CHANGES = [set_processor, offload, offload_twice, replace_blocks, add_lora]
+
+
+@pytest.mark.parametrize(
+    "method, change",
+    [pytest.param(method, change, marks=() if change is CHANGES[i % len(CHANGES)] or not i else pytest.mark.slow,
+                  id=f"{type(method).__name__}-{change.__name__}")
+     for i, method in enumerate([*METHODS, PEER]) for change in CHANGES],
+)  # fmt: skip  # by default, all changes under one method and one change under each other method
 def test_a_change_between_two_runs_leaves_the_method_acting(method, change, pipe, sample):
     torch.manual_seed(0)
     with accel.apply(pipe, method) as trace:

@@ -35,6 +35,7 @@ def runs(pipe, monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_twice_the_error_is_four_times_the_cost(runs, tmp_path):
     profile.run_profile("nobody/nothing", 2, 6, tmp_path)
     written = load_profile(tmp_path / "asymrnr.json", list(SHIFT))

@@ -90,6 +90,7 @@ def test_a_preset_of_a_row_loads_and_says_how_it_was_found(tmp_path):
     assert preset.about.startswith("2.50 times less work at SSIM 0.9900, the mean over 4 tuning prompts")
 
 
+@pytest.mark.slow
 def test_a_try_is_measured_against_the_baseline_of_the_same_noise(tiny_wan):
     judge = Judge("none", tiny_wan, DEFAULTS, ["a ball"])
     plain = judge(Preset())

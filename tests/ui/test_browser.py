@@ -141,7 +141,7 @@ def test_the_page_fits_a_phone_with_videos_first_and_run_in_reach(browser, serve
         assert run["height"] >= 44 and 700 < run["y"] < 844
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_every_text_is_legible(browser, server, theme):
     with visit(browser, server, f"?__theme={theme}") as page:
         weak = {text: ratio for text, ratio in page.evaluate(CONTRAST, TEXTS) if ratio < 4.5}
@@ -159,6 +159,7 @@ def test_every_control_has_a_name(browser, server):
         assert all(names)
 
 
+@pytest.mark.slow
 def test_the_page_is_used_by_keyboard_alone(browser, server):
     with visit(browser, server) as page:
         page.locator("#preset input[value=balanced]").focus()
@@ -230,6 +231,7 @@ def choose_source(page, name: str) -> None:
     page.locator("#reference-source label", has_text=name).click()
 
 
+@pytest.mark.slow
 def test_identical_videos_are_called_identical(page):
     choose_preset(page, "plain")
     set_steps(page, 2, 2)
@@ -309,6 +311,7 @@ def test_a_student_runs_in_its_own_steps_and_its_predicted_steps_are_on_the_map(
     page.wait_for_selector("#message >> text=put the meanflow that it was trained for before disca", timeout=60_000)
 
 
+@pytest.mark.slow
 def test_the_race_of_a_live_pair_can_be_replayed(page):
     choose_preset(page, "fastercache", "fastercache")
     set_steps(page, 2, 2)
@@ -318,6 +321,7 @@ def test_the_race_of_a_live_pair_can_be_replayed(page):
     page.click("#player button[data-mode=side]")
 
 
+@pytest.mark.slow
 def test_a_stored_pair_is_opened_from_the_history_with_its_settings(page):
     choose_preset(page, "fastercache", "fastercache")
     set_steps(page, 2, 7)
