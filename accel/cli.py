@@ -86,6 +86,13 @@ def parse_settings(preset: str, changes: list[str] | None) -> dict:
     return {"methods": methods, **loaded.model_dump(include=set(RUN_OPTIONS))}
 
 
+def first_example() -> str:
+    """The first of the example prompts."""
+    from .runtime.paths import ROOT
+
+    return (ROOT / "examples" / "prompts.txt").read_text().splitlines()[0]
+
+
 def load_for(model: str, make_runs: Callable) -> tuple:
     """Pipeline, defaults and runs `make_runs(defaults)` of a model.
 
@@ -304,7 +311,8 @@ def tune(
     Work is counted, not timed, so nothing has to be quiet. Ctrl-C keeps the tries; the same command goes on.
     """
     pipe, defaults, _ = load_for(model, lambda defaults: [])
-    from .evaluation.tune import SPEED_CLASSES, TUNING_SEED, at_least, fastest, front_table, tune, write_preset
+    from .evaluation.front import CLASSES
+    from .evaluation.tune import TUNING_SEED, at_least, fastest, front_table, tune, write_preset
     from .files import only_writer
     from .world.scene import held_out_prompts
 
@@ -312,7 +320,7 @@ def tune(
     texts = [line for line in lines if line.strip()] or held_out_prompts(prompts, TUNING_SEED, defaults.living)
     with only_writer(out):
         rows = tune(model, pipe, defaults, texts, trials, seed, out)
-        chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in SPEED_CLASSES}
+        chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in CLASSES}
         if max_loss is not None:
             chosen = {f"loss-{max_loss:g}": fastest(rows, max_loss)}
         chosen = {name: row for name, row in chosen.items() if row}
@@ -334,10 +342,9 @@ def sweep(
 ) -> None:  # fmt: skip
     """Measure the values of one or two axes against one baseline: results.json, pareto.png, folders. Resumable."""
     from .evaluation.sweep import check_available, expand, parse_axis_option, parse_steps
-    from .runtime.paths import ROOT
     from .runtime.run import build_run
 
-    prompt = prompt or (ROOT / "examples" / "prompts.txt").read_text().splitlines()[0]
+    prompt = prompt or first_example()
     common = dict(model=model, prompt=prompt, height=height, width=width, frames=frames)
     reference = {"seed": seed, **dict(zip(RUN_OPTIONS, (steps, guidance, solver, shift)))}
     base = {**parse_settings(preset, set_), "seed": seed}
@@ -388,12 +395,11 @@ def calibrate(
 ) -> None:
     """Measure in one run the ratios that diffusers' MagCache needs: magcache.json, also in the folder of the model."""
     from .runtime.models import check_model
-    from .runtime.paths import ROOT
 
     check_model(model)
     from .evaluation.magcache_ratios import run_calibration
 
-    prompt = prompt or (ROOT / "examples" / "prompts.txt").read_text().splitlines()[0]
+    prompt = prompt or first_example()
     print_json(run_calibration(model, prompt, seed, steps, out))
 
 

@@ -33,7 +33,6 @@ from .result_log import config_hash
 
 TUNING_SEED = 11  # of held-out prompts for the search; those of reports have another one
 STEPS = (50, 40, 32, 25, 20, 16, 13, 10, 8, 6, 5, 4)
-SPEED_CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
 STUDENTS = ("gpd", "meanflow")
 RANDOM_TRIES = 20  # before the sampler learns from them
 SMALLEST_LOSS = 1e-6  # below it, losses count as equal
