@@ -33,7 +33,7 @@ from ...runtime.latents import normalize
 from ...runtime.models import record_hashes
 from ...world.render import render
 from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
-from ..fast_blocks import DenseAttention, has_fast_bfloat16
+from ..fast_blocks import has_fast_bfloat16, use_dense_attention
 from ..optimizer import OptimConfig
 from .vae import Autoencoder, replace_files, to_unit
 
@@ -141,8 +141,7 @@ class Denoiser(nn.Module):
         self.text_attention, transformer.rope = PaddingWeightedAttention(), SubsampledRoPE(transformer.rope)
         for block in transformer.blocks:
             block.attn2.set_processor(self.text_attention)
-            if torch.device(device).type == "cpu":
-                block.attn1.set_processor(DenseAttention())
+        use_dense_attention(transformer.blocks, device)
 
     def forward(self, x: Tensor, frames: list[int], sigma: Tensor, ids: Tensor, mask: Tensor, total: int) -> Tensor:
         """Velocity (b, c, f, h, w) at sigma (b,) for token ids (b, text); `frames`: positions of the f frames."""
