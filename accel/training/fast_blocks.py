@@ -15,8 +15,8 @@ class DenseAttention:
     """Self-attention processor for training on a CPU: two matrix products in place of the fused kernel.
 
     For CPUs with fast bfloat16: the fused kernel's backward pass has a fifth of the speed of their matrix products. At
-    a few hundred tokens the scores fit in memory, and a training step takes 0.7 of the time. In float32 the fused kernel
-    is twice as fast as this.
+    a few hundred tokens the scores fit in memory, and a training step takes 0.7 of the time. In float32 the fused
+    kernel is twice as fast as this.
     """
 
     def __call__(self, attn, x: Tensor, text=None, mask=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
