@@ -404,6 +404,28 @@ def calibrate(
 
 
 @app.command()
+def fit(
+    steps: Annotated[list[int], typer.Argument(min=1, help="Step counts, a solver each: 6 8 10 14 20.")],
+    model: Model = TINY,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts whose baselines the solvers are fitted to.")] = 8,
+    uncond_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps that run the unconditional branch.")
+    ] = 1.0,
+    out: Out = Path("runs/fit"),
+) -> None:  # fmt: skip
+    """Fit solvers of few steps to the model's own trajectories: a JSON file each, also in the folder of the model.
+
+    No training: for each step one least-squares problem. It takes as long as a few baselines for each prompt.
+    """
+    from .runtime.models import check_model
+
+    check_model(model)
+    from .evaluation.solver_fit import run_fit
+
+    print_json(run_fit(model, steps, uncond_share, prompts, out))
+
+
+@app.command()
 def gpu(
     layout: Annotated[str, typer.Option(help="Only this one of ltx, cogvideox-2b and wan-1.3b.")] = None,
     steps: Annotated[int, typer.Option(min=10, help="Denoising steps; in fewer, methods do not act.")] = 10,

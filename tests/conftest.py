@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import get_args
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests run on the CPU, also where there is a GPU
 
 import pytest
 import torch
 from diffusers import WanPipeline
-from support import build_pipe, make_meanflow, make_predictor, random_wan
+from support import build_pipe, euler_as_fitted_solver, make_meanflow, make_predictor, random_wan
 
+from accel.methods import FittedSolver
 from accel.runtime.models import load_pipeline
 from accel.students.weights import fingerprint
 from accel.training.networks import FullNetworks
@@ -56,6 +58,10 @@ def students(pipe, tmp_path):
             "base_fingerprint": fingerprint(pipe.transformer),
         }
         store(nets, tmp_path / f"gpd-N{n}", "gpd.json", {"steps": n, **facts})
+    for n in get_args(FittedSolver.model_fields["steps"].annotation)[1:]:
+        file = tmp_path / "fittedsolver" / f"{n}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(euler_as_fitted_solver(pipe, n, uncond_steps=range(0, n, 2)).model_dump_json())
     make_meanflow(pipe, tmp_path / "meanflow")
     for form in ("residual", "paper"):
         make_predictor(pipe, tmp_path / "predictor" / form, form)

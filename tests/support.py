@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from accel.families.wan import Wan
 from accel.methods.disca.predictor import Predictor
+from accel.methods.fittedsolver import Solver
 from accel.runtime.models import ModelDefaults
 from accel.students.interval_embedding import IntervalEmbedder
 from accel.students.weights import fingerprint
@@ -144,3 +146,20 @@ def predictor_task(pipe, form="residual", rank_and_world=(0, 1), **config) -> Pr
     config, optim = PredictorConfig(**fields | config), OptimConfig(steps=3, lr=1e-3, warmup=1, ema=0.0)
     student, context = FeatureProbe(pipe.transformer), timed(pipe, PREDICTOR_STEPS)
     return PredictorTask(optim, config, student, predictor, context, (3, 2, 2), rank_and_world)
+
+
+def euler_as_fitted_solver(pipe, steps: int, uncond_steps: Sequence[int], guidance: float = 4.0) -> Solver:
+    """Euler's steps as a fitted solver; where the unconditional branch is left out, its last output stands for it."""
+    pipe.scheduler.set_timesteps(steps)
+    sigmas, times = pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps.tolist()
+    weights, outputs = [], []
+    for step in range(steps):
+        outputs += ["cond", "uncond"] if step in uncond_steps else ["cond"]
+        row, distance = [1.0] + [0.0] * len(outputs), sigmas[step + 1] - sigmas[step]
+        for branch, scale in (("cond", guidance), ("uncond", 1 - guidance)):
+            row[len(outputs) - outputs[::-1].index(branch)] = scale * distance
+        weights.append(row)
+    return Solver(
+        steps=steps, guidance=guidance, sigmas=sigmas, timesteps=times, uncond_steps=list(uncond_steps),
+        weights=weights, base_fingerprint=fingerprint(pipe.transformer),
+    )  # fmt: skip

@@ -16,9 +16,8 @@ from ..families import family_of
 from ..methods.asymrnr.budget import PROFILE, Profile, Table
 from ..runtime.generate import Video, environment, grid
 from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, resolve
-from ..runtime.paths import ROOT
 from ..runtime.run import Run
-from .measure import Case, measure_in_turn, runs_of, settings_key
+from .measure import calibration_cases, measure_in_turn, runs_of, settings_key
 from .metrics import METRICS, Pair, mean_of, metrics_of, ssim_frames
 from .report import markdown
 from .result_log import ResultLog
@@ -44,7 +43,7 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
     check_steps(defaults.steps if steps is None else steps)
-    cases = _cases(prompts, defaults)
+    cases = calibration_cases(prompts, PROMPT_SEED, defaults)
     layers = list(family_of(pipe).attentions(pipe.transformer))
     settings = BASELINE | all_blocks() | merges() | single_blocks(layers)
     common = {"model": model, "steps": steps}
@@ -105,19 +104,6 @@ def single_blocks(layers: list[str]) -> dict[str, Setting]:
         for span in range(SPANS)
         for feature in FEATURES
     }
-
-
-def _cases(n: int, defaults: ModelDefaults) -> list[Case]:
-    """Prompts with a seed each."""
-    if defaults.toy_world:
-        from ..world.scene import held_out_prompts
-
-        prompts = held_out_prompts(n, PROMPT_SEED, defaults.living)
-    else:
-        prompts = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[:n]
-        if len(prompts) < n:
-            raise AccelError(f"{n} prompts are too many: examples/prompts.txt has {len(prompts)}")
-    return [(prompt, seed) for seed, prompt in enumerate(prompts)]
 
 
 def _recorder(defaults: ModelDefaults):

@@ -80,6 +80,8 @@ def support() -> str:
 
 
 def _state(family: Family, name: str) -> str:
+    if name == "fittedsolver":
+        return "after a fit"
     if not needs_training(name):
         return "yes"
     return "yes" if name == "disca" else "after training" if family.trains_students else "no"

@@ -15,6 +15,7 @@ from ..errors import AccelError
 from ..methods import METHODS
 from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults, hash_of, resolve, weights
+from ..runtime.paths import ROOT
 from ..runtime.presets import build_methods
 from ..runtime.run import Run, build_run
 from .result_log import ResultLog, config_hash
@@ -23,6 +24,22 @@ from .suites import Setting
 NOISE_SEED = 2**31  # not that of a video; torch takes the lower 32 bits alone
 Case = tuple[str, int]  # prompt and seed
 Record = Callable[[str, Run, Video, Video], dict]  # setting, run, baseline, video -> what is logged of it
+
+
+def calibration_cases(n: int, prompt_seed: int, defaults: ModelDefaults) -> list[Case]:
+    """Prompts to calibrate a method on, with seeds 0, 1 ...: held-out ones of the toy world, or the example prompts.
+
+    Raises AccelError if the examples are too few.
+    """
+    if defaults.toy_world:
+        from ..world.scene import held_out_prompts
+
+        prompts = held_out_prompts(n, prompt_seed, defaults.living)
+    else:
+        prompts = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[:n]
+        if len(prompts) < n:
+            raise AccelError(f"{n} prompts are too many: examples/prompts.txt has {len(prompts)}")
+    return [(prompt, seed) for seed, prompt in enumerate(prompts)]
 
 
 def runs_of(settings: dict[str, Setting], case: Case, defaults: ModelDefaults, **common) -> dict[str, Run]:

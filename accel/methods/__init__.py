@@ -4,6 +4,7 @@ from .asymrnr.asymrnr import AsymRnR
 from .base import Method
 from .disca.disca import DisCa
 from .fastercache import FasterCache
+from .fittedsolver import FittedSolver
 from .gpd import GPD
 from .meanflow import MeanFlow
 from .peers import (
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "meanflow": MeanFlow,
     "disca": DisCa,
     "stepcache": StepCache,
+    "fittedsolver": FittedSolver,
     "seacache": SeaCache,
     "taylorseer": TaylorSeer,
     "magcache": MagCache,

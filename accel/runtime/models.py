@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TINY = "models/tiny-wan"
 HASH = ".sha256"  # ending of a file with the hash of the one beside it
-STUDENTS = re.compile("gpd-|meanflow$|predictor$")  # folders of students and predictors in a model's folder
+STUDENTS = re.compile("gpd-|meanflow$|predictor$|fittedsolver$")  # folders of methods in a model's folder
 
 
 class ModelDefaults(BaseModel, frozen=True):
@@ -146,7 +146,7 @@ def read_json(file: Path) -> dict:
 def weights(model: str) -> list[tuple[str, str]]:
     """Name and SHA-256 of each file of a local model that affects what it generates; an empty list for a hub id.
 
-    Excludes training records, and the folders of students and predictors.
+    Excludes training records, and the folders of students, predictors and fitted solvers.
     """
     folder = Path(resolve(model))
     files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])

@@ -1,8 +1,8 @@
-"""Euler schedulers on given sigmas, which students need, and swapping one into a pipeline."""
+"""Schedulers on given sigmas, which students and fitted solvers need, and swapping one into a pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +38,27 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
     @staticmethod
     def _wrong_count(steps: int, asked: int) -> str:
         return f"these sigmas are for {amount(steps, 'step')}, not {asked}"
+
+
+class CombiningScheduler(FixedSigmaEuler):
+    """A scheduler on given noise levels that takes each sample from a function, not from the model's output."""
+
+    def __init__(self, sigmas: list[float], timesteps: list[float], combine: Callable[[int, Tensor], Tensor]):
+        """`combine(step, sample)`: the sample after a step, in any dtype."""
+        super().__init__(sigmas, timesteps)
+        self._combine = combine
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
+        """Start a run; noise levels that a pipeline computes for its own scheduler are of no use here."""
+        super().set_timesteps(num_inference_steps or len(sigmas), device)
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **_):
+        """The sample after the present step, in the sample's dtype."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        x = self._combine(self.step_index, sample).to(sample.dtype)
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
 class StudentEuler(FixedSigmaEuler):

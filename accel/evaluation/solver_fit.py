@@ -1,0 +1,200 @@
+"""Fits solvers of few steps to a model's own trajectories (see `accel.methods.fittedsolver`).
+
+The baseline of each prompt is recorded once. A solver's noise levels are some of the baseline's. It is fitted step by
+step: all prompts advance together, and the weights of a step are those whose sums come closest, over all prompts, to
+the baseline's samples at the next of its noise levels. So each step also corrects what the steps before it have missed.
+Several spacings are fitted; the one that ends closest to the baselines is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..core.denoising_loop import noise_levels
+from ..core.hooks import patched_method
+from ..core.host import halves
+from ..errors import AccelError, amount
+from ..families import family_of
+from ..files import atomic_write
+from ..methods.fittedsolver import FOLDER, Solver
+from ..runtime.generate import environment, generate, warm_up
+from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, resolve
+from ..runtime.run import Run, build_run
+from ..students.weights import fingerprint
+from .measure import calibration_cases
+
+PROMPT_SEED = 77  # other prompts than those of searches and reports
+SHIFTS = (2.0, 3.0, 5.0, 7.0, 9.0)  # of the spacings that are tried; a larger one has more steps at the beginning
+RIDGE = 1e-5  # of a mean squared element; outputs of neighbouring steps are nearly equal
+
+
+@dataclass
+class Trajectory:
+    """The baseline of one prompt: its samples, and its calls at each step, cond first."""
+
+    samples: list[Tensor] = field(default_factory=list)  # steps + 1, in the pipeline's layout
+    calls: list[list[dict[str, Any]]] = field(default_factory=list)  # inputs beside the sample
+    first: list[Tensor] = field(default_factory=list)  # outputs of the first step
+
+
+def run_fit(model: str, steps: Sequence[int], share: float, prompts: int, out: Path) -> dict:
+    """What was fitted, after writing one file for each step count; a local model gets a copy.
+
+    `share` of the steps run the unconditional branch. Raises AccelError for a model whose calls cannot be repeated.
+    """
+    pipe = load_pipeline(model)
+    defaults, denoiser = model_defaults(pipe, model), check_pipeline(pipe)
+    cases = calibration_cases(prompts, PROMPT_SEED, defaults)
+    runs = [build_run(defaults, model=model, prompt=prompt, seed=seed) for prompt, seed in cases]
+    warm_up(runs[0], pipe, defaults)  # which also counts FLOPs, by a call that is no step
+    paths = [record(run, pipe, defaults) for run in tqdm(runs, desc="baselines")]
+    levels, times = noise_levels(pipe.scheduler), pipe.scheduler.timesteps.tolist()
+    found = {}
+    for count in tqdm(steps, desc="solvers"):
+        solver, errors = fit(denoiser, paths, levels, times, count, share, runs[0].guidance)
+        found[count] = {"spacings": errors, "uncond_steps": solver.uncond_steps, "sigmas": solver.sigmas}
+        found[count]["written"] = [str(file) for file in save(solver, model, out)]
+    about = {"model": model, "baseline_steps": runs[0].steps, "prompts": prompts, **environment(pipe)}
+    return {**about, "solvers": found}
+
+
+def check_pipeline(pipe) -> nn.Module:
+    """The pipeline's transformer. Raises AccelError if its calls cannot be repeated one by one."""
+    denoisers = family_of(pipe).denoisers(pipe)
+    if len(denoisers) > 1 or not hasattr(pipe.scheduler, "sigmas"):
+        raise AccelError(
+            f"no solver can be fitted to this {type(pipe).__name__}: it needs one transformer and a scheduler with "
+            "sigmas"
+        )
+    return denoisers[0]
+
+
+@torch.no_grad()
+def record(run: Run, pipe, defaults: ModelDefaults) -> Trajectory:
+    """The trajectory of a run. Raises AccelError if the model's output has another shape than the sample."""
+    path, step = Trajectory(), pipe.scheduler.step
+    is_batch = family_of(pipe).batches_guidance and run.guidance > 1
+
+    def on_call(model: nn.Module, args: tuple, inputs: dict[str, Any], output: Any) -> None:
+        if len(path.calls) == max(0, len(path.samples) - 1):
+            path.calls.append([])
+        branches = halves(inputs["hidden_states"], inputs)[::-1] if is_batch else [(None, inputs)]
+        path.calls[-1] += [{**inputs, "hidden_states": None, "return_dict": False} for _, inputs in branches]
+        if len(path.calls) == 1:
+            path.first += [y.cpu() for y in (output[0].chunk(2)[::-1] if is_batch else output[:1])]
+
+    def on_step(output: Tensor, time: Tensor, sample: Tensor, *args, **named):
+        if not path.samples:
+            path.samples.append(sample.cpu())
+        result = step(output, time, sample, *args, **named)
+        path.samples.append(result[0].cpu())
+        return result
+
+    with ExitStack() as stack:
+        stack.enter_context(patched_method(pipe.scheduler, "step", on_step))
+        stack.callback(pipe.transformer.register_forward_hook(on_call, with_kwargs=True).remove)
+        generate(run, pipe, defaults)
+    if path.first[0].shape != path.samples[0].shape or len(path.calls) != run.steps:
+        raise AccelError("no solver can be fitted: the model's output has another shape than the sample")
+    return path
+
+
+def spacing(levels: Sequence[float], count: int, shift: float) -> list[int]:
+    """Indices of so many of the levels, and of the last: those nearest to even steps under a flow shift."""
+    chosen: list[int] = []
+    for i in range(count):
+        even = 1 - i / count
+        level = shift * even / (1 + (shift - 1) * even)
+        first, last = (chosen[-1] + 1 if chosen else 0), len(levels) - 1 - count + i
+        chosen.append(min(range(first, last + 1), key=lambda j: abs(levels[j] - level)))
+    return [*chosen, len(levels) - 1]
+
+
+def uncond_steps(count: int, share: float) -> list[int]:
+    """The share of the steps, evenly spread from the first to the last."""
+    number = max(2, round(share * count)) if share else 0
+    return sorted({round(i * (count - 1) / (number - 1)) for i in range(number)})
+
+
+def fit(
+    denoiser: nn.Module, paths: Sequence[Trajectory], levels: Sequence[float], times: Sequence[float], count: int,
+    share: float, guidance: float,
+) -> tuple[Solver, dict[str, float]]:  # fmt: skip
+    """The solver of the best spacing, and the error of each by its shift.
+
+    An error is the mean over the prompts of log10 of the squared error at the end, relative to the baseline's square:
+    a mean of squares alone would be that of the few prompts whose videos become another scene.
+    """
+    if count >= len(times):
+        raise AccelError(f"a solver of {amount(count, 'step')} saves nothing: the baseline has {len(times)}")
+    guided = len(paths[0].calls[0]) > 1
+    uncond = uncond_steps(count, share) if guided else []
+    spacings = {tuple(spacing(levels, count, shift)): f"{shift:g}" for shift in SHIFTS}
+    solvers = {}
+    for nodes, shift in spacings.items():
+        weights, error = fit_weights(denoiser, paths, nodes, uncond)
+        solvers[shift] = error, nodes, weights
+    _, nodes, weights = min(solvers.values())
+    solver = Solver(
+        steps=count, guidance=guidance, sigmas=[levels[i] for i in nodes], timesteps=[times[i] for i in nodes[:-1]],
+        uncond_steps=uncond, weights=weights, base_fingerprint=fingerprint(denoiser),
+    )  # fmt: skip
+    return solver, {shift: round(error, 3) for shift, (error, *_) in solvers.items()}
+
+
+@torch.no_grad()
+def fit_weights(
+    denoiser: nn.Module, paths: Sequence[Trajectory], nodes: Sequence[int], uncond: Sequence[int]
+) -> tuple[list[list[float]], float]:
+    """The weights of each step between the nodes, and the error at the end."""
+    samples, outputs = [path.samples[0] for path in paths], [[] for _ in paths]
+    weights: list[list[float]] = []
+    for step, (node, following) in enumerate(zip(nodes, nodes[1:])):
+        for path, sample, kept in zip(paths, samples, outputs):
+            kept += _outputs(denoiser, path, sample, node, 1 + (step in uncond))
+        terms = [[sample, *kept] for sample, kept in zip(samples, outputs)]
+        weights.append(least_squares(terms, [path.samples[following] for path in paths]))
+        samples = [sum(w * term.float() for w, term in zip(weights[-1], of_path)) for of_path in terms]
+    targets = [path.samples[-1].float() for path in paths]
+    errors = [((x - target).square().sum() / target.square().sum()).log10() for x, target in zip(samples, targets)]
+    return weights, float(torch.stack(errors).mean())
+
+
+def _outputs(denoiser: nn.Module, path: Trajectory, sample: Tensor, node: int, branches: int) -> list[Tensor]:
+    """The outputs of the first branches for a sample at a node; those of the first step are recorded."""
+    if node == 0:
+        return path.first[:branches]
+    x = sample.to(denoiser.device, denoiser.dtype)
+    return [denoiser(**{**inputs, "hidden_states": x})[0].cpu() for inputs in path.calls[node][:branches]]
+
+
+def least_squares(terms: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> list[float]:
+    """The weights of the sums of terms that come closest to the targets, over all of their elements.
+
+    `terms[p][i]` and `targets[p]` have one shape for each p. In float64, with a small penalty on large weights.
+    """
+    size, count = len(terms[0]), 0
+    gram, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    for row, target in zip(terms, targets, strict=True):
+        a = torch.stack([term.flatten().double() for term in row])
+        gram, right, count = gram + a @ a.T, right + a @ target.flatten().double(), count + target.numel()
+    return torch.linalg.solve(gram + RIDGE * count * torch.eye(size, dtype=torch.float64), right).tolist()
+
+
+def save(solver: Solver, model: str, out: Path) -> list[Path]:
+    """The files of a solver, after writing them: in `out`, and in a local model's folder."""
+    folders = [out] + [Path(resolve(model)) / FOLDER] * Path(resolve(model)).is_dir()
+    files = [folder / f"{solver.steps}.json" for folder in folders]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as part:
+            part.write_text(solver.model_dump_json())
+    return files

@@ -1,0 +1,129 @@
+"""Fitting a solver: the least-squares problem, the spacing of its steps, and a whole fit to a small random model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from accel.errors import AccelError
+from accel.evaluation import solver_fit
+from accel.evaluation.solver_fit import (
+    check_pipeline,
+    fit,
+    fit_weights,
+    least_squares,
+    record,
+    save,
+    spacing,
+    uncond_steps,
+)
+from accel.runtime.generate import generate, warm_up
+from accel.runtime.models import model_defaults
+from accel.runtime.run import build_run
+
+sys.path.append(str(Path(__file__).parents[1] / "families"))
+from tiny import TINY  # noqa: E402
+
+EMBEDDINGS = {
+    "wan": ("prompt_embeds", "negative_prompt_embeds"),
+    "hunyuan_video": ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+    "ltx": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+    "mochi": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+}
+STEPS = 12
+
+
+def tiny_pipe(name: str):
+    """A tiny pipeline whose text encoder gives the same embeddings for every prompt."""
+    pipe, inputs = TINY[name]()
+    pipe.encode_prompt = lambda *_, **__: tuple(inputs[part] for part in EMBEDDINGS[name])
+    return pipe
+
+
+def run_of(pipe, **settings):
+    settings = {"prompt": "a cat", "height": 64, "width": 64, "frames": 25, **settings}
+    return build_run(model_defaults(pipe, "-"), model="-", **settings)
+
+
+def paths_of(pipe, n: int = 3):
+    runs = [run_of(pipe, steps=STEPS, seed=seed) for seed in range(n)]
+    defaults = model_defaults(pipe, "-")
+    warm_up(runs[0], pipe, defaults)
+    return [record(run, pipe, defaults) for run in runs], runs[0]
+
+
+def test_least_squares_finds_the_weights_that_made_the_targets():
+    generator = torch.Generator().manual_seed(0)
+    terms = [[torch.randn(5, 40, generator=generator) for _ in range(3)] for _ in range(2)]
+    targets = [2 * a - b + 0.5 * c for a, b, c in terms]
+    assert least_squares(terms, targets) == pytest.approx([2, -1, 0.5], abs=1e-4)
+
+
+def test_a_spacing_takes_the_levels_nearest_to_its_flow_shift_each_once():
+    levels = [1 - i / 10 for i in range(11)]
+    assert spacing(levels, 5, 1.0) == [0, 2, 4, 6, 8, 10]
+    dense = spacing(levels, 5, 9.0)  # even steps would have levels 1, .973, .931, .857, .692
+    assert dense == [0, 1, 2, 3, 4, 10]
+    assert spacing(levels, 9, 0.1)[-3:] == [8, 9, 10]
+
+
+def test_unconditional_steps_are_spread_from_the_first_to_the_last():
+    assert uncond_steps(12, 1.0) == list(range(12))
+    assert uncond_steps(9, 0.5) == [0, 3, 5, 8] and uncond_steps(5, 0) == []
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_a_run_with_a_fitted_solver_ends_where_the_fit_ended(name, tmp_path):
+    """The pipeline, with the method in it, repeats the rollout that the weights were fitted on."""
+    pipe = tiny_pipe(name)
+    paths, run = paths_of(pipe)
+    levels, times = solver_fit.noise_levels(pipe.scheduler), pipe.scheduler.timesteps.tolist()
+    solver, errors = fit(check_pipeline(pipe), paths, levels, times, 6, 0.5, run.guidance)
+    guided = name != "hunyuan_video"
+    assert solver.uncond_steps == ([0, 2, 5] if guided else []) and min(errors.values()) < -1
+    (file,) = save(solver, "-", tmp_path)
+    fitted = run_of(pipe, methods={"fittedsolver": {"steps": 6, "solver": str(file)}}, seed=1)
+    video = generate(fitted, pipe, model_defaults(pipe, "-"))
+    assert len([e for e in video.trace.events.values() if e.action == "compute" and e.layer == "denoiser"]) == (
+        9 if guided else 6
+    )
+    end = next(i for i in range(len(levels)) if levels[i] == solver.sigmas[-2])
+    nodes = [levels.index(sigma) for sigma in solver.sigmas]
+    assert nodes[-2] == end
+    weights, error = fit_weights(check_pipeline(pipe), paths, nodes, solver.uncond_steps)
+    assert weights == solver.weights and error == pytest.approx(min(errors.values()), abs=1e-3)
+    target = generate(run_of(pipe, steps=STEPS, seed=1), pipe, model_defaults(pipe, "-")).latents.float()
+    distance = lambda latents: float((latents.float() - target).square().mean() / target.square().mean())
+    plain = generate(run_of(pipe, steps=4, seed=1), pipe, model_defaults(pipe, "-")).latents
+    assert distance(video.latents) < distance(plain)
+
+
+def test_the_trajectory_holds_what_the_pipeline_computed():
+    pipe = tiny_pipe("wan")
+    (path,), run = paths_of(pipe, 1)
+    assert len(path.samples) == STEPS + 1 and [len(calls) for calls in path.calls] == [2] * STEPS
+    video = generate(run, pipe, model_defaults(pipe, "-"))
+    torch.testing.assert_close(path.samples[-1], video.latents)
+    cond, uncond = solver_fit._outputs(pipe.transformer, path, path.samples[0], 0, 2)
+    again = [pipe.transformer(**{**c, "hidden_states": path.samples[0]})[0] for c in path.calls[0]]
+    torch.testing.assert_close(torch.stack([cond, uncond]), torch.stack(again))
+
+
+def test_a_model_without_sigmas_and_too_many_steps_are_refused():
+    pipe, _ = TINY["cogvideox"]()
+    with pytest.raises(AccelError, match="needs one transformer and a scheduler with sigmas"):
+        check_pipeline(pipe)
+    wan = tiny_pipe("wan")
+    paths, run = paths_of(wan, 1)
+    levels, times = solver_fit.noise_levels(wan.scheduler), wan.scheduler.timesteps.tolist()
+    with pytest.raises(AccelError, match="saves nothing: the baseline has 12"):
+        fit(wan.transformer, paths, levels, times, 12, 1.0, run.guidance)
+
+
+def test_nothing_is_left_in_the_pipeline_after_a_fit():
+    pipe = tiny_pipe("wan")
+    before = generate(run_of(pipe, steps=4), pipe, model_defaults(pipe, "-")).latents
+    paths_of(pipe, 1)
+    assert "step" not in vars(pipe.scheduler) and not pipe.transformer._forward_hooks
+    assert torch.equal(generate(run_of(pipe, steps=4), pipe, model_defaults(pipe, "-")).latents, before)
