@@ -312,7 +312,8 @@ def tune(
     """
     pipe, defaults, _ = load_for(model, lambda defaults: [])
     from .evaluation.front import CLASSES
-    from .evaluation.tune import TUNING_SEED, at_least, fastest, front_table, tune, write_preset
+    from .evaluation.suites import TUNING_SEED
+    from .evaluation.tune import at_least, fastest, front_table, tune, write_preset
     from .files import only_writer
     from .world.scene import held_out_prompts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -15,13 +16,15 @@ from accelerate import PartialState
 from ..errors import AccelError
 from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
-from ..runtime.models import load_pipeline, model_defaults
-from .front import front_table, plot_summary, with_front
-from .measure import by_case, measure_in_turn, refused_peers, settings_key
-from .metrics import Pair, measure, metrics_of
+from ..runtime.models import ModelDefaults, load_pipeline, model_defaults
+from .front import Groups, best_settings, front_table, plot_summary, with_front
+from .measure import Case, by_case, measure_in_turn, refused_peers, settings_key
+from .metrics import METRICS, Pair, measure, metrics_of
 from .report import pairs_table, summarize, table
 from .result_log import ResultLog
-from .suites import PROMPT_SEED, SUITES, Setting, check_suite
+from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
+
+TUNING_PROMPTS = 3  # on which the best settings of a suite with groups are chosen
 
 
 def run_suite(
@@ -60,15 +63,34 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
     refused = refused_peers(settings, cases[0], pipe, defaults, model=model)
     settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
+    groups, classes, about = SUITES[suite].groups, [], {}
+    if groups:
+        about = {"tried": len(settings), "tuning_prompts": TUNING_PROMPTS}
+        tuning = [(prompt, 0) for prompt in held_out_prompts(TUNING_PROMPTS, TUNING_SEED, defaults.living)]
+        classes = _choose(settings, groups, tuning, model, pipe, defaults, out, state)
+        kept = {*BASELINE, NEUTRAL, NOISE_FLOOR}.union(*(found["best"].values() for found in classes))
+        settings = {name: setting for name, setting in settings.items() if name in kept}
     metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
     log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)
     record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
     lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, suite)
     if not state.is_main_process:
         return {}
-    cases, groups = by_case(lines), SUITES[suite].groups
-    summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), "refused": refused}
-    return with_front(summary, cases, groups) if groups else summary
+    cases = by_case(lines)
+    summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), **about, "refused": refused}
+    return with_front(summary, cases, groups, classes) if groups else summary
+
+
+def _choose(
+    settings: dict[str, Setting], groups: Groups, cases: Sequence[Case], model: str, pipe, defaults: ModelDefaults,
+    out: Path, state: PartialState,
+) -> list[dict]:  # fmt: skip
+    """The best setting of each group in each class of speed, on the tuning prompts."""
+    log = ResultLog(out / "tuning.jsonl", settings_key(settings, model, pipe, defaults), state)
+    record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), [METRICS["ssim"]])
+    lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, "tuning prompts")
+    rows = summarize(by_case(lines))["rows"]
+    return best_settings(rows, {group: [n for n in names if n in rows] for group, names in groups.items()})
 
 
 def _check_out(file: Path, settings: dict[str, Setting], n: int) -> None:

@@ -50,14 +50,13 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area / log2(CLASSES[-1])
 
 
-def with_front(summary: dict, cases: Sequence[dict], groups: Groups) -> dict:
+def with_front(summary: dict, cases: Sequence[dict], groups: Groups, classes: Sequence[dict]) -> dict:
     """A summary of `report.summarize` and, of its groups, the best of each class, their pairs and the hypervolumes.
 
-    The pairs are ours with the best of each other group.
+    `classes` are those of `best_settings`. The pairs are ours with the best of each other group.
     """
     rows = summary["rows"]
     groups = {group: known for group, names in groups.items() if (known := [n for n in names if n in rows])}
-    classes = best_settings(rows, groups)
     bests = [found["best"] for found in classes if OURS in found["best"]]
     pairs = dict.fromkeys((best[OURS], name) for best in bests for group, name in best.items() if group != OURS)
     points = {group: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names] for group, names in groups.items()}
@@ -76,8 +75,8 @@ def front_table(summary: dict) -> str:
     ssim, worst = (cell(METRICS[name], floor[name]) for name in SHOWN[:2])
     overhead, low, high = (f"{1 / s - 1:+.1%}" for s in (neutral["speedup"], *reversed(neutral["speedup_range"])))
     return (
-        f"{conditions(summary)}. The best has the highest mean SSIM on these prompts, which makes it look a little too "
-        f"good in every group\n\n{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
+        f"{conditions(summary)}. The best of {summary['tried']} settings were chosen by their mean SSIM on "
+        f"{summary['tuning_prompts']} other prompts\n\n{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
         f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
         f"Overhead of methods at neutral settings, in turn with the baseline: {overhead} [{low}, {high}] of its time\n"

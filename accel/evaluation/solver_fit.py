@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..students.weights import fingerprint
 from .measure import calibration_cases
 
 PROMPT_SEED = 77  # other prompts than those of searches and reports
-SHIFTS = (2.0, 3.0, 5.0, 7.0, 9.0)  # of the spacings that are tried; a larger one has more steps at the beginning
+EARLY, LATE = (0.06, 0.12, 0.25), (0.25, 0.5, 1.0, 2.0)  # of the spacings that are tried: less is denser at that end
 RIDGE = 1e-5  # of a mean squared element; outputs of neighbouring steps are nearly equal
 
 
@@ -107,15 +108,18 @@ def record(run: Run, pipe, defaults: ModelDefaults) -> Trajectory:
     return path
 
 
-def spacing(levels: Sequence[float], count: int, shift: float) -> list[int]:
-    """Indices of so many of the levels, and of the last: those nearest to even steps under a flow shift."""
-    chosen: list[int] = []
-    for i in range(count):
-        even = 1 - i / count
-        level = shift * even / (1 + (shift - 1) * even)
-        first, last = (chosen[-1] + 1 if chosen else 0), len(levels) - 1 - count + i
-        chosen.append(min(range(first, last + 1), key=lambda j: abs(levels[j] - level)))
-    return [*chosen, len(levels) - 1]
+def spacing(total: int, count: int, early: float, late: float) -> tuple[int, ...]:
+    """Where `count` steps begin among the `total` steps of the baseline, and `total`.
+
+    The gap at a place u from 0 to 1 is proportional to (u + early) (1 - u + late): at the beginning, errors change the
+    scene, and at the end the fine detail appears. So both ends need more steps than the middle.
+    """
+    places = [i / max(1, count - 1) for i in range(count)]
+    gaps = [(u + early) * (1 - u + late) for u in places]
+    nodes = [0]
+    for i, reached in enumerate(accumulate(gaps[:-1]), 1):
+        nodes.append(min(max(round(total * reached / sum(gaps)), nodes[-1] + 1), total - count + i))
+    return (*nodes, total)
 
 
 def uncond_steps(count: int, share: float) -> list[int]:
@@ -128,7 +132,7 @@ def fit(
     denoiser: nn.Module, paths: Sequence[Trajectory], levels: Sequence[float], times: Sequence[float], count: int,
     share: float, guidance: float,
 ) -> tuple[Solver, dict[str, float]]:  # fmt: skip
-    """The solver of the best spacing, and the error of each by its shift.
+    """The solver of the best spacing, and the error of each one that was tried, by its two numbers.
 
     An error is the mean over the prompts of log10 of the squared error at the end, relative to the baseline's square:
     a mean of squares alone would be that of the few prompts whose videos become another scene.
@@ -137,17 +141,25 @@ def fit(
         raise AccelError(f"a solver of {amount(count, 'step')} saves nothing: the baseline has {len(times)}")
     guided = len(paths[0].calls[0]) > 1
     uncond = uncond_steps(count, share) if guided else []
-    spacings = {tuple(spacing(levels, count, shift)): f"{shift:g}" for shift in SHIFTS}
-    solvers = {}
-    for nodes, shift in spacings.items():
-        weights, error = fit_weights(denoiser, paths, nodes, uncond)
-        solvers[shift] = error, nodes, weights
-    _, nodes, weights = min(solvers.values())
+    tried: dict[tuple[int, ...], tuple[float, list[list[float]], tuple[float, float]]] = {}
+
+    def best_of(places: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        for place in places:
+            nodes = spacing(len(times), count, *place)
+            if nodes not in tried:
+                weights, error = fit_weights(denoiser, paths, nodes, uncond)
+                tried[nodes] = error, weights, place
+        return min(tried.values())[2]
+
+    _, late = best_of([(EARLY[1], late) for late in LATE])
+    best_of([(early, late) for early in EARLY])
+    nodes = min(tried, key=tried.get)
+    weights = tried[nodes][1]
     solver = Solver(
         steps=count, guidance=guidance, sigmas=[levels[i] for i in nodes], timesteps=[times[i] for i in nodes[:-1]],
         uncond_steps=uncond, weights=weights, base_fingerprint=fingerprint(denoiser),
     )  # fmt: skip
-    return solver, {shift: round(error, 3) for shift, (error, *_) in solvers.items()}
+    return solver, {f"{early:g} {late:g}": round(error, 3) for error, _, (early, late) in tried.values()}
 
 
 @torch.no_grad()

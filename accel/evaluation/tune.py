@@ -31,7 +31,6 @@ from .pareto_front import pareto_front
 from .report import markdown
 from .result_log import config_hash
 
-TUNING_SEED = 11  # of held-out prompts for the search; those of reports have another one
 STEPS = (50, 40, 32, 25, 20, 16, 13, 10, 8, 6, 5, 4)
 STUDENTS = ("gpd", "meanflow")
 RANDOM_TRIES = 20  # before the sampler learns from them

@@ -146,6 +146,11 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """The folder of the weights that this method loads for a model; None if it needs none."""
         return None
 
+    def is_available(self, model: str | Path) -> bool:
+        """Whether all that this method loads for a model is there."""
+        weights_dir = self.weights_dir(model)
+        return weights_dir is None or weights_dir.is_dir()
+
     def files(self, model: str | Path) -> list[Path]:
         """The files that this method reads besides the model's own."""
         weights_dir = self.weights_dir(model)

@@ -71,7 +71,7 @@ class FittedSolver(Method):
     neutral: ClassVar[dict] = {"steps": 0}
     basic: ClassVar[tuple[str, ...]] = ("steps",)
 
-    steps: Literal[0, 6, 8, 10, 12, 14, 16, 20, 25, 33] = Field(
+    steps: Literal[0, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 25, 33] = Field(
         10, description="Steps of the solver (0: the model's own solver); fewer lose fine detail first."
     )
     solver: str = Field(
@@ -89,9 +89,13 @@ class FittedSolver(Method):
         """The solver's file."""
         return Path(self.solver) if self.solver else Path(model) / FOLDER / f"{self.steps}.json"
 
+    def is_available(self, model: str | Path) -> bool:
+        """Whether the solver's file is there."""
+        return not self.steps or self.file(model).is_file()
+
     def files(self, model: str | Path) -> list[Path]:
         """The solver's file, if there is one."""
-        return [self.file(model)] if self.steps and self.file(model).is_file() else []
+        return [self.file(model)] if self.steps and self.is_available(model) else []
 
     def load(self, model: str | Path) -> Solver:
         """The solver for a model. Raises AccelError if there is none or its file is not valid."""

@@ -23,8 +23,17 @@ def summary():
     ]
     for case, seconds in zip(cases, (1.0, 1.1)):
         case["rows"][suites.NEUTRAL]["denoise"] = seconds
-    about = {"device": "cpu", "threads": 1, "dtype": "float32", "refused": {"p3": "P3 cannot run here"}}
-    return with_front({**about, **summarize(cases)}, cases, GROUPS)
+    about = {
+        "device": "cpu",
+        "threads": 1,
+        "dtype": "float32",
+        "tried": 6,
+        "tuning_prompts": 3,
+        "refused": {"p3": "P3 cannot run here"},
+    }
+    found = summarize(cases)
+    known = {group: [name for name in names if name in ROWS] for group, names in GROUPS.items()}
+    return with_front({**about, **found}, cases, GROUPS, best_settings(found["rows"], known))
 
 
 def test_the_best_of_a_class_is_at_least_so_fast_and_has_the_highest_ssim(summary):
@@ -45,6 +54,7 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     assert len(rows) == 8 * 3
     assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000] |"
     assert rows[10][1:3] == ["peers", "none is so fast"]
+    assert "The best of 6 settings were chosen by their mean SSIM on 3 other prompts" in front_table(summary)
     assert "is replaced: 0.9250 [0.9000, 0.9500], worst frame 0.500\n" in front_table(summary)
     assert "in turn with the baseline: +4.8% [+0.5%, +9.5%] of its time\n" in front_table(summary)
     assert front_table(summary).endswith("\nNot measured: P3 cannot run here\n")
@@ -68,5 +78,5 @@ def test_methods_marked_as_peers_are_a_group_around_their_defaults(monkeypatch):
     assert {name.rpartition(",")[0] for name in suite.groups["peers"] if name.startswith("peer,")} == {
         f"peer, threshold {threshold}" for threshold in (0.1, 0.2, 0.4)
     }
-    assert suite.settings["peer, threshold 0.4, 14 steps"].settings()["methods"] == {"peer": {"threshold": 0.4}}
+    assert suite.settings["peer, threshold 0.4, 25 steps"].settings()["methods"] == {"peer": {"threshold": 0.4}}
     assert "peer" not in suite.settings[suites.NEUTRAL].settings()["methods"]

@@ -60,12 +60,13 @@ def test_least_squares_finds_the_weights_that_made_the_targets():
     assert least_squares(terms, targets) == pytest.approx([2, -1, 0.5], abs=1e-4)
 
 
-def test_a_spacing_takes_the_levels_nearest_to_its_flow_shift_each_once():
-    levels = [1 - i / 10 for i in range(11)]
-    assert spacing(levels, 5, 1.0) == [0, 2, 4, 6, 8, 10]
-    dense = spacing(levels, 5, 9.0)  # even steps would have levels 1, .973, .931, .857, .692
-    assert dense == [0, 1, 2, 3, 4, 10]
-    assert spacing(levels, 9, 0.1)[-3:] == [8, 9, 10]
+def test_a_spacing_is_denser_at_the_ends_and_takes_each_step_once():
+    assert spacing(12, 3, 1000.0, 1000.0) == (0, 4, 8, 12)
+    assert spacing(10, 3, 0.0, 1.0) == (0, 1, 4, 10)  # gaps 0, .75 and 1, but each step at least one apart
+    assert spacing(4, 3, 0.01, 0.01) == (0, 1, 3, 4)
+    for count in range(1, 50):
+        nodes = spacing(50, count, 0.06, 0.25)
+        assert len(set(nodes)) == count + 1 and sorted(nodes) == list(nodes) and nodes[0] == 0 and nodes[-1] == 50
 
 
 def test_unconditional_steps_are_spread_from_the_first_to_the_last():
