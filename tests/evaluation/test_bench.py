@@ -14,7 +14,7 @@ from accel.evaluation import bench, measure
 from accel.evaluation.measure import settings_key
 from accel.evaluation.metrics import METRICS
 from accel.evaluation.report import pairs_table, summarize, table
-from accel.evaluation.suites import PROMPT_SEED, SUITES, Setting, Suite
+from accel.evaluation.suites import NEUTRAL, NOISE_FLOOR, PROMPT_SEED, SUITES, TUNING_SEED, Setting, Suite
 from accel.methods import METHODS, StepCache
 from accel.runtime.generate import Video
 from accel.runtime.models import ModelDefaults
@@ -98,6 +98,19 @@ def test_a_suite_is_resumed_and_fewer_results_do_not_replace_more(generated, tmp
     with pytest.raises(ValueError, match="holds results of the settings fewer"):
         bench.run_suite("small", 2, 2, "m", tmp_path)
     assert len(generated) == 8
+
+
+def test_of_groups_only_the_best_on_the_tuning_prompts_are_measured_on_the_others(generated, tmp_path, monkeypatch):
+    settings = {"baseline": Setting(), NOISE_FLOOR: Setting(noise=0.01), NEUTRAL: Setting(guidance=1.0)}
+    ours = {"half": Setting(steps=2), "as good and later": Setting(steps=2, guidance=2.0), "quarter": Setting(steps=1)}
+    monkeypatch.setitem(SUITES, "small", Suite({**settings, **ours}, groups={"ours": tuple(ours)}))
+    summary = bench.run_suite("small", 2, 1, "m", tmp_path)
+    assert [*summary["rows"]] == [*settings, "half", "quarter"] and (summary["tried"], summary["prompts"]) == (6, 2)
+    assert [found["best"].get("ours") for found in summary["classes"]] == ["half"] * 2 + ["quarter"] * 2 + [None] * 4
+    tuning, reported = (set(held_out_prompts(n, seed)) for n, seed in ((3, TUNING_SEED), (2, PROMPT_SEED)))
+    assert {prompt for prompt, *_ in generated} == tuning | reported and not tuning & reported
+    assert len(generated) == 3 * 6 + 2 * 5
+    assert bench.run_suite("small", 2, 1, "m", tmp_path) == summary and len(generated) == 28
 
 
 def test_a_missing_setting_is_measured_against_a_baseline_that_is_generated_again(generated, tmp_path):

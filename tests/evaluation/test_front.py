@@ -23,14 +23,8 @@ def summary():
     ]
     for case, seconds in zip(cases, (1.0, 1.1)):
         case["rows"][suites.NEUTRAL]["denoise"] = seconds
-    about = {
-        "device": "cpu",
-        "threads": 1,
-        "dtype": "float32",
-        "tried": 6,
-        "tuning_prompts": 3,
-        "refused": {"p3": "P3 cannot run here"},
-    }
+    about = {"device": "cpu", "threads": 1, "dtype": "float32", "tried": 6, "tuning_prompts": 3}
+    about["refused"] = {"p3": "P3 cannot run here"}
     found = summarize(cases)
     known = {group: [name for name in names if name in ROWS] for group, names in GROUPS.items()}
     return with_front({**about, **found}, cases, GROUPS, best_settings(found["rows"], known))
