@@ -8,7 +8,9 @@ from accel.runtime.models import TINY
 from accel.runtime.presets import load_preset, preset_names
 
 PLAIN = "plain"  # the card without methods
-FEATURED = ("balanced", "fastercache", "asymrnr", "meanflow", "disca", "gpd", "turbo")  # before the research variants
+FEATURED = (  # before the research variants
+    "balanced", "quick", "turbo", "fastercache", "asymrnr", "combined", "meanflow", "disca", "gpd",
+)  # fmt: skip
 
 
 def card_choices(model: str) -> list[tuple[str, str]]:

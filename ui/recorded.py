@@ -22,7 +22,9 @@ class Recording(NamedTuple):
 
 
 RECORDINGS = {  # by preset, in the order in which the page offers them
-    "balanced": Recording("a large cyan star moves left quickly over a striped white background", 1),
+    "balanced": Recording("a huge green star expands gently over a striped white background", 8),
+    "quick": Recording("dotted jungle background: the orange cross is big and contracts gently", 9),
+    "combined": Recording("a large cyan star moves left quickly over a striped white background", 1),
     "fastercache": Recording("a big purple cross moves down slowly over a striped brown background", 2),
     "asymrnr": Recording("a huge yellow circle spins slowly over a dotted navy background", 3),
     "meanflow": Recording("a small orange ring grows slowly over a plain black background", 4),

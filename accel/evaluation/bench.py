@@ -22,7 +22,7 @@ from .measure import Case, by_case, measure_in_turn, refused_peers, settings_key
 from .metrics import METRICS, Pair, measure, metrics_of
 from .report import pairs_table, summarize, table
 from .result_log import ResultLog
-from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
+from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, OVERVIEW, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
 
 TUNING_PROMPTS = 3  # on which the best settings of a suite with groups are chosen
 
@@ -68,7 +68,8 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         about = {"tried": len(settings), "tuning_prompts": TUNING_PROMPTS}
         tuning = [(prompt, 0) for prompt in held_out_prompts(TUNING_PROMPTS, TUNING_SEED, defaults.living)]
         classes = _choose(settings, groups, tuning, model, pipe, defaults, out, state)
-        kept = {*BASELINE, NEUTRAL, NOISE_FLOOR}.union(*(found["best"].values() for found in classes))
+        kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *(setting for of, setting in OVERVIEW.values() if of == suite)}
+        kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
     metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
     log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)

@@ -18,7 +18,7 @@ from ..families import FAMILIES, Family
 from ..methods import METHODS
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
-from .front import front_table
+from .front import front_overview, front_table
 from .layouts import LAYOUTS
 from .memory import SETTINGS, forecast
 from .metrics import METRICS
@@ -28,6 +28,7 @@ from .suites import OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, results
 OURS = [name for name, method in METHODS.items() if not method.peer]
 CARD = ROOT / TINY / "README.md"
 NOT_YET = "Not measured yet.\n"
+FITS = {"fittedsolver": "no, but a fit"}  # methods without trained weights that need numbers of a model
 MARKED = re.compile(r"(<!-- ([\w.-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
@@ -56,7 +57,7 @@ def methods(of_diffusers: bool = False) -> str:
         arxiv = method.paper.removeprefix("arXiv ")
         paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})" if arxiv else "-" if method.peer else "ours"
         about = inspect.getdoc(method).split("\n\n")[0].replace("\n", " ")
-        rows.append([f"`{name}`", method.title, paper, about, "yes" if needs_training(name) else "no"])
+        rows.append([f"`{name}`", method.title, paper, about, "yes" if needs_training(name) else FITS.get(name, "no")])
     return markdown(["name", "method", "paper", "what it does", "needs training"], rows)
 
 
@@ -80,7 +81,7 @@ def support() -> str:
 
 
 def _state(family: Family, name: str) -> str:
-    if name == "fittedsolver":
+    if name in FITS:
         return "after a fit"
     if not needs_training(name):
         return "yes"
@@ -120,6 +121,12 @@ def suite_table(suite: str, kind: str) -> str:
     """The "brief" table of a suite that was measured; of one with groups, the best of each."""
     found = results(suite)
     return NOT_YET if not found else front_table(found) if "classes" in found else table(found, kind)
+
+
+def front_of_groups() -> str:
+    """One row for each speed: the best of ours, of the peers and of the plain solvers."""
+    found = results("front")
+    return front_overview(found) if found else NOT_YET
 
 
 def suite_details(suite: str) -> str:
@@ -234,6 +241,7 @@ def _gpu_table(found: dict) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "overview": overview,
+    "front-overview": front_of_groups,
     "methods": methods,
     "peers": partial(methods, of_diffusers=True),
     "support": support,

@@ -83,6 +83,21 @@ def front_table(summary: dict) -> str:
     ) + "".join(f"\nNot measured: {why}\n" for why in summary["refused"].values())
 
 
+def front_overview(summary: dict) -> str:
+    """One row for each speed class, as Markdown: the best of each group with its SSIM, and how much ours is ahead."""
+    others = [group for group in summary["groups"] if group != OURS]
+    rows = []
+    for found in summary["classes"]:
+        best = found["best"]
+        cells = [
+            f"{best[group]}: {cell(METRICS['ssim'], summary['rows'][best[group]]['ssim'])}" if group in best else "-"
+            for group in summary["groups"]
+        ]
+        rows.append([f"{found['speed']}x", *cells, *(_cells(summary, best, group)[-1] for group in others)])
+    titles = ["at least", *summary["groups"], *(f"{OURS} - {group}" for group in others)]
+    return f"{conditions(summary)}\n\n{markdown(titles, rows)}"
+
+
 def _cells(summary: dict, best: dict[str, str], group: str) -> list[str]:
     if group not in best:
         return [group, "none is so fast", *["-"] * (3 + len(SHOWN))]

@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "neutral": [METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "asymrnr", "disca", "stepcache")],
     "fastercache": "fastercache",
     "asymrnr": "asymrnr",
-    "balanced": "balanced",
+    "combined": "combined",
     "stepcache, spread": METHODS["stepcache"](schedule="spread"),
     "disca, taylor-1": METHODS["disca"](predictor="taylor-1", num_full_steps=4),
 }

@@ -24,9 +24,11 @@ TUNING_SEED = 11  # of those that settings are searched and chosen on
 
 OVERVIEW = {  # preset -> its suite and its setting there
     "baseline": ("base", "baseline"),
+    "balanced": ("front", "fittedsolver, 20 steps"),
+    "quick": ("front", "fittedsolver, 10 steps"),
     "fastercache": ("fastercache", "fastercache"),
     "asymrnr": ("asymrnr", "asymrnr"),
-    "balanced": ("balanced", "fastercache + asymrnr"),
+    "combined": ("combined", "fastercache + asymrnr"),
     "meanflow": ("meanflow", "meanflow, 20 steps"),
     "disca": ("disca", "disca"),
     "gpd": ("gpd", "gpd, 6 steps"),
@@ -113,10 +115,10 @@ def _asymrnr_suite() -> Suite:
     return Suite(BASELINE | {"asymrnr": Setting("asymrnr")} | others, against("asymrnr", *others))
 
 
-def _balanced() -> Suite:
+def _combined() -> Suite:
     matched = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}  # as fast as both together
     others = {"fastercache, matched time": Setting("fastercache", overrides={"fastercache": matched})} | fewer_steps(24)
-    settings = BASELINE | {"fastercache + asymrnr": Setting("balanced")} | others
+    settings = BASELINE | {"fastercache + asymrnr": Setting("combined")} | others
     return Suite(settings, against("fastercache + asymrnr", *others))
 
 
@@ -247,7 +249,7 @@ SUITES: dict[str, Suite] = {
     "base": Suite(BASELINE),
     "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),
-    "balanced": _balanced(),
+    "combined": _combined(),
     "gpd": _gpd(),
     "gpd-ablations": _gpd_ablations("halving", "direct"),  # other ways from 48 steps to 6
     "gpd-guidance": _gpd_ablations("annealed", "guidance-only", "no-constraint"),  # other ways to distil the guidance
@@ -281,7 +283,8 @@ def baseline_at_matched_time(suite: str, found: dict, row: dict) -> str:
     If none is, the fastest one: a faster one would be worse still.
     """
     names = list(found["rows"])[1:]  # the first one is what all others are compared with
-    baselines = {n: found["rows"][n] for n in names if not SUITES[suite].settings[n].settings()["methods"]}
+    plain = lambda setting: not setting.noise and not setting.settings()["methods"]
+    baselines = {n: found["rows"][n] for n in names if plain(SUITES[suite].settings[n])}
     if not baselines or row is found["rows"][next(iter(found["rows"]))]:
         return "-"
     fast = {n: r for n, r in baselines.items() if r["speedup"] >= SAME_TIME * row["speedup"]}

@@ -32,7 +32,7 @@ from .report import markdown
 from .result_log import config_hash
 
 STEPS = (50, 40, 32, 25, 20, 16, 13, 10, 8, 6, 5, 4)
-STUDENTS = ("gpd", "meanflow")
+WITH_OWN_STEPS = ("fittedsolver", "gpd", "meanflow")  # methods that bring their noise levels
 RANDOM_TRIES = 20  # before the sampler learns from them
 SMALLEST_LOSS = 1e-6  # below it, losses count as equal
 MAX_ADHERENCE_LOSS = 0.01  # of a preset against the baseline
@@ -49,15 +49,17 @@ def tune(
     key = config_hash(list(prompts), seed, weights(model), defaults.model_dump())
     study = open_study(out, key)
     judge = Judge(model, pipe, defaults, prompts)
-    steps = {name: METHODS[name].available_values(resolve(model)).get("steps", []) for name in STUDENTS}
-    students = {name: [n for n in counts if n] for name, counts in steps.items() if any(counts)}
+    steps = {name: METHODS[name].available_values(resolve(model)).get("steps", []) for name in WITH_OWN_STEPS}
+    own_steps = {name: [n for n in counts if n] for name, counts in steps.items() if any(counts)}
     found = finished(study)
     with tqdm(total=trials, initial=min(trials, len(found)), desc="tries") as bar:
         while len(found) < trials:
             # a sampler of its own for each try: the choices of a resumed search are those of an unbroken one
             study.sampler = sampler(seed * 100_003 + len(found))
             trial = study.ask()
-            row = judge(suggest(trial, students))
+            preset = suggest(trial, own_steps)
+            known = [row for row in found if row["preset"] == preset.model_dump(exclude_defaults=True)]
+            row = known[0] if known else judge(preset)
             trial.set_user_attr("row", row)
             study.tell(trial, (math.log(row["work"]), math.log(max(SMALLEST_LOSS, 1 - row["ssim"]))))
             found = finished(study)
@@ -100,11 +102,11 @@ def finished(study: optuna.Study) -> list[dict]:
     return [trial.user_attrs["row"] for trial in complete]
 
 
-def suggest(trial: optuna.Trial, students: dict[str, list[int]]) -> Preset:
-    """The settings of a try: a student in some steps, or the base with a solver and with what is free of training."""
-    source = trial.suggest_categorical("source", ("base", *students))
+def suggest(trial: optuna.Trial, own_steps: dict[str, list[int]]) -> Preset:
+    """The settings of a try: a method with its own noise levels in some steps, or a plain solver with caches."""
+    source = trial.suggest_categorical("source", ("base", *own_steps))
     if source != "base":
-        return Preset(methods={source: {"steps": trial.suggest_categorical(f"{source}.steps", students[source])}})
+        return Preset(methods={source: {"steps": trial.suggest_categorical(f"{source}.steps", own_steps[source])}})
     steps = trial.suggest_categorical("steps", STEPS)
     solver = trial.suggest_categorical("solver", ("unipc", "dpm++2m", "dpm++2s", "euler"))
     methods = {}

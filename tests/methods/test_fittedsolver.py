@@ -8,7 +8,7 @@ from support import euler_as_fitted_solver
 
 import accel
 from accel.errors import AccelError
-from accel.methods import FittedSolver, MeanFlow
+from accel.methods import FasterCache, FittedSolver, MeanFlow
 from accel.methods.fittedsolver import Solver
 from accel.runtime.run import build_run
 from accel.students.euler_scheduler import FixedSigmaEuler, use_scheduler
@@ -83,6 +83,17 @@ def test_another_model_a_second_model_and_a_student_are_refused(pipe, two_models
     pipe.transformer.proj_out.weight.data += 1
     with pytest.raises(AccelError, match="fitted to another model"), accel.apply(pipe, [method]):
         pass
+
+
+def test_a_method_that_skips_calls_goes_inside(pipe, sample, tmp_path):
+    file = tmp_path / "12.json"
+    file.write_text(euler_as_fitted_solver(pipe, 12, range(12)).model_dump_json())
+    method, caching = FittedSolver(steps=12, solver=str(file)), FasterCache(attention=False, guidance_start=0.2)
+    with accel.apply(pipe, [caching, method]) as trace:
+        assert sample(pipe, steps=12).isfinite().all()
+    assert trace.summary()["calls"]["rebuild"] > 4
+    with pytest.raises(AccelError, match="list it after methods that skip calls"), accel.apply(pipe, [method, caching]):
+        sample(pipe, steps=12)
 
 
 def test_a_missing_solver_names_the_command_that_fits_one(pipe):

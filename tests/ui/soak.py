@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from ui.server import MAX_SESSIONS  # noqa: E402
 
-PRESETS = ("fastercache", "asymrnr", "balanced", "turbo", "plain")
+PRESETS = ("fastercache", "asymrnr", "combined", "turbo", "plain")
 WARM_UP = 0.25  # share of the runs after which the first measure is taken
 TOLERANCE = 1.05
 START_SECONDS = 300

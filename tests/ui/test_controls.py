@@ -40,7 +40,7 @@ def test_slider_values_become_settings_that_the_method_takes():
     assert method(**parse_values(method, values)).attention_interval == 3
 
 
-@pytest.mark.parametrize("preset", ["disca", "balanced", "asymrnr-official"])
+@pytest.mark.parametrize("preset", ["disca", "combined", "asymrnr-official"])
 def test_the_values_of_all_widgets_become_the_settings_of_the_methods_that_are_switched_on(preset):
     with gr.Blocks():
         controls = MethodControls(TINY, load_preset(preset))

@@ -90,7 +90,7 @@ def test_a_link_is_packed_where_it_must_hold_more(changes):
 def test_the_longest_prompt_of_any_script_fits_into_a_link(first, last):
     rng = random.Random(1)
     prompt = "".join(chr(rng.randint(first, last)) for _ in range(MAX_PROMPT_LENGTH)).strip()
-    query = dict(parse_qsl(link_query(report(load_preset("balanced").methods, prompt=prompt))))
+    query = dict(parse_qsl(link_query(report(load_preset("combined").methods, prompt=prompt))))
     assert list(query) == ["p"] and read_link(query, MODELS).run["prompt"] == prompt
 
 
@@ -156,7 +156,7 @@ def test_a_small_link_cannot_fill_the_memory():
 
 
 def test_random_links_are_read_or_refused_in_a_sentence():
-    rng, good = random.Random(0), link_parameter(report(load_preset("balanced").methods))
+    rng, good = random.Random(0), link_parameter(report(load_preset("combined").methods))
     for _ in range(500):
         text = list(good)
         for _ in range(rng.randint(1, 4)):

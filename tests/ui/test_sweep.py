@@ -306,8 +306,8 @@ def test_the_tab_shows_each_result_as_it_comes_and_proposes_the_fastest_within_t
 
 
 def test_the_base_can_be_a_preset(tab):
-    sweep = tab.plan(TINY, values(base="balanced"))
-    assert list(sweep.cells[0].settings["methods"]) == list(load_preset("balanced").methods)
+    sweep = tab.plan(TINY, values(base="combined"))
+    assert list(sweep.cells[0].settings["methods"]) == list(load_preset("combined").methods)
     assert sweep.cells[0].settings["guidance"] == BASE["guidance"]
     with pytest.raises(AccelError, match="no preset '../x'"):
         tab.plan(TINY, values(base="../x"))

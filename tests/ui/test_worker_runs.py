@@ -15,7 +15,7 @@ from accel.runtime.run import Cancelled, build_run
 from ui.worker import Workers
 
 DEFAULTS = read_defaults(TINY)
-METHODS = {name: load_preset(name).methods for name in ("fastercache", "asymrnr", "balanced")}
+METHODS = {name: load_preset(name).methods for name in ("fastercache", "asymrnr", "combined")}
 
 
 def run_of(i: int):
@@ -66,7 +66,7 @@ ERRORS = {
 
 @pytest.mark.slow
 def test_the_run_after_any_error_in_mid_run_is_that_of_a_fresh_process(workers, alone):
-    run = build_run(DEFAULTS, model=TINY, prompt="a red star", seed=3, steps=3, methods=METHODS["balanced"])
+    run = build_run(DEFAULTS, model=TINY, prompt="a red star", seed=3, steps=3, methods=METHODS["combined"])
     expected = alone(run)
     for error in ERRORS.values():
 
