@@ -153,8 +153,8 @@ class FittedSolver(Method):
         def combine(step: int, sample: Tensor) -> Tensor:
             if len(outputs()) != solver.num_outputs(step):
                 raise AccelError(
-                    "a fitted solver needs an output of every call: list it after methods that skip calls, and begin at "
-                    "the first step"
+                    "a fitted solver needs an output of every call: list it after methods that skip calls, and begin "
+                    "at the first step"
                 )
             return solver.next_sample(step, sample, outputs())
 
