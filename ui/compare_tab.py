@@ -66,7 +66,8 @@ class CompareTab:
         self.preset_note = gr.HTML(elem_id="preset-note", html_template=READ_ALOUD)
         self.controls = MethodControls(self.context.model, load_preset(FIRST_PRESET))
         self.changed = ClickableHTML(elem_id="changed")
-        self.side = SideSettings("b", self.defaults.steps, self.defaults.guidance)
+        first = load_preset(FIRST_PRESET).methods
+        self.side = SideSettings("b", self.defaults.steps, self.defaults.guidance, first)
         self.keep = gr.Checkbox(
             False, label="Keep earlier candidates in the player", elem_id="keep",
             info="Up to three, of the same prompt, seed and reference.",
@@ -124,13 +125,15 @@ class CompareTab:
         gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs], self.outputs,
               concurrency_limit=None, **private)  # fmt: skip
         self.stop.click(self.stop_jobs, page.visitor, self.message, **quick)
-        self.preset.input(self.choose_preset, [self.shown, *inputs[:3]], self.outputs, **quick)
+        chosen = self.preset.input(self.choose_preset, [self.shown, *inputs[:3]], self.outputs, **quick)
         self.examples.click(chosen_example, None, self.prompt, **quick)
         self.changed.click(self.reset, inputs, self.outputs, **quick)
         self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.outputs, trigger_mode="always_last", **quick)
-        page.model.input(self.load_preset, inputs[:3], self.outputs, **quick)
+        switched = page.model.input(self.load_preset, inputs[:3], self.outputs, **quick)
+        for loaded in (chosen, switched):
+            loaded.then(self.settings_changed, inputs, self.outputs, **quick)
         self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded], **quick)
 
     # Running
@@ -280,9 +283,10 @@ class CompareTab:
     def settings_changed(self, model: str, visitor: str, preset: str, *values) -> Update:
         """Which parameters are shown and marked as changed, and what a run will take."""
         methods = values[-len(self.controls.components) :]
-        changes = self._changes(model, preset, self.controls.settings(methods))
+        settings = self.controls.settings(methods)
+        changes = self._changes(model, preset, settings)
         return {
-            **self.controls.visibility(methods), **self.controls.marks(changes),
+            **self.controls.visibility(methods), **self.controls.marks(changes), **self.side.visibility(settings),
             self.changed: changed_strip(preset, changes), self.estimate: self.estimate_text(model, values),
         }  # fmt: skip
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from accel.runtime.presets import Preset, load_preset, preset_names
+from accel.errors import AccelError
+from accel.runtime.presets import Preset, load_preset, preset_names, required_settings
 from accel.runtime.run import SOLVERS
 
 SOURCES = {
@@ -18,12 +19,16 @@ Side = dict[str, Any]  # steps, guidance, solver, shift, methods
 class SideSettings:
     """The widgets of one side's run settings; create it inside a `gr.Blocks`."""
 
-    def __init__(self, side: str, steps: int, guidance: float):
-        """`side` ("a" or "b") makes the names of the widgets unique."""
-        name = {"a": "reference", "b": "candidate"}[side]
-        self.steps = gr.Slider(1, 100, steps, step=1, label=f"steps of the {name}", elem_id=f"steps-{side}", buttons=[])
+    def __init__(self, side: str, steps: int, guidance: float, methods: dict[str, dict] | None = None):
+        """`side` ("a" or "b") makes the names of the widgets unique; `methods` are those that it begins with."""
+        name, decided = {"a": "reference", "b": "candidate"}[side], decided_by(methods or {})
+        self.steps = gr.Slider(
+            1, 100, steps, step=1, label=f"steps of the {name}", elem_id=f"steps-{side}", buttons=[],
+            visible="steps" not in decided,
+        )  # fmt: skip
         self.guidance = gr.Slider(
             0, 12, guidance, step=0.5, label=f"guidance of the {name}", elem_id=f"guidance-{side}", buttons=[],
+            visible="guidance" not in decided,
         )  # fmt: skip
         with gr.Accordion("Solver", open=False, elem_classes="advanced"):
             self.solver = gr.Dropdown(SOLVERS, value="default", label=f"solver of the {name}", elem_id=f"solver-{side}")
@@ -41,11 +46,27 @@ class SideSettings:
         """The settings of a side from the values of `components`."""
         return {**dict(zip(("steps", "guidance", "solver", "shift"), values)), "methods": methods}
 
+    def visibility(self, methods: dict[str, dict]) -> dict:
+        """Hide the sliders of what the side's methods decide."""
+        decided = decided_by(methods)
+        sliders = {"steps": self.steps, "guidance": self.guidance}
+        return {slider: gr.update(visible=name not in decided) for name, slider in sliders.items()}
+
     def updates(self, side: Side) -> dict:
         """The widgets' values for the settings of a side; what is None stays as it is."""
-        new = {self.steps: side.get("steps"), self.guidance: side.get("guidance")}
-        new = {widget: value for widget, value in new.items() if value is not None}
+        new = self.visibility(side.get("methods", {}))
+        for slider, name in ((self.steps, "steps"), (self.guidance, "guidance")):
+            if side.get(name) is not None:
+                new[slider]["value"] = side[name]
         return {**new, self.solver: side.get("solver") or "default", self.shift: side.get("shift")}
+
+
+def decided_by(methods: dict[str, dict]) -> set[str]:
+    """The run settings ("steps", "guidance") that methods bring with them; none where they do not go together."""
+    try:
+        return set(required_settings(methods))
+    except AccelError:
+        return set()
 
 
 class ReferenceControls:
@@ -74,8 +95,6 @@ class ReferenceControls:
 
         Raises AccelError if there is no last candidate or pinned result yet.
         """
-        from accel.errors import AccelError
-
         source, preset, last, pinned, *plain = values
         if source == "preset":
             return preset_side(load_preset(preset))

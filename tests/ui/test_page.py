@@ -124,6 +124,16 @@ def test_a_changed_parameter_is_listed_and_can_be_set_back(page):
     assert back[interval]["value"] == 2 and back[compare.changed] == ""
 
 
+def test_sliders_of_what_a_method_decides_are_hidden(page):
+    compare, sliders = page.compare, (page.compare.side.steps, page.compare.side.guidance)
+    assert not compare.side.steps.visible and compare.side.guidance.visible  # the first preset is a fitted solver
+    for preset, expected in (("fastercache", [True, True]), ("quick", [False, True]), ("gpd", [False, False])):
+        loaded = compare.load_preset(TINY, "me", preset)
+        changed = compare.settings_changed(TINY, "me", preset, *values_of(page, loaded))
+        assert [loaded[slider]["visible"] for slider in sliders] == expected
+        assert [changed[slider]["visible"] for slider in sliders] == expected
+
+
 def test_stop_without_a_run_says_so(page):
     assert "Nothing is running" in page.compare.stop_jobs("nobody")
 
