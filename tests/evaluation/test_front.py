@@ -3,7 +3,7 @@
 import pytest
 
 from accel.evaluation import suites
-from accel.evaluation.front import best_settings, front_table, hypervolume, plot_summary, with_front
+from accel.evaluation.front import best_settings, front_overview, front_table, hypervolume, plot_summary, with_front
 from accel.evaluation.report import summarize
 from accel.methods import METHODS, StepCache
 
@@ -54,6 +54,14 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     assert front_table(summary).endswith("\nNot measured: P3 cannot run here\n")
     plot_summary(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_the_overview_has_a_row_for_each_class_and_says_how_much_ours_is_ahead(summary):
+    rows = [line.strip("| ").split(" | ") for line in front_overview(summary).splitlines() if line.startswith("| ")]
+    assert rows[0] == ["at least", "ours", "peers", "plain", "ours - peers", "ours - plain"] and len(rows) == 1 + 8
+    assert rows[1][:2] == ["1.5x", "o2: 0.8500 [0.8000, 0.9000]"]
+    assert rows[1][4:] == ["0.0000 [-0.1000, 0.1000]", "0.1000 [0.1000, 0.1000]"]
+    assert rows[5] == ["5x", "o5: 0.6500 [0.6000, 0.7000]", "-", "-", "-", "-"]
 
 
 def test_the_hypervolume_is_the_area_under_the_front_over_the_logarithm_of_speed():
