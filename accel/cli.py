@@ -412,6 +412,7 @@ def fit(
     uncond_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the steps that run the unconditional branch.")
     ] = 1.0,
+    guidance: Guidance = None,
     out: Out = Path("runs/fit"),
 ) -> None:  # fmt: skip
     """Fit solvers of few steps to the model's own trajectories: a JSON file each, also in the folder of the model.
@@ -423,7 +424,7 @@ def fit(
     check_model(model)
     from .evaluation.solver_fit import run_fit
 
-    print_json(run_fit(model, steps, uncond_share, prompts, out))
+    print_json(run_fit(model, steps, uncond_share, guidance, prompts, out))
 
 
 @app.command()

@@ -17,7 +17,8 @@ PROMPTS = (
     "on a dotted white background, a tiny cyan ring bounces fast",
 )
 GUIDED = (20, 4.0)  # steps, guidance
-STUDENTS = {"gpd": (6, 1.0), "meanflow": (20, 1.0), "disca": (20, 1.0), "turbo": (10, 1.0)}
+OWN_STEPS = {"balanced": (20, 4.0), "quick": (10, 4.0), "gpd": (6, 1.0), "turbo": (10, 1.0)}
+OWN_STEPS |= dict.fromkeys(("meanflow", "disca"), (20, 1.0))
 
 
 def record(file: Path) -> None:
@@ -28,7 +29,7 @@ def record(file: Path) -> None:
     pipe = accel.load_pipeline("models/tiny-wan")
     latents = {}
     for preset in sorted(path.stem for path in Path("presets").glob("*.yaml")):
-        steps, guidance = STUDENTS.get(preset, GUIDED)
+        steps, guidance = OWN_STEPS.get(preset, GUIDED)
         for prompt in PROMPTS:
             with accel.apply(pipe, accel.load_preset(preset)):
                 latents[f"{preset}: {prompt}"] = pipe(

@@ -90,7 +90,7 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("run", "--prompt", "x", "--steps", "0"), "steps = 0 is not allowed"),
         (("run", "--prompt", "x", "--solver", "rk4"), "one of default, unipc, euler, dpm++2m, dpm++2s"),
         (("run", "--prompt", "x", "--shift", "nan"), "shift = nan is not allowed: a number from 0.1 to 20"),
-        (("run", "--prompt", "x", "--preset", "gpd", "--solver", "euler"), "a student has its own noise levels"),
+        (("run", "--prompt", "x", "--preset", "gpd", "--solver", "euler"), "which brings its own noise levels"),
         (("run", "--prompt", "x", "--height", "70"), "must be a multiple of 8"),
         (("run", "--prompt", "x", "--frames", "18"), "1 more than a multiple of 2"),
         (("run", "--from", "nowhere.mp4"), "no file nowhere.mp4"),

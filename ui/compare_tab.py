@@ -16,7 +16,7 @@ from accel.runtime.presets import Preset, load_preset, preset_names
 from accel.runtime.repeat import reference_of
 from ui.clickable import ClickableHTML
 from ui.context import Context, compare_work
-from ui.controls import Change, MethodControls, Update, changes_from, words
+from ui.controls import Change, MethodControls, Update, changes_from, is_usable, words
 from ui.estimates import estimate_text
 from ui.live import Live
 from ui.pair_view import PairView
@@ -26,7 +26,7 @@ from ui.recorded import recorded_pairs
 from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, preset_side, side_of
 from ui.templating import render
 
-FIRST_PRESET = "balanced"
+FIRST_PRESETS = ("balanced", "fastercache")  # the first one that the model has all for is chosen at the start
 PROMPTS = (ROOT / "examples" / "prompts.txt").read_text().splitlines()
 
 
@@ -61,13 +61,13 @@ class CompareTab:
 
     def _add_candidate(self) -> None:
         gr.HTML('<h2 class="side-b"><b>B</b> Candidate</h2>')
-        self.preset = gr.Radio(card_choices(self.context.model), value=FIRST_PRESET, label="preset", elem_id="preset",
+        first = first_preset(self.context.model)
+        self.preset = gr.Radio(card_choices(self.context.model), value=first, label="preset", elem_id="preset",
                                show_label=False)  # fmt: skip
         self.preset_note = gr.HTML(elem_id="preset-note", html_template=READ_ALOUD)
-        self.controls = MethodControls(self.context.model, load_preset(FIRST_PRESET))
+        self.controls = MethodControls(self.context.model, load_preset(first))
         self.changed = ClickableHTML(elem_id="changed")
-        first = load_preset(FIRST_PRESET).methods
-        self.side = SideSettings("b", self.defaults.steps, self.defaults.guidance, first)
+        self.side = SideSettings("b", self.defaults.steps, self.defaults.guidance, load_preset(first).methods)
         self.keep = gr.Checkbox(
             False, label="Keep earlier candidates in the player", elem_id="keep",
             info="Up to three, of the same prompt, seed and reference.",
@@ -127,12 +127,12 @@ class CompareTab:
         self.stop.click(self.stop_jobs, page.visitor, self.message, **quick)
         chosen = self.preset.input(self.choose_preset, [self.shown, *inputs[:3]], self.outputs, **quick)
         self.examples.click(chosen_example, None, self.prompt, **quick)
-        self.changed.click(self.reset, inputs, self.outputs, **quick)
+        reset = self.changed.click(self.reset, inputs, self.outputs, **quick)
         self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.outputs, trigger_mode="always_last", **quick)
         switched = page.model.input(self.load_preset, inputs[:3], self.outputs, **quick)
-        for loaded in (chosen, switched):
+        for loaded in (chosen, switched, reset):
             loaded.then(self.settings_changed, inputs, self.outputs, **quick)
         self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded], **quick)
 
@@ -268,7 +268,8 @@ class CompareTab:
         model = model or self.context.model
         controls, missing = self.controls.preset_values(preset, model)
         defaults = read_defaults(model) or self.defaults
-        side = {**preset_side(preset), **run}
+        usable = {name: parameters for name, parameters in preset.methods.items() if is_usable(name, model)}
+        side = {**preset_side(preset), **run, "methods": usable}
         side |= {key: getattr(defaults, key) for key in ("steps", "guidance") if side.get(key) is None}
         text = f"This preset needs weights that the model does not have: {'; '.join(missing)}." if missing else ""
         typed = {self.prompt: run.get("prompt"), self.seed: run.get("seed")}
@@ -318,6 +319,12 @@ class CompareTab:
         except AccelError as error:
             return sentence(error)
         return estimate_text(self.context, settings.run, settings.reference, settings.candidate)
+
+
+def first_preset(model: str) -> str:
+    """The preset that the page begins with."""
+    usable = (name for name in FIRST_PRESETS if all(is_usable(method, model) for method in load_preset(name).methods))
+    return next(usable)
 
 
 def chosen_example(event: gr.EventData) -> str:

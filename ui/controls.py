@@ -42,7 +42,8 @@ class MethodControls:
         with gr.Accordion("Caches of diffusers, to compare with", open=False, elem_id="peers", elem_classes="advanced"):
             self._add_switches(model, active, peers=True)
         for name, method in METHODS.items():
-            with gr.Column(visible=name in active, elem_classes="knobs", elem_id=f"knobs-{name}") as self.groups[name]:
+            on = name in active and is_usable(name, model)
+            with gr.Column(visible=on, elem_classes="knobs", elem_id=f"knobs-{name}") as self.groups[name]:
                 paper = f" · [{method.paper}](https://arxiv.org/abs/{method.paper[6:]})" if method.paper else ""
                 gr.Markdown(f"**{method.title}**{paper}")
                 self.parameters[name] = self._parameters(active.get(name) or method(), available_values(name, model))
@@ -51,7 +52,7 @@ class MethodControls:
         for name, method in METHODS.items():
             if method.peer == peers:
                 self.switches[name] = gr.Checkbox(
-                    name in active, label=method.title, elem_id=f"use-{name}", min_width=90,
+                    name in active and is_usable(name, model), label=method.title, elem_id=f"use-{name}", min_width=90,
                     interactive=is_usable(name, model),
                 )  # fmt: skip
 

@@ -56,7 +56,10 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     settings = {name: setting for name, setting in SUITES[suite].settings.items() if setting.is_available(model)}
     _check_out(out / "results.json", settings, prompts * seeds)
     if state.is_main_process and (missing := SUITES[suite].settings.keys() - settings.keys()):
-        print(f"skipped, as their students were not trained: {', '.join(sorted(missing))}", file=sys.stderr)
+        print(
+            f"skipped, as what they need was not trained or fitted: {', '.join(sorted(missing))}",
+            file=sys.stderr,
+        )
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
     texts = held_out_prompts(prompts, PROMPT_SEED, defaults.living)
@@ -65,12 +68,14 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
     groups, classes, about = SUITES[suite].groups, [], {}
     if groups:
-        about = {"tried": len(settings), "tuning_prompts": TUNING_PROMPTS}
+        tried = sum(name in settings for names in groups.values() for name in names)
+        about = {"tried": tried, "tuning_prompts": TUNING_PROMPTS}
         tuning = [(prompt, 0) for prompt in held_out_prompts(TUNING_PROMPTS, TUNING_SEED, defaults.living)]
         classes = _choose(settings, groups, tuning, model, pipe, defaults, out, state)
         kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *(setting for of, setting in OVERVIEW.values() if of == suite)}
         kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
+        _check_out(out / "results.json", settings, prompts * seeds)
     metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
     log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)
     record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)

@@ -82,7 +82,7 @@ def support() -> str:
 
 def _state(family: Family, name: str) -> str:
     if name in FITS:
-        return "after a fit"
+        return "after a fit, from text"
     if not needs_training(name):
         return "yes"
     return "yes" if name == "disca" else "after training" if family.trains_students else "no"

@@ -59,7 +59,8 @@ def with_front(summary: dict, cases: Sequence[dict], groups: Groups, classes: Se
     groups = {group: known for group, names in groups.items() if (known := [n for n in names if n in rows])}
     bests = [found["best"] for found in classes if OURS in found["best"]]
     pairs = dict.fromkeys((best[OURS], name) for best in bests for group, name in best.items() if group != OURS)
-    points = {group: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names] for group, names in groups.items()}
+    chosen = {name for found in classes for name in found["best"].values()}
+    points = {g: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names if n in chosen] for g, names in groups.items()}
     return {
         **summary, "pairs": summary["pairs"] + paired_differences(cases, list(pairs)), "groups": groups,
         "classes": classes, "hypervolume": {group: hypervolume(found) for group, found in points.items()},
@@ -69,7 +70,8 @@ def with_front(summary: dict, cases: Sequence[dict], groups: Groups, classes: Se
 def front_table(summary: dict) -> str:
     """The best of each group in each speed class, as Markdown, and what is measured where no method acts."""
     rows = [[f"{c['speed']}x", *_cells(summary, c["best"], g)] for c in summary["classes"] for g in summary["groups"]]
-    titles = ["at least", "best of", "setting", "speed by work", "speed-up", *(METRICS[m].title for m in SHOWN)]
+    titles = ["at least (tuning prompts)", "best of", "setting", "speed by work", "speed-up"]
+    titles += [METRICS[name].title for name in SHOWN]
     volumes = ", ".join(f"{group} {volume:.3f}" for group, volume in summary["hypervolume"].items())
     floor, neutral = (summary["rows"][name] for name in (NOISE_FLOOR, NEUTRAL))
     ssim, worst = (cell(METRICS[name], floor[name]) for name in SHOWN[:2])

@@ -8,24 +8,25 @@ Several spacings are fitted; the one that ends closest to the baselines is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.denoising_loop import noise_levels
+from ..core.denoising_loop import is_flow, noise_levels
 from ..core.hooks import patched_method
 from ..core.host import halves
 from ..errors import AccelError, amount
 from ..families import family_of
 from ..files import atomic_write
-from ..methods.fittedsolver import FOLDER, Solver
+from ..methods.fittedsolver import FOLDER, FittedSolver, Solver
 from ..runtime.generate import environment, generate, warm_up
 from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, resolve
 from ..runtime.run import Run, build_run
@@ -46,15 +47,23 @@ class Trajectory:
     first: list[Tensor] = field(default_factory=list)  # outputs of the first step
 
 
-def run_fit(model: str, steps: Sequence[int], share: float, prompts: int, out: Path) -> dict:
+def run_fit(
+    model: str, steps: Sequence[int], share: float, guidance: float | None, prompts: int, out: Path
+) -> dict:  # fmt: skip
     """What was fitted, after writing one file for each step count; a local model gets a copy.
 
-    `share` of the steps run the unconditional branch. Raises AccelError for a model whose calls cannot be repeated.
+    `share` of the steps run the unconditional branch. Raises AccelError for step counts that the method does not have,
+    or a model whose calls cannot be repeated.
     """
+    known = get_args(FittedSolver.model_fields["steps"].annotation)[1:]
+    if unknown := [n for n in steps if n not in known]:
+        raise AccelError(f"no solver has {amount(unknown[0], 'step')}: choose from {', '.join(map(str, known))}")
     pipe = load_pipeline(model)
     defaults, denoiser = model_defaults(pipe, model), check_pipeline(pipe)
     cases = calibration_cases(prompts, PROMPT_SEED, defaults)
-    runs = [build_run(defaults, model=model, prompt=prompt, seed=seed) for prompt, seed in cases]
+    runs = [build_run(defaults, model=model, prompt=prompt, seed=seed, guidance=guidance) for prompt, seed in cases]
+    if max(steps) >= runs[0].steps:
+        raise AccelError(f"a solver of {amount(max(steps), 'step')} saves nothing: the baseline has {runs[0].steps}")
     warm_up(runs[0], pipe, defaults)  # which also counts FLOPs, by a call that is no step
     paths = [record(run, pipe, defaults) for run in tqdm(runs, desc="baselines")]
     levels, times = noise_levels(pipe.scheduler), pipe.scheduler.timesteps.tolist()
@@ -70,41 +79,46 @@ def run_fit(model: str, steps: Sequence[int], share: float, prompts: int, out: P
 def check_pipeline(pipe) -> nn.Module:
     """The pipeline's transformer. Raises AccelError if its calls cannot be repeated one by one."""
     denoisers = family_of(pipe).denoisers(pipe)
-    if len(denoisers) > 1 or not hasattr(pipe.scheduler, "sigmas"):
+    if len(denoisers) > 1 or not is_flow(pipe.scheduler):
         raise AccelError(
-            f"no solver can be fitted to this {type(pipe).__name__}: it needs one transformer and a scheduler with "
-            "sigmas"
+            f"no solver can be fitted to this {type(pipe).__name__}: it needs one transformer and a scheduler for flow "
+            "matching"
         )
     return denoisers[0]
 
 
 @torch.no_grad()
 def record(run: Run, pipe, defaults: ModelDefaults) -> Trajectory:
-    """The trajectory of a run. Raises AccelError if the model's output has another shape than the sample."""
-    path, step = Trajectory(), pipe.scheduler.step
+    """The trajectory of a run. Raises AccelError if the model's input or output has another shape than the sample."""
+    path, step, shapes = Trajectory(), pipe.scheduler.step, set()
     is_batch = family_of(pipe).batches_guidance and run.guidance > 1
 
     def on_call(model: nn.Module, args: tuple, inputs: dict[str, Any], output: Any) -> None:
         if len(path.calls) == max(0, len(path.samples) - 1):
             path.calls.append([])
-        branches = halves(inputs["hidden_states"], inputs)[::-1] if is_batch else [(None, inputs)]
+        x = inputs["hidden_states"]
+        branches = halves(x, inputs)[::-1] if is_batch else [(x, inputs)]
+        shapes.update(half.shape for half, _ in branches)
         path.calls[-1] += [{**inputs, "hidden_states": None, "return_dict": False} for _, inputs in branches]
         if len(path.calls) == 1:
-            path.first += [y.cpu() for y in (output[0].chunk(2)[::-1] if is_batch else output[:1])]
+            path.first += [y.clone().cpu() for y in (output[0].chunk(2)[::-1] if is_batch else output[:1])]
 
     def on_step(output: Tensor, time: Tensor, sample: Tensor, *args, **named):
         if not path.samples:
-            path.samples.append(sample.cpu())
+            path.samples.append(sample.clone().cpu())
         result = step(output, time, sample, *args, **named)
-        path.samples.append(result[0].cpu())
+        path.samples.append(result[0].clone().cpu())  # some pipelines write into it
         return result
 
     with ExitStack() as stack:
         stack.enter_context(patched_method(pipe.scheduler, "step", on_step))
         stack.callback(pipe.transformer.register_forward_hook(on_call, with_kwargs=True).remove)
         generate(run, pipe, defaults)
-    if path.first[0].shape != path.samples[0].shape or len(path.calls) != run.steps:
-        raise AccelError("no solver can be fitted: the model's output has another shape than the sample")
+    if shapes | {path.first[0].shape} != {path.samples[0].shape}:
+        raise AccelError("no solver can be fitted: the model takes or gives another shape than that of the sample")
+    if len(path.calls) != run.steps:
+        calls = len(path.calls)
+        raise AccelError(f"no solver can be fitted: the scheduler evaluates {calls} times in {run.steps} steps")
     return path
 
 
@@ -134,11 +148,8 @@ def fit(
 ) -> tuple[Solver, dict[str, float]]:  # fmt: skip
     """The solver of the best spacing, and the error of each one that was tried, by its two numbers.
 
-    An error is the mean over the prompts of log10 of the squared error at the end, relative to the baseline's square:
-    a mean of squares alone would be that of the few prompts whose videos become another scene.
+    Raises AccelError if the numbers of the model are not finite.
     """
-    if count >= len(times):
-        raise AccelError(f"a solver of {amount(count, 'step')} saves nothing: the baseline has {len(times)}")
     guided = len(paths[0].calls[0]) > 1
     uncond = uncond_steps(count, share) if guided else []
     tried: dict[tuple[int, ...], tuple[float, list[list[float]], tuple[float, float]]] = {}
@@ -147,8 +158,8 @@ def fit(
         for place in places:
             nodes = spacing(len(times), count, *place)
             if nodes not in tried:
-                weights, error = fit_weights(denoiser, paths, nodes, uncond)
-                tried[nodes] = error, weights, place
+                weights, ends = fit_weights(denoiser, paths, nodes, uncond)
+                tried[nodes] = mean_log_error(ends, paths), weights, place
         return min(tried.values())[2]
 
     _, late = best_of([(EARLY[1], late) for late in LATE])
@@ -165,8 +176,8 @@ def fit(
 @torch.no_grad()
 def fit_weights(
     denoiser: nn.Module, paths: Sequence[Trajectory], nodes: Sequence[int], uncond: Sequence[int]
-) -> tuple[list[list[float]], float]:
-    """The weights of each step between the nodes, and the error at the end."""
+) -> tuple[list[list[float]], list[Tensor]]:
+    """The weights of each step between the nodes, and each prompt's sample at the end, in float32."""
     samples, outputs = [path.samples[0] for path in paths], [[] for _ in paths]
     weights: list[list[float]] = []
     for step, (node, following) in enumerate(zip(nodes, nodes[1:])):
@@ -175,9 +186,21 @@ def fit_weights(
         terms = [[sample, *kept] for sample, kept in zip(samples, outputs)]
         weights.append(least_squares(terms, [path.samples[following] for path in paths]))
         samples = [sum(w * term.float() for w, term in zip(weights[-1], of_path)) for of_path in terms]
+    return weights, samples
+
+
+def mean_log_error(ends: Sequence[Tensor], paths: Sequence[Trajectory]) -> float:
+    """Mean over the prompts of log10 of the squared error at the end, relative to the baseline's square.
+
+    A mean of squares would be that of the few prompts whose videos become another scene. Raises AccelError if it is not
+    finite.
+    """
     targets = [path.samples[-1].float() for path in paths]
-    errors = [((x - target).square().sum() / target.square().sum()).log10() for x, target in zip(samples, targets)]
-    return weights, float(torch.stack(errors).mean())
+    errors = [((x - target).square().sum() / target.square().sum()).log10() for x, target in zip(ends, targets)]
+    error = float(torch.stack(errors).mean())
+    if not math.isfinite(error):
+        raise AccelError("no solver can be fitted: the model gave numbers that are not finite")
+    return error
 
 
 def _outputs(denoiser: nn.Module, path: Trajectory, sample: Tensor, node: int, branches: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ from ..errors import AccelError
 from ..files import atomic_write
 from ..methods import METHODS
 from ..runtime.generate import Video, environment, generate
-from ..runtime.models import ModelDefaults, resolve, weights
+from ..runtime.models import ModelDefaults, hash_of, resolve, weights
 from ..runtime.presets import Preset
 from ..runtime.run import Run, build_run
 from .metrics import METRICS, Pair, mean_of
@@ -46,11 +46,12 @@ def tune(
     A row has "preset" (its settings), "work", "speed" (the inverse), "ssim", and "adherence_loss" where the model's
     world is known. Raises AccelError if `out` holds a search of other prompts, weights or another seed.
     """
-    key = config_hash(list(prompts), seed, weights(model), defaults.model_dump())
-    study = open_study(out, key)
-    judge = Judge(model, pipe, defaults, prompts)
     steps = {name: METHODS[name].available_values(resolve(model)).get("steps", []) for name in WITH_OWN_STEPS}
     own_steps = {name: [n for n in counts if n] for name, counts in steps.items() if any(counts)}
+    tried = [METHODS[name](steps=n) for name, counts in own_steps.items() for n in counts]
+    files = [hash_of(file) for method in tried for file in method.files(resolve(model))]
+    key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), own_steps, files)
+    study, judge = open_study(out, key), Judge(model, pipe, defaults, prompts)
     found = finished(study)
     with tqdm(total=trials, initial=min(trials, len(found)), desc="tries") as bar:
         while len(found) < trials:

@@ -19,7 +19,7 @@ class CogVideoX(Family):
     latent_format = "BFCHW"
     is_joint = True
     batches_guidance = True
-    remarks = {"fittedsolver": "no; its scheduler has no sigmas"}
+    remarks = {"fittedsolver": "no; its schedulers are not for flow matching"}
 
     def to_video(self, y: Tensor, grid: Grid) -> Tensor:
         """A velocity as a view (b, c, f, h, w)."""

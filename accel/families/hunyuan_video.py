@@ -16,7 +16,9 @@ class HunyuanVideo(Family):
     attention = "attn"
     is_joint = True
     embeds_guidance = True
-    remarks = {"fastercache": "yes; a branch to rebuild only with true guidance"}
+    remarks = {
+        "fastercache": "yes; a branch to rebuild only with true guidance", "fittedsolver": "after a fit, from text",
+    }  # fmt: skip
 
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
         """Whether a true unconditional branch runs beside the embedded guidance."""
@@ -30,6 +32,7 @@ class HunyuanVideo15(Family):
     blocks = ("transformer_blocks",)
     attention = "attn"
     is_joint = True
+    remarks = {"fittedsolver": "no; guidance is not a number of the run"}
 
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
         """Whether the guider asks for an unconditional branch."""

@@ -17,6 +17,7 @@ class Kandinsky5(Family):
     blocks = ("visual_transformer_blocks",)
     attention = "self_attention"
     latent_format = "BFHWC"
+    remarks = {"fittedsolver": "no; its model takes more than the sample"}
 
     def to_video(self, y: Tensor, grid: Grid) -> Tensor:
         """A velocity as a view (b, c, f, h, w)."""

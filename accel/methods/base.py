@@ -39,6 +39,7 @@ class RunSpec(NamedTuple):
     num_layers: int  # video self-attentions of the denoiser
     text_tokens: int = 0  # of one sample, that joint attention has beside the video's
     model_path: str = "nowhere"  # folder or hub id of the pipeline; its students are in that folder
+    guidance: float | None = None  # scale; None where it is not known
 
     @property
     def tokens(self) -> int:
@@ -170,6 +171,9 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         `flops` are those of a full call of the denoiser under "denoiser", and of its modules by name.
         """
         return None
+
+    def check(self, spec: RunSpec) -> None:
+        """Raise AccelError for a run that the method is not made for, as far as that is known before it starts."""
 
     def inactive_reason(self, spec: RunSpec) -> str:
         """Why the method cannot save anything in a run, as far as that is known before it starts; else empty."""

@@ -11,17 +11,19 @@ branch, each with its own weight. So guidance is part of the fit, and steps may 
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..core.trace import DENOISER, Trace
 from ..errors import AccelError
-from ..students.manifest import load_manifest
-from .base import Choices, Method, RunSpec, model_path
+from .base import Choices, Method, RunSpec, model_path, report_estimate, run_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +50,8 @@ class Solver(BaseModel, frozen=True):
             raise ValueError(f"a solver of {self.steps} steps needs as many timesteps, and one more sigma")
         if [len(row) for row in self.weights] != [1 + self.num_outputs(step) for step in range(self.steps)]:
             raise ValueError("each step needs one weight for the sample and one for each output so far")
+        if not all(map(math.isfinite, chain(*self.weights))):
+            raise ValueError("a weight is not a finite number")
         return self
 
     def num_outputs(self, step: int) -> int:
@@ -100,7 +104,12 @@ class FittedSolver(Method):
     def load(self, model: str | Path) -> Solver:
         """The solver for a model. Raises AccelError if there is none or its file is not valid."""
         file = self.file(model)
-        solver = load_manifest(file.parent, file.name, Solver, "fittedsolver.solver", f"fit {self.steps}")
+        if not os.path.isfile(file):  # false for what cannot be a path, too
+            raise AccelError(f"there is no solver of {self.steps} steps at {file}: `python -m accel fit` makes one")
+        try:
+            solver = Solver.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            raise AccelError(f"{file} is no fitted solver: {error.errors()[0]['msg']}") from None
         if solver.steps != self.steps:
             raise AccelError(f"{file} is a solver of {solver.steps} steps: set fittedsolver.steps to {solver.steps}")
         return solver
@@ -137,12 +146,13 @@ class FittedSolver(Method):
         if len(host.denoisers) > 1 or not matches_fingerprint(host.denoisers[0], solver.base_fingerprint):
             raise AccelError(f"the solver of {self.steps} steps was fitted to another model: python -m accel fit")
         outputs = host.per_run(list)
+        begin = host.per_run(lambda: report_estimate(self, run_spec(host), trace))
 
         def call(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
+            self._check_call(solver, host, scheduler)
+            begin()
             kept = outputs()
-            if not kept:
-                self._begin(solver, host, trace)
-            if host.step.branch == "uncond" and host.step.index not in solver.uncond_steps:
+            if host.step.branch == "uncond" and host.step.index not in solver.uncond_steps and kept:
                 trace.record(host.step, DENOISER, "rebuild")
                 return host.family.to_video(kept[-1], host.grid)  # of no effect: the next sample comes from `kept`
             y = inner(x, **inputs)
@@ -151,24 +161,42 @@ class FittedSolver(Method):
             return y
 
         def combine(step: int, sample: Tensor) -> Tensor:
-            if len(outputs()) != solver.num_outputs(step):
+            kept = outputs()
+            if len(kept) != solver.num_outputs(step):
                 raise AccelError(
                     "a fitted solver needs an output of every call: list it after methods that skip calls, and begin "
                     "at the first step"
                 )
-            return solver.next_sample(step, sample, outputs())
+            if kept[0].shape != sample.shape:
+                raise AccelError("a fitted solver needs samples that have the shape of the model's output")
+            return solver.next_sample(step, sample, kept)
 
         scheduler = CombiningScheduler(solver.sigmas, solver.timesteps, combine)
         with host.wrap_denoiser(call), use_scheduler(pipe, scheduler):
             yield
 
-    def _begin(self, solver: Solver, host: Host, trace: Trace) -> None:
-        """Report the memory at the start of a run. Raises AccelError for guidance that the solver was not fitted to."""
-        guidance = host.pipe.guidance_scale
-        if abs(guidance - solver.guidance) > 1e-6:
+    def check(self, spec: RunSpec) -> None:
+        """Raise AccelError if there is no solver, or for guidance that it was not fitted to."""
+        if self.steps:
+            self._check_guidance(self.load(spec.model_path), spec.guidance)
+
+    def _check_guidance(self, solver: Solver, guidance: float | None) -> None:
+        if guidance is not None and abs(guidance - solver.guidance) > 1e-6:
             raise AccelError(
                 f"the solver of {self.steps} steps was fitted to guidance {solver.guidance:g}, not {guidance:g}: set "
                 f"guidance to {solver.guidance:g}, or fit another one"
             )
-        size = host.latents.nbytes * solver.num_outputs(self.steps - 1)
-        trace.estimated_bytes += size
+
+    def _check_call(self, solver: Solver, host: Host, scheduler) -> None:
+        """Raise AccelError where the running pipeline would not do what was fitted."""
+        from ..core.host import running_call
+
+        running, call = running_call(host.pipe)
+        if running.scheduler is not scheduler:
+            raise AccelError("a fitted solver brings its own scheduler: keep it, and run the same pipeline")
+        self._check_guidance(solver, getattr(running, "guidance_scale", None))
+        if host.is_guided != bool(solver.uncond_steps):
+            found, fitted = ("an", "without one") if host.is_guided else ("no", "with one")
+            raise AccelError(f"this run has {found} unconditional branch, and the solver was fitted {fitted}")
+        if call.get("guidance_rescale"):
+            raise AccelError("guidance_rescale is not possible with a fitted solver: its steps leave it out")

@@ -48,7 +48,7 @@ def run_spec(run: Run, pipe) -> RunSpec:
     text = model_defaults(pipe, run.model).text_length if family.is_joint else 0
     guided = run.guidance > 1 and not family.embeds_guidance
     about = latent_spec(run, pipe), grid(pipe, run), run.steps, guided, num_layers, text, resolve(run.model)
-    return RunSpec(model, family, *about)
+    return RunSpec(model, family, *about, run.guidance)
 
 
 def estimate_memory(run: Run, pipe) -> int:
@@ -65,9 +65,11 @@ def preflight(run: Run, pipe) -> list[str]:
     check_size(run, pipe)
     with solver_of(run, pipe):  # refuses here and not after a reference has been generated
         pass
-    spec, held = run_spec(run, pipe), estimate_memory(run, pipe)
+    spec, held, methods = run_spec(run, pipe), estimate_memory(run, pipe), build_methods(run.methods)
+    for method in methods:
+        method.check(spec)
     memory = f"The methods will hold up to {held / 2**20:.1f} MiB" if held else ""
-    reasons = (method.inactive_reason(spec) for method in build_methods(run.methods))
+    reasons = (method.inactive_reason(spec) for method in methods)
     return [*filter(None, (memory, *reasons))]
 
 

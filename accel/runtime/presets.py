@@ -124,7 +124,7 @@ def required_settings(settings: dict[str, dict]) -> dict[str, float]:
     required = {name: method.required_settings() for name, method in zip(settings, methods)}
     required = {name: values for name, values in required.items() if values}
     if len(required) > 1:
-        raise AccelError(f"{' and '.join(required)} do not go together: each replaces the model by a student")
+        raise AccelError(f"{' and '.join(required)} do not go together: each brings its own noise levels")
     return next(iter(required.values()), {})
 
 

@@ -92,7 +92,7 @@ def _check_required(given: dict[str, Any], required: dict[str, float]) -> None:
                 f"{key} = {quote(given[key])} is not possible with {names}, which needs {key} = {value:g}{hint}"
             )
     if required and (given.get("solver", "default") != "default" or "shift" in given):
-        raise AccelError(f"a solver or shift is not possible with {names}: a student has its own noise levels")
+        raise AccelError(f"a solver or shift is not possible with {names}, which brings its own noise levels")
 
 
 def check_size(run: Run, pipe) -> None:

@@ -48,6 +48,10 @@ class CombiningScheduler(FixedSigmaEuler):
         super().__init__(sigmas, timesteps)
         self._combine = combine
 
+    @staticmethod
+    def _wrong_count(steps: int, asked: int) -> str:
+        return f"this solver was fitted for {amount(steps, 'step')}, not {asked}: set the steps to {steps}"
+
     def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
         """Start a run; noise levels that a pipeline computes for its own scheduler are of no use here."""
         super().set_timesteps(num_inference_steps or len(sigmas), device)

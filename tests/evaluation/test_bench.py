@@ -105,7 +105,7 @@ def test_of_groups_only_the_best_on_the_tuning_prompts_are_measured_on_the_other
     ours = {"half": Setting(steps=2), "as good and later": Setting(steps=2, guidance=2.0), "quarter": Setting(steps=1)}
     monkeypatch.setitem(SUITES, "small", Suite({**settings, **ours}, groups={"ours": tuple(ours)}))
     summary = bench.run_suite("small", 2, 1, "m", tmp_path)
-    assert [*summary["rows"]] == [*settings, "half", "quarter"] and (summary["tried"], summary["prompts"]) == (6, 2)
+    assert [*summary["rows"]] == [*settings, "half", "quarter"] and (summary["tried"], summary["prompts"]) == (3, 2)
     assert [found["best"].get("ours") for found in summary["classes"]] == ["half"] * 2 + ["quarter"] * 2 + [None] * 4
     tuning, reported = (set(held_out_prompts(n, seed)) for n, seed in ((3, TUNING_SEED), (2, PROMPT_SEED)))
     assert {prompt for prompt, *_ in generated} == tuning | reported and not tuning & reported

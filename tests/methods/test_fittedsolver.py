@@ -1,5 +1,7 @@
 """The fitted solver: which calls run, what it makes of their outputs, and what it refuses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -10,6 +12,8 @@ import accel
 from accel.errors import AccelError
 from accel.methods import FasterCache, FittedSolver, MeanFlow
 from accel.methods.fittedsolver import Solver
+from accel.runtime.generate import preflight
+from accel.runtime.models import ModelDefaults
 from accel.runtime.run import build_run
 from accel.students.euler_scheduler import FixedSigmaEuler, use_scheduler
 
@@ -74,6 +78,33 @@ def test_another_guidance_is_refused(pipe, sample, tmp_path):
             sample(pipe, steps=STEPS, guidance=6.0)
 
 
+def test_what_the_solver_leaves_out_is_refused(pipe, sample, tmp_path):
+    method = fitted(pipe, tmp_path)
+    with pytest.raises(AccelError, match="has no unconditional branch, and the solver was fitted with one"):
+        with accel.apply(pipe, [fitted(pipe, tmp_path, guidance=1.0)]):
+            sample(pipe, steps=STEPS, guidance=1.0)
+    with pytest.raises(AccelError, match="keep it, and run the same pipeline"), accel.apply(pipe, [method]):
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+        sample(pipe, steps=STEPS)
+    with pytest.raises(AccelError, match="fitted for 6 steps, not 8"), accel.apply(pipe, [method]):
+        sample(pipe, steps=8)
+
+
+def test_another_guidance_is_refused_before_the_run(pipe, tmp_path):
+    method, defaults = fitted(pipe, tmp_path), ModelDefaults(height=64, width=64, frames=5)
+    run = build_run(defaults, model="-", prompt="-", methods={"fittedsolver": method.model_dump()}, guidance=5.0)
+    with pytest.raises(AccelError, match="fitted to guidance 4, not 5"):
+        preflight(run, pipe)
+
+
+def test_a_damaged_file_is_refused(pipe, tmp_path):
+    method = fitted(pipe, tmp_path)
+    for text, reason in (("{", "Invalid JSON"), (Path(method.solver).read_text().replace("4.0", "null", 1), "number")):
+        Path(method.solver).write_text(text)
+        with pytest.raises(AccelError, match=f"solver.json is no fitted solver: .*{reason}"):
+            method.load("-")
+
+
 def test_another_model_a_second_model_and_a_student_are_refused(pipe, two_models, students, sample, tmp_path):
     method = fitted(pipe, tmp_path)
     with pytest.raises(AccelError, match="fitted to another model"), accel.apply(two_models, [method]):
@@ -98,19 +129,17 @@ def test_a_method_that_skips_calls_goes_inside(pipe, sample, tmp_path):
 
 def test_a_missing_solver_names_the_command_that_fits_one(pipe):
     with (
-        pytest.raises(AccelError, match="`python -m accel fit 8` makes one"),
+        pytest.raises(AccelError, match="no solver of 8 steps at .*: `python -m accel fit` makes one"),
         accel.apply(pipe, [FittedSolver(steps=8)]),
     ):
         pass
 
 
 def test_a_run_takes_the_step_count_of_the_solver_and_no_other_solver():
-    from accel.runtime.models import ModelDefaults
-
     defaults = ModelDefaults()
     settings = {"model": "", "prompt": "-", "methods": {"fittedsolver": {"steps": 8}}}
     assert build_run(defaults, **settings).steps == 8
     with pytest.raises(AccelError, match="steps = 50 is not possible"):
         build_run(defaults, **settings, steps=50)
-    with pytest.raises(AccelError, match="has its own noise levels"):
+    with pytest.raises(AccelError, match="brings its own noise levels"):
         build_run(defaults, **settings, solver="euler")

@@ -81,7 +81,7 @@ def test_the_pipelines_scheduler_comes_back_after_an_error(pipe):
 
 def test_a_solver_together_with_a_student_is_refused():
     for settings in ({"solver": "euler"}, {"shift": 2.0}):
-        with pytest.raises(AccelError, match="not possible with gpd: a student has its own noise levels"):
+        with pytest.raises(AccelError, match="not possible with gpd, which brings its own noise levels"):
             run_of(**settings, methods={"gpd": {}}, steps=6)
     assert run_of(methods={"gpd": {}}, steps=6).solver == "default"
 
