@@ -34,7 +34,7 @@ from ..students.weights import fingerprint
 from .measure import calibration_cases
 
 PROMPT_SEED = 77  # other prompts than those of searches and reports
-EARLY, LATE = (0.06, 0.12, 0.25), (0.25, 0.5, 1.0, 2.0)  # of the spacings that are tried: less is denser at that end
+SPACINGS = ((0.12, 0.2, 1), (0.12, 0.35, 1), (0.2, 0.5, 6), (0.35, 0.5, 6), (0.35, 1.0, 6))  # see `spacing`
 RIDGE = 1e-5  # of a mean squared element; outputs of neighbouring steps are nearly equal
 
 
@@ -122,14 +122,15 @@ def record(run: Run, pipe, defaults: ModelDefaults) -> Trajectory:
     return path
 
 
-def spacing(total: int, count: int, early: float, late: float) -> tuple[int, ...]:
+def spacing(total: int, count: int, early: float, late: float, power: float) -> tuple[int, ...]:
     """Where `count` steps begin among the `total` steps of the baseline, and `total`.
 
-    The gap at a place u from 0 to 1 is proportional to (u + early) (1 - u + late): at the beginning, errors change the
-    scene, and at the end the fine detail appears. So both ends need more steps than the middle.
+    The gap at a place u from 0 to 1 is proportional to (u + early) (1 - (1 - late) u^power): at the beginning, errors
+    change the scene, and at the end the fine detail appears. So both ends need more steps than what is between; a high
+    `power` lets the gaps grow until shortly before the end.
     """
     places = [i / max(1, count - 1) for i in range(count)]
-    gaps = [(u + early) * (1 - u + late) for u in places]
+    gaps = [(u + early) * (1 - (1 - late) * u**power) for u in places]
     nodes = [0]
     for i, reached in enumerate(accumulate(gaps[:-1]), 1):
         nodes.append(min(max(round(total * reached / sum(gaps)), nodes[-1] + 1), total - count + i))
@@ -146,31 +147,24 @@ def fit(
     denoiser: nn.Module, paths: Sequence[Trajectory], levels: Sequence[float], times: Sequence[float], count: int,
     share: float, guidance: float,
 ) -> tuple[Solver, dict[str, float]]:  # fmt: skip
-    """The solver of the best spacing, and the error of each one that was tried, by its two numbers.
+    """The solver of the best spacing, and the error of each one that was tried, by its numbers.
 
     Raises AccelError if the numbers of the model are not finite.
     """
     guided = len(paths[0].calls[0]) > 1
     uncond = uncond_steps(count, share) if guided else []
-    tried: dict[tuple[int, ...], tuple[float, list[list[float]], tuple[float, float]]] = {}
-
-    def best_of(places: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        for place in places:
-            nodes = spacing(len(times), count, *place)
-            if nodes not in tried:
-                weights, ends = fit_weights(denoiser, paths, nodes, uncond)
-                tried[nodes] = mean_log_error(ends, paths), weights, place
-        return min(tried.values())[2]
-
-    _, late = best_of([(EARLY[1], late) for late in LATE])
-    best_of([(early, late) for early in EARLY])
-    nodes = min(tried, key=tried.get)
+    tried = {}
+    for shape in SPACINGS:
+        if (nodes := spacing(len(times), count, *shape)) not in tried:
+            weights, ends = fit_weights(denoiser, paths, nodes, uncond)
+            tried[nodes] = mean_log_error(ends, paths), weights, " ".join(f"{number:g}" for number in shape)
+    nodes = min(tried, key=lambda nodes: tried[nodes][0])
     weights = tried[nodes][1]
     solver = Solver(
         steps=count, guidance=guidance, sigmas=[levels[i] for i in nodes], timesteps=[times[i] for i in nodes[:-1]],
         uncond_steps=uncond, weights=weights, base_fingerprint=fingerprint(denoiser),
     )  # fmt: skip
-    return solver, {f"{early:g} {late:g}": round(error, 3) for error, _, (early, late) in tried.values()}
+    return solver, {shape: round(error, 3) for error, _, shape in tried.values()}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 from accel.errors import AccelError
 from accel.evaluation import solver_fit
 from accel.evaluation.solver_fit import (
+    SPACINGS,
     check_pipeline,
     fit,
     fit_weights,
@@ -66,12 +67,13 @@ def test_least_squares_finds_the_weights_that_made_the_targets():
 
 
 def test_a_spacing_is_denser_at_the_ends_and_takes_each_step_once():
-    assert spacing(12, 3, 1000.0, 1000.0) == (0, 4, 8, 12)
-    assert spacing(10, 3, 0.0, 1.0) == (0, 1, 4, 10)  # gaps 0, .75 and 1, but each step at least one apart
-    assert spacing(4, 3, 0.01, 0.01) == (0, 1, 3, 4)
-    for count in range(1, 50):
-        nodes = spacing(50, count, 0.06, 0.25)
-        assert len(set(nodes)) == count + 1 and sorted(nodes) == list(nodes) and nodes[0] == 0 and nodes[-1] == 50
+    assert spacing(12, 3, 1000.0, 1.0, 1) == (0, 4, 8, 12)
+    assert spacing(30, 3, 1.0, 0.5, 1) == (0, 9, 21, 30)  # gaps 1, 1.5 * 0.75 and 2 * 0.5: 9.6, 20.4
+    assert spacing(4, 3, 0.01, 0.01, 1) == (0, 1, 3, 4)
+    for shape in SPACINGS:
+        for count in range(1, 50):
+            nodes = spacing(50, count, *shape)
+            assert len(set(nodes)) == count + 1 and sorted(nodes) == list(nodes) and nodes[0] == 0 and nodes[-1] == 50
 
 
 def test_unconditional_steps_are_spread_from_the_first_to_the_last():
