@@ -68,7 +68,7 @@ def test_least_squares_finds_the_weights_that_made_the_targets():
 
 def test_a_spacing_is_denser_at_the_ends_and_takes_each_step_once():
     assert spacing(12, 3, 1000.0, 1.0, 1) == (0, 4, 8, 12)
-    assert spacing(30, 3, 1.0, 0.5, 1) == (0, 9, 21, 30)  # gaps 1, 1.5 * 0.75 and 2 * 0.5: 9.6, 20.4
+    assert spacing(30, 3, 1.0, 0.5, 1) == (0, 10, 20, 30)  # gaps 1, 1.5 * 0.75 and 2 * 0.5: 9.6, 20.4
     assert spacing(4, 3, 0.01, 0.01, 1) == (0, 1, 3, 4)
     for shape in SPACINGS:
         for count in range(1, 50):
