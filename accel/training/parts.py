@@ -18,6 +18,7 @@ from .optimizer import OptimConfig
 from .settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
 from .stages import remaining
 
+PARENT = "parent.json"  # in the folder of a run: the record of the run that it starts from
 STUDENTS = ("gpd", "meanflow", "predictor")  # trained from a finished base model
 PARTS = ("vae", "base", *STUDENTS)
 
@@ -47,6 +48,8 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     for part in [p for p in PARTS if p in optims] if what == "all" else (what,):
         left, optim = remaining(minutes, began), OptimConfig(**optims[part])
         parent = parent_run(record.get(part), out / part) if resume and part in TRAINERS else None
+        if not resume:
+            (out / part / PARENT).unlink(missing_ok=True)
         if part in TRAINERS:
             done = TRAINERS[part](optim, model, device, left, resume, out / part)
         else:
@@ -104,9 +107,15 @@ def shutdown_distributed() -> None:
 
 
 def parent_run(record: dict | None, folder: Path) -> dict | None:
-    """The record of the finished run from whose weights this run starts, if there is one."""
-    is_continued = (folder / "state.pt").is_file()  # this run's own checkpoint: its parent stays the same
-    return (record or {}).get("parent_run") if is_continued else record
+    """The record of the finished run from whose weights this run starts, if there is one.
+
+    A new run keeps it beside its checkpoints: at a later resume, `record` may be this run's own.
+    """
+    file = folder / PARENT
+    if not (folder / "state.pt").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record))
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _train_vae(

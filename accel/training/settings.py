@@ -39,7 +39,7 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
     },
     "medium": {
         "vae": {"steps": 520, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
-        "base": {"steps": 1500, "lr": 1e-3, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.6, "betas": (0.9, 0.98),
+        "base": {"steps": 3000, "lr": 1e-3, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.6, "betas": (0.9, 0.98),
                  "seed": 6},
     },
     "large": {

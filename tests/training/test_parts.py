@@ -56,8 +56,11 @@ def test_the_record_of_a_run_includes_the_run_whose_weights_it_started_from(tmp_
     first = {"steps": 10}
     assert parent_run(first, tmp_path) == first  # it started from finished weights
     (tmp_path / "state.pt").touch()
-    assert parent_run({"steps": 5, "parent_run": first}, tmp_path) == first  # the second chunk of such a run
-    assert parent_run(first, tmp_path) is None  # the second chunk of a run from scratch
+    assert parent_run(first, tmp_path) == first  # its second chunk, after a stop
+    assert parent_run({"steps": 5, "parent_run": first}, tmp_path) == first  # and after it has once been finished
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "state.pt").touch()
+    assert parent_run(first, tmp_path / "other") is None  # the second chunk of a run from scratch
 
 
 def test_a_setting_is_refused_where_it_would_be_ignored(tmp_path):
