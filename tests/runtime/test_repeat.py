@@ -12,7 +12,7 @@ import accel
 from accel.cli import app, pair_maker, parse_settings
 from accel.runtime.generate import generate
 from accel.runtime.models import TINY, read_defaults
-from accel.runtime.presets import build_methods, load_preset, preset_names
+from accel.runtime.presets import build_methods, load_preset, preset_names, required_settings
 from accel.runtime.repeat import command, preset_of, preset_yaml, python_code
 from accel.runtime.run import Run, build_run
 
@@ -26,10 +26,12 @@ def report_of(a, b) -> dict:
 
 
 def pair(methods: dict, prompt: str = "a red star", **settings) -> dict:
-    """The report of a pair with one setting of both runs; a student has its own steps, guidance and solver."""
+    """The report of a pair with one setting of both runs, but for what the methods decide: steps, guidance, solver."""
     common = {"model": TINY, "prompt": prompt, "seed": 7}
     given = {"steps": 30, "guidance": 3.5, **settings}
-    own = {} if {"gpd", "meanflow"} & methods.keys() else given
+    required = required_settings(methods)
+    decided = {*required, "solver", "shift"} if required else set()
+    own = {key: value for key, value in given.items() if key not in decided}
     return report_of(build_run(DEFAULTS, **common, **given), build_run(DEFAULTS, **common, methods=methods, **own))
 
 
@@ -125,8 +127,9 @@ def test_the_preset_file_has_the_same_methods(name, tmp_path):
     file.write_text(preset_yaml(report))
     again = load_preset(file)
     assert preset_of(again.methods) == name
-    if "gpd" not in again.methods and "meanflow" not in again.methods:
-        assert (again.steps, again.guidance) == (30, 3.5)
+    decided = required_settings(again.methods)
+    assert again.steps == (None if "steps" in decided else 30)
+    assert again.guidance == (None if "guidance" in decided else 3.5)
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)

@@ -45,7 +45,10 @@ DEFAULTS = ModelDefaults(height=64, width=64, frames=17, steps=50, guidance=4.0)
         ({"guidance": -2.0}, "guidance = -2.0 is not allowed: a number from 0 to 30"),
         ({"methods": {"fastercache": {"attention_interval": 99}}}, "attention_interval = 99 .* from 2 to 6"),
         ({"methods": {"gpd": {}}, "steps": 20}, "with gpd, which needs steps = 6; set gpd.steps instead"),
-        ({"methods": {"gpd": {}, "meanflow": {}}}, "gpd and meanflow do not go together: each replaces the model"),
+        (
+            {"methods": {"gpd": {}, "meanflow": {}}},
+            "gpd and meanflow do not go together: each brings its own noise levels",
+        ),
         ({"methods": {"disca": {"full_steps": "1 2 5"}}}, "disca.full_steps: "),
         ({"methods": {"asymrnr": {"budget": 0.755}}}, "a number from 0.2 to 1 in steps of 0.01"),
         ({"methods": {"asymrnr": {"schedule": "fixed", "rates": {"a": [[0.99, 0.1]]}}}}, "asymrnr.rates.a.0.0 = 0.99"),
