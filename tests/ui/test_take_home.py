@@ -82,7 +82,7 @@ def test_the_copied_link_restores_the_settings(page, url):
     link = page.evaluate("navigator.clipboard.readText()")
     assert link == page.input_value("#share-link textarea") and link.startswith(f"{url}?preset=balanced")
     page.goto(link)
-    page.wait_for_selector("#given >> text=['asymrnr', 'fastercache'] 1", timeout=30_000)
+    page.wait_for_selector("#given >> text=['fittedsolver'] 8", timeout=30_000)
 
 
 def test_text_in_the_address_never_becomes_html(page, url):
@@ -107,7 +107,7 @@ def test_a_preset_is_downloaded_as_a_file(page):
     page.get_by_role("tab", name="Code").click()
     with page.expect_download() as download:
         page.click("#downloads a[download='preset.yaml']")
-    assert "guidance_interval: 9" in download.value.path().read_text()
+    assert "fittedsolver:\n    steps: 20" in download.value.path().read_text()
 
 
 def test_a_table_of_results_is_read_when_it_is_opened_and_sorted_by_keyboard(page):
@@ -118,7 +118,7 @@ def test_a_table_of_results_is_read_when_it_is_opened_and_sorted_by_keyboard(pag
     assert first.inner_text() == "baseline"
     page.locator("#results-table thead button", has_text="speed-up").press("Enter")
     page.wait_for_selector("#results-table [aria-sort=descending]")
-    assert first.inner_text() == "turbo" and page.locator("#results-plot path.mark").count() == 8
+    assert first.inner_text() == "turbo" and page.locator("#results-plot path.mark").count() == 10
 
 
 def test_the_cell_under_the_pointer_is_read_out(page):
