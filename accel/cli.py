@@ -410,7 +410,7 @@ def fit(
     model: Model = TINY,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose baselines the solvers are fitted to.")] = 8,
     uncond_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the steps that run the unconditional branch.")
+        float, typer.Option(min=0.05, max=1, help="Share of the steps that run the unconditional branch.")
     ] = 1.0,
     guidance: Guidance = None,
     out: Out = Path("runs/fit"),
