@@ -15,7 +15,7 @@ from ..errors import AccelError, amount
 from ..families import family_of
 from ..methods.asymrnr.budget import PROFILE, Profile, Table
 from ..runtime.generate import Video, environment, grid
-from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, resolve
+from ..runtime.models import ModelDefaults, folders_of_results, load_pipeline, model_defaults
 from ..runtime.run import Run
 from .measure import calibration_cases, measure_in_turn, runs_of, settings_key
 from .metrics import METRICS, Pair, mean_of, metrics_of, ssim_frames
@@ -58,7 +58,7 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     (out / "profile.md").write_text(_report(lines, costs, about))
     _plot(lines, costs, out / "profile.png")
     profile = Profile(grid=grid(pipe, run), steps=run.steps, rate=RATE, costs=costs)
-    folders = [out] + [Path(resolve(model))] * Path(resolve(model)).is_dir()
+    folders = folders_of_results(model, out)
     for folder in folders:
         profile.save(folder / PROFILE)
     return {**about, "costs": costs, "written": [str(folder / PROFILE) for folder in folders]}

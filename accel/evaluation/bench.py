@@ -16,10 +16,10 @@ from accelerate import PartialState
 from ..errors import AccelError
 from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
-from ..runtime.models import ModelDefaults, load_pipeline, model_defaults
-from .front import Groups, best_settings, front_table, plot_summary, with_front
+from ..runtime.models import load_pipeline, model_defaults
+from .front import best_settings, front_table, plot_summary, with_front
 from .measure import Case, by_case, measure_in_turn, refused_peers, settings_key
-from .metrics import METRICS, Pair, measure, metrics_of
+from .metrics import METRICS, Metric, Pair, measure, metrics_of
 from .report import pairs_table, summarize, table
 from .result_log import ResultLog
 from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, OVERVIEW, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
@@ -66,37 +66,31 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
     refused = refused_peers(settings, cases[0], pipe, defaults, model=model)
     settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
+
+    def measured(settings: dict[str, Setting], cases: Sequence[Case], metrics: list[Metric], file: str, title: str):
+        log = ResultLog(out / file, settings_key(settings, model, pipe, defaults), state)
+        record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
+        return measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, title)
+
     groups, classes, about = SUITES[suite].groups, [], {}
     if groups:
         tried = sum(name in settings for names in groups.values() for name in names)
         about = {"tried": tried, "tuning_prompts": TUNING_PROMPTS}
         tuning = [(prompt, 0) for prompt in held_out_prompts(TUNING_PROMPTS, TUNING_SEED, defaults.living)]
-        classes = _choose(settings, groups, tuning, model, pipe, defaults, out, state)
+        lines = measured(settings, tuning, [METRICS["ssim"]], "tuning.jsonl", "tuning prompts")
+        rows = summarize(by_case(lines))["rows"]
+        classes = best_settings(rows, {g: [n for n in names if n in rows] for g, names in groups.items()})
         kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *(setting for of, setting in OVERVIEW.values() if of == suite)}
         kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
         _check_out(out / "results.json", settings, prompts * seeds)
     metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
-    log = ResultLog(out / "results.jsonl", settings_key(settings, model, pipe, defaults), state)
-    record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
-    lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, suite)
+    lines = measured(settings, cases, metrics, "results.jsonl", suite)
     if not state.is_main_process:
         return {}
     cases = by_case(lines)
     summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), **about, "refused": refused}
     return with_front(summary, cases, groups, classes) if groups else summary
-
-
-def _choose(
-    settings: dict[str, Setting], groups: Groups, cases: Sequence[Case], model: str, pipe, defaults: ModelDefaults,
-    out: Path, state: PartialState,
-) -> list[dict]:  # fmt: skip
-    """The best setting of each group in each class of speed, on the tuning prompts."""
-    log = ResultLog(out / "tuning.jsonl", settings_key(settings, model, pipe, defaults), state)
-    record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), [METRICS["ssim"]])
-    lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, "tuning prompts")
-    rows = summarize(by_case(lines))["rows"]
-    return best_settings(rows, {group: [n for n in names if n in rows] for group, names in groups.items()})
 
 
 def _check_out(file: Path, settings: dict[str, Setting], n: int) -> None:

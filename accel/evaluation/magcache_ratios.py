@@ -14,7 +14,7 @@ from ..families import family_of
 from ..files import atomic_write
 from ..methods.peers import RATIOS, MagCache, Ratios
 from ..runtime.generate import generate
-from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, resolve
+from ..runtime.models import ModelDefaults, folders_of_results, load_pipeline, model_defaults
 from ..runtime.run import Run, build_run
 
 
@@ -32,7 +32,7 @@ def run_calibration(model: str, prompt: str, seed: int, steps: int | None, out: 
     MagCache().check_model(family, denoisers[0])
     run = build_run(defaults, model=model, prompt=prompt, seed=seed, steps=steps)
     ratios = Ratios(steps=run.steps, ratios=_measure(run, pipe, defaults, denoisers[0]))
-    folders = [out] + [Path(resolve(model))] * Path(resolve(model)).is_dir()
+    folders = folders_of_results(model, out)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / RATIOS) as part:

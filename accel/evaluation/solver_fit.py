@@ -26,9 +26,9 @@ from ..core.host import halves
 from ..errors import AccelError, amount
 from ..families import family_of
 from ..files import atomic_write
-from ..methods.fittedsolver import FOLDER, FittedSolver, Solver
+from ..methods.fittedsolver import FOLDER, FittedSolver, Solver, weighted_sum
 from ..runtime.generate import environment, generate, warm_up
-from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, resolve
+from ..runtime.models import ModelDefaults, folders_of_results, load_pipeline, model_defaults
 from ..runtime.run import Run, build_run
 from ..students.weights import fingerprint
 from .measure import calibration_cases
@@ -179,7 +179,7 @@ def fit_weights(
             kept += _outputs(denoiser, path, sample, node, 1 + (step in uncond))
         terms = [[sample, *kept] for sample, kept in zip(samples, outputs)]
         weights.append(least_squares(terms, [path.samples[following] for path in paths]))
-        samples = [sum(w * term.float() for w, term in zip(weights[-1], of_path)) for of_path in terms]
+        samples = [weighted_sum(weights[-1], of_path) for of_path in terms]
     return weights, samples
 
 
@@ -220,8 +220,7 @@ def least_squares(terms: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) 
 
 def save(solver: Solver, model: str, out: Path) -> list[Path]:
     """The files of a solver, after writing them: in `out`, and in a local model's folder."""
-    folders = [out] + [Path(resolve(model)) / FOLDER] * Path(resolve(model)).is_dir()
-    files = [folder / f"{solver.steps}.json" for folder in folders]
+    files = [folder / f"{solver.steps}.json" for folder in folders_of_results(model, out, FOLDER)]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as part:

@@ -16,9 +16,7 @@ class HunyuanVideo(Family):
     attention = "attn"
     is_joint = True
     embeds_guidance = True
-    remarks = {
-        "fastercache": "yes; a branch to rebuild only with true guidance", "fittedsolver": "after a fit, from text",
-    }  # fmt: skip
+    remarks = {"fastercache": "yes; a branch to rebuild only with true guidance"}
 
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
         """Whether a true unconditional branch runs beside the embedded guidance."""

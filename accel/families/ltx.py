@@ -19,7 +19,6 @@ class LTX(Family):
     attention = "attn1"
     latent_format = "BSC"
     batches_guidance = True
-    remarks = {"fittedsolver": "after a fit, from text"}
 
     def grid(self, model: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Grid:
         """Token grid (f, h, w); one row of tokens where the pipeline gives coordinates instead."""

@@ -60,11 +60,15 @@ class Solver(BaseModel, frozen=True):
 
     def next_sample(self, step: int, sample: Tensor, outputs: list[Tensor]) -> Tensor:
         """The sample after a step, in float32, from the one before it and all outputs so far, of the same shape."""
-        weights = self.weights[step]
-        x = weights[0] * sample.float()
-        for weight, output in zip(weights[1:], outputs, strict=True):
-            x += weight * output.float()
-        return x
+        return weighted_sum(self.weights[step], [sample, *outputs])
+
+
+def weighted_sum(weights: list[float], terms: list[Tensor]) -> Tensor:
+    """The sum of terms of one shape, each times its weight, in float32."""
+    x = weights[0] * terms[0].float()
+    for weight, term in zip(weights[1:], terms[1:], strict=True):
+        x += weight * term.float()
+    return x
 
 
 class FittedSolver(Method):

@@ -143,6 +143,12 @@ def read_json(file: Path) -> dict:
         raise AccelError(f"{file} is damaged ({error}); {_remedy(file.parent)}") from None
 
 
+def folders_of_results(model: str, out: Path, name: str = "") -> list[Path]:
+    """Where a command writes what it found out about a model: `out` and, for a local model, `name` in its folder."""
+    folder = Path(resolve(model))
+    return [out, folder / name] if folder.is_dir() else [out]
+
+
 def weights(model: str) -> list[tuple[str, str]]:
     """Name and SHA-256 of each file of a local model that affects what it generates; an empty list for a hub id.
 

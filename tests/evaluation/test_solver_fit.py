@@ -28,23 +28,10 @@ from accel.runtime.models import model_defaults
 from accel.runtime.run import build_run
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))
-from tiny import TINY  # noqa: E402
+from tiny import TINY, encoding  # noqa: E402
 
-EMBEDDINGS = {
-    "wan": ("prompt_embeds", "negative_prompt_embeds"),
-    "hunyuan_video": ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
-    "skyreels_v2": ("prompt_embeds", "negative_prompt_embeds"),
-    "ltx": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
-    "mochi": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
-}
+FITTED = ["wan", "hunyuan_video", "skyreels_v2", "ltx", "mochi"]
 STEPS = 12
-
-
-def tiny_pipe(name: str):
-    """A tiny pipeline whose text encoder gives the same embeddings for every prompt."""
-    pipe, inputs = TINY[name]()
-    pipe.encode_prompt = lambda *_, **__: tuple(inputs[part] for part in EMBEDDINGS[name])
-    return pipe
 
 
 def run_of(pipe, **settings):
@@ -81,10 +68,10 @@ def test_unconditional_steps_are_spread_from_the_first_to_the_last():
     assert uncond_steps(9, 0.5) == [0, 3, 5, 8] and uncond_steps(5, 0) == []
 
 
-@pytest.mark.parametrize("name", EMBEDDINGS)
+@pytest.mark.parametrize("name", FITTED)
 def test_a_run_with_a_fitted_solver_ends_where_the_fit_ended(name, tmp_path):
     """The pipeline, with the method in it, repeats the rollout that the weights were fitted on."""
-    pipe = tiny_pipe(name)
+    pipe = encoding(name)
     paths, run = paths_of(pipe)
     levels, times = solver_fit.noise_levels(pipe.scheduler), pipe.scheduler.timesteps.tolist()
     solver, errors = fit(check_pipeline(pipe), paths, levels, times, 6, 0.5, run.guidance)
@@ -104,7 +91,7 @@ def test_a_run_with_a_fitted_solver_ends_where_the_fit_ended(name, tmp_path):
 
 
 def test_the_trajectory_holds_what_the_pipeline_computed():
-    pipe = tiny_pipe("wan")
+    pipe = encoding("wan")
     (path,), run = paths_of(pipe, 1)
     assert len(path.samples) == STEPS + 1 and [len(calls) for calls in path.calls] == [2] * STEPS
     video = generate(run, pipe, model_defaults(pipe, "-"))
@@ -119,14 +106,14 @@ def test_what_no_solver_can_be_fitted_to_is_refused(monkeypatch, two_models):
     for refused in (pipe, two_models):
         with pytest.raises(AccelError, match="it needs one transformer and a scheduler for flow matching"):
             check_pipeline(refused)
-    wan = tiny_pipe("wan")
+    wan = encoding("wan")
     wan.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     with pytest.raises(AccelError, match="the scheduler evaluates 23 times in 12 steps"):
         paths_of(wan, 1)
 
 
 def test_step_counts_that_the_method_lacks_or_the_baseline_has_are_refused(monkeypatch, tmp_path):
-    wan = tiny_pipe("wan")
+    wan = encoding("wan")
     monkeypatch.setattr(solver_fit, "load_pipeline", lambda _: wan)
     with pytest.raises(AccelError, match="no solver has 9 steps: choose from 4, 5, 6"):
         run_fit("-", [8, 9], 1.0, None, 1, tmp_path)
@@ -139,7 +126,7 @@ def test_step_counts_that_the_method_lacks_or_the_baseline_has_are_refused(monke
 
 
 def test_nothing_is_left_in_the_pipeline_after_a_fit():
-    pipe = tiny_pipe("wan")
+    pipe = encoding("wan")
     before = generate(run_of(pipe, steps=4), pipe, model_defaults(pipe, "-")).latents
     paths_of(pipe, 1)
     assert "step" not in vars(pipe.scheduler) and not pipe.transformer._forward_hooks

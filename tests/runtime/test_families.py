@@ -15,24 +15,13 @@ from accel.runtime.preview import RaceRecorder
 from accel.runtime.run import build_run, check_size
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))
-from tiny import TINY  # noqa: E402
-
-EMBEDDINGS = {
-    "cogvideox": ("prompt_embeds", "negative_prompt_embeds"),
-    "skyreels_v2": ("prompt_embeds", "negative_prompt_embeds"),
-    "hunyuan_video": ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
-    "ltx": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
-    "mochi": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
-}  # what each pipeline's `encode_prompt` returns
+from tiny import TINY, encoding  # noqa: E402
 
 
-@pytest.fixture(params=EMBEDDINGS)
+@pytest.fixture(params=["cogvideox", "skyreels_v2", "hunyuan_video", "ltx", "mochi"])
 def tiny(request):
     """A tiny pipeline whose text encoder gives the same embeddings for every prompt."""
-    pipe, inputs = TINY[request.param]()
-    given = tuple(inputs[name] for name in EMBEDDINGS[request.param])
-    pipe.encode_prompt = lambda *_, **__: given
-    return pipe
+    return encoding(request.param)
 
 
 def run_of(pipe, **settings):
