@@ -413,18 +413,22 @@ def fit(
         float, typer.Option(min=0.05, max=1, help="Share of the steps that run the unconditional branch.")
     ] = 1.0,
     guidance: Guidance = None,
+    tries: Annotated[
+        int, typer.Option(min=0, help="Lists of steps to try beyond five spacings; each costs half a fit.")
+    ] = 40,
     out: Out = Path("runs/fit"),
 ) -> None:  # fmt: skip
     """Fit solvers of few steps to the model's own trajectories: a JSON file each, also in the folder of the model.
 
-    No training: for each step one least-squares problem. It takes as long as a few baselines for each prompt.
+    No training: for each step a least-squares problem. With 40 tries, a solver takes as long as some ten baselines of
+    each prompt.
     """
     from .runtime.models import check_model
 
     check_model(model)
     from .evaluation.solver_fit import run_fit
 
-    print_json(run_fit(model, steps, uncond_share, guidance, prompts, out))
+    print_json(run_fit(model, steps, uncond_share, guidance, prompts, tries, out))
 
 
 @app.command()

@@ -3,18 +3,19 @@
 The baseline of each prompt is recorded once. A solver's noise levels are some of the baseline's. It is fitted step by
 step: all prompts advance together, and the weights of a step are those whose sums come closest, over all prompts, to
 the baseline's samples at the next of its noise levels. So each step also corrects what the steps before it have missed.
-Several spacings are fitted; the one that ends closest to the baselines is kept.
+Several spacings are fitted; from the one that ends closest to the baselines, a search moves single steps.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from .measure import calibration_cases
 PROMPT_SEED = 77  # other prompts than those of searches and reports
 SPACINGS = ((0.12, 0.2, 1), (0.12, 0.35, 1), (0.2, 0.5, 6), (0.35, 0.5, 6), (0.35, 1.0, 6))  # see `spacing`
 RIDGE = 1e-5  # of a mean squared element; outputs of neighbouring steps are nearly equal
+ROUNDS = 8  # of least squares, each with new weights of the prompts
+SMALL_ERROR = 1e-6  # relative and squared: what is closer than that is close enough
+MOVES = 20  # a search gives up after so many moves for each of its tries
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Trajectory:
 
 
 def run_fit(
-    model: str, steps: Sequence[int], share: float, guidance: float | None, prompts: int, out: Path
+    model: str, steps: Sequence[int], share: float, guidance: float | None, prompts: int, tries: int, out: Path
 ) -> dict:  # fmt: skip
     """What was fitted, after writing one file for each step count; a local model gets a copy.
 
@@ -69,8 +73,8 @@ def run_fit(
     levels, times = noise_levels(pipe.scheduler), pipe.scheduler.timesteps.tolist()
     found = {}
     for count in tqdm(steps, desc="solvers"):
-        solver, errors = fit(denoiser, paths, levels, times, count, share, runs[0].guidance)
-        found[count] = {"spacings": errors, "uncond_steps": solver.uncond_steps, "sigmas": solver.sigmas}
+        solver, errors = fit(denoiser, paths, levels, times, count, share, runs[0].guidance, tries)
+        found[count] = {"errors": errors, "uncond_steps": solver.uncond_steps, "sigmas": solver.sigmas}
         found[count]["written"] = [str(file) for file in save(solver, model, out)]
     about = {"model": model, "baseline_steps": runs[0].steps, "prompts": prompts, **environment(pipe)}
     return {**about, "solvers": found}
@@ -145,42 +149,91 @@ def uncond_steps(count: int, share: float) -> list[int]:
 
 def fit(
     denoiser: nn.Module, paths: Sequence[Trajectory], levels: Sequence[float], times: Sequence[float], count: int,
-    share: float, guidance: float,
+    share: float, guidance: float, tries: int = 0,
 ) -> tuple[Solver, dict[str, float]]:  # fmt: skip
-    """The solver of the best spacing, and the error of each one that was tried, by its numbers.
+    """The solver of the best list of steps, and the errors: of each spacing by its numbers, and after the search.
 
-    Raises AccelError if the numbers of the model are not finite.
+    From the best spacing, `tries` lists are tried (see `search`). Raises AccelError if the numbers of the model are not
+    finite.
     """
     guided = len(paths[0].calls[0]) > 1
-    uncond = uncond_steps(count, share) if guided else []
-    tried = {}
+    rollouts = Rollouts(denoiser, paths, uncond_steps(count, share) if guided else [])
+    errors, tried = {}, {}
     for shape in SPACINGS:
         if (nodes := spacing(len(times), count, *shape)) not in tried:
-            weights, ends = fit_weights(denoiser, paths, nodes, uncond)
-            tried[nodes] = mean_log_error(ends, paths), weights, " ".join(f"{number:g}" for number in shape)
-    nodes = min(tried, key=lambda nodes: tried[nodes][0])
-    weights = tried[nodes][1]
+            tried[nodes] = rollouts.error(nodes)
+            errors[" ".join(f"{number:g}" for number in shape)] = round(tried[nodes], 3)
+    nodes = min(tried, key=tried.__getitem__)
+    if tries:
+        nodes = search(rollouts, nodes, tries)
+        errors["after the search"] = round(rollouts.error(nodes), 3)
     solver = Solver(
         steps=count, guidance=guidance, sigmas=[levels[i] for i in nodes], timesteps=[times[i] for i in nodes[:-1]],
-        uncond_steps=uncond, weights=weights, base_fingerprint=fingerprint(denoiser),
+        uncond_steps=rollouts.uncond, weights=rollouts.after(nodes).weights, base_fingerprint=fingerprint(denoiser),
     )  # fmt: skip
-    return solver, {shape: round(error, 3) for error, _, shape in tried.values()}
+    return solver, errors
 
 
-@torch.no_grad()
-def fit_weights(
-    denoiser: nn.Module, paths: Sequence[Trajectory], nodes: Sequence[int], uncond: Sequence[int]
-) -> tuple[list[list[float]], list[Tensor]]:
-    """The weights of each step between the nodes, and each prompt's sample at the end, in float32."""
-    samples, outputs = [path.samples[0] for path in paths], [[] for _ in paths]
-    weights: list[list[float]] = []
-    for step, (node, following) in enumerate(zip(nodes, nodes[1:])):
-        for path, sample, kept in zip(paths, samples, outputs):
-            kept += _outputs(denoiser, path, sample, node, 1 + (step in uncond))
-        terms = [[sample, *kept] for sample, kept in zip(samples, outputs)]
-        weights.append(least_squares(terms, [path.samples[following] for path in paths]))
-        samples = [weighted_sum(weights[-1], of_path) for of_path in terms]
-    return weights, samples
+class Arrived(NamedTuple):
+    """Where all prompts are after the steps between some nodes, with the weights of those steps."""
+
+    weights: list[list[float]]
+    samples: list[Tensor]  # of each prompt, in float32
+    outputs: list[list[Tensor]]  # of each prompt, all so far; none at the last noise level
+
+
+class Rollouts:
+    """Fits the weights between nodes. A list that begins as one before it did costs only what differs."""
+
+    def __init__(self, denoiser: nn.Module, paths: Sequence[Trajectory], uncond: Sequence[int]) -> None:
+        self.denoiser, self.paths, self.uncond = denoiser, paths, list(uncond)
+        self.known: dict[tuple[int, ...], Arrived] = {}
+
+    @torch.no_grad()
+    def after(self, nodes: tuple[int, ...]) -> Arrived:
+        """All prompts at the last node, after one step between each two nodes; the first node is 0."""
+        if nodes not in self.known:
+            weights, samples, outputs = [], [path.samples[0] for path in self.paths], [[] for _ in self.paths]
+            if len(nodes) > 1:
+                before = self.after(nodes[:-1])
+                terms = [[sample, *kept] for sample, kept in zip(before.samples, before.outputs)]
+                weights = [*before.weights, fit_weights(terms, [path.samples[nodes[-1]] for path in self.paths])]
+                samples, outputs = [weighted_sum(weights[-1], of_path) for of_path in terms], before.outputs
+            if nodes[-1] < len(self.paths[0].calls):
+                branches = 1 + (len(nodes) - 1 in self.uncond)
+                at_node = [_outputs(self.denoiser, *at, nodes[-1], branches) for at in zip(self.paths, samples)]
+                outputs = [kept + new for kept, new in zip(outputs, at_node)]
+            self.known[nodes] = Arrived(weights, samples, outputs)
+        return self.known[nodes]
+
+    def error(self, nodes: tuple[int, ...]) -> float:
+        """`mean_log_error` at the end."""
+        return mean_log_error(self.after(nodes).samples, self.paths)
+
+    def forget_others(self, nodes: tuple[int, ...]) -> None:
+        """Keep only what these nodes begin with."""
+        self.known = {known: at for known, at in self.known.items() if nodes[: len(known)] == known}
+
+
+def search(rollouts: Rollouts, nodes: tuple[int, ...], tries: int) -> tuple[int, ...]:
+    """The best of the nodes and of `tries` lists that each move one or two nodes of the best one so far a little."""
+    rng, best, seen = random.Random(0), rollouts.error(nodes), {nodes}
+    with tqdm(total=tries, desc=f"lists of {amount(len(nodes) - 1, 'step')}", leave=False) as bar:
+        for _ in range(MOVES * tries):  # where few steps lie between, nearly all moves are soon seen
+            moved = list(nodes)
+            for i in rng.choices(range(1, len(nodes) - 1), k=rng.choice((1, 1, 2))):
+                moved[i] += rng.choice((-3, -2, -1, 1, 2, 3))
+            if sorted({0, *moved, nodes[-1]}) != moved or tuple(moved) in seen:
+                continue
+            seen.add(tuple(moved))
+            if (error := rollouts.error(tuple(moved))) < best:
+                best, nodes = error, tuple(moved)
+            rollouts.forget_others(nodes)
+            bar.set_postfix(error=f"{best:.3f}")
+            bar.update()
+            if bar.n == tries:
+                break
+    return nodes
 
 
 def mean_log_error(ends: Sequence[Tensor], paths: Sequence[Trajectory]) -> float:
@@ -205,17 +258,28 @@ def _outputs(denoiser: nn.Module, path: Trajectory, sample: Tensor, node: int, b
     return [denoiser(**{**inputs, "hidden_states": x})[0].cpu() for inputs in path.calls[node][:branches]]
 
 
-def least_squares(terms: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> list[float]:
-    """The weights of the sums of terms that come closest to the targets, over all of their elements.
+def fit_weights(terms: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> list[float]:
+    """The weights of the sums of terms that come closest to the targets, each prompt counted by its relative error.
 
-    `terms[p][i]` and `targets[p]` have one shape for each p. In float64, with a small penalty on large weights.
+    `terms[p][i]` and `targets[p]` have one shape for each p. The mean over the prompts of the logarithm of the squared
+    error is minimized, by least squares whose weights are repeatedly set to one over each prompt's squared error: in a
+    plain sum of squares, the few prompts whose videos become another scene would decide. In float64, with a small
+    penalty on large weights.
     """
-    size, count = len(terms[0]), 0
-    gram, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    for row, target in zip(terms, targets, strict=True):
-        a = torch.stack([term.flatten().double() for term in row])
-        gram, right, count = gram + a @ a.T, right + a @ target.flatten().double(), count + target.numel()
-    return torch.linalg.solve(gram + RIDGE * count * torch.eye(size, dtype=torch.float64), right).tolist()
+    rows = [torch.stack([term.flatten().double() for term in row]) for row in terms]
+    ends = [target.flatten().double() for target in targets]
+    grams, rights = torch.stack([a @ a.T for a in rows]), torch.stack([a @ y for a, y in zip(rows, ends)])
+    squares, size = torch.stack([y @ y for y in ends]), grams.shape[-1]
+    penalty = RIDGE * ends[0].numel() * torch.eye(size, dtype=torch.float64)
+    share = torch.ones_like(squares)
+    for _ in range(ROUNDS):
+        share = share / share.mean()
+        weights = torch.linalg.solve(
+            (share[:, None, None] * grams).mean(0) + penalty, (share[:, None] * rights).mean(0)
+        )
+        errors = (squares - 2 * rights @ weights + torch.einsum("i,pij,j->p", weights, grams, weights)) / squares
+        share = 1 / (errors.clamp(min=0) + SMALL_ERROR)
+    return weights.tolist()
 
 
 def save(solver: Solver, model: str, out: Path) -> list[Path]:
