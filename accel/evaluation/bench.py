@@ -84,8 +84,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
         _check_out(out / "results.json", settings, prompts * seeds)
-    metrics = [metric for metric in metrics_of(defaults) if metric.in_suites]
-    lines = measured(settings, cases, metrics, "results.jsonl", suite)
+    lines = measured(settings, cases, metrics_of(defaults), "results.jsonl", suite)
     if not state.is_main_process:
         return {}
     cases = by_case(lines)

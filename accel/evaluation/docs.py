@@ -243,7 +243,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "overview": overview,
     "front-overview": front_of_groups,
     "methods": methods,
-    "peers": partial(methods, of_diffusers=True),
+    "peer-methods": partial(methods, of_diffusers=True),
     "support": support,
     "parameters": parameters,
     "gpu": gpu,

@@ -16,7 +16,7 @@ from .suites import NEUTRAL, NOISE_FLOOR
 
 CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
 OURS = "ours"  # the group that the others are compared with
-SHOWN = ("ssim", "ssim_worst", "adherence")
+SHOWN = ("ssim", "ssim_worst", "vmaf", "adherence")
 MAX_LABELS = 20
 Groups = dict[str, Sequence[str]]  # name -> its settings
 Point = tuple[float, float, str]  # speed, SSIM, label

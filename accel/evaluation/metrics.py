@@ -63,7 +63,7 @@ class Metric:
     parts: str = ""  # key of the single values where `measure` returns a dict
     worst_only: bool = False  # a setting is summarised by its worst value, not by the mean
     extra: bool = False  # measured only for models that name it in accel.json
-    in_suites: bool = True  # False: for pairs only, as the committed results of suites lack it
+    optional: bool = False  # None also where the program that measures it is missing
     shown_in: frozenset[str] = frozenset()  # "brief", "report", "details", "pairs" (tables) and "page"
 
     def format(self, value: Value) -> str:
@@ -113,7 +113,7 @@ def metric_texts(report: dict) -> list[tuple[str, str]]:
     texts = []
     for m in METRICS.values():
         key = f"{m.name}_b" if m.of_one_video else m.name
-        unmeasured = report.get(key) is None and (m.extra or not m.in_suites)
+        unmeasured = report.get(key) is None and (m.extra or m.optional)
         if "page" not in m.shown_in or key not in report or unmeasured:
             continue
         about = f"{m.about}, baseline {m.format(report[f'{m.name}_a'])}" if m.of_one_video else m.about
@@ -216,7 +216,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "vmaf", "VMAF", "VMAF to the baseline, of 100", by_ffmpeg("vmaf"), higher_is_better=True, digits=1,
-            text="{:.1f}", in_suites=False, shown_in=frozenset({"page"}),
+            text="{:.1f}", optional=True, shown_in=frozenset({"report", "page"}),
         ),
         Metric(
             "xpsnr", "XPSNR dB", "PSNR to the baseline, weighted by what the eye sees", by_ffmpeg("xpsnr"),

@@ -268,16 +268,16 @@ def fit_weights(terms: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) ->
     """
     rows = [torch.stack([term.flatten().double() for term in row]) for row in terms]
     ends = [target.flatten().double() for target in targets]
-    grams, rights = torch.stack([a @ a.T for a in rows]), torch.stack([a @ y for a, y in zip(rows, ends)])
-    squares, size = torch.stack([y @ y for y in ends]), grams.shape[-1]
-    penalty = RIDGE * ends[0].numel() * torch.eye(size, dtype=torch.float64)
+    squares = torch.stack([y @ y for y in ends])
+    grams = torch.stack([a @ a.T for a in rows]) / squares[:, None, None]
+    rights = torch.stack([a @ y for a, y in zip(rows, ends)]) / squares[:, None]
+    penalty = RIDGE * ends[0].numel() / squares.mean() * torch.eye(grams.shape[-1], dtype=torch.float64)
     share = torch.ones_like(squares)
     for _ in range(ROUNDS):
         share = share / share.mean()
-        weights = torch.linalg.solve(
-            (share[:, None, None] * grams).mean(0) + penalty, (share[:, None] * rights).mean(0)
-        )
-        errors = (squares - 2 * rights @ weights + torch.einsum("i,pij,j->p", weights, grams, weights)) / squares
+        gram, right = (share[:, None, None] * grams).mean(0), (share[:, None] * rights).mean(0)
+        weights = torch.linalg.solve(gram + penalty, right)
+        errors = 1 - 2 * rights @ weights + torch.einsum("i,pij,j->p", weights, grams, weights)
         share = 1 / (errors.clamp(min=0) + SMALL_ERROR)
     return weights.tolist()
 

@@ -244,8 +244,24 @@ def _plain_solvers() -> dict[str, Setting]:
     return _in_steps((33, 25, 20, 14, 10, 6, 4, 3), found)
 
 
+def _peer_defaults() -> Suite:
+    """Each peer at its own defaults, and our settings of about the same work."""
+    peers = {name: Setting(overrides={name: {}}) for name, method in METHODS.items() if method.peer}
+    ours = {f"fittedsolver, {n} steps": Setting(overrides={"fittedsolver": {"steps": n}}) for n in (33, 20, 14)}
+    return Suite(BASELINE | peers | ours)
+
+
+def _papers() -> Suite:
+    """Each paper's method by its preset, and plain solvers of about the same work."""
+    presets = {name: Setting(name) for name in ("fastercache", "asymrnr-official", "gpd", "meanflow", "disca")}
+    plain = _in_steps((33, 10, 6, 3), {"unipc, shift 5": Setting(solver="unipc", shift=5.0)})
+    return Suite(BASELINE | presets | plain)
+
+
 SUITES: dict[str, Suite] = {
     "front": _front(),
+    "peers": _peer_defaults(),
+    "paper": _papers(),
     "base": Suite(BASELINE),
     "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),

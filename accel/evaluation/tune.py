@@ -33,7 +33,7 @@ from .result_log import config_hash
 
 STEPS = (50, 40, 32, 25, 20, 16, 13, 10, 8, 6, 5, 4)
 WITH_OWN_STEPS = ("fittedsolver", "gpd", "meanflow")  # methods that bring their noise levels
-RANDOM_TRIES = 20  # before the sampler learns from them
+RANDOM_TRIES = 10  # after the known settings, before the sampler learns from all of them
 SMALLEST_LOSS = 1e-6  # below it, losses count as equal
 MAX_ADHERENCE_LOSS = 0.01  # of a preset against the baseline
 
@@ -43,6 +43,7 @@ def tune(
 ) -> list[dict]:
     """The front of `trials` tries as rows, slowest first, after writing front.json. A second call resumes the first.
 
+    The first tries are the students and fitted solvers of the model in each of their step counts.
     A row has "preset" (its settings), "work", "speed" (the inverse), "ssim", and "adherence_loss" where the model's
     world is known. Raises AccelError if `out` holds a search of other prompts, weights or another seed.
     """
@@ -50,17 +51,21 @@ def tune(
     own_steps = {name: [n for n in counts if n] for name, counts in steps.items() if any(counts)}
     tried = [METHODS[name](steps=n) for name, counts in own_steps.items() for n in counts]
     files = [hash_of(file) for method in tried for file in method.files(resolve(model))]
-    key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), own_steps, files)
+    has_predictor = "meanflow" in own_steps and METHODS["disca"]().is_available(resolve(model))
+    known = known_settings(own_steps, has_predictor)
+    key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), known, files)
     study, judge = open_study(out, key), Judge(model, pipe, defaults, prompts)
     found = finished(study)
     with tqdm(total=trials, initial=min(trials, len(found)), desc="tries") as bar:
         while len(found) < trials:
             # a sampler of its own for each try: the choices of a resumed search are those of an unbroken one
-            study.sampler = sampler(seed * 100_003 + len(found))
+            study.sampler = sampler(seed * 100_003 + len(found), len(known) + RANDOM_TRIES)
+            if len(found) < len(known):
+                study.enqueue_trial(known[len(found)])
             trial = study.ask()
-            preset = suggest(trial, own_steps)
-            known = [row for row in found if row["preset"] == preset.model_dump(exclude_defaults=True)]
-            row = known[0] if known else judge(preset)
+            preset = suggest(trial, own_steps, has_predictor)
+            same = [row for row in found if row["preset"] == preset.model_dump(exclude_defaults=True)]
+            row = same[0] if same else judge(preset)
             trial.set_user_attr("row", row)
             study.tell(trial, (math.log(row["work"]), math.log(max(SMALLEST_LOSS, 1 - row["ssim"]))))
             found = finished(study)
@@ -90,11 +95,11 @@ def open_study(out: Path, key: str) -> optuna.Study:
     return study
 
 
-def sampler(seed: int) -> optuna.samplers.TPESampler:
-    """The sampler of one try."""
+def sampler(seed: int, unguided: int) -> optuna.samplers.TPESampler:
+    """The sampler of one try, which learns nothing from the first `unguided` ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=RANDOM_TRIES)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=unguided)
 
 
 def finished(study: optuna.Study) -> list[dict]:
@@ -103,11 +108,29 @@ def finished(study: optuna.Study) -> list[dict]:
     return [trial.user_attrs["row"] for trial in complete]
 
 
-def suggest(trial: optuna.Trial, own_steps: dict[str, list[int]]) -> Preset:
+def known_settings(own_steps: dict[str, list[int]], has_predictor: bool) -> list[dict]:
+    """What `suggest` chooses in the first tries: methods with their own noise levels, in all of their steps."""
+    found = []
+    for name, counts in own_steps.items():
+        for n in counts:
+            choice = {"source": name, f"{name}.steps": n}
+            both = name == "meanflow" and has_predictor
+            found += (
+                [choice | {"predictor": False}, choice | {"predictor": True, "full_share": 0.5}] if both else [choice]
+            )
+    return found
+
+
+def suggest(trial: optuna.Trial, own_steps: dict[str, list[int]], has_predictor: bool) -> Preset:
     """The settings of a try: a method with its own noise levels in some steps, or a plain solver with caches."""
     source = trial.suggest_categorical("source", ("base", *own_steps))
     if source != "base":
-        return Preset(methods={source: {"steps": trial.suggest_categorical(f"{source}.steps", own_steps[source])}})
+        steps = trial.suggest_categorical(f"{source}.steps", own_steps[source])
+        methods = {source: {"steps": steps}}
+        if source == "meanflow" and has_predictor and trial.suggest_categorical("predictor", (False, True)):
+            full = max(2, round(steps * trial.suggest_float("full_share", 0.3, 0.9, step=0.1)))
+            methods["disca"] = {"num_full_steps": full}
+        return Preset(methods=methods)
     steps = trial.suggest_categorical("steps", STEPS)
     solver = trial.suggest_categorical("solver", ("unipc", "dpm++2m", "dpm++2s", "euler"))
     methods = {}

@@ -11,14 +11,14 @@ from accel.errors import AccelError
 from accel.evaluation import solver_fit
 from accel.evaluation.solver_fit import (
     SPACINGS,
+    Rollouts,
     check_pipeline,
     fit,
     fit_weights,
-    least_squares,
-    mean_log_error,
     record,
     run_fit,
     save,
+    search,
     spacing,
     uncond_steps,
 )
@@ -46,11 +46,18 @@ def paths_of(pipe, n: int = 3):
     return [record(run, pipe, defaults) for run in runs], runs[0]
 
 
-def test_least_squares_finds_the_weights_that_made_the_targets():
+def test_the_weights_that_made_the_targets_are_found():
     generator = torch.Generator().manual_seed(0)
     terms = [[torch.randn(5, 40, generator=generator) for _ in range(3)] for _ in range(2)]
     targets = [2 * a - b + 0.5 * c for a, b, c in terms]
-    assert least_squares(terms, targets) == pytest.approx([2, -1, 0.5], abs=1e-4)
+    assert fit_weights(terms, targets) == pytest.approx([2, -1, 0.5], abs=1e-4)
+
+
+def test_one_prompt_that_no_weight_fits_does_not_decide_over_the_others():
+    """Least squares would give 608 / 408: two terms are their targets, and a much larger third one is not."""
+    terms = [[torch.ones(4)], [torch.ones(4)], [10 * torch.tensor([1.0, 1.0, 1.0, -1.0])]]
+    targets = [torch.ones(4), torch.ones(4), 10 * torch.tensor([4.0, 4.0, -2.0, 0.0])]
+    assert fit_weights(terms, targets) == pytest.approx([1], abs=0.01)
 
 
 def test_a_spacing_is_denser_at_the_ends_and_takes_each_step_once():
@@ -84,10 +91,36 @@ def test_a_run_with_a_fitted_solver_ends_where_the_fit_ended(name, tmp_path):
         9 if guided else 6
     )
     nodes = [levels.index(sigma) for sigma in solver.sigmas]
-    weights, ends = fit_weights(check_pipeline(pipe), paths, nodes, solver.uncond_steps)
-    assert weights == solver.weights and mean_log_error(ends, paths) == pytest.approx(min(errors.values()), abs=1e-3)
-    end = family_of(pipe).to_video(ends[1], grid(pipe, fitted))
+    rollouts = Rollouts(check_pipeline(pipe), paths, solver.uncond_steps)
+    arrived = rollouts.after(tuple(nodes))
+    assert arrived.weights == solver.weights
+    assert rollouts.error(tuple(nodes)) == pytest.approx(min(errors.values()), abs=1e-3)
+    end = family_of(pipe).to_video(arrived.samples[1], grid(pipe, fitted))
     torch.testing.assert_close(video.latents.float(), end, rtol=1e-4, atol=1e-4)
+
+
+def test_a_search_keeps_the_best_list_and_computes_only_what_differs(monkeypatch):
+    pipe = encoding("wan")
+    paths, _ = paths_of(pipe, 2)
+    rollouts, calls = Rollouts(check_pipeline(pipe), paths, [0, 1, 2, 3]), []
+    stock = solver_fit._outputs
+    monkeypatch.setattr(solver_fit, "_outputs", lambda *given: calls.append(given[3]) or stock(*given))
+    start = (0, 3, 6, 9, 12)
+    before = rollouts.error(start)
+    assert calls == [0, 0, 3, 3, 6, 6, 9, 9]
+    calls.clear()
+    rollouts.error((0, 3, 6, 10, 12))
+    assert calls == [10, 10]
+    found = search(rollouts, start, 12)
+    assert rollouts.error(found) < before and found == search(rollouts, start, 12)
+    assert all(found[: len(known)] == known for known in rollouts.known)
+
+
+def test_a_search_ends_where_nothing_can_be_moved():
+    pipe = encoding("wan")
+    paths, _ = paths_of(pipe, 1)
+    every = tuple(range(STEPS + 1))
+    assert search(Rollouts(check_pipeline(pipe), paths, []), every, 3) == every
 
 
 def test_the_trajectory_holds_what_the_pipeline_computed():
@@ -116,12 +149,12 @@ def test_step_counts_that_the_method_lacks_or_the_baseline_has_are_refused(monke
     wan = encoding("wan")
     monkeypatch.setattr(solver_fit, "load_pipeline", lambda _: wan)
     with pytest.raises(AccelError, match="no solver has 9 steps: choose from 4, 5, 6"):
-        run_fit("-", [8, 9], 1.0, None, 1, tmp_path)
+        run_fit("-", [8, 9], 1.0, None, 1, 0, tmp_path)
     monkeypatch.setattr(
         solver_fit, "model_defaults", lambda *_: model_defaults(wan, "-").model_copy(update={"steps": 12})
     )
     with pytest.raises(AccelError, match="a solver of 16 steps saves nothing: the baseline has 12"):
-        run_fit("-", [8, 16], 1.0, None, 1, tmp_path)
+        run_fit("-", [8, 16], 1.0, None, 1, 0, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,7 @@ import optuna
 import pytest
 
 from accel.evaluation import tune as tune_module
-from accel.evaluation.tune import Judge, at_least, fastest, front, suggest, tune, write_preset
+from accel.evaluation.tune import Judge, at_least, fastest, front, known_settings, suggest, tune, write_preset
 from accel.methods import METHODS
 from accel.runtime.models import ModelDefaults
 from accel.runtime.presets import Preset, load_preset
@@ -66,12 +66,26 @@ def test_a_folder_of_another_search_is_refused(search):
 
 def test_every_suggestion_is_a_run_that_is_allowed():
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
-    presets = [suggest(study.ask(), {"gpd": [6, 12]}) for _ in range(200)]
+    presets = [suggest(study.ask(), {"gpd": [6, 12], "meanflow": [10]}, True) for _ in range(200)]
     for preset in presets:
         list(preset)  # builds the methods
     used = {name for preset in presets for name in preset.methods}
-    assert used == {"gpd", "stepcache", "fastercache"} and used <= METHODS.keys()
+    assert used == {"gpd", "meanflow", "disca", "stepcache", "fastercache"} and used <= METHODS.keys()
     assert {preset.methods["gpd"]["steps"] for preset in presets if "gpd" in preset.methods} == {6, 12}
+
+
+def test_students_and_solvers_are_tried_first_in_all_of_their_steps():
+    own_steps = {"fittedsolver": [8, 20], "meanflow": [6]}
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    presets = []
+    for choice in known_settings(own_steps, has_predictor=True):
+        study.enqueue_trial(choice)
+        presets.append(suggest(study.ask(), own_steps, True).methods)
+    assert presets == [
+        {"fittedsolver": {"steps": 8}}, {"fittedsolver": {"steps": 20}}, {"meanflow": {"steps": 6}},
+        {"meanflow": {"steps": 6}, "disca": {"num_full_steps": 3}},
+    ]  # fmt: skip
+    assert len(known_settings(own_steps, has_predictor=False)) == 3
 
 
 def test_the_front_the_fastest_within_a_loss_and_the_best_at_a_speed():
