@@ -214,8 +214,8 @@ def _peers() -> dict[str, Setting]:
     SeaCache, the best of them, also on fewer steps with a larger shift, which nobody offers as such.
     """
     found = {}
-    for steps, shift in ((50, 3.0), (30, 4.0), (25, 4.0), (20, 5.0), (16, 5.0)):
-        for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7):
+    for steps, shift in ((50, 3.0), (30, 4.0), (25, 4.0), (20, 5.0), (16, 5.0), (12, 5.0), (10, 5.0)):
+        for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0):
             name = f"seacache {threshold}, {steps} steps, shift {shift:g}"
             found[name] = Setting(steps=steps, shift=shift, overrides={"seacache": {"threshold": threshold}})
     return found | _in_steps((50, 25), _around_the_defaults(but="seacache"))

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..ops.spectrum import high_pass
+from ..runtime.paths import ROOT
 from ..students.weights import fingerprint
-from .jobs import JobSpec, LoadedJob, rank_and_world
+from .jobs import INITIAL_STUDENT, JobSpec, LoadedJob, initialize_from, rank_and_world
 from .optimizer import OptimConfig
 from .stages import store
 from .tasks.gpd_distillation import TARGET_SCHEMES, GpdConfig, GpdTask
@@ -39,6 +40,9 @@ class GpdJob(JobSpec):
         fields = {"guidance_start": guidance, "guidance_end": guidance, "trajectories": loaded.job.num_trajectories()}
         config = GpdConfig(**fields | self.ablations[loaded.job.ablation or self.method](guidance))
         context, nets = loaded.context(config.base_steps), loaded.networks(optim.seed)
+        if loaded.job.start:  # its difference from its own base brings a part of the guidance into this one
+            origin["init_from"] = f"{loaded.job.start}/{INITIAL_STUDENT}"
+            initialize_from(nets.module, pipe.transformer, ROOT / origin["init_from"])
         yield GpdTask(optim, config, nets, context, rank_and_world()), origin
 
     def describe(self, task: GpdTask) -> list[str]:

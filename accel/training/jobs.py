@@ -16,11 +16,14 @@ from typing import ClassVar
 import torch
 from accelerate import PartialState
 from pydantic import BaseModel
+from torch import nn
 
 from ..errors import AccelError, amount
 from ..evaluation.result_log import config_hash
 from ..families import family_of
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
+from ..students.interval_embedding import unwrapped
+from ..students.weights import load_int8_delta
 from ..world.scene import caption, held_out_prompts, sample_scene
 from .networks import FullNetworks, Networks
 from .optimizer import OptimConfig
@@ -31,6 +34,7 @@ from .validation import TrajectoryValidator, Validator
 from .video_folder import VideoFolder
 
 DEFAULT_RANK = 64
+INITIAL_STUDENT = "gpd-N48"  # the GPD student of one base step: it has taken in guidance at one strength
 TOY_TRAJECTORIES = {"cpu": 16, "cuda": 64}  # on a GPU, 64 take hardly more time than 16
 VALIDATION_PROMPTS = 2  # the last ones of a file of prompts
 TOY_VALIDATION_PROMPTS, TOY_VALIDATION_SEED = 8, 11  # held-out prompts of the toy world; results are reported on others
@@ -46,6 +50,7 @@ class DistillJob:
     rank: int | None = None  # of the LoRA; 0: train all weights
     videos: Path | None = None  # a folder as `accel world sample` writes it, to start trajectories from; None: noise
     trajectories: int | None = None  # over all processes; None: one per process for large models
+    start: str | None = None  # a model of the toy world with other weights, whose first student this one starts from
 
     def is_toy(self) -> bool:
         """Whether the model is of the toy world, whose captions are known."""
@@ -102,7 +107,8 @@ class DistillJob:
 
     def other_job_dir(self, out: Path, what: str) -> Path:
         """The folder of the job that trains another method or ablation of the same model, given this job's folder."""
-        return out.parent / what if self.model == TINY else out.parent.parent / what / out.name
+        together = self.model == TINY or out.parent.name == Path(self.model).name  # parts of a model of a setting
+        return out.parent / what if together else out.parent.parent / what / out.name
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class LoadedJob:
         if self.prompts:
             draw_prompt = lambda rng: rng.choice(self.prompts[:-VALIDATION_PROMPTS])
         else:
-            draw_prompt = lambda rng: caption(sample_scene(rng), rng)
+            draw_prompt = lambda rng: caption(sample_scene(rng, living=self.defaults.living), rng)
         context = rollout_context(self.pipe, self.defaults, base_steps, draw_prompt)
         if self.job.videos:
             context = replace(context, draw_video=VideoFolder(self.job.videos, self.pipe, self.defaults).draw)
@@ -144,7 +150,9 @@ class LoadedJob:
 
     def validation_prompts(self) -> list[str]:
         """Prompts that are not trained on."""
-        return self.prompts[-VALIDATION_PROMPTS:] or held_out_prompts(TOY_VALIDATION_PROMPTS, TOY_VALIDATION_SEED)
+        return self.prompts[-VALIDATION_PROMPTS:] or held_out_prompts(
+            TOY_VALIDATION_PROMPTS, TOY_VALIDATION_SEED, self.defaults.living
+        )
 
 
 class JobSpec(ABC):
@@ -271,3 +279,12 @@ def share_stages(other: Path, own: Path, names: Sequence[str], stage_config: Cal
         part.rename(own / name)
     PartialState().wait_for_everyone()
     return bool(shared)
+
+
+@torch.no_grad()
+def initialize_from(module: nn.Module, base: nn.Module, folder: Path) -> None:
+    """Give a student the weights of another student of its base; zeros of the base's time embedding stay zero."""
+    with unwrapped(module), unwrapped(base):
+        known = load_int8_delta(base, folder / "model.safetensors")
+        for (name, own), original in zip(module.named_parameters(), base.parameters(), strict=True):
+            own.copy_(known[name] * (original != 0) if "time_embedder" in name else known[name])

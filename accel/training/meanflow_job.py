@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from ..students.interval_embedding import IntervalEmbedder, unwrapped
-from ..students.weights import fingerprint, load_int8_delta, matches_fingerprint
-from .jobs import JobSpec, LoadedJob, rank_and_world
+from ..students.interval_embedding import IntervalEmbedder
+from ..students.weights import fingerprint, matches_fingerprint
+from .jobs import INITIAL_STUDENT, JobSpec, LoadedJob, initialize_from, rank_and_world
 from .optimizer import OptimConfig
 from .rollouts import MeanFlowContext
 from .stages import store
@@ -22,7 +21,6 @@ from .tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask, max_step_
 FIRST_STAGE_FACTOR = 2  # iterations of the first stage relative to the second, at twice the rates: its error remains
 SECOND_STAGE_FIELDS = ("max_interval", "limit_to_schedule", "jvp", "source")  # of the config; the first ignores them
 STEPS = (20, 10)  # step counts that the student is trained for
-INITIAL_STUDENT = "gpd-N48"  # the GPD student of one base step: it has taken in guidance at one strength
 
 
 class MeanFlowJob(JobSpec):
@@ -85,12 +83,3 @@ def has_initial_student(model_dir: Path, transformer: nn.Module) -> bool:
         return True
     print(f"{folder} was made from another base model: the first stage starts from the base model", file=sys.stderr)
     return False
-
-
-@torch.no_grad()
-def initialize_from(module: nn.Module, base: nn.Module, folder: Path) -> None:
-    """Give a student the weights of another student of its base; zeros of the base's time embedding stay zero."""
-    with unwrapped(module), unwrapped(base):
-        known = load_int8_delta(base, folder / "model.safetensors")
-        for (name, own), original in zip(module.named_parameters(), base.parameters(), strict=True):
-            own.copy_(known[name] * (original != 0) if "time_embedder" in name else known[name])

@@ -53,7 +53,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
         if part in TRAINERS:
             done = TRAINERS[part](optim, model, device, left, resume, out / part)
         else:
-            done = train_student(part, left, resume, out / part, setting)
+            done = train_student(part, left, resume, out / part, setting, model=model.target, start=model.start)
         stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
         record[part] = {"setting": setting, "device": _device_name(), **done, "optim": optim.model_dump()}
         if parent:
@@ -222,14 +222,15 @@ def _write_defaults(model: ModelSetting) -> None:
 
 
 def train_student(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
-    """Distil a model into students. Raises AccelError if that is the shipped model and it does not exist yet."""
+    """Distil a model into students. Raises AccelError if that is one of the repository's and does not exist yet."""
     from .gpd_job import GpdJob
     from .jobs import DistillJob, run_job
     from .meanflow_job import MeanFlowJob
     from .predictor_job import PredictorJob
 
     distill_job, device = DistillJob(**job), str(PartialState().device)
-    if distill_job.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
+    own = [model.target for model in SETTINGS.values()]
+    if distill_job.model in own and not (ROOT / distill_job.model / "transformer" / "config.json").is_file():
         raise AccelError("the base model comes first: python -m accel train base")
     kind = _setting_name(setting) if distill_job.is_toy() else "others"
     spec = next(spec for spec in (GpdJob(), MeanFlowJob(), PredictorJob()) if spec.method == what)

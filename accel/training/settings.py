@@ -41,6 +41,9 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
         "vae": {"steps": 520, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
         "base": {"steps": 3000, "lr": 1e-3, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.6, "betas": (0.9, 0.98),
                  "seed": 6},
+        "gpd": {"steps": 12, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
+        "meanflow": {"steps": 150, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 150, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "large": {
         "vae": {"steps": 12_000, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},

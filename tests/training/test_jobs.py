@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from accel.families.wan import Wan
 from accel.methods import DisCa, MeanFlow
 from accel.methods.disca.predictor import Predictor
 from accel.methods.gpd import GPD
+from accel.runtime.models import TINY, model_defaults
 from accel.students.interval_embedding import INTERVAL_EMBEDDER, IntervalEmbedder, pack_timestep, with_interval_embedder
 from accel.students.loading import load_student
 from accel.students.weights import NAME
 from accel.training.feature_probe import FeatureProbe
 from accel.training.gpd_job import GpdJob, describe_high_frequencies, iteration_cost
+from accel.training.jobs import DistillJob, LoadedJob
 from accel.training.lora_networks import LoRANetworks
 from accel.training.networks import FullNetworks, guided, velocity
 from accel.training.optimizer import OptimConfig
@@ -36,6 +39,7 @@ from accel.training.stages import store
 from accel.training.tasks.gpd_distillation import GpdConfig, GpdTask
 from accel.training.tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask
 from accel.training.tasks.predictor_fit import PredictorConfig, PredictorTask
+from accel.world.scene import LIVING, read_caption
 
 
 @pytest.mark.parametrize("ablation", GpdJob.ablations)
@@ -50,6 +54,29 @@ def test_every_ablation_costs_as_many_forward_passes_as_gpd(ablation):
 def test_the_bench_has_every_ablation_that_can_be_trained():
     rows = {name for suite in ("gpd-ablations", "gpd-guidance") for name in SUITES[suite].settings}
     assert rows - {"baseline, 48 steps"} == set(GpdJob.ablations)
+
+
+def test_students_of_a_living_model_learn_its_captions(tiny_wan, tmp_path):
+    for living in (True, False):
+        defaults = model_defaults(tiny_wan, TINY).model_copy(update={"living": living})
+        loaded = LoadedJob(DistillJob(), tiny_wan, defaults, [], "cpu", tmp_path)
+        draw = loaded.context(4).draw_prompt
+        patterns = {read_caption(draw(random.Random(i))).get("pattern") for i in range(40)}
+        assert bool(patterns & set(LIVING)) == living
+        assert any(read_caption(text).get("pattern") in LIVING for text in loaded.validation_prompts()) == living
+
+
+def test_the_first_student_of_a_model_begins_with_the_difference_of_another_model_s_student(tiny_wan, tmp_path):
+    base, job = tiny_wan.transformer, DistillJob(start=str(tmp_path))
+    loaded = LoadedJob(job, tiny_wan, model_defaults(tiny_wan, TINY), [], "cpu", tmp_path)
+    nets = FullNetworks(base)
+    nets.module.proj_out.bias.data += 0.1
+    (folder := tmp_path / "gpd-N48").mkdir()
+    nets.save(folder)
+    with GpdJob().build(loaded, OptimConfig(steps=1, lr=1e-3)) as (task, origin):
+        bias = dict(task.module.named_parameters())["proj_out.bias"]
+        torch.testing.assert_close(bias, base.proj_out.bias + 0.1, atol=1e-3, rtol=0)
+        assert origin["init_from"] == str(folder)
 
 
 @pytest.mark.parametrize(("ablation", "shared"), [("no-constraint", 7), ("halving", 1), ("annealed", 0), ("direct", 0),

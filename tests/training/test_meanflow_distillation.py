@@ -17,9 +17,9 @@ from accel.runtime.models import ModelDefaults
 from accel.runtime.video import write_mp4
 from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
 from accel.students.weights import fingerprint
-from accel.training.jobs import share_stages
+from accel.training.jobs import initialize_from, share_stages
 from accel.training.loop import fit
-from accel.training.meanflow_job import MeanFlowJob, has_initial_student, initialize_from
+from accel.training.meanflow_job import MeanFlowJob, has_initial_student
 from accel.training.networks import FullNetworks, velocity
 from accel.training.optimizer import OptimConfig
 from accel.training.rollouts import TrajectoryPool
