@@ -39,7 +39,7 @@ class MethodControls:
         active = preset_methods(preset)
         with gr.Row(elem_id="switches"):
             self._add_switches(model, active, peers=False)
-        with gr.Accordion("Caches of diffusers, to compare with", open=False, elem_id="peers", elem_classes="advanced"):
+        with gr.Accordion("Caches of others, to compare with", open=False, elem_id="peers", elem_classes="advanced"):
             self._add_switches(model, active, peers=True)
         for name, method in METHODS.items():
             on = name in active and is_usable(name, model)

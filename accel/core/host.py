@@ -33,7 +33,7 @@ from .attention import QKV, InterceptedProcessor
 from .blocks import StackedBlocks
 from .denoising_loop import CallTracker, is_flow, noise_levels
 from .flops import count_flops
-from .foreign import DiffusersCache, check_foreign, foreign_cache
+from .foreign import ForeignCache, check_foreign, foreign_cache
 from .hooks import ForwardHook, HookedForward, patched_method
 from .trace import DENOISER, Step, Trace
 
@@ -62,7 +62,7 @@ class Host:
     def __init__(self, pipe, trace: Trace, splits_batches: bool = True, has_methods: bool = True):
         """`splits_batches`: methods see the branches of guidance one by one, also where a call has both.
 
-        Without methods, a cache of diffusers is not refused.
+        Without methods, a cache of others is not refused.
         """
         self.has_methods = has_methods
         self.pipe, self.trace, self.family, self.splits_batches = pipe, trace, family_of(pipe), splits_batches
@@ -79,8 +79,8 @@ class Host:
         self._levels: list[float] = []  # sigma of each timestep
         self._is_counting = False  # a call that only counts FLOPs is under way
         self.cache_context: CacheContext | None = None  # of the pipeline's current call
-        self.caches: list[DiffusersCache] = []  # those that a peer puts on the denoisers
-        self._new_cache: Callable[[nn.Module], DiffusersCache] | None = None
+        self.caches: list[ForeignCache] = []  # those that a peer puts on the denoisers
+        self._new_cache: Callable[[nn.Module], ForeignCache] | None = None
         self._layouts: dict[tuple, list[torch.Size]] = {}  # what an attention returns, by transformer, layer and branch
         self._places: list[Place] = []
         self._denoiser_wrappers: list[Callable] = []
@@ -136,8 +136,8 @@ class Host:
         return self._registered(self._qkv_wrappers, fn)
 
     @contextmanager
-    def cached(self, new_cache: Callable[[nn.Module], DiffusersCache]) -> Iterator[None]:
-        """Put one of diffusers' caches on each denoiser, inside all wrappers; it starts afresh with each run."""
+    def cached(self, new_cache: Callable[[nn.Module], ForeignCache]) -> Iterator[None]:
+        """Put a cache of others on each denoiser, inside all wrappers; it starts afresh with each run."""
         self._new_cache = new_cache
         try:
             self._retake()
@@ -294,9 +294,9 @@ class Host:
         self.trace.sigmas[at.index] = self.step.sigma
 
     def _flops(self, index: int, x: Tensor, inputs: dict[str, Any]) -> dict[str, int]:
-        """FLOPs of one call; none beside a cache of diffusers, which would take a counting call for a step."""
+        """FLOPs of one call; none beside a cache of others, which would take a counting call for a step."""
         if not self.caches and (cache := foreign_cache(self.denoisers)):
-            self.trace.add_message(f"diffusers' {cache} is on: what it skips is not counted here")
+            self.trace.add_message(f"{cache} is on: what it skips is not counted here")
             return {}
         return count_flops(self.denoisers[index], x, inputs, partial(self._count, index, x, inputs))
 

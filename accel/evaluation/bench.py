@@ -57,7 +57,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     _check_out(out / "results.json", settings, prompts * seeds)
     if state.is_main_process and (missing := SUITES[suite].settings.keys() - settings.keys()):
         print(
-            f"skipped, as what they need was not trained or fitted: {', '.join(sorted(missing))}",
+            f"skipped, as what they need was not trained, fitted or installed: {', '.join(sorted(missing))}",
             file=sys.stderr,
         )
     pipe = load_pipeline(model)

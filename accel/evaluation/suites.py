@@ -218,7 +218,13 @@ def _peers() -> dict[str, Setting]:
         for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0):
             name = f"seacache {threshold}, {steps} steps, shift {shift:g}"
             found[name] = Setting(steps=steps, shift=shift, overrides={"seacache": {"threshold": threshold}})
-    return found | _in_steps((50, 25), _around_the_defaults(but="seacache"))
+    series = {
+        f"dbcache, Taylor, residual_diff_threshold {value}": Setting(
+            overrides={"dbcache": {"taylorseer_order": 1, "residual_diff_threshold": value}}
+        )
+        for value in (0.08, 0.16, 0.24)
+    }
+    return found | _in_steps((50, 25), _around_the_defaults(but="seacache") | series)
 
 
 def _around_the_defaults(but: str) -> dict[str, Setting]:

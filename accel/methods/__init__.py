@@ -2,6 +2,7 @@
 
 from .asymrnr.asymrnr import AsymRnR
 from .base import Method
+from .cachedit import DBCache
 from .disca.disca import DisCa
 from .fastercache import FasterCache
 from .fittedsolver import FittedSolver
@@ -31,4 +32,5 @@ METHODS: dict[str, type[Method]] = {
     "firstblockcache": FirstBlockCache,
     "pab": PyramidAttentionBroadcast,
     "diffusers_fastercache": DiffusersFasterCache,
+    "dbcache": DBCache,
 }

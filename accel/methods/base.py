@@ -7,20 +7,24 @@ what runs a model inside the function that uses it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from ..core.trace import DENOISER, Trace
+from ..core.trace import DENOISER, Action, Trace
+from ..errors import AccelError, amount
 from ..students.manifest import load_manifest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ..core.foreign import ForeignCache
     from ..core.host import Host
     from ..families import Family
 
@@ -122,7 +126,7 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     title: ClassVar[str]
     paper: ClassVar[str]  # such as "arXiv 2410.19355"; empty for a method of ours
     neutral: ClassVar[dict] = {}
-    peer: ClassVar[bool] = False  # a cache of diffusers, to be compared with; it runs alone
+    peer: ClassVar[bool] = False  # somebody else's cache, to be compared with; it runs alone
     basic: ClassVar[tuple[str, ...]]
 
     @classmethod
@@ -225,3 +229,115 @@ class StudentMethod(Method):
         from ..students.loading import weight_bytes
 
         return weight_bytes(self.weights_dir(spec.model_path), spec.model) if self.steps else 0
+
+
+@dataclass
+class Skipped:
+    """Whether a run has skipped anything so far."""
+
+    anything: bool = False
+
+
+class Peer(Method):
+    """A cache of diffusers or of another package on every denoiser, as it is, with what it skips counted."""
+
+    peer: ClassVar[bool] = True
+    action: ClassVar[Action] = "predict"  # what stands in for a skipped module
+    skips_blocks: ClassVar[bool] = False  # it takes all blocks for one stack
+
+    def new_cache(self, host: Host, model: nn.Module) -> ForeignCache:
+        """The cache for one denoiser, which the host puts on."""
+        raise NotImplementedError
+
+    def num_full_steps(self, count: int) -> int:
+        """How many of `count` steps are computed in full whatever the video is."""
+        return 1
+
+    def cached_states(self, spec: RunSpec) -> float:
+        """How many hidden states of one branch the cache holds at most."""
+        raise NotImplementedError
+
+    def estimate_memory(self, spec: RunSpec) -> int:
+        """Bytes of the cached hidden states of all branches."""
+        tokens = spec.tokens + len(spec.latents) * spec.text_tokens
+        state = tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        return 0 if self.inactive_reason(spec) else round((1 + spec.guided) * self.cached_states(spec) * state)
+
+    def inactive_reason(self, spec: RunSpec) -> str:
+        """Neutral settings, or too few steps."""
+        if self.is_neutral:
+            return f"{self.title} does nothing: at this setting every step is computed in full"
+        if spec.count <= (full := self.num_full_steps(spec.count)):
+            few = amount(spec.count, "step is", "steps are")
+            return f"{self.title} does nothing: {few} too few, as it computes {full} in full"
+        return ""
+
+    @contextmanager
+    def apply(self, host: Host, trace: Trace) -> Iterator[None]:
+        """Enable the cache inside the context. Raises AccelError for a model on which it cannot run."""
+        for model in host.denoisers:
+            self.check_model(host.family, model)
+        skipped = host.per_run(lambda: self._begin(host, trace))
+
+        def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
+            run, cache = skipped(), host.caches[host.active_index]
+            cache.computed.clear()
+            y = inner(x, **inputs)
+            run.anything |= self._record(host, trace, cache, len(x))
+            trace.set_memory(self.title, sum(cache.nbytes for cache in host.caches))
+            if host.step.index == host.step.count - 1 and not self.inactive_reason(run_spec(host)):
+                self._report(trace, run.anything)
+            return y
+
+        with host.wrap_denoiser(denoise), host.cached(partial(self.new_cache, host)):
+            yield
+
+    def check_model(self, family: Family, model: nn.Module) -> None:
+        """Raise AccelError where the cache cannot run on a model."""
+        if any(block._compiled_call_impl for blocks in family.block_lists(model).values() for block in blocks):
+            self.refuse("what it skips cannot be counted inside compiled blocks", model)
+        if self.skips_blocks and not family.is_stack(model):
+            self.refuse("the model changes hidden states between its blocks", model)
+
+    def check_run(self, host: Host) -> None:
+        """Raise AccelError where the cache cannot run in a pipeline, or would mix up its branches."""
+
+    def refuse(self, reason: str, model: nn.Module | None = None) -> None:
+        """Raise AccelError."""
+        raise AccelError(f"{self.title} cannot run {f'on {type(model).__name__}' if model else 'here'}: {reason}")
+
+    def _begin(self, host: Host, trace: Trace) -> Skipped:
+        self.check_run(host)
+        spec = run_spec(host)
+        if reason := self.inactive_reason(spec):
+            trace.add_message(reason)
+        report_estimate(self, spec, trace)
+        return Skipped()
+
+    def _record(self, host: Host, trace: Trace, cache: ForeignCache, batch: int) -> bool:
+        """Record what a call of a batch skipped; returns whether it skipped anything.
+
+        Skipped self-attentions are events of their own. What else was skipped lowers the share of the whole call.
+        """
+        full, step, attentions = trace.flops[DENOISER], host.step, host.attentions[host.active_index]
+        share = cache.computed.get(DENOISER, batch) / batch  # FasterCache computes one half of a guided batch
+        skipped = [name for name in cache.modules if name not in cache.computed and name != DENOISER]
+        reused = [name for name in skipped if name in attentions]
+        inside = [name for name in attentions if any(name.startswith(f"{module}.") for module in skipped)]
+        work = share * (full - sum(trace.flops.get(name, 0) for name in skipped))
+        for name in reused:
+            trace.record(step, name, self.action, 0.0)
+        work += sum(trace.flops[name] for name in reused)
+        if skipped or share < 1:
+            action = self.action if inside else "rebuild" if share < 1 else "compute"
+            trace.record(step, DENOISER, action, work / full)
+            trace.discard(step, inside)
+        return bool(skipped) or share < 1
+
+    def _report(self, trace: Trace, anything: bool) -> None:
+        """Say at the end of a run if nothing was skipped; a later branch of the last step may still skip something."""
+        text = f"{self.title} skipped nothing in this run: every step was computed in full"
+        if not anything:
+            trace.add_message(text)
+        elif text in trace.messages:
+            trace.messages.remove(text)

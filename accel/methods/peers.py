@@ -7,20 +7,18 @@ What it skipped is what its hooks did not call. Its parameters have diffusers' n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..core.trace import DENOISER, Action, Trace
-from ..errors import AccelError, amount
-from .base import Method, RunSpec, model_path, report_estimate, run_spec
+from ..core.trace import Action
+from ..errors import AccelError
+from .base import Method, Peer, RunSpec, model_path
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..core.foreign import DiffusersCache
     from ..core.host import Host
@@ -29,79 +27,27 @@ if TYPE_CHECKING:
 RATIOS = "magcache.json"  # file of calibrated ratios in a model's folder
 
 
-@dataclass
-class Skipped:
-    """Whether a run has skipped anything so far."""
-
-    anything: bool = False
-
-
-class Peer(Method):
+class DiffusersPeer(Peer):
     """One of diffusers' caches on every denoiser."""
 
-    peer: ClassVar[bool] = True
-    action: ClassVar[Action] = "predict"  # what stands in for a skipped module
-    skips_blocks: ClassVar[bool] = False  # diffusers must know the class of the blocks
     needs_batched_guidance: ClassVar[bool] = False  # it would mix up branches that are computed one after the other
 
     def config(self, host: Host, model: nn.Module) -> Any:
         """Diffusers' configuration of the cache for one denoiser."""
         raise NotImplementedError
 
-    def num_full_steps(self, count: int) -> int:
-        """How many of `count` steps are computed in full whatever the video is."""
-        return 1
-
-    def cached_states(self, spec: RunSpec) -> float:
-        """How many hidden states of one branch the cache holds at most."""
-        raise NotImplementedError
-
-    def estimate_memory(self, spec: RunSpec) -> int:
-        """Bytes of the cached hidden states of all branches."""
-        tokens = spec.tokens + len(spec.latents) * spec.text_tokens
-        state = tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
-        return 0 if self.inactive_reason(spec) else round((1 + spec.guided) * self.cached_states(spec) * state)
-
-    def inactive_reason(self, spec: RunSpec) -> str:
-        """Neutral settings, or too few steps."""
-        if self.is_neutral:
-            return f"{self.title} does nothing: at this setting every step is computed in full"
-        if spec.count <= (full := self.num_full_steps(spec.count)):
-            few = amount(spec.count, "step is", "steps are")
-            return f"{self.title} does nothing: {few} too few, as it computes {full} in full"
-        return ""
-
-    @contextmanager
-    def apply(self, host: Host, trace: Trace) -> Iterator[None]:
-        """Enable the cache inside the context. Raises AccelError for a model on which diffusers' cache cannot run."""
+    def new_cache(self, host: Host, model: nn.Module) -> DiffusersCache:
+        """Diffusers' cache for one denoiser."""
         from ..core.foreign import DiffusersCache
 
-        for model in host.denoisers:
-            self.check_model(host.family, model)
-        skipped = host.per_run(lambda: self._begin(host, trace))
-
-        def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
-            run, cache = skipped(), host.caches[host.active_index]
-            cache.computed.clear()
-            y = inner(x, **inputs)
-            run.anything |= self._record(host, trace, cache, len(x))
-            trace.set_memory(self.title, sum(cache.nbytes for cache in host.caches))
-            if host.step.index == host.step.count - 1 and not self.inactive_reason(run_spec(host)):
-                self._report(trace, run.anything)
-            return y
-
-        with host.wrap_denoiser(denoise), host.cached(lambda model: DiffusersCache(model, self.config(host, model))):
-            yield
+        return DiffusersCache(model, self.config(host, model))
 
     def check_model(self, family: Family, model: nn.Module) -> None:
-        """Raise AccelError where the cache cannot run on a model."""
+        """Raise AccelError also for a class of blocks that diffusers must know, and does not."""
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
+        super().check_model(family, model)
         blocks = [block for blocks in family.block_lists(model).values() for block in blocks]
-        if any(block._compiled_call_impl for block in blocks):
-            self.refuse("what it skips cannot be counted inside compiled blocks", model)
-        if self.skips_blocks and not family.is_stack(model):
-            self.refuse("the model changes hidden states between its blocks", model)
         for block in blocks if self.skips_blocks else ():
             try:
                 TransformerBlockRegistry.get(type(block))
@@ -121,56 +67,16 @@ class Peer(Method):
         if self.needs_batched_guidance and not hasattr(host.pipe, "current_timestep"):
             self.refuse(f"{name} does not tell its current_timestep")
 
-    def refuse(self, reason: str, model: nn.Module | None = None) -> None:
-        """Raise AccelError."""
-        raise AccelError(f"{self.title} cannot run {f'on {type(model).__name__}' if model else 'here'}: {reason}")
-
-    def _begin(self, host: Host, trace: Trace) -> Skipped:
-        self.check_run(host)
-        spec = run_spec(host)
-        if reason := self.inactive_reason(spec):
-            trace.add_message(reason)
-        report_estimate(self, spec, trace)
-        return Skipped()
-
-    def _record(self, host: Host, trace: Trace, cache: DiffusersCache, batch: int) -> bool:
-        """Record what a call of a batch skipped; returns whether it skipped anything.
-
-        Skipped self-attentions are events of their own. What else was skipped lowers the share of the whole call.
-        """
-        full, step, attentions = trace.flops[DENOISER], host.step, host.attentions[host.active_index]
-        share = cache.computed.get(DENOISER, batch) / batch  # FasterCache computes one half of a guided batch
-        skipped = [name for name in cache.modules if name not in cache.computed and name != DENOISER]
-        reused = [name for name in skipped if name in attentions]
-        inside = [name for name in attentions if any(name.startswith(f"{module}.") for module in skipped)]
-        work = share * (full - sum(trace.flops.get(name, 0) for name in skipped))
-        for name in reused:
-            trace.record(step, name, self.action, 0.0)
-        work += sum(trace.flops[name] for name in reused)
-        if skipped or share < 1:
-            action = self.action if inside else "rebuild" if share < 1 else "compute"
-            trace.record(step, DENOISER, action, work / full)
-            trace.discard(step, inside)
-        return bool(skipped) or share < 1
-
-    def _report(self, trace: Trace, anything: bool) -> None:
-        """Say at the end of a run if nothing was skipped; a later branch of the last step may still skip something."""
-        text = f"{self.title} skipped nothing in this run: every step was computed in full"
-        if not anything:
-            trace.add_message(text)
-        elif text in trace.messages:
-            trace.messages.remove(text)
-
 
 def check_peers(methods: Sequence[Method]) -> None:
     """Raise AccelError if a peer is not alone: neither side would see what the other one skips."""
     for method in methods:
         if method.peer and len(methods) > 1:
             others = " and ".join(other.title for other in methods if other is not method)
-            raise AccelError(f"{method.title} and {others} do not go together: diffusers' caches run alone")
+            raise AccelError(f"{method.title} and {others} do not go together: a peer runs alone")
 
 
-class SeaCache(Peer):
+class SeaCache(DiffusersPeer):
     """Diffusers' cache of the residual of all blocks, where the filtered latents have changed little."""
 
     title: ClassVar[str] = "SeaCache (diffusers)"
@@ -211,7 +117,7 @@ class SeaCache(Peer):
             )
 
 
-class TaylorSeer(Peer):
+class TaylorSeer(DiffusersPeer):
     """Diffusers' Taylor series of the outputs of modules, between full steps at a fixed interval."""
 
     title: ClassVar[str] = "TaylorSeer (diffusers)"
@@ -255,7 +161,7 @@ class TaylorSeer(Peer):
                 if isinstance(module, kinds)]  # fmt: skip
 
 
-class FirstBlockCache(Peer):
+class FirstBlockCache(DiffusersPeer):
     """Diffusers' cache of the residual of all blocks but the first, where that of the first has changed little."""
 
     title: ClassVar[str] = "FirstBlockCache (diffusers)"
@@ -279,7 +185,7 @@ class FirstBlockCache(Peer):
         return 3
 
 
-class MagCache(Peer):
+class MagCache(DiffusersPeer):
     """Diffusers' cache of the residual of all blocks, where calibrated ratios of its magnitude stay near 1."""
 
     title: ClassVar[str] = "MagCache (diffusers)"
@@ -336,7 +242,7 @@ class MagCache(Peer):
         vars(host.caches[0].config).update(vars(self._config(host, host.step.count)))
 
 
-class PyramidAttentionBroadcast(Peer):
+class PyramidAttentionBroadcast(DiffusersPeer):
     """Diffusers' reuse of attention outputs at a fixed interval, in the middle of the run."""
 
     title: ClassVar[str] = "PyramidAttentionBroadcast (diffusers)"
@@ -370,7 +276,7 @@ class PyramidAttentionBroadcast(Peer):
         return (spec.num_layers + spec.family.is_joint) * (1 if self.cross_attention_block_skip_range == 1 else 2)
 
 
-class DiffusersFasterCache(Peer):
+class DiffusersFasterCache(DiffusersPeer):
     """Diffusers' FasterCache: attention outputs are extrapolated, and the unconditional half of a batch rebuilt."""
 
     title: ClassVar[str] = "FasterCache (diffusers)"

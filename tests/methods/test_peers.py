@@ -12,13 +12,13 @@ import accel
 from accel.evaluation.magcache_ratios import run_calibration
 from accel.families import family_of
 from accel.methods import METHODS
-from accel.methods.peers import RATIOS
+from accel.methods.peers import RATIOS, DiffusersPeer
 from accel.runtime.models import ModelDefaults
 from accel.runtime.presets import required_settings
 from accel.runtime.run import Cancelled
 
 STEPS = 12
-PEERS = [name for name, method in METHODS.items() if method.peer]
+PEERS = [name for name, method in METHODS.items() if issubclass(method, DiffusersPeer)]
 ACTIVE = {
     "taylorseer": {"modules": "all"},
     "seacache": {"threshold": 1.0},
@@ -107,7 +107,7 @@ def test_a_cancelled_run_leaves_nothing_to_the_next_one_or_in_the_model(name, fa
 def test_a_peer_runs_alone(name, pipe):
     others = ["fastercache", next(other for other in PEERS if other != name)]
     for other in others:
-        with pytest.raises(ValueError, match="do not go together: diffusers' caches run alone"):
+        with pytest.raises(ValueError, match="do not go together: a peer runs alone"):
             required_settings({name: {}, other: {}})
         with pytest.raises(ValueError, match="do not go together"), accel.apply(pipe, [METHODS[other], METHODS[name]]):
             pass
