@@ -74,7 +74,8 @@ def report_estimate(method: Method, spec: RunSpec, trace: Trace) -> None:
             trace.add_message(
                 f"{method.title} may run out of memory: up to {caches / 2**30:.1f} GiB will be cached, and about "
                 f"{max(0, free) / 2**30:.1f} GiB of the GPU are left for that; make the video smaller, or set "
-                "fastercache.cache_format, fastercache.max_cache_gib or asymrnr.correction = none"
+                "fastercache.cache_format, fastercache.max_cache_gib, fastercache.reuse = stack or "
+                "asymrnr.correction = none"
             )
 
 

@@ -6,7 +6,8 @@ low- and high-frequency parts of their last difference (the CFG delta), each wit
 
 Ours, not the paper's: a step that runs both branches also computes their attention. Otherwise the CFG delta is taken
 between extrapolated features, and the errors of both parts multiply. The weight of the extrapolation may follow sigma
-instead of the step index.
+or the log signal-to-noise ratio instead of the step index. And in place of each attention's output, the residual of the
+whole stack of blocks may be extrapolated, which is one tensor and skips the rest of the blocks too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pydantic import Field
 
 from ..core.trace import DENOISER, Step, Trace
 from ..errors import amount
-from .base import Method, RunSpec, report_estimate, run_spec
+from ..ops.noise import log_snr
+from .base import Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
     from ..ops.storage import Stored
 
 MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
+STACK = "blocks"  # the layer under whose name the residual of all blocks is cached
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """What one step computes."""
 
-    attention: bool  # False: attention outputs are extrapolated
+    attention: bool  # False: attention outputs, or the residual of the blocks, are extrapolated
     guidance: bool  # True: both branches run; False: the unconditional output is rebuilt
 
 
@@ -53,8 +56,8 @@ class CFGDelta:
 class State:
     """What one run caches."""
 
-    outputs: dict[tuple[int, str, str], list[tuple[float, Stored]]] = field(default_factory=dict)
-    # (sigma, output) of the last two computed attentions, by (transformer, layer, branch)
+    outputs: dict[tuple[str, str], list[tuple[float, Stored]]] = field(default_factory=dict)
+    # (position, output) of the last two computations, by (layer, branch)
     cfg_delta: CFGDelta | None = None
     cond: Tensor | None = None  # the last conditional output
     active_index: int = 0  # of the transformer that gave `outputs`
@@ -76,15 +79,19 @@ class FasterCache(Method):
     neutral: ClassVar[dict] = {"attention": False, "guidance": False}
     basic: ClassVar[tuple[str, ...]] = ("attention_interval", "guidance_interval")
 
-    attention: bool = Field(True, description="Extrapolate attention outputs between computed steps.")
+    attention: bool = Field(True, description="Extrapolate attention, or the stack, between computed steps.")
     attention_interval: int = Field(
-        2, ge=2, le=6, description="Compute attention once in this many steps; more loses motion detail."
+        2, ge=2, le=6, description="Compute attention, or the stack, once in this many steps; more loses motion detail."
     )
     attention_start: float = Field(
         0.14, ge=0, le=1, multiple_of=0.01, description="Share of the steps before the first extrapolated one."
     )
-    extrapolation: Literal["linear", "sigma"] = Field(
-        "linear", description="Extrapolation weight: rising from 0 to 1 over the steps, or by the distance in sigma."
+    reuse: Literal["attention", "stack"] = Field(
+        "attention", description="Extrapolate each attention's output, or the residual of the whole stack of blocks."
+    )
+    extrapolation: Literal["linear", "sigma", "logsnr"] = Field(
+        "linear",
+        description="Extrapolation weight: rising from 0 to 1 over the steps, or by the distance in sigma or log SNR.",
     )
     guidance: bool = Field(True, description="Rebuild the unconditional branch between full steps.")
     guidance_interval: int = Field(
@@ -103,11 +110,11 @@ class FasterCache(Method):
         0.0,
         ge=0,
         le=512,
-        description="Most GiB of cached attention outputs on the device (0: any); late blocks beyond it save nothing.",
+        description="Most GiB of attention outputs (0: any); late blocks beyond it save nothing. Not for the stack.",
     )
     cache_format: Literal["model", "fp8", "cpu"] = Field(
         "model",
-        description="Cache attention outputs as computed, rounded to 8 bits, or in CPU memory (copies take time).",
+        description="Cache what is reused as computed, rounded to 8 bits, or in CPU memory (copies take time).",
     )
     compound_gain: bool = Field(
         False, description="Multiply the gains again at each rebuilt step, as the authors' code does, not the paper."
@@ -135,10 +142,11 @@ class FasterCache(Method):
         return (1 + self.gain_low) ** power if early else 1.0, 1.0 if early else (1 + self.gain_high) ** power
 
     def estimate_memory(self, spec: RunSpec) -> int:
-        """Bytes on the device: two outputs for each attention and branch, the CFG delta (float32) and one output."""
+        """Bytes on the device: two outputs for each attention (or the stack) and branch, the CFG delta, one output."""
         rebuilds = any(not p.guidance for p in self._active_plan(spec.count, spec.guided))
         delta = spec.latents.numel() * (2 * 4 + spec.latents.element_size()) if rebuilds else 0
-        return self._num_cached(spec) * self._layer_bytes(spec) + delta
+        cached = 1 if self.reuse == "stack" else self._num_cached(spec)
+        return cached * self._layer_bytes(spec) + delta
 
     def cached_layers(self, spec: RunSpec) -> list[str]:
         """The attentions that keep their outputs: all, or the first ones, as many as fit.
@@ -152,21 +160,26 @@ class FasterCache(Method):
         return min(spec.num_layers, fit) if self.max_cache_gib else spec.num_layers
 
     def _layer_bytes(self, spec: RunSpec) -> int:
-        """Bytes on the device of the cached outputs of one attention in all branches that reuse them."""
+        """Bytes on the device of what one attention, or the stack, caches in all branches that reuse it."""
         device = spec.model.device if spec.latents.is_meta else spec.latents.device
         if self.cache_format == "cpu" and device.type != "cpu":
             return 0
         plans = self._active_plan(spec.count, spec.guided)
-        tokens = spec.tokens + spec.text_tokens * len(spec.latents)
+        text_tokens = spec.text_tokens if self.reuse == "attention" else 0  # the stack's residual is of the video alone
+        tokens = spec.tokens + text_tokens * len(spec.latents)
         branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
         numel, size = tokens * spec.family.hidden_size(spec.model), spec.latents.element_size()
         return 2 * len(branches) * (numel + len(spec.latents) * size if self.cache_format == "fp8" else numel * size)
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
-        """The plan's share: without the extrapolated attentions and the rebuilt unconditional calls."""
+        """The plan's share: without what is extrapolated and without the rebuilt unconditional calls."""
         plans = self._active_plan(spec.count, spec.guided)
-        attentions = sum(flops[name] for name in self.cached_layers(spec)) / flops[DENOISER]
-        calls = [(1 - attentions * (not p.attention)) * (1 + (spec.guided and p.guidance)) for p in plans]
+        if self.reuse == "stack":
+            extrapolated = flops[DENOISER] - outside_blocks(spec.family, spec.model, flops)
+        else:
+            extrapolated = sum(flops[name] for name in self.cached_layers(spec))
+        share = extrapolated / flops[DENOISER]
+        calls = [(1 - share * (not p.attention)) * (1 + (spec.guided and p.guidance)) for p in plans]
         return sum(calls) / (len(plans) * (1 + spec.guided))
 
     def inactive_reason(self, spec: RunSpec) -> str:
@@ -178,30 +191,54 @@ class FasterCache(Method):
             return "FasterCache does nothing: at these settings every step is computed in full"
         return ""
 
-    def extrapolate(self, entries: list[tuple[float, Tensor]], step: Step, plans: list[StepPlan]) -> Tensor:
-        """The output at a step from its last two computed ones (sigma, F): F_last + w (F_last - F_previous), eq. 5."""
-        (previous_sigma, previous), (last_sigma, last) = entries
-        if self.extrapolation == "sigma":
-            distance = last_sigma - previous_sigma  # 0 where a solver evaluates twice at one sigma
-            w = (step.sigma - last_sigma) / distance if distance else 0.0
-        else:
+    def position(self, signal: float, sigma: float) -> float:
+        """Where a step stands on the scale along which the weight is measured, unless it is measured in steps."""
+        return log_snr(signal, sigma) if self.extrapolation == "logsnr" else sigma
+
+    def extrapolate(
+        self, entries: list[tuple[float, Tensor]], position: float, step: Step, plans: list[StepPlan]
+    ) -> Tensor:
+        """The output from its last two computed ones (position, F), eq. 5: F_last + w (F_last - F_previous)."""
+        (previous_position, previous), (last_position, last) = entries
+        if self.extrapolation == "linear":
             steps = reuse_steps(plans, "cond")
             w = (step.index - steps[0]) / max(1, steps[-1] - steps[0])
+        else:
+            distance = last_position - previous_position  # 0 where a solver evaluates twice at one sigma
+            w = (position - last_position) / distance if distance else 0.0
         return last.lerp(previous, -w)
 
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
-        """Wrap the attentions and the denoiser inside the context."""
+        """Wrap the attentions, or the stack of blocks, and the denoiser inside the context."""
         state, plans = host.per_text(State), host.per_run(lambda: self._begin(host, trace))
         layers = host.per_run(lambda: self.cached_layers(run_spec(host)))
 
         def attend(inner: Callable[[], Tensor], layer: str) -> Tensor:
-            return self._attend(inner, layer, host, trace, state(), plans()) if layer in layers() else inner()
+            if layer not in layers():
+                return inner()
+            extrapolated = self._extrapolated(layer, host, state(), plans())
+            if extrapolated is not None:
+                trace.record(host.step, layer, "reuse")
+                return extrapolated
+            out = inner()
+            self._cache(out, layer, host, trace, state(), plans())
+            return out
+
+        def run_blocks(inner: Callable[..., Tensor], hidden: Tensor, *inputs, **named) -> Tensor:
+            residual = self._extrapolated(STACK, host, state(), plans())
+            if residual is not None:
+                record_prediction(host, trace)
+                return hidden + residual
+            out = inner(hidden, *inputs, **named)
+            self._cache(out - hidden, STACK, host, trace, state(), plans())
+            return out
 
         def denoise(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
             return self._denoise(inner, x, inputs, host, trace, state(), plans())
 
-        with host.wrap_attention(attend) if self.attention else nullcontext(), host.wrap_denoiser(denoise):
+        inside = host.wrap_blocks(run_blocks) if self.reuse == "stack" else host.wrap_attention(attend)
+        with inside if self.attention else nullcontext(), host.wrap_denoiser(denoise):
             yield
 
     def _active_plan(self, count: int, guided: bool) -> list[StepPlan]:
@@ -224,27 +261,31 @@ class FasterCache(Method):
         }
         return plans
 
-    def _attend(self, inner, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
-        from ..ops.storage import store
-
-        step, key = host.step, (host.active_index, layer, host.step.branch)
+    def _extrapolated(self, layer: str, host: Host, state: State, plans: list[StepPlan]) -> Tensor | None:
+        """A layer's output in a step that is not to compute it; None where it must be computed."""
+        step = host.step
         if state.active_index != host.active_index:  # Wan 2.2 has switched to its second transformer
             state.outputs.clear()
             state.active_index = host.active_index
-        entries = state.outputs.get(key, [])
-        if not plans[step.index].attention and len(entries) == 2:
-            trace.record(step, layer, "reuse")
-            return self.extrapolate([(sigma, stored.load()) for sigma, stored in entries], step, plans)
-        out = inner()
+        entries = state.outputs.get((layer, step.branch), [])
+        if plans[step.index].attention or len(entries) < 2:
+            return None
+        position = self.position(host.signal, step.sigma)
+        return self.extrapolate([(at, stored.load()) for at, stored in entries], position, step, plans)
+
+    def _cache(self, out: Tensor, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> None:
+        """Cache a computed output as long as a later step is extrapolated from it."""
+        from ..ops.storage import store
+
+        step, key = host.step, (layer, host.step.branch)
         steps = reuse_steps(plans, step.branch)
         if not any(i > step.index for i in steps):  # no later step needs the cache
             if state.outputs.pop(key, None):
                 trace.set_memory("fastercache", state.nbytes())
         elif step.index >= steps[0] - 2:  # one of the last two outputs computed before the first extrapolation
-            previous = [entry for entry in entries[-1:] if entry[1].data.shape == out.shape]
-            state.outputs[key] = [*previous, (step.sigma, store(out, self.cache_format))]
+            previous = [entry for entry in state.outputs.get(key, [])[-1:] if entry[1].data.shape == out.shape]
+            state.outputs[key] = [*previous, (self.position(host.signal, step.sigma), store(out, self.cache_format))]
             trace.set_memory("fastercache", state.nbytes())
-        return out
 
     def _denoise(self, inner, x, inputs, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
         if all(p.guidance for p in plans):
@@ -272,5 +313,5 @@ class FasterCache(Method):
 
 
 def reuse_steps(plans: list[StepPlan], branch: str) -> list[int]:
-    """The steps at which a branch runs with extrapolated attention."""
+    """The steps at which a branch runs with extrapolated attention, or with an extrapolated stack."""
     return [i for i, p in enumerate(plans) if not p.attention and (branch == "cond" or p.guidance)]

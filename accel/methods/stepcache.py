@@ -11,7 +11,6 @@ none is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pydantic import Field
 
 from ..core.trace import DENOISER, Trace
 from ..errors import amount
+from ..ops.noise import log_snr
 from .base import FullSteps, Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
 
 if TYPE_CHECKING:
@@ -190,11 +190,6 @@ class StepCache(Method):
                 f"StepCache predicted every step that it may: its threshold {self.threshold:g} is above the sum of all "
                 f"changes, {sum(changes):.2g}"
             )
-
-
-def log_snr(signal: float, noise: float) -> float:
-    """Log of the signal-to-noise ratio, of the two scales; either counts as 0.001 at least."""
-    return math.log(max(signal, 1e-3) / max(noise, 1e-3))
 
 
 def spread(num_full_steps: int, count: int) -> list[int]:

@@ -30,6 +30,7 @@ MOST_TEXT_TOKENS = 12
 STEPS = 12
 CACHING = METHODS["fastercache"]()
 REDUCING = METHODS["asymrnr"](schedule="fixed", query_rate=0.5, kv_rate=0.5, correction="none", start=0.1)
+CACHING_STACK = METHODS["fastercache"](reuse="stack", guidance=False)
 PREDICTING = METHODS["disca"](num_full_steps=8, predictor="taylor-1")
 NEUTRAL = {name: METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "asymrnr", "disca")}
 WITHOUT_STACK = ["wan_vace"]  # it adds to the hidden states between blocks
@@ -178,6 +179,18 @@ def test_fastercache_reuses_attention_and_rebuilds_the_unconditional_branch(name
     assert summary["calls"] == {"compute": 2 * STEPS - rebuilt, "rebuild": rebuilt}
 
 
+@pytest.mark.parametrize("name", all_but(*WITHOUT_STACK))
+def test_fastercache_extrapolates_the_stack_in_the_planned_steps_of_both_branches(name):
+    pipe, inputs = TINY[name]()
+    with accel.apply(pipe, [CACHING_STACK]) as trace:
+        latents = sample(pipe, inputs, name)
+    assert latents.isfinite().all() and not torch.equal(latents, stock(name))
+    planned = [i for i, plan in enumerate(CACHING_STACK.plan(STEPS)) if not plan.attention]
+    for branch in ("cond",) if name in UNGUIDED else ("cond", "uncond"):
+        predicted = [e.step for e in trace.events.values() if (e.action, e.branch) == ("predict", branch)]
+        assert predicted and (set(predicted) < set(planned) if name == "wan_22" else predicted == planned)
+
+
 class AttentionLengths(TorchFunctionMode):
     """Records (queries, keys) of every softmax attention."""
 
@@ -237,11 +250,12 @@ def test_a_test_sees_each_method_act_where_the_support_table_says_yes(monkeypatc
             assert of_kind, f"the table says {cell!r} of {method} on {prefix}*Pipeline, and no test sees that"
 
 
+@pytest.mark.parametrize("method", [PREDICTING, CACHING_STACK], ids=["disca", "fastercache"])
 @pytest.mark.parametrize("name", WITHOUT_STACK)
-def test_disca_is_refused_where_the_blocks_are_not_one_stack(name):
+def test_predicting_blocks_is_refused_where_they_are_not_one_stack(name, method):
     pipe, _ = TINY[name]()
     before = state(pipe)
-    with pytest.raises(AccelError, match="they are not one stack"), accel.apply(pipe, [CACHING, PREDICTING]):
+    with pytest.raises(AccelError, match="they are not one stack"), accel.apply(pipe, [CACHING, method]):
         pass
     assert state(pipe) == before
 

@@ -1,5 +1,6 @@
 """FasterCache: its plan and its two formulas by hand, what it caches, and when it does nothing."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -43,15 +44,48 @@ def test_linear_weight_rises_from_zero_to_one_over_the_reused_steps():
     plans = method.plan(20)
     entries = [(0.9, torch.tensor(10.0)), (0.8, torch.tensor(14.0))]
     steps = reuse_steps(plans, "cond")
-    assert method.extrapolate(entries, at(steps[0]), plans) == 14
-    assert method.extrapolate(entries, at(steps[-1]), plans) == 18
+    assert method.extrapolate(entries, 0.5, at(steps[0]), plans) == 14
+    assert method.extrapolate(entries, 0.5, at(steps[-1]), plans) == 18
 
 
 def test_sigma_weight_is_exact_for_a_feature_linear_in_sigma():
     """F = 100 sigma, computed at .9 and .7: at .6 it is 60."""
     method = FasterCache(extrapolation="sigma")
     entries = [(0.9, torch.tensor(90.0)), (0.7, torch.tensor(70.0))]
-    assert method.extrapolate(entries, at(5, sigma=0.6), method.plan(20)) == pytest.approx(60)
+    assert method.extrapolate(entries, method.position(0.4, 0.6), at(5), method.plan(20)) == pytest.approx(60)
+
+
+def test_logsnr_weight_is_exact_for_a_feature_linear_in_the_log_snr():
+    """F = 3 + 2 log SNR, computed at sigma .8 and .5, of log SNR -log 4 and 0: at .2, of log 4, it is 3 + 2 log 4."""
+    method = FasterCache(extrapolation="logsnr")
+    positions = [method.position(1 - sigma, sigma) for sigma in (0.8, 0.5, 0.2)]
+    assert positions == pytest.approx([-math.log(4), 0, math.log(4)])
+    entries = [(position, torch.tensor(3 + 2 * position)) for position in positions[:2]]
+    assert method.extrapolate(entries, positions[2], at(5), method.plan(20)) == pytest.approx(3 + 2 * math.log(4))
+
+
+@pytest.mark.parametrize("extrapolation, sigmas", [("sigma", (0.7, 0.7)), ("logsnr", (1.0, 0.9995))])
+def test_no_distance_between_the_last_two_computed_repeats_the_last(extrapolation, sigmas):
+    """A solver evaluates twice at one sigma, or there is nearly no signal: log SNR -log 1000 in both."""
+    method = FasterCache(extrapolation=extrapolation)
+    entries = [(method.position(1 - s, s), torch.tensor(value)) for s, value in zip(sigmas, (10.0, 14.0))]
+    assert method.extrapolate(entries, method.position(0.4, 0.6), at(5), method.plan(20)) == 14
+
+
+@pytest.mark.parametrize("reuse", ["attention", "stack"])
+def test_the_first_step_may_be_extrapolated_from_although_it_has_no_signal(reuse, pipe, sample):
+    with accel.apply(pipe, [FasterCache(attention_start=0, extrapolation="logsnr", reuse=reuse)]) as trace:
+        assert sample(pipe).isfinite().all()
+    assert trace.sigmas[0] > 0.999 and min(e.step for e in trace.events.values() if e.action != "compute") == 2
+
+
+def test_defaults_extrapolate_each_attention_over_the_steps_and_leave_the_stack_alone(pipe, sample):
+    assert FasterCache() == FasterCache(reuse="attention", extrapolation="linear")
+    blocks = pipe.transformer.blocks
+    with accel.apply(pipe, [FasterCache()]) as trace:
+        assert pipe.transformer.blocks is blocks
+        sample(pipe)
+    assert set(trace.summary()["calls"]) == {"compute", "rebuild"} and trace.summary()["attention"]["reuse"] > 0
 
 
 def test_gains_do_not_compound():
@@ -100,13 +134,14 @@ def drive(pipe, method, cond: torch.Tensor, uncond: torch.Tensor, steps: int = 2
     return outputs, trace
 
 
-def test_branches_never_mix(pipe):
-    """Another prompt changes no unconditional output, though its attention is reused."""
+@pytest.mark.parametrize("reuse", ["attention", "stack"])
+def test_branches_never_mix(reuse, pipe):
+    """Another prompt changes no unconditional output, though its attention, or its stack, is extrapolated."""
     one, two, empty = torch.randn(3, 1, 6, 16, generator=torch.Generator().manual_seed(1)).unbind(0)
-    method = FasterCache(guidance=False, extrapolation="sigma")
+    method = FasterCache(guidance=False, extrapolation="sigma", reuse=reuse)
     first, trace = drive(pipe, method, one, empty)
     second, _ = drive(pipe, method, two, empty)
-    assert any(e.action == "reuse" and e.branch == "uncond" for e in trace.events.values())
+    assert any(e.action != "compute" and e.branch == "uncond" for e in trace.events.values())
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -131,11 +166,12 @@ def test_only_computed_outputs_are_extrapolated_from(pipe, sample, monkeypatch):
     assert used and all(id(t) in known for t in used)
 
 
-def test_everything_cached_is_freed_at_the_end_of_a_run(pipe, sample, monkeypatch):
+@pytest.mark.parametrize("reuse", ["attention", "stack"])
+def test_everything_cached_is_freed_at_the_end_of_a_run(reuse, pipe, sample, monkeypatch):
     states = []
     nbytes = State.nbytes
     monkeypatch.setattr(State, "nbytes", lambda self: states.append(self) or nbytes(self))
-    with accel.apply(pipe, [FasterCache()]):
+    with accel.apply(pipe, [FasterCache(reuse=reuse)]):
         sample(pipe)
         assert states and nbytes(states[-1]) == 0
 
@@ -168,13 +204,14 @@ def test_a_run_without_guidance_is_reported(pipe, sample):
     assert "guidance is off" in trace.summary()["messages"][0] and trace.summary()["attention"]["reuse"] > 0
 
 
-def test_the_second_transformer_starts_with_an_empty_cache(two_models, sample):
+@pytest.mark.parametrize("reuse", ["attention", "stack"])
+def test_the_second_transformer_starts_with_an_empty_cache(reuse, two_models, sample):
     """Wan 2.2: after the switch the CFG delta is taken anew, and two outputs are computed before any reuse."""
-    with accel.apply(two_models, [FasterCache(attention_start=0.1, guidance_start=0.1)]) as trace:
+    with accel.apply(two_models, [FasterCache(attention_start=0.1, guidance_start=0.1, reuse=reuse)]) as trace:
         sample(two_models)
     switch = next(i for i, s in trace.sigmas.items() if s < 0.7)
     for step in (switch, switch + 1):
-        assert all(e.action != "reuse" for e in trace.events.values() if e.step == step)
+        assert all(e.action not in ("reuse", "predict") for e in trace.events.values() if e.step == step)
     assert trace.events[(switch, "uncond", "denoiser")].action == "compute"
 
 
