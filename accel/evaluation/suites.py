@@ -187,7 +187,10 @@ def _in_steps(counts: Sequence[int], settings: dict[str, Setting]) -> dict[str, 
 
 
 def _training_free() -> dict[str, Setting]:
-    found = _in_steps((50, 25), {name: Setting(name) for name in ("fastercache", "asymrnr")})
+    caches = {name: Setting(name) for name in ("fastercache", "asymrnr")}
+    stack = {"reuse": "stack", "extrapolation": "logsnr"}
+    caches["fastercache, stack"] = Setting("fastercache", overrides={"fastercache": stack})
+    found = _in_steps((50, 25), caches)
     stepcache = {
         f"stepcache {value}": Setting("stepcache", overrides={"stepcache": {"threshold": value}})
         for value in (0.1, 0.15, 0.2, 0.3)
