@@ -133,8 +133,9 @@ def changes_from(preset: Preset, settings: dict[str, dict], model: str) -> list[
 
 
 def is_usable(name: str, model: str) -> bool:
-    """Whether a model has what a method needs: an empty list of values means that nothing was trained."""
-    return all(available_values(name, model).values())
+    """Whether a method can run on a model: no list of values is empty (nothing was trained), a peer is installed."""
+    method = METHODS[name]
+    return all(available_values(name, model).values()) and (not method.peer or method().is_available(resolve(model)))
 
 
 def available_values(name: str, model: str) -> AvailableValues:

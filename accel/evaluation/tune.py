@@ -189,7 +189,8 @@ class Judge:
 
 
 def front(rows: Sequence[dict]) -> list[dict]:
-    """The rows that no other one beats in work and SSIM, slowest first."""
+    """The rows that no other one beats in work and SSIM, slowest first; a preset that was tried twice is there once."""
+    rows = list({json.dumps(row["preset"], sort_keys=True): row for row in rows}.values())
     return [rows[i] for i in pareto_front([(row["speed"], row["ssim"]) for row in rows])]
 
 

@@ -89,7 +89,7 @@ def test_students_and_solvers_are_tried_first_in_all_of_their_steps():
 
 
 def test_the_front_the_fastest_within_a_loss_and_the_best_at_a_speed():
-    assert front(ROWS) == [ROWS[0], ROWS[1], ROWS[3]]
+    assert front([*ROWS, dict(ROWS[1])]) == [ROWS[0], ROWS[1], ROWS[3]]  # a try that came again counts once
     assert fastest(ROWS, 0.01) == fastest(ROWS, 0.1) == ROWS[1]  # the fastest row has lost what the prompt says
     assert at_least(ROWS, 2) == ROWS[1] and at_least(ROWS, 6) is None
     with pytest.raises(ValueError, match="no try loses at most 0.0001; the least is 0.001"):

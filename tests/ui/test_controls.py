@@ -34,6 +34,15 @@ def test_only_the_parameters_of_active_methods_are_shown():
     assert [name for name, group in controls.groups.items() if shown[group]["visible"]] == ["asymrnr"]
 
 
+def test_a_peer_whose_package_is_missing_cannot_be_switched_on(monkeypatch):
+    monkeypatch.setattr("accel.methods.cachedit.find_spec", lambda name: None)
+    with gr.Blocks():
+        controls = MethodControls(TINY, load_preset("fastercache"))
+    updates, missing = controls.preset_values(load_preset("dbcache"), TINY)
+    assert not controls.switches["dbcache"].interactive and controls.switches["seacache"].interactive
+    assert not updates[controls.switches["dbcache"]]["value"] and missing == ["DBCache (cache-dit) is off"]
+
+
 def test_slider_values_become_settings_that_the_method_takes():
     method = METHODS["fastercache"]
     values = {name: getattr(method(), name) for name in method.parameters()} | {"attention_interval": 3.0}
