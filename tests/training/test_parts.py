@@ -63,7 +63,9 @@ def test_the_record_of_a_run_includes_the_run_whose_weights_it_started_from(tmp_
     assert parent_run(first, tmp_path / "other") is None  # the second chunk of a run from scratch
 
 
-def test_a_setting_is_refused_where_it_would_be_ignored(tmp_path):
+def test_a_setting_is_refused_where_it_would_be_ignored(tmp_path, monkeypatch):
+    parts = OPTIM_CONFIGS["medium"]
+    monkeypatch.setitem(OPTIM_CONFIGS, "medium", {"vae": parts["vae"], "base": parts["base"]})
     with pytest.raises(ValueError, match="the setting medium has no gpd; it has vae, base"):
         train_parts("gpd", None, False, tmp_path, "medium")
     with pytest.raises(ValueError, match="leave it out with --model or --ablation"):
