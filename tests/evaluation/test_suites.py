@@ -24,7 +24,7 @@ def test_pairs_are_of_settings_of_the_suite(suite):
 
 
 def test_an_unknown_suite_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown suite 'moon'; there are front, base, fastercache"):
+    with pytest.raises(ValueError, match="unknown suite 'moon'; there are front, peers, paper, base"):
         check_suite("moon")
 
 
