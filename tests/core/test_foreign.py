@@ -7,7 +7,7 @@ from families.tiny import TINY
 
 import accel
 from accel.core import flops
-from accel.core.foreign import check_foreign
+from accel.core.foreign import check_foreign, foreign_cache
 from accel.methods import FasterCache
 
 CONFIGS = {
@@ -73,3 +73,4 @@ def test_hooks_that_are_no_caches_are_left_alone(pipe):
     pipe.transformer.enable_layerwise_casting(torch.float16, torch.float32)
     pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     check_foreign([pipe.transformer])
+    assert foreign_cache([pipe.transformer]) is None
