@@ -133,9 +133,8 @@ def changes_from(preset: Preset, settings: dict[str, dict], model: str) -> list[
 
 
 def is_usable(name: str, model: str) -> bool:
-    """Whether a method can run on a model: no list of values is empty (nothing was trained), a peer is installed."""
-    method = METHODS[name]
-    return all(available_values(name, model).values()) and (not method.peer or method().is_available(resolve(model)))
+    """Whether a method can run on a model: an empty list of values means that nothing was trained."""
+    return METHODS[name].is_installed() and all(available_values(name, model).values())
 
 
 def available_values(name: str, model: str) -> AvailableValues:

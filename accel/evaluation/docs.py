@@ -48,11 +48,11 @@ def overview() -> str:
     return markdown(head, rows)
 
 
-def methods(of_diffusers: bool = False) -> str:
+def methods(peers: bool = False) -> str:
     """One row for each of our methods, or for each peer, from its class."""
     rows = []
     for name, method in METHODS.items():
-        if method.peer != of_diffusers:
+        if method.peer != peers:
             continue
         arxiv = method.paper.removeprefix("arXiv ")
         paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})" if arxiv else "-" if method.peer else "ours"
@@ -243,7 +243,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "overview": overview,
     "front-overview": front_of_groups,
     "methods": methods,
-    "peer-methods": partial(methods, of_diffusers=True),
+    "peer-methods": partial(methods, peers=True),
     "support": support,
     "parameters": parameters,
     "gpu": gpu,

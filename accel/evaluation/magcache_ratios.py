@@ -11,10 +11,9 @@ from torch import nn
 from ..core.foreign import DiffusersCache
 from ..errors import AccelError
 from ..families import family_of
-from ..files import atomic_write
 from ..methods.peers import RATIOS, MagCache, Ratios
 from ..runtime.generate import generate
-from ..runtime.models import ModelDefaults, folders_of_results, load_pipeline, model_defaults
+from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, write_results
 from ..runtime.run import Run, build_run
 
 
@@ -32,12 +31,8 @@ def run_calibration(model: str, prompt: str, seed: int, steps: int | None, out: 
     MagCache().check_model(family, denoisers[0])
     run = build_run(defaults, model=model, prompt=prompt, seed=seed, steps=steps)
     ratios = Ratios(steps=run.steps, ratios=_measure(run, pipe, defaults, denoisers[0]))
-    folders = folders_of_results(model, out)
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / RATIOS) as part:
-            part.write_text(ratios.model_dump_json())
-    return {"model": model, **ratios.model_dump(), "written": [str(folder / RATIOS) for folder in folders]}
+    written = write_results(model, out, RATIOS, ratios.model_dump_json())
+    return {"model": model, **ratios.model_dump(), "written": [str(file) for file in written]}
 
 
 def _measure(run: Run, pipe, defaults: ModelDefaults, model: nn.Module) -> list[float]:

@@ -26,10 +26,9 @@ from ..core.hooks import patched_method
 from ..core.host import halves
 from ..errors import AccelError, amount
 from ..families import family_of
-from ..files import atomic_write
 from ..methods.fittedsolver import FOLDER, FittedSolver, Solver, weighted_sum
 from ..runtime.generate import environment, generate, warm_up
-from ..runtime.models import ModelDefaults, folders_of_results, load_pipeline, model_defaults
+from ..runtime.models import ModelDefaults, load_pipeline, model_defaults, write_results
 from ..runtime.run import Run, build_run
 from ..students.weights import fingerprint
 from .measure import calibration_cases
@@ -223,7 +222,7 @@ def search(rollouts: Rollouts, nodes: tuple[int, ...], tries: int) -> tuple[int,
             moved = list(nodes)
             for i in rng.choices(range(1, len(nodes) - 1), k=rng.choice((1, 1, 2))):
                 moved[i] += rng.choice((-3, -2, -1, 1, 2, 3))
-            if sorted({0, *moved, nodes[-1]}) != moved or tuple(moved) in seen:
+            if sorted(set(moved)) != moved or tuple(moved) in seen:
                 continue
             seen.add(tuple(moved))
             if (error := rollouts.error(tuple(moved))) < best:
@@ -284,9 +283,4 @@ def fit_weights(terms: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) ->
 
 def save(solver: Solver, model: str, out: Path) -> list[Path]:
     """The files of a solver, after writing them: in `out`, and in a local model's folder."""
-    files = [folder / f"{solver.steps}.json" for folder in folders_of_results(model, out, FOLDER)]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as part:
-            part.write_text(solver.model_dump_json())
-    return files
+    return write_results(model, out, f"{solver.steps}.json", solver.model_dump_json(), FOLDER)

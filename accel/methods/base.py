@@ -152,10 +152,15 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """The folder of the weights that this method loads for a model; None if it needs none."""
         return None
 
+    @classmethod
+    def is_installed(cls) -> bool:
+        """Whether the packages are there that only this method needs."""
+        return True
+
     def is_available(self, model: str | Path) -> bool:
         """Whether all that this method loads for a model is there."""
         weights_dir = self.weights_dir(model)
-        return weights_dir is None or weights_dir.is_dir()
+        return self.is_installed() and (weights_dir is None or weights_dir.is_dir())
 
     def files(self, model: str | Path) -> list[Path]:
         """The files that this method reads besides the model's own."""

@@ -7,7 +7,6 @@ transformer alone, because on a pipeline it would change the pipeline's class. I
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -47,8 +46,9 @@ class DBCache(Peer):
     Fn_compute_blocks: int = Field(1, ge=1, le=60, description="First blocks, which every step computes.")
     Bn_compute_blocks: int = Field(0, ge=0, le=60, description="Last blocks, which every step computes.")
 
-    def is_available(self, model: str | Path) -> bool:
-        """Whether cache-dit is installed."""
+    @classmethod
+    def is_installed(cls) -> bool:
+        """Whether cache-dit is there."""
         return find_spec("cache_dit") is not None
 
     def config(self, host: Host) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class DBCache(Peer):
 
     def check_model(self, family: Family, model: nn.Module) -> None:
         """Raise AccelError also without cache-dit, for a model that it does not know, and for too few blocks."""
-        if not self.is_available(""):
+        if not self.is_installed():
             raise AccelError(f"{self.title} needs the package cache-dit, which is not installed: {INSTALL}")
         from cache_dit import BlockAdapterRegister
 

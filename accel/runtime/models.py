@@ -149,6 +149,16 @@ def folders_of_results(model: str, out: Path, name: str = "") -> list[Path]:
     return [out, folder / name] if folder.is_dir() else [out]
 
 
+def write_results(model: str, out: Path, file: str, text: str, name: str = "") -> list[Path]:
+    """The paths of a file with a text, after writing it to each of the `folders_of_results`."""
+    files = [folder / file for folder in folders_of_results(model, out, name)]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_text(text)
+    return files
+
+
 def weights(model: str) -> list[tuple[str, str]]:
     """Name and SHA-256 of each file of a local model that affects what it generates; an empty list for a hub id.
 

@@ -283,7 +283,7 @@ def share_stages(other: Path, own: Path, names: Sequence[str], stage_config: Cal
 
 @torch.no_grad()
 def initialize_from(module: nn.Module, base: nn.Module, folder: Path) -> None:
-    """Give a student the weights of another student of its base; zeros of the base's time embedding stay zero."""
+    """Give a student the base's weights and another student's differences; zeros of a time embedding stay zero."""
     with unwrapped(module), unwrapped(base):
         known = load_int8_delta(base, folder / "model.safetensors")
         for (name, own), original in zip(module.named_parameters(), base.parameters(), strict=True):
