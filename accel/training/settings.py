@@ -24,7 +24,7 @@ class ModelSetting:
 SETTINGS = {
     "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
     "medium": ModelSetting(
-        96, 17, fps=8, clips=2000, living=True, start=TINY, target=f"{TINY}-96", save_every=900
+        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=f"{TINY}-96", save_every=900
     ),  # for a CPU; its sample grid takes a while
     "large": ModelSetting(96, 33, fps=12, clips=40_000),  # the default on a GPU
 }
@@ -39,8 +39,8 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
     },
     "medium": {
         "vae": {"steps": 520, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 1},
-        "base": {"steps": 3000, "lr": 1e-3, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.6, "betas": (0.9, 0.98),
-                 "seed": 6},
+        "base": {"steps": 2800, "lr": 8e-4, "matrix_lr": 2e-3, "warmup": 40, "decay_from": 0.3, "betas": (0.9, 0.98),
+                 "seed": 8},
         "gpd": {"steps": 12, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
         "meanflow": {"steps": 150, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 150, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
