@@ -271,7 +271,7 @@ class CompareTab:
         usable = {name: parameters for name, parameters in preset.methods.items() if is_usable(name, model)}
         side = {**preset_side(preset), **run, "methods": usable}
         side |= {key: getattr(defaults, key) for key in ("steps", "guidance") if side.get(key) is None}
-        text = f"This preset needs weights that the model does not have: {'; '.join(missing)}." if missing else ""
+        text = f"This preset runs in part only: {'; '.join(missing)}." if missing else ""
         typed = {self.prompt: run.get("prompt"), self.seed: run.get("seed")}
         reference = run.get("reference")
         return {

@@ -81,14 +81,15 @@ class MethodControls:
         return settings
 
     def preset_values(self, preset: Preset, model: str) -> tuple[Update, list[str]]:
-        """The value of every component for a preset, and what of the preset a model lacks, in words."""
+        """The value of every component for a preset, and what of the preset is not there, in words."""
         updates, missing, active = {}, [], preset_methods(preset)
         for name, method in METHODS.items():
             wanted, usable, available = active.get(name), is_usable(name, model), available_values(name, model)
             updates[self.switches[name]] = gr.update(value=wanted is not None and usable, interactive=usable)
             updates[self.groups[name]] = gr.update(visible=wanted is not None and usable)
             if wanted and not usable:
-                missing.append(f"{method.title} is off")
+                lacks = "its weights for this model" if method.is_installed() else "its package"
+                missing.append(f"{method.title} is off, without {lacks}")
             for parameter, component in self.parameters[name].items():
                 value = getattr(wanted or method(), parameter)
                 nearest = nearest_available(value, available.get(parameter))

@@ -40,7 +40,8 @@ def test_a_peer_whose_package_is_missing_cannot_be_switched_on(monkeypatch):
         controls = MethodControls(TINY, load_preset("fastercache"))
     updates, missing = controls.preset_values(load_preset("dbcache"), TINY)
     assert not controls.switches["dbcache"].interactive and controls.switches["seacache"].interactive
-    assert not updates[controls.switches["dbcache"]]["value"] and missing == ["DBCache (cache-dit) is off"]
+    assert not updates[controls.switches["dbcache"]]["value"]
+    assert missing == ["DBCache (cache-dit) is off, without its package"]
 
 
 def test_slider_values_become_settings_that_the_method_takes():
@@ -90,7 +91,10 @@ def test_a_preset_names_what_a_model_lacks(tmp_path):
     with gr.Blocks():
         controls = MethodControls(str(tmp_path), load_preset("fastercache"))
     updates, missing = controls.preset_values(load_preset("turbo"), str(tmp_path))
-    assert missing == [f"{METHODS['meanflow'].title} is off", "DisCa's predictor is reuse instead of residual"]
+    assert missing == [
+        f"{METHODS['meanflow'].title} is off, without its weights for this model",
+        "DisCa's predictor is reuse instead of residual",
+    ]
     assert not updates[controls.switches["meanflow"]]["value"]
     assert updates[controls.parameters["disca"]["predictor"]]["value"] == "reuse"
     assert not controls.switches["meanflow"].interactive and controls.switches["disca"].interactive
