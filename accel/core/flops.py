@@ -10,11 +10,16 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ..errors import AccelError
 from .trace import DENOISER
 
-_COUNTED: dict[tuple, dict[str, int]] = {}
+# Torch's counter knows the attention kernels of a GPU only.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+_COUNTED: dict[tuple, dict[str, int] | None] = {}  # None where the count depends on the masks
 
 
 def count_flops(
@@ -22,8 +27,9 @@ def count_flops(
 ) -> dict[str, int]:
     """FLOPs of one call on latents x with these inputs: of the full call under "denoiser", and by module name.
 
-    Counted once per architecture and shapes, without running the model; where its operations depend on values (such as
-    a mask), by `call`, which runs it once. A multiply-add counts as two; element-wise operations are not counted.
+    Counted once per architecture and shapes, without running the model; where its operations depend on a mask's values,
+    once for each mask by `call`, which runs it. A multiply-add counts as two; element-wise operations are not counted.
+    Raises AccelError if there is no `call` then.
     """
     inputs = {"hidden_states": x, **inputs}
     shapes = tree_map(lambda v: tuple(v.shape) if isinstance(v, Tensor) else v, inputs)
@@ -32,9 +38,14 @@ def count_flops(
         try:
             _COUNTED[key] = _count(_meta_call(model, inputs))
         except (NotImplementedError, RuntimeError):
-            if call is None:
-                raise
-            _COUNTED[key] = _count(call)
+            _COUNTED[key] = None
+    if (flops := _COUNTED[key]) is not None:
+        return flops
+    if call is None:
+        raise AccelError(f"the FLOPs of {type(model).__name__} depend on masks: they are counted in a run only")
+    masks = {name: v.tolist() for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name}
+    if (key := (*key, str(masks))) not in _COUNTED:
+        _COUNTED[key] = _count(call)
     return _COUNTED[key]
 
 
@@ -48,7 +59,8 @@ def _meta_call(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
 
 
 def _count(call: Callable[[], Any]) -> dict[str, int]:
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), attention_backend("native"):
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with counter, torch.no_grad(), attention_backend("native"):
         call()
     total: dict[str, int] = defaultdict(int)
     for name, ops in counter.get_flop_counts().items():

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from families.tiny import TINY
 
 import accel
 from accel.core.flops import count_flops
@@ -201,6 +202,20 @@ def test_flops_are_counted_under_any_attention_backend(pipe, monkeypatch):
     given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}
     flops = count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), given)
     assert flops["blocks.0.attn1"] == 4 * 2 * 48 * 24 * 24 + 2 * 2 * 48 * 48 * 24
+
+
+def test_flops_are_counted_for_each_mask_where_they_depend_on_it():
+    """Mochi's joint attention leaves out the masked tokens of the text."""
+    pipe, inputs = TINY["mochi"]()
+    counts = []
+    for words in (8, 3, 8):
+        mask = torch.zeros_like(inputs["prompt_attention_mask"])
+        mask[:, :words] = 1
+        masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+        with accel.apply(pipe, []) as trace:
+            pipe(**inputs | masks, num_inference_steps=2, output_type="latent")
+        counts.append(trace.flops["denoiser"])
+    assert counts[0] == counts[2] > counts[1]
 
 
 def test_a_subclass_of_a_pipeline_is_of_its_family():
