@@ -30,6 +30,16 @@ def run_of(report: dict, side: str) -> dict[str, Any]:
     return report if side == "b" else reference_of(report)
 
 
+def preset_words(preset: dict[str, Any]) -> str:
+    """The settings of a preset in words: {"methods": {"gpd": {"steps": 6}}} is "GPD with steps 6"."""
+    parts = []
+    for name, parameters in preset.get("methods", {}).items():
+        own = ", ".join(f"{parameter.replace('_', ' ')} {_text(value)}" for parameter, value in parameters.items())
+        parts.append(f"{METHODS[name].title} with {own}" if own else METHODS[name].title)
+    run = [f"{key} {_text(preset[key])}" for key in SIDE_KEYS if key in preset]
+    return ", ".join([" and ".join(parts) or "No method", *run])
+
+
 def ranked_name(report: dict, side: str) -> str:
     """What one side of a report is called in a ranking: its preset or methods, its steps, and the model if not shipped.
 

@@ -12,16 +12,17 @@ from markupsafe import escape
 
 from accel.errors import AccelError
 from accel.evaluation.metrics import METRICS
-from accel.evaluation.pareto_front import fastest_within
+from accel.evaluation.pareto_front import fastest_within, tuned_within
+from accel.evaluation.suites import tuned
 from accel.evaluation.sweep import axis_names, axis_range, parse_axis, value_label
 from accel.evaluation.sweep_rows import figures
-from accel.runtime.presets import load_preset, preset_names
+from accel.runtime.presets import Preset, load_preset, preset_names
 from ui.clickable import ClickableHTML
 from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.pareto import Point, pareto_plot
-from ui.run_words import SIDE_KEYS, run_of
+from ui.run_words import SIDE_KEYS, preset_words, run_of
 from ui.side_settings import describe_side
 from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
@@ -45,6 +46,7 @@ SPEEDS = {  # how speed is told -> title of the horizontal axis
 }
 EMPTY = "Each result appears here as soon as it is measured; a click opens it in the Compare tab."
 NO_PROPOSAL = "The fastest measured setting within the loss is proposed here."
+NOT_WITHIN = "No measured setting loses at most {:g} of SSIM."
 MAX_SERIES = 8  # values of the first axis that get a mark each
 Update = dict[gr.blocks.Block, Any]
 
@@ -55,7 +57,7 @@ class SweepTab:
     def __init__(self, context: Context):
         self.context = context
         self.running: dict[str, Sweep] = {}  # by visitor
-        self.state, self.proposed = gr.State(None), gr.State("")  # the sweep shown; id of the pair that is proposed
+        self.state, self.proposed = gr.State(None), gr.State("")  # the sweep shown; see `show_proposal`
         self.opened = gr.State("")  # id of the pair that was clicked
         with gr.Row():
             self.base = gr.Dropdown(
@@ -123,7 +125,7 @@ class SweepTab:
                 min_width=180,
             )
             with gr.Column(min_width=180):
-                self.proposal = gr.HTML(note(NO_PROPOSAL), elem_id="sweep-proposal", html_template=READ_ALOUD)
+                self.proposal = gr.HTML(elem_id="sweep-proposal", html_template=READ_ALOUD)
                 self.use = gr.Button("Use it", interactive=False, size="sm", elem_id="sweep-use")
 
     def wire(self, page) -> None:
@@ -144,14 +146,14 @@ class SweepTab:
             knob.input(lambda name: gr.update(info=range_words(name)), knob, knob, **quick)
         gr.on([self.metric.change, self.speed.change, self.earlier.change], self.show_plot, views, self.plot, **quick)
         gr.on(
-            [self.allowed.change, self.speed.change], self.show_proposal, [self.state, self.speed, self.allowed],
-            [self.proposal, self.proposed, self.use], **quick,
+            [page.tabs.select, page.model.change, self.allowed.change, self.speed.change], self.show_proposal,
+            [self.state, self.speed, self.allowed, page.model], [self.proposal, self.proposed, self.use], **quick,
         )  # fmt: skip
         opening = {"inputs": [self.opened, page.visitor], "outputs": page.compare.outputs, "api_visibility": "private"}
         for clickable in (self.grid, self.plot):
             clickable.click(clicked_id, None, self.opened, **quick).then(page.compare.show_stored, **opening)
-        self.use.click(lambda run_id: run_id, self.proposed, self.opened, **quick).then(
-            page.compare.show_stored, **opening
+        self.use.click(
+            self.use_proposal, [self.proposed, page.model, page.visitor], page.compare.outputs, api_visibility="private"
         )
 
     def add_endpoints(self) -> None:
@@ -247,7 +249,10 @@ class SweepTab:
                 self.stop: gr.update(variant="stop" if running else "secondary")}  # fmt: skip
 
     def _views(self, state: SweepState, metric, speed, earlier, allowed, visitor, running: int | None) -> Update:
-        proposal = zip([self.proposal, self.proposed, self.use], self.show_proposal(state, speed, allowed))
+        proposal = zip(
+            [self.proposal, self.proposed, self.use],
+            self.show_proposal(state, speed, allowed, state.plan.common["model"]),
+        )
         plot = self.show_plot(state, metric, speed, earlier, allowed, visitor)
         return {self.state: state, self.grid: sweep_grid(state, running), self.plot: plot, **dict(proposal)}
 
@@ -265,18 +270,32 @@ class SweepTab:
                 )
         return pareto_plot(points, SPEEDS[speed], quality_title(metric), frozenset({PLAIN_SERIES}))
 
-    def show_proposal(self, state: SweepState | None, speed: str, allowed: float):
-        """The fastest setting within a loss, measured or by work, in a sentence; its id; whether it can be used."""
+    def show_proposal(self, state: SweepState | None, speed: str, allowed: float, model: str):
+        """The fastest setting within a loss, in a sentence; what it is; whether it can be used.
+
+        It is the id of a result of the sweep, by measured speed or by work; before a sweep it is a preset, as
+        {"methods": ...}, of what `accel tune` found for the model.
+        """
         done = state.done if state else []
         if not done:
-            return note(NO_PROPOSAL), "", gr.update(interactive=False)
+            return _tuned_proposal(model, allowed)
         best = fastest_within([{**result.row, "speedup": speed_of(result.row, speed)} for result in done], allowed)
         if best is None:
-            return note(f"No measured setting loses at most {allowed:g} of SSIM."), "", gr.update(interactive=False)
+            return note(NOT_WITHIN.format(allowed)), "", gr.update(interactive=False)
         row = done[best].row
         measured = f"{row['speedup']:.2f}× as fast with {row['work']:.0%} of the work, SSIM {row['ssim']:.4f}"
         text = f"{row['label']}: {measured}. No faster setting is within the loss."
         return note(text), done[best].run_id, gr.update(interactive=True)
+
+    def use_proposal(self, proposed: str | dict[str, Any], model: str, visitor: str) -> Update:
+        """What is proposed, in the Compare tab: a result with its settings, or a preset's settings alone."""
+        compare = self.page.compare
+        if isinstance(proposed, str):
+            return compare.show_stored(proposed, visitor)
+        return {
+            self.page.tabs: gr.Tabs(selected="compare"), **compare.load_settings(Preset(**proposed), {}, model),
+            compare.message: note("The setting is chosen. Press Run to generate with it."),
+        }  # fmt: skip
 
 
 class Progress:
@@ -312,6 +331,20 @@ class Progress:
         if reason:
             return note(f"{reason}. {measured}.", bad=True)
         return note(f"Stopped: {measured}. They are in your history." if stopped else f"Finished: {measured}.")
+
+
+def _tuned_proposal(model: str, allowed: float):
+    """What `show_proposal` gives for the search that was made for the model, if one was."""
+    search = tuned(model)
+    row = search and tuned_within(search["rows"], allowed)
+    if not row:
+        return note(NOT_WITHIN.format(allowed) if search else NO_PROPOSAL), "", gr.update(interactive=False)
+    gain = f"{1 / row['work']:.2f}× less work, SSIM {row['ssim']:.4f}"
+    text = (
+        f"{preset_words(row['preset'])}: {gain}. Of all that was tried on {len(search['prompts'])} other prompts, no "
+        "faster setting is within the loss."
+    )
+    return note(text), row["preset"], gr.update(interactive=True)
 
 
 def sweep_points(state: SweepState, metric: str, speed: str) -> list[Point]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MAX_ADHERENCE_LOSS = 0.01  # of a setting of a search against the baseline
 PERFECT = {"ssim": 1.0, "ssim_worst": 1.0, "vmaf": 100.0}  # what a video has that equals its reference
 
 
@@ -31,3 +32,10 @@ def fastest_within(rows: Sequence[dict], max_loss: float, metric: str = "ssim") 
     losses = [loss(row, metric) for row in rows]
     within = [i for i, lost in enumerate(losses) if lost is not None and lost <= max_loss + 1e-9]
     return max(within, key=lambda i: (rows[i]["speedup"], -losses[i]), default=None)
+
+
+def tuned_within(rows: Sequence[dict], max_loss: float) -> dict | None:
+    """The fastest row of `accel tune` within a loss of SSIM and with about the baseline's adherence, if any."""
+    keeps = [row for row in rows if row.get("adherence_loss", 0) <= MAX_ADHERENCE_LOSS]
+    best = fastest_within([{**row, "speedup": row["speed"]} for row in keeps], max_loss)
+    return None if best is None else keeps[best]

@@ -302,6 +302,13 @@ def results(suite: str) -> dict | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
+def tuned(model: str) -> dict | None:
+    """The committed search of `accel tune` for a model, if there is one: its "rows" and "prompts"."""
+    file = RESULTS / "tune" / "front.json"
+    search = json.loads(file.read_text()) if file.is_file() else {}
+    return search if search.get("model") == model else None
+
+
 def baseline_at_matched_time(suite: str, found: dict, row: dict) -> str:
     """SSIM, name and speed-up of the baseline with the highest SSIM that is as fast as a setting.
 

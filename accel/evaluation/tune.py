@@ -27,7 +27,7 @@ from ..runtime.models import ModelDefaults, hash_of, resolve, weights
 from ..runtime.presets import Preset
 from ..runtime.run import Run, build_run
 from .metrics import METRICS, Pair, mean_of
-from .pareto_front import pareto_front
+from .pareto_front import pareto_front, tuned_within
 from .report import markdown
 from .result_log import config_hash
 
@@ -35,7 +35,6 @@ STEPS = (50, 40, 32, 25, 20, 16, 13, 10, 8, 6, 5, 4)
 WITH_OWN_STEPS = ("fittedsolver", "gpd", "meanflow")  # methods that bring their noise levels
 RANDOM_TRIES = 10  # after the known settings, before the sampler learns from all of them
 SMALLEST_LOSS = 1e-6  # below it, losses count as equal
-MAX_ADHERENCE_LOSS = 0.01  # of a preset against the baseline
 
 
 def tune(
@@ -195,13 +194,9 @@ def front(rows: Sequence[dict]) -> list[dict]:
 
 
 def fastest(rows: Sequence[dict], max_loss: float) -> dict:
-    """The fastest row whose SSIM is at least 1 - max_loss and whose adherence is the baseline's, almost.
-
-    Raises AccelError if there is none.
-    """
-    fits = lambda row: 1 - row["ssim"] <= max_loss + 1e-9 and row.get("adherence_loss", 0) <= MAX_ADHERENCE_LOSS
-    if found := [row for row in rows if fits(row)]:
-        return max(found, key=lambda row: row["speed"])
+    """`tuned_within`, but raises AccelError if no row is."""
+    if row := tuned_within(rows, max_loss):
+        return row
     least = min((1 - row["ssim"] for row in rows), default=1)
     raise AccelError(f"no try loses at most {max_loss:g}; the least is {least:.2g}: allow more, or try more --trials")
 

@@ -11,8 +11,9 @@ import pytest
 
 from accel.errors import AccelError
 from accel.evaluation.sweep import parse_axis_option
+from accel.methods import METHODS
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
-from accel.runtime.presets import load_preset
+from accel.runtime.presets import Preset, load_preset
 from accel.runtime.run import Cancelled
 from ui.panels import unexpected
 from ui.store import Store
@@ -265,13 +266,14 @@ class Page:
     def __init__(self, context):
         with gr.Blocks() as self.blocks:
             self.model, self.visitor, prompt = gr.State(TINY), gr.State("ann"), gr.Textbox()
-            opened = gr.Textbox()
+            opened, message = gr.Textbox(), gr.HTML()
             settings = lambda model, values: SimpleNamespace(
                 run={**RUN, "model": model, "prompt": values[0]}, reference=REFERENCE, candidate=BASE
             )
             self.compare = SimpleNamespace(
-                setting_components=[prompt], outputs=[opened], settings=settings,
+                setting_components=[prompt], outputs=[opened], settings=settings, message=message,
                 show_stored=lambda run_id, visitor: {opened: run_id},
+                load_settings=lambda preset, run, model: {opened: preset},
             )  # fmt: skip
             with gr.Tabs() as self.tabs, gr.Tab("Sweep"):
                 self.sweep = SweepTab(context)
@@ -298,11 +300,30 @@ def test_the_tab_shows_each_result_as_it_comes_and_proposes_the_fastest_within_t
     assert [str(update[tab.grid]).count("data-id") for update in results] == [0, 1, 2]
     assert "Finished: 2 of 2 settings are measured" in updates[-1][tab.message]
     state = results[-1][tab.state]
-    text, proposed, _ = tab.show_proposal(state, "measured", 0.03)
+    text, proposed, _ = tab.show_proposal(state, "measured", 0.03, TINY)
     assert "10 steps: 2.00× as fast with 50% of the work" in text and proposed == state.results[0].run_id
-    assert tab.show_proposal(state, "by work", 0.1)[1] == state.results[1].run_id
-    assert "No measured setting loses at most 0.001" in tab.show_proposal(state, "measured", 0.001)[0]
+    assert tab.use_proposal(proposed, TINY, "ann") == tab.page.compare.show_stored(proposed, "ann")
+    assert tab.show_proposal(state, "by work", 0.1, TINY)[1] == state.results[1].run_id
+    assert "No measured setting loses at most 0.001" in tab.show_proposal(state, "measured", 0.001, TINY)[0]
     assert not tab.running
+
+
+def test_before_a_sweep_the_fastest_setting_of_the_search_for_the_model_is_proposed(tab, monkeypatch):
+    rows = [
+        {"preset": {"steps": 25, "shift": 5.0}, "work": 0.5, "speed": 2.0, "ssim": 0.99},
+        {"preset": {"methods": {"gpd": {"steps": 6}}}, "work": 0.12, "speed": 8.33, "ssim": 0.91},
+    ]
+    searches = {TINY: {"rows": rows, "prompts": ["one", "two"]}}
+    monkeypatch.setattr("ui.sweep_tab.tuned", searches.get)
+    text, proposed, use = tab.show_proposal(None, "measured", 0.1, TINY)
+    assert f"{METHODS['gpd'].title} with steps 6: 8.33× less work, SSIM 0.9100" in text and "2 other prompts" in text
+    assert proposed == rows[1]["preset"] and use["interactive"]
+    assert next(iter(tab.use_proposal(proposed, TINY, "ann").values())).selected == "compare"
+    assert Preset(**proposed) in tab.use_proposal(proposed, TINY, "ann").values()
+    assert "No method, steps 25, shift 5" in tab.show_proposal(None, "measured", 0.02, TINY)[0]
+    assert "loses at most 0.001" in tab.show_proposal(None, "measured", 0.001, TINY)[0]
+    text, proposed, use = tab.show_proposal(None, "measured", 0.1, "another/model")
+    assert "is proposed here" in text and not proposed and not use["interactive"]
 
 
 def test_the_base_can_be_a_preset(tab):
