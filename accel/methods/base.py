@@ -7,7 +7,7 @@ what runs a model inside the function that uses it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -148,6 +148,11 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """Whether the settings are those at which the output is bitwise the baseline's."""
         return bool(self.neutral) and all(getattr(self, name) == value for name, value in self.neutral.items())
 
+    @property
+    def predicts_blocks(self) -> bool:
+        """Whether some steps get what all blocks give without running them; one method of a run can do so."""
+        return False
+
     def weights_dir(self, model: str | Path) -> Path | None:
         """The folder of the weights that this method loads for a model; None if it needs none."""
         return None
@@ -235,6 +240,20 @@ class StudentMethod(Method):
         from ..students.loading import weight_bytes
 
         return weight_bytes(self.weights_dir(spec.model_path), spec.model) if self.steps else 0
+
+
+def check_combination(methods: Sequence[Method]) -> None:
+    """Raise AccelError if methods cannot run together.
+
+    A peer is alone, as neither side would see what the other one skips. Of two methods that predict all blocks, one
+    would learn from the other's predictions.
+    """
+    for method in methods:
+        if method.peer and len(methods) > 1:
+            others = " and ".join(other.title for other in methods if other is not method)
+            raise AccelError(f"{method.title} and {others} do not go together: a peer runs alone")
+    if len(predicting := [method.title for method in methods if method.predicts_blocks]) > 1:
+        raise AccelError(f"{' and '.join(predicting)} do not go together: each stands in for all blocks in some steps")
 
 
 @dataclass

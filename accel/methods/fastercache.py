@@ -141,6 +141,11 @@ class FasterCache(Method):
         early = step.index < step.count / 2
         return (1 + self.gain_low) ** power if early else 1.0, 1.0 if early else (1 + self.gain_high) ** power
 
+    @property
+    def predicts_blocks(self) -> bool:
+        """With reuse by stack."""
+        return self.attention and self.reuse == "stack"
+
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes on the device: two outputs for each attention (or the stack) and branch, the CFG delta, one output."""
         rebuilds = any(not p.guidance for p in self._active_plan(spec.count, spec.guided))

@@ -7,7 +7,6 @@ What it skipped is what its hooks did not call. Its parameters have diffusers' n
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..core.trace import Action
 from ..errors import AccelError
-from .base import Method, Peer, RunSpec, model_path
+from .base import Peer, RunSpec, model_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,14 +65,6 @@ class DiffusersPeer(Peer):
             )
         if self.needs_batched_guidance and not hasattr(host.pipe, "current_timestep"):
             self.refuse(f"{name} does not tell its current_timestep")
-
-
-def check_peers(methods: Sequence[Method]) -> None:
-    """Raise AccelError if a peer is not alone: neither side would see what the other one skips."""
-    for method in methods:
-        if method.peer and len(methods) > 1:
-            others = " and ".join(other.title for other in methods if other is not method)
-            raise AccelError(f"{method.title} and {others} do not go together: a peer runs alone")
 
 
 class SeaCache(DiffusersPeer):

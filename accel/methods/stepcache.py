@@ -88,6 +88,11 @@ class StepCache(Method):
             return sorted({0, 1, count - 1, *(round(step * (count - 1) / last) for step in given)})
         return spread(max(3, round(self.full_share * count)), count) if self.schedule == "spread" else None
 
+    @property
+    def predicts_blocks(self) -> bool:
+        """Unless all steps are full ones."""
+        return not self.is_neutral
+
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of the cached residuals of each branch, and of the latents (float32) of which a change is measured."""
         full = self.steps(spec.count)

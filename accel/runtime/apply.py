@@ -16,8 +16,7 @@ from ..core.trace import Trace
 from ..errors import AccelError, quote
 from ..families import family_of
 from ..methods import Method
-from ..methods.base import run_spec
-from ..methods.peers import check_peers
+from ..methods.base import check_combination, run_spec
 from .presets import checked, load_preset
 
 
@@ -79,7 +78,7 @@ def _methods_of(given: Any) -> Iterator[Method]:
 def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
     if isinstance(pipe, nn.Module):
         raise AccelError(f"accel.apply takes a pipeline, not its {type(pipe).__name__}: give the pipeline itself")
-    check_peers(methods)
+    check_combination(methods)
     denoisers, trace = family_of(pipe).denoisers(pipe), Trace()
     with ExitStack() as stack:
         for part in (pipe, *denoisers):

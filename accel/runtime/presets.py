@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import AccelError, quote
 from ..methods import METHODS, Method
-from ..methods.peers import check_peers
+from ..methods.base import check_combination
 from .paths import ROOT
 
 FOLDER = ROOT / "presets"
@@ -120,7 +120,7 @@ def _schema(field: dict) -> dict:
 def required_settings(settings: dict[str, dict]) -> dict[str, float]:
     """The `steps` and `guidance` that methods require of a run. Raises AccelError if some do not go together."""
     methods = build_methods(settings)
-    check_peers(methods)
+    check_combination(methods)
     required = {name: method.required_settings() for name, method in zip(settings, methods)}
     required = {name: values for name, values in required.items() if values}
     if len(required) > 1:

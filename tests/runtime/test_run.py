@@ -49,6 +49,14 @@ DEFAULTS = ModelDefaults(height=64, width=64, frames=17, steps=50, guidance=4.0)
             {"methods": {"gpd": {}, "meanflow": {}}},
             "gpd and meanflow do not go together: each brings its own noise levels",
         ),
+        (
+            {"methods": {"stepcache": {}, "disca": {"predictor": "reuse"}}},
+            "StepCache and DisCa do not go together: each stands in for all blocks in some steps",
+        ),
+        (
+            {"methods": {"fastercache": {"reuse": "stack"}, "stepcache": {}}},
+            "FasterCache and StepCache do not go together: each stands in for all blocks",
+        ),
         ({"methods": {"disca": {"full_steps": "1 2 5"}}}, "disca.full_steps: "),
         ({"methods": {"asymrnr": {"budget": 0.755}}}, "a number from 0.2 to 1 in steps of 0.01"),
         ({"methods": {"asymrnr": {"schedule": "fixed", "rates": {"a": [[0.99, 0.1]]}}}}, "asymrnr.rates.a.0.0 = 0.99"),

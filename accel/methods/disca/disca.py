@@ -88,6 +88,11 @@ class DisCa(Method):
             return None
         return Path(self.predictor_dir) if self.predictor_dir else _default_dir(model, self.predictor)
 
+    @property
+    def predicts_blocks(self) -> bool:
+        """Unless all steps are full ones."""
+        return not self.is_neutral
+
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of the predictor and, for each branch, of a cached output and one more for each Taylor order."""
         from .predictor import num_parameters
