@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 world = typer.Typer(no_args_is_help=True, help="The captioned toy world: render samples, judge videos.")
 app.add_typer(world, name="world")
 
-Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows sentences like examples/prompts.txt.")]
+Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows sentences as in examples/prompts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise, or of the sampled scenes.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or a YAML file; 'none' for no method.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
@@ -86,11 +86,12 @@ def parse_settings(preset: str, changes: list[str] | None) -> dict:
     return {"methods": methods, **loaded.model_dump(include=set(RUN_OPTIONS))}
 
 
-def first_example() -> str:
-    """The first of the example prompts."""
-    from .runtime.paths import ROOT
+def first_example(model: str) -> str:
+    """The first of a model's example prompts."""
+    from .runtime.example_prompts import example_prompts
+    from .runtime.models import read_defaults
 
-    return (ROOT / "examples" / "prompts.txt").read_text().splitlines()[0]
+    return example_prompts(read_defaults(model))[0]
 
 
 def load_for(model: str, make_runs: Callable) -> tuple:
@@ -334,7 +335,7 @@ def tune(
 @app.command()
 def sweep(
     axis: Annotated[list[str], typer.Option(help="steps=20,30,50 or gpd.steps=6..16; once or twice.")],
-    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.txt.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.")] = None,
     seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
@@ -345,7 +346,7 @@ def sweep(
     from .evaluation.sweep import check_available, expand, parse_axis_option, parse_steps
     from .runtime.run import build_run
 
-    prompt = prompt or first_example()
+    prompt = prompt or first_example(model)
     common = dict(model=model, prompt=prompt, height=height, width=width, frames=frames)
     reference = {"seed": seed, **dict(zip(RUN_OPTIONS, (steps, guidance, solver, shift)))}
     base = {**parse_settings(preset, set_), "seed": seed}
@@ -389,7 +390,7 @@ def profile(
 @app.command()
 def calibrate(
     model: Model = TINY,
-    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.txt.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.")] = None,
     seed: Seed = 0,
     steps: Steps = None,
     out: Out = Path("runs/calibrate"),
@@ -400,7 +401,7 @@ def calibrate(
     check_model(model)
     from .evaluation.magcache_ratios import run_calibration
 
-    prompt = prompt or first_example()
+    prompt = prompt or first_example(model)
     print_json(run_calibration(model, prompt, seed, steps, out))
 
 

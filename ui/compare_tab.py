@@ -10,8 +10,8 @@ import gradio as gr
 from markupsafe import escape
 
 from accel.errors import AccelError, sentence
+from accel.runtime.example_prompts import example_prompts
 from accel.runtime.models import ModelDefaults, read_defaults
-from accel.runtime.paths import ROOT
 from accel.runtime.presets import Preset, load_preset, preset_names
 from accel.runtime.repeat import reference_of
 from ui.clickable import ClickableHTML
@@ -27,7 +27,6 @@ from ui.side_settings import ReferenceControls, Side, SideSettings, describe_sid
 from ui.templating import render
 
 FIRST_PRESETS = ("balanced", "fastercache")  # the first one that the model has all for is chosen at the start
-PROMPTS = (ROOT / "examples" / "prompts.txt").read_text().splitlines()
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,17 @@ class CompareTab:
         self.pin = gr.Button("Pin the candidate shown as the reference", size="sm", elem_id="pin")
 
     def _add_prompt(self) -> None:
+        prompts = example_prompts(read_defaults(self.context.model))
         with gr.Row(elem_id="prompt-row", equal_height=True):
             self.prompt = gr.Textbox(
-                PROMPTS[0], label="Prompt", lines=1, max_lines=3, scale=8, elem_id="prompt", max_length=2000
+                prompts[0], label="Prompt", lines=1, max_lines=3, scale=8, elem_id="prompt", max_length=2000
             )
             self.seed = gr.Number(1, label="Seed", precision=None, scale=1, min_width=84, elem_id="seed")
             with gr.Row(elem_id="run-bar", scale=2):
                 self.run = gr.Button("▶ Run", variant="primary", min_width=88, elem_id="run")
                 self.stop = gr.Button("■ Stop", min_width=72, elem_id="stop")
         with gr.Row(elem_id="under-prompt"):
-            self.examples = ClickableHTML(render("examples", prompts=PROMPTS[1:4]), elem_id="examples")
+            self.examples = ClickableHTML(render("examples", prompts=prompts[1:4]), elem_id="examples")
             self.estimate = gr.HTML(elem_id="estimate", html_template=READ_ALOUD)
 
     @property
@@ -112,7 +112,7 @@ class CompareTab:
         """Everything that running, showing a pair or loading settings can change."""
         return [
             self.page.tabs, self.message, self.live, self.run, self.stop, self.shown, self.panes, *self.view.components,
-            self.preset, self.preset_note, self.changed, self.estimate, self.reference.plain,
+            self.preset, self.preset_note, self.changed, self.estimate, self.examples, self.reference.plain,
             *self.controls.groups.values(), *self.setting_components,
         ]  # fmt: skip
 
@@ -131,7 +131,7 @@ class CompareTab:
         self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.outputs, trigger_mode="always_last", **quick)
-        switched = page.model.input(self.load_preset, inputs[:3], self.outputs, **quick)
+        switched = page.model.input(self.switch_model, [*inputs[:3], self.prompt], self.outputs, **quick)
         for loaded in (chosen, switched, reset):
             loaded.then(self.settings_changed, inputs, self.outputs, **quick)
         self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded], **quick)
@@ -254,6 +254,14 @@ class CompareTab:
         reason = next((choice.reason for choice in self.context.models if choice.id == model), "")
         missing = f"This model cannot run here: {reason}." if reason else ""
         return {**self.load_settings(preset, {}, model), self.message: note(missing, bad=True)}
+
+    def switch_model(self, model: str, visitor: str, name: str | None, prompt: str) -> Update:
+        """The preset on another model, with that model's example prompts; a prompt of the visitor's own stays."""
+        prompts, defaults = example_prompts(read_defaults(model)), [read_defaults(c.id) for c in self.context.models]
+        shown = {self.examples: render("examples", prompts=prompts[1:4])}
+        if any(prompt in example_prompts(of_model) for of_model in defaults):
+            shown[self.prompt] = prompts[0]
+        return {**self.load_preset(model, visitor, name), **shown}
 
     def choose_preset(self, shown: str | None, model: str, visitor: str, name: str) -> Update:
         """The same, and the recorded pair of the preset unless a pair of the visitor's own is shown."""

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from ..core.hooks import patched_method
 from ..errors import AccelError
 from ..methods import METHODS
+from ..runtime.example_prompts import example_prompts
 from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults, hash_of, resolve, weights
-from ..runtime.paths import ROOT
 from ..runtime.presets import build_methods
 from ..runtime.run import Run, build_run
 from .result_log import ResultLog, config_hash
@@ -36,9 +36,9 @@ def calibration_cases(n: int, prompt_seed: int, defaults: ModelDefaults) -> list
 
         prompts = held_out_prompts(n, prompt_seed, defaults.living)
     else:
-        prompts = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[:n]
+        prompts = example_prompts(defaults)[:n]
         if len(prompts) < n:
-            raise AccelError(f"{n} prompts are too many: examples/prompts.txt has {len(prompts)}")
+            raise AccelError(f"{n} prompts are too many: there are {len(prompts)} examples")
     return [(prompt, seed) for seed, prompt in enumerate(prompts)]
 
 

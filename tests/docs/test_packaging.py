@@ -22,7 +22,7 @@ def test_the_wheel_packs_what_exists():
     packed = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert all((paths.ROOT / source).exists() for source in packed)
     data = {target.removeprefix("accel/_data/") for target in packed.values()} - {"app.py"}
-    assert data == {"presets", "models/tiny-wan", "examples/prompts.txt", "examples/runs"}
+    assert data == {"presets", "models/tiny-wan", "examples/prompts", "examples/runs"}
 
 
 def test_an_installed_package_finds_its_own_data(tmp_path):

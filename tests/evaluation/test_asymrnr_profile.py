@@ -56,7 +56,7 @@ def test_too_few_steps_for_the_spans_are_refused(runs, tmp_path):
 
 
 def test_more_prompts_than_there_are_examples_are_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match="999 prompts are too many: examples/prompts.txt has"):
+    with pytest.raises(ValueError, match="999 prompts are too many: there are 24 examples"):
         profile.run_profile("nobody/nothing", 999, 6, tmp_path)
 
 

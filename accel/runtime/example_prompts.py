@@ -1,0 +1,15 @@
+"""Example prompts: sentences of its world for a model of the toy world, everyday scenes for every other one."""
+
+from __future__ import annotations
+
+from .models import ModelDefaults
+from .paths import ROOT
+
+FOLDER = ROOT / "examples" / "prompts"
+
+
+def example_prompts(defaults: ModelDefaults | None) -> list[str]:
+    """The prompts to try first on a model with these defaults; None for a model that has no `accel.json`."""
+    is_toy = defaults is not None and defaults.toy_world
+    world = "living" if is_toy and defaults.living else "plain" if is_toy else "real"
+    return (FOLDER / f"{world}.txt").read_text().splitlines()

@@ -1,0 +1,21 @@
+"""Example prompts: the world's own sentences for the toy models, everyday scenes for all others."""
+
+import pytest
+
+from accel.runtime.example_prompts import example_prompts
+from accel.runtime.models import TINY, read_defaults
+from accel.world.scene import ATTRIBUTES, read_caption
+
+
+@pytest.mark.parametrize("model", [TINY, f"{TINY}-96"])
+def test_examples_of_a_toy_model_say_all_attributes(model):
+    prompts = example_prompts(read_defaults(model))
+    assert (
+        all(read_caption(prompt).keys() >= set(ATTRIBUTES) for prompt in prompts)
+        and len(set(prompts)) == len(prompts) >= 4
+    )
+
+
+def test_other_models_get_everyday_scenes_enough_for_a_calibration():
+    prompts = example_prompts(None)
+    assert len(set(prompts)) == len(prompts) >= 16 and not any("background" in prompt for prompt in prompts)
