@@ -256,9 +256,15 @@ class CompareTab:
         return {**self.load_settings(preset, {}, model), self.message: note(missing, bad=True)}
 
     def switch_model(self, model: str, visitor: str, name: str | None, prompt: str) -> Update:
-        """The preset on another model, with that model's example prompts; a prompt of the visitor's own stays."""
+        """The preset on another model, or its first one if that model lacks weights, with the model's own examples.
+
+        A prompt of the visitor's own stays.
+        """
+        if name in preset_names() and not has_all(name, model):
+            name = first_preset(model)
         prompts, defaults = example_prompts(read_defaults(model)), [read_defaults(c.id) for c in self.context.models]
-        shown = {self.examples: render("examples", prompts=prompts[1:4])}
+        cards = gr.update(choices=card_choices(model), value=name)
+        shown = {self.preset: cards, self.examples: render("examples", prompts=prompts[1:4])}
         if any(prompt in example_prompts(of_model) for of_model in defaults):
             shown[self.prompt] = prompts[0]
         return {**self.load_preset(model, visitor, name), **shown}
@@ -331,8 +337,12 @@ class CompareTab:
 
 def first_preset(model: str) -> str:
     """The preset that the page begins with."""
-    usable = (name for name in FIRST_PRESETS if all(is_usable(method, model) for method in load_preset(name).methods))
-    return next(usable)
+    return next(name for name in FIRST_PRESETS if has_all(name, model))
+
+
+def has_all(preset: str, model: str) -> bool:
+    """Whether a model has the weights that a preset needs."""
+    return all(is_usable(method, model) for method in load_preset(preset).methods)
 
 
 def chosen_example(event: gr.EventData) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 TINY = "models/tiny-wan"
+LIVING = f"{TINY}-96"  # of the living world, at 96x96 pixels
 HASH = ".sha256"  # ending of a file with the hash of the one beside it
 STUDENTS = re.compile("gpd-|meanflow$|predictor$|fittedsolver$")  # folders of methods in a model's folder
 

@@ -216,7 +216,7 @@ def _write_defaults(model: ModelSetting) -> None:
     from .tasks.base_model import MAX_TOKENS
 
     defaults = {"height": model.size, "width": model.size, "frames": model.frames, "fps": model.fps}
-    defaults |= {"steps": 50, "guidance": 4.0, "text_length": MAX_TOKENS, "toy_world": True}
+    defaults |= {"steps": 50, "guidance": model.guidance, "text_length": MAX_TOKENS, "toy_world": True}
     defaults |= {"living": model.living, "metrics": ["adherence", *(["texture"] if model.living else [])]}
     (ROOT / model.target / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..runtime.models import TINY
+from ..runtime.models import LIVING, TINY
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,14 @@ class ModelSetting:
     living: bool = False  # textures, shadows and second objects of the living world
     start: str | None = None  # folder of a model whose weights the training starts from
     target: str = TINY  # folder of the model that is made
+    guidance: float = 4.0  # that the model runs with by default, and its students learn
     save_every: float = 400  # seconds between checkpoints
 
 
 SETTINGS = {
     "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
     "medium": ModelSetting(
-        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=f"{TINY}-96", save_every=900
+        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=LIVING, save_every=900
     ),  # for a CPU; its sample grid takes a while
     "large": ModelSetting(96, 33, fps=12, clips=40_000),  # the default on a GPU
 }

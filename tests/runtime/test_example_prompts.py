@@ -3,11 +3,11 @@
 import pytest
 
 from accel.runtime.example_prompts import example_prompts
-from accel.runtime.models import TINY, read_defaults
+from accel.runtime.models import LIVING, TINY, read_defaults
 from accel.world.scene import ATTRIBUTES, read_caption
 
 
-@pytest.mark.parametrize("model", [TINY, f"{TINY}-96"])
+@pytest.mark.parametrize("model", [TINY, LIVING])
 def test_examples_of_a_toy_model_say_all_attributes(model):
     prompts = example_prompts(read_defaults(model))
     assert (

@@ -12,7 +12,7 @@ import app
 from accel.errors import AccelError
 from accel.methods import METHODS
 from accel.runtime.example_prompts import example_prompts
-from accel.runtime.models import TINY, read_defaults
+from accel.runtime.models import LIVING, TINY, read_defaults
 from accel.runtime.paths import ROOT
 from accel.runtime.presets import Preset, load_preset, preset_names
 from ui.api import side_from
@@ -163,8 +163,11 @@ def test_a_side_over_the_api_is_a_preset_with_changes():
     assert load_preset("fastercache").methods["fastercache"]["attention_interval"] == 2  # the preset is as it was
 
 
-def test_another_model_brings_its_own_example_prompts_and_leaves_a_prompt_of_the_visitors(page):
-    plain, living = (example_prompts(read_defaults(model)) for model in (TINY, f"{TINY}-96"))
-    updates = page.compare.switch_model(f"{TINY}-96", "me", "balanced", plain[0])
+def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_the_visitors(page):
+    plain, living = (example_prompts(read_defaults(model)) for model in (TINY, LIVING))
+    updates = page.compare.switch_model(LIVING, "me", "balanced", plain[0])
     assert updates[page.compare.prompt] == living[0] and living[1] in updates[page.compare.examples]
-    assert page.compare.prompt not in page.compare.switch_model(f"{TINY}-96", "me", "balanced", "a cat")
+    assert updates[page.compare.preset]["value"] == "fastercache" and updates[page.compare.preset_note] == ""
+    assert not any("SSIM" in text for text, _ in updates[page.compare.preset]["choices"])
+    assert page.compare.switch_model(TINY, "me", "quick", "a cat")[page.compare.preset]["value"] == "quick"
+    assert page.compare.prompt not in page.compare.switch_model(LIVING, "me", "balanced", "a cat")
