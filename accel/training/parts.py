@@ -123,12 +123,14 @@ def _train_vae(
 ) -> dict:
     from .tasks import vae
 
-    target = ROOT / model.target / "vae"
+    target, state = ROOT / model.target / "vae", out / "state.pt"
     task = vae.VaeTask(optim, model.size, model.frames, living=model.living)
-    if resume and (out / "state.pt").is_file():
-        task.shape_as(out / "state.pt")
+    if resume and state.is_file() and vae.trains_encoder(state):
+        task.shape_as(state)
     elif resume and target.is_dir():
         task.start_from(target)
+        if (target.parent / "transformer").is_dir():
+            task.keep_latents()
     elif model.start:
         task.start_from(ROOT / model.start / "vae")
     summary = fit(task, out, minutes=minutes, resume=resume)

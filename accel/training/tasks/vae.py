@@ -128,11 +128,17 @@ class VaeTask:
         torch.manual_seed(optim.seed)
         self.optim, self.size, self.frames, self.kl, self.living = optim, size, frames, kl, living
         self.curriculum = LIVING_CURRICULUM if living else CURRICULUM
-        self.module = Autoencoder(build_vae())
+        self.module, self.keeps_latents = Autoencoder(build_vae()), False
 
     def start_from(self, folder: Path) -> None:
         """Load the weights of a finished autoencoder; the schedule and the optimizer start anew."""
         self.module.vae = AutoencoderKLWan.from_pretrained(folder)
+
+    def keep_latents(self) -> None:
+        """Train the decoder alone: a base model is there, which knows these latents."""
+        for part in (self.module.vae.encoder, self.module.vae.quant_conv):
+            part.requires_grad_(False)
+        self.keeps_latents = True
 
     def shape_as(self, state: Path) -> None:
         """Use as many latent channels as a checkpoint: a run that started from finished weights has fewer."""
@@ -142,8 +148,8 @@ class VaeTask:
             self.module.vae = build_vae(z_dim=channels)
 
     def matrices(self) -> list[nn.Parameter]:
-        """The kernels of all convolutions, for Muon."""
-        return [p for p in self.module.parameters() if p.ndim > 3 and min(p.shape[:2]) > 1]
+        """The kernels of all convolutions that are trained, for Muon."""
+        return [p for p in self.module.parameters() if p.requires_grad and p.ndim > 3 and min(p.shape[:2]) > 1]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         share = step / self.optim.steps
@@ -167,6 +173,12 @@ class VaeTask:
         iio.imwrite(path, from_unit(rows)[0].cpu().numpy())
 
 
+def trains_encoder(state: Path) -> bool:
+    """Whether a checkpoint is of a run that trains the whole autoencoder; it holds what is trained."""
+    weights = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["module"]
+    return any(name.startswith("vae.encoder") for name in weights)
+
+
 @torch.no_grad()
 def finish(task: VaeTask, folder: Path) -> dict:
     """Write the autoencoder in diffusers layout with its latents' mean and deviation; returns how good it is.
@@ -175,11 +187,12 @@ def finish(task: VaeTask, folder: Path) -> dict:
     reconstruction, come from held-out scenes through the stock chunked path.
     """
     vae = task.module.vae.eval()
-    made = (clips(16, task.frames, task.size, 10_000 + i, False, vae.device, task.living) for i in range(16))
-    z = torch.cat([task.module.encode(x)[0] for x in made])
-    mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    vae = without_dead_channels(vae)
+    if not task.keeps_latents:
+        scenes = (clips(16, task.frames, task.size, 10_000 + i, False, vae.device, task.living) for i in range(16))
+        z = torch.cat([task.module.encode(x)[0] for x in scenes])
+        mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        vae = without_dead_channels(vae)
     made = folder.with_name(folder.name + ".part")
     vae.half().save_pretrained(made, max_shard_size="9MB")  # half the size on disk; loads as float32
     record_hashes(made)
