@@ -14,28 +14,29 @@ from safetensors.torch import load_file
 from ..errors import AccelError
 from ..families import family_of
 from ..methods.disca.disca import select_full_steps
-from ..methods.disca.predictor import Predictor, PredictorForm
+from ..methods.disca.predictor import Predictor
+from ..methods.disca.predictor_manifest import DEPTH, PredictorForm
 from ..runtime.generate import grid
 from ..runtime.run import build_run
 from ..students.interval_embedding import INTERVAL_EMBEDDER, with_interval_embedder
 from ..students.loading import check_base, load_student
 from ..students.weights import fingerprint
 from .fast_blocks import optimize_blocks
-from .feature_probe import FeatureProbe
+from .feature_probe import FeatureProbe, GuidedProbe
 from .jobs import DistillJob, JobSpec, LoadedJob, rank_and_world
 from .optimizer import OptimConfig
-from .rollouts import MeanFlowContext
+from .rollouts import MeanFlowContext, RolloutContext
 from .stages import store
 from .tasks.predictor_fit import PredictorConfig, PredictorTask
 from .validation import CachedRolloutValidator
 
-DEPTH = 1  # blocks: one is an eighth of the shipped model, two would be a quarter; the paper's two are under 4 %
+GUIDED_RUNS = {"steps": 50, "full": (8, 16), "guidance": None}  # of the base model: wider gaps than a student's
 SECOND_STAGE_DIVISOR = 3  # the second stage has this many times fewer iterations, at half the rates
 VALIDATION_FULL_STEPS = 8
 
 
 class PredictorJob(JobSpec):
-    """A predictor for the MeanFlow student in the model's folder, stored as `predictor/<form>`."""
+    """A predictor for the MeanFlow student in the model's folder, or for the model itself: `predictor/<form>`."""
 
     method = "predictor"
     ablations = get_args(PredictorForm)
@@ -46,21 +47,31 @@ class PredictorJob(JobSpec):
             raise AccelError("a predictor is small, all its weights are trained: leave --rank out")
 
     def is_ablation(self, job: DistillJob) -> bool:
-        return False  # both forms are stored in the model's folder
+        return False  # all forms are stored in the model's folder
 
     @contextmanager
     def build(self, loaded: LoadedJob, optim: OptimConfig) -> Iterator[tuple[PredictorTask, dict]]:
-        """Inside, the pipeline's transformer is the student."""
+        """Inside, the pipeline's transformer is the student; for the form `guided` it stays the base model."""
+        form, pipe = loaded.job.ablation or self.ablations[0], loaded.pipe
+        with ExitStack() as stack:
+            if form == "guided":
+                config = PredictorConfig(**GUIDED_RUNS, trajectories=loaded.job.num_trajectories())
+                context = loaded.context(config.steps)
+            else:
+                config, context = self._student(loaded, stack)
+            origin = {"form": form, "depth": DEPTH[form], "student_fingerprint": fingerprint(pipe.transformer)}
+            stack.callback(setattr, pipe.transformer, "blocks", pipe.transformer.blocks)
+            yield self._task(loaded, optim, config, context, form), origin
+
+    def _student(self, loaded: LoadedJob, stack: ExitStack) -> tuple[PredictorConfig, MeanFlowContext]:
+        """Put the MeanFlow student in the place of the base model, until the stack closes; its runs and its context."""
         folder, pipe = self._student_dir(loaded), loaded.pipe
         manifest = json.loads((folder / "meanflow.json").read_text())
         check_base(folder, manifest["base_fingerprint"], pipe)
-        with ExitStack() as stack:
-            stack.enter_context(load_student(folder, pipe.transformer))
-            stack.enter_context(with_interval_embedder(pipe.transformer, load_file(folder / INTERVAL_EMBEDDER)))
-            form = loaded.job.ablation or self.ablations[0]
-            origin = {"form": form, "depth": DEPTH, "student_fingerprint": fingerprint(pipe.transformer)}
-            stack.callback(setattr, pipe.transformer, "blocks", pipe.transformer.blocks)
-            yield self._task(loaded, optim, manifest, form), origin
+        stack.enter_context(load_student(folder, pipe.transformer))
+        stack.enter_context(with_interval_embedder(pipe.transformer, load_file(folder / INTERVAL_EMBEDDER)))
+        config = PredictorConfig(guidance=manifest["guidance"], trajectories=loaded.job.num_trajectories())
+        return config, MeanFlowContext(**vars(loaded.context(config.steps)), guidance=manifest["teacher_guidance"])
 
     def _student_dir(self, loaded: LoadedJob) -> Path:
         folder = loaded.job.model_dir() or loaded.job.other_job_dir(loaded.out, "meanflow")
@@ -68,18 +79,20 @@ class PredictorJob(JobSpec):
             raise AccelError("the student comes first: python -m accel train meanflow")
         return folder / "meanflow"
 
-    def _task(self, loaded: LoadedJob, optim: OptimConfig, manifest: dict, form: str) -> PredictorTask:
+    def _task(
+        self, loaded: LoadedJob, optim: OptimConfig, config: PredictorConfig, context: RolloutContext, form: str
+    ) -> PredictorTask:
         job, pipe = loaded.job, loaded.pipe
-        config = PredictorConfig(guidance=manifest["guidance"], trajectories=job.num_trajectories())
-        context = MeanFlowContext(**vars(loaded.context(config.steps)), guidance=manifest["teacher_guidance"])
         tokens = grid(pipe, build_run(loaded.defaults, model="", prompt="-"))
         torch.manual_seed(optim.seed)
-        predictor = Predictor(family_of(pipe), pipe.transformer, form, DEPTH)
+        predictor = Predictor(family_of(pipe), pipe.transformer, form, DEPTH[form])
         if job.is_toy():
             for blocks in (pipe.transformer.blocks, predictor.blocks):
                 optimize_blocks(blocks, loaded.device)
-        student = FeatureProbe(pipe.transformer, checkpointing=not job.is_toy())
-        return PredictorTask(optim, config, student, predictor, context, tokens, rank_and_world())
+        probe = FeatureProbe(pipe.transformer, checkpointing=not job.is_toy())
+        if form == "guided":
+            probe = GuidedProbe(probe, context.encode([""]), loaded.defaults.guidance)
+        return PredictorTask(optim, config, probe, predictor, context, tokens, rank_and_world())
 
     def validator(self, task: PredictorTask, loaded: LoadedJob) -> CachedRolloutValidator:
         full_steps = select_full_steps(VALIDATION_FULL_STEPS, task.config.steps)

@@ -105,12 +105,12 @@ class CachedRolloutValidator:
 
     def _rollout(self, model: nn.Module, x: Tensor, steps: range) -> Tensor:
         """Latents after some steps, of which the first is a full step."""
-        cached = None
+        cached, full = None, 0
         for i in steps:
             if i in self.full_steps:
-                v, cached = self._full_forward(x, i)
+                full, (v, cached) = i, self._full_forward(x, i)
             else:
-                v = self._predicted_forward(model, cached, x, i)
+                v = self._predicted_forward(model, cached, full, x, i)
             x = self.task.context.step(x, v, i, i + 1)
         return x
 
@@ -119,9 +119,10 @@ class CachedRolloutValidator:
         return self.task.student.full_forward(x, self.task.context.batch_timestep(x, i, i + 1), self.text)
 
     @torch.no_grad()
-    def _predicted_forward(self, model: nn.Module, cached: Tensor, x: Tensor, i: int) -> Tensor:
-        t = self.task.context.batch_timestep(x, i, i + 1)
-        return self.task.student.predicted_forward(model.predictor, cached, x, t, self.text)[0]
+    def _predicted_forward(self, model: nn.Module, cached: Tensor, full: int, x: Tensor, i: int) -> Tensor:
+        context = self.task.context
+        t, gap = context.batch_timestep(x, i, i + 1), x.new_full((len(x),), context.sigmas[full] - context.sigmas[i])
+        return self.task.student.predicted_forward(model.predictor, cached, gap, x, t, self.text)[0]
 
 
 class StageMonitor:

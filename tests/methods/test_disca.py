@@ -163,7 +163,7 @@ def test_an_untrained_residual_predictor_is_reuse():
     predictor = Predictor(Wan(), model, "residual", 1)
     hidden, cached = torch.randn(1, 12, 24), torch.randn(1, 12, 24)
     text, time, rope = torch.randn(1, 6, 24), torch.randn(1, 6, 24), model.rope(torch.randn(1, 4, 3, 4, 4))
-    assert torch.equal(predictor(hidden, cached, text, time, rope), cached)
+    assert torch.equal(predictor(hidden, cached, torch.ones(1), text, time, rope), cached)
 
 
 def test_the_work_of_predictions_is_counted(student_pipe, sample):
@@ -194,6 +194,28 @@ def test_a_predictor_without_its_student_is_refused(methods, reason, student_pip
     with pytest.raises(ValueError, match=reason), accel.apply(student_pipe, methods):
         pass
     assert torch.equal(sample(student_pipe, steps=4), baseline)
+
+
+def test_a_predictor_of_the_base_model_is_given_the_gap_in_both_branches(pipe, sample, tmp_path, monkeypatch):
+    make_predictor(pipe, tmp_path / "guided", "guided")
+    method, gaps = DisCa(predictor="guided", predictor_dir=str(tmp_path / "guided"), num_full_steps=4), []
+    monkeypatch.setattr(
+        Predictor, "forward", lambda self, hidden, cached, gap, *_: (gaps.append(gap.item()), cached)[1]
+    )
+    with accel.apply(pipe, method) as trace:
+        sample(pipe, steps=8)
+    sigmas = trace.sigmas  # the full steps are 0, 1, 2 and 7
+    expected = [sigmas[2] - sigmas[i] for i in (3, 4, 5, 6) for _ in ("cond", "uncond")]
+    assert gaps == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_predictor_of_the_base_model_is_refused_with_a_student(student_pipe, tmp_path):
+    make_predictor(student_pipe, tmp_path / "predictor" / "guided", "guided")
+    with (
+        pytest.raises(ValueError, match="another model than the one that runs: run the model that it was trained for"),
+        accel.apply(student_pipe, [MeanFlow(steps=8), DisCa(predictor="guided")]),
+    ):
+        pass
 
 
 def test_a_single_step_has_nothing_to_predict(student_pipe, sample):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from safetensors.torch import load_file
 from support import PREDICTOR_STEPS as STEPS
 from support import build_pipe, make_meanflow, predictor_task, random_wan, timed
 
+import accel
 from accel.families.wan import Wan
+from accel.methods import DisCa
 from accel.methods.disca.disca import select_full_steps
 from accel.methods.disca.predictor import Predictor
 from accel.ops.flow import euler
 from accel.runtime.models import ModelDefaults
 from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
-from accel.training.feature_probe import FeatureProbe
+from accel.training.feature_probe import FeatureProbe, GuidedProbe
 from accel.training.jobs import DistillJob, run_job
 from accel.training.loop import fit
 from accel.training.networks import velocity
@@ -31,7 +34,7 @@ def test_probing_a_student_changes_no_output_and_gives_its_last_feature(pipe):
         original = velocity(student, x, time, text)
         probe = FeatureProbe(student)
         v, feature = probe.full_forward(x, time, text)
-        u, same = probe.predicted_forward(lambda hidden, cached, *_: cached, feature, x, time, text)
+        u, same = probe.predicted_forward(lambda hidden, cached, *_: cached, feature, torch.zeros(2), x, time, text)
     assert torch.equal(v, original) and torch.allclose(u, v, atol=1e-2) and torch.equal(same, feature)
     assert probe.layers == [0, 1]
 
@@ -44,7 +47,7 @@ def test_an_untrained_residual_predictor_errs_by_the_change_of_the_feature(pipe)
     time = task._interval()[2]
     with torch.no_grad():
         v, feature = task.student.full_forward(x, time, text)
-        u, _ = task.student.predicted_forward(lambda hidden, cached, *_: cached, cached, x, time, text)
+        u, _ = task.student.predicted_forward(lambda hidden, cached, *_: cached, cached, task._gap(), x, time, text)
     loss, logs = task.loss(task.module, 0, 0)
     each = [((a - b).square().mean() / size).item() for a, b, size in zip(cached, feature, feature.flatten(1).var(1))]
     errors = [((a - b).square().mean() / b.square().mean()).item() for a, b in zip(u, v)]
@@ -102,7 +105,7 @@ def test_steps_of_a_shorter_run_are_twice_as_long(pipe):
     x, text = task.trajectories.x.clone(), task.trajectories.text.clone()
     t, r, time, _ = task._interval()
     with torch.no_grad():
-        u, _ = task.student.predicted_forward(task.module.predictor, task.cached, x, time, text)
+        u, _ = task.student.predicted_forward(task.module.predictor, task.cached, task._gap(), x, time, text)
     assert task.runs()[1].tolist() == 4 * [False]
     task.loss(task.module, 0, 0)
     assert (task.trajectories.index == 4).all() and task.runs()[1].all()
@@ -117,7 +120,7 @@ def test_between_full_steps_x_follows_the_prediction_and_the_reference_full_forw
     t, r, time, _ = task._interval()
     with torch.no_grad():
         v, _ = task.student.full_forward(x, time, text)
-        u, _ = task.student.predicted_forward(task.module.predictor, cached, x, time, text)
+        u, _ = task.student.predicted_forward(task.module.predictor, cached, task._gap(), x, time, text)
     task.loss(task.module, 0, 0)
     close = {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(
@@ -166,7 +169,7 @@ def test_in_the_second_stage_predictor_and_discriminator_each_learn_from_their_o
     _, _, time, after = task._interval()
     x, text, known = task.trajectories.x, task.trajectories.text, torch.tensor([0.0, 1, 1, 1])
     task.cached.normal_()
-    u, _ = task.student.predicted_forward(task.module.predictor, task.cached, x, time, text)
+    u, _ = task.student.predicted_forward(task.module.predictor, task.cached, task._gap(), x, time, text)
     grads = {}
     for weight in (0.0, 1e6):
         task.config = task.config.model_copy(update={"adversarial": weight})
@@ -191,15 +194,16 @@ def test_a_stored_predictor_predicts_as_the_trained_one(pipe, tmp_path):
     task.save(tmp_path)
     again = Predictor(Wan(), random_wan(), "residual", 1)
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    x, text, time = task.trajectories.x, task.trajectories.text, task._interval()[2]
+    x, text, time, gap = task.trajectories.x, task.trajectories.text, task._interval()[2], task._gap()
     task.cached.normal_()
     with torch.no_grad():
         velocities = [
-            task.student.predicted_forward(p, task.cached, x, time, text)[0] for p in (task.module.predictor, again)
+            task.student.predicted_forward(p, task.cached, gap, x, time, text)[0]
+            for p in (task.module.predictor, again)
         ]
     torch.testing.assert_close(*velocities, rtol=3e-2, atol=3e-2)  # half precision
     assert not torch.allclose(
-        velocities[0], task.student.predicted_forward(lambda _, c, *__: c, task.cached, x, time, text)[0]
+        velocities[0], task.student.predicted_forward(lambda _, c, *__: c, task.cached, gap, x, time, text)[0]
     )
 
 
@@ -261,3 +265,44 @@ def test_the_student_is_given_both_ends_of_its_step_and_the_guidance(pipe):
     w = time[8:] / 1000
     assert torch.equal(time, pack_timestep(t, r, w)) and torch.equal(after, pack_timestep(r, r, w))
     assert ((w >= 2) & (w <= 5)).all()
+
+
+def test_the_gap_is_how_much_sigma_has_fallen_since_the_last_full_step(pipe):
+    task = predictor_task(pipe)  # the full steps are 0, 1 and 5
+    task.trajectories.index = torch.tensor([0, 1, 3, 4])
+    sigmas = task.context.sigmas
+    assert task._gap().tolist() == pytest.approx([0, 0, sigmas[1] - sigmas[3], sigmas[1] - sigmas[4]])
+
+
+@torch.no_grad()
+def test_a_guided_probe_combines_two_branches_and_keeps_the_features_of_both(pipe):
+    x, time, text, empty = (
+        torch.randn(2, 4, 3, 4, 4),
+        torch.tensor([700.0, 200.0]),
+        torch.randn(2, 6, 16),
+        torch.zeros(1, 6, 16),
+    )
+    cond, uncond = (velocity(pipe.transformer, x, time, words) for words in (text, empty.expand(2, -1, -1)))
+    probe = GuidedProbe(FeatureProbe(pipe.transformer), empty, 4.0)
+    v, feature = probe.full_forward(x, time, text)
+    close = {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(v, uncond + 4 * (cond - uncond), **close)
+    assert feature.shape == (2, 2 * 12, 24)
+    u, same = probe.predicted_forward(lambda hidden, cached, *_: cached, feature, torch.zeros(2), x, time, text)
+    assert torch.equal(same, feature)
+    torch.testing.assert_close(u, v, **close)
+
+
+def test_a_predictor_of_the_base_model_itself_is_trained_and_runs(toy_job, pipe, sample, tmp_path, monkeypatch):
+    runs = {"steps": 6, "strides": (1,), "full": (3, 3), "guidance": None}
+    monkeypatch.setattr("accel.training.predictor_job.GUIDED_RUNS", runs)
+    optim, job = OptimConfig(steps=3, lr=1e-3, warmup=1), replace(toy_job, ablation="guided")
+    assert run_job(PredictorJob(), optim, job, "cpu", None, False, tmp_path / "out")["finished"]
+    facts = json.loads((tmp_path / "predictor" / "guided" / "predictor.json").read_text())
+    assert facts["depth"] == 2 and facts["config"]["supported_runs"] == {"6": 4}
+    del pipe.encode_prompt  # the stand-in of the training
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    with accel.apply(pipe, DisCa(predictor="guided", num_full_steps=3)) as trace:
+        assert sample(pipe, steps=6).isfinite().all()
+    assert trace.summary()["calls"] == {"compute": 6, "predict": 6}
+    assert len(trace.messages) == 1 and "3 of 6 forward passes are full" in trace.messages[0]

@@ -26,8 +26,9 @@ def test_errors_are_taken_after_each_run_of_predicted_steps_with_the_feature_of_
         v = (states[i + 1] - states[i]) / (task.context.sigmas[i + 1] - task.context.sigmas[i]).float()
         return v, torch.full((1, 12, 24), float(i))
 
-    def predicted_forward(model, cached, x, i):
-        predicted.append((i, cached.unique().item()))
+    def predicted_forward(model, cached, full, x, i):
+        assert cached.unique().item() == full
+        predicted.append((i, full))
         return full_forward(states[i], i)[0] * (1.1 if i == 3 else 1)
 
     monkeypatch.setattr(validator, "_full_forward", full_forward)

@@ -4,7 +4,8 @@ At a full step the block stack runs and its output, one tensor, is cached. At th
 are embedded and the model's head runs, but the output of the blocks is predicted, by a small network that was trained
 for a MeanFlow student (`python -m accel train predictor`). Predictions are never cached.
 
-Ours, not the paper's: the predictor form `residual` and the placing of the full steps. Two baselines need no training:
+Ours, not the paper's: the predictor form `residual`, the form `guided` for a model without a student, and the placing
+of the full steps. Two baselines need no training:
 reuse of the cached output, and a Taylor series of the last few (TaylorSeer, arXiv 2503.06923).
 """
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from ...core.host import Host
     from .predictor import Predictor
 
-TAYLOR_ORDER = {"residual": 0, "paper": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
+TAYLOR_ORDER = {"residual": 0, "paper": 0, "guided": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
 TRAINED = get_args(PredictorForm)
 MANIFEST = "predictor.json"
 
@@ -57,9 +58,10 @@ class DisCa(Method):
     num_full_steps: int = Field(
         8, ge=2, le=50, description="Full forward passes, the others are predicted; fewer lose motion and shape."
     )
-    predictor: Literal["residual", "paper", "reuse", "taylor-1", "taylor-2"] = Field(
+    predictor: Literal["residual", "paper", "guided", "reuse", "taylor-1", "taylor-2"] = Field(
         "residual",
-        description="A trained network (residual, or as in the paper), the cached output, or its Taylor series.",
+        description="A trained network (of a student: residual, or as in the paper; of the model itself: guided), "
+        "the cached output, or its Taylor series.",
     )
     full_steps: FullSteps = Field(
         "",
@@ -156,7 +158,8 @@ class DisCa(Method):
             self._record_prediction(host, trace, predictor, hidden)
             if predictor is not None:
                 predictor.to(hidden)  # the model is offloaded between runs, or converted
-                return predictor(hidden, cache.terms[0], *inputs, **named)
+                gap = hidden.new_full((len(hidden),), trace.sigmas[cache.position] - step.sigma)
+                return predictor(hidden, cache.terms[0], gap, *inputs, **named)
             return cache.extrapolate(step.index).to(hidden.dtype)
 
         with host.wrap_blocks(blocks):
@@ -217,9 +220,12 @@ class DisCa(Method):
         weights_dir, model = self.weights_dir(model_path(host)), host.denoisers[0]
         manifest = _load_manifest(weights_dir)
         if not matches_fingerprint(model, manifest.student_fingerprint):
+            remedy = "put the meanflow that it was trained for before disca"
+            if manifest.form == "guided":
+                remedy = "run the model that it was trained for, without a student"
             raise AccelError(
-                f"disca: predictor {weights_dir.name!r} belongs to another model than the one that runs: put the "
-                "meanflow that it was trained for before disca, or choose the predictor reuse or taylor-1"
+                f"disca: predictor {weights_dir.name!r} belongs to another model than the one that runs: {remedy}, or "
+                "choose the predictor reuse or taylor-1"
             )
         if manifest.form != self.predictor:
             raise AccelError(

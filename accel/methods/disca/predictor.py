@@ -24,7 +24,8 @@ class Predictor(nn.Module):
     """Current tokens and the cached feature -> two linear layers -> blocks like the model's own -> current feature.
 
     Form `paper` is the paper's. Form `residual` is ours: it adds its output to the cached feature, through a linear
-    layer that is zero before training, so it starts as plain reuse.
+    layer that is zero before training, so it starts as plain reuse. Form `guided` does so too, and is given the gap
+    between the cached feature's noise level and the present one, which its change is proportional to in first order.
     """
 
     def __init__(self, family: Family, model: nn.Module, form: PredictorForm, depth: int):
@@ -32,20 +33,29 @@ class Predictor(nn.Module):
         d = family.hidden_size(model)
         self.fuse = nn.Sequential(nn.Linear(2 * d, d), nn.SiLU(), nn.Linear(d, d))
         self.blocks = nn.ModuleList(family.new_block(model) for _ in range(depth))
-        self.out = nn.Linear(d, d) if form == "residual" else None
+        self.gap = nn.Linear(1, d, bias=False) if form == "guided" else None
+        self.out = nn.Linear(d, d) if form != "paper" else None
         if self.out is not None:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
 
-    def forward(self, hidden: Tensor, cached: Tensor, *inputs) -> Tensor:
+    def forward(self, hidden: Tensor, cached: Tensor, gap: Tensor, *inputs) -> Tensor:
         """The predicted output (b, n, d) of the block stack for tokens `hidden` (b, n, d).
 
-        `cached` (b, n, d) is its output at the last full step; `inputs` are the other inputs of the blocks.
+        `cached` (b, n, d) is its output at the last full step, and `gap` (b,) how much sigma has fallen since, which
+        only the form `guided` uses; `inputs` are the other inputs of the blocks.
         """
-        y = self.fuse(torch.cat([hidden, cached.to(hidden.dtype)], -1))
+        y = self.fuse[0](torch.cat([hidden, cached.to(hidden.dtype)], -1))
+        gap = gap.to(y)[:, None, None]
+        if self.gap is not None:
+            y = y + self.gap(gap)
+        y = self.fuse[2](self.fuse[1](y))
         for block in self.blocks:
             y = block(y, *inputs)
-        return y if self.out is None else cached.to(y.dtype) + self.out(y)
+        if self.out is None:
+            return y
+        change = self.out(y) if self.gap is None else gap * self.out(y)
+        return cached.to(y.dtype) + change
 
 
 def flops(predictor: Predictor, tokens: int, block: int) -> int:

@@ -6,6 +6,8 @@ follows its prediction. The target at a predicted step leads to where full forwa
 would have led, so the predictor also learns to correct its own errors. First stage: squared error. Second stage: also a
 discriminator (hinge loss) on the frozen student's features one step later. The paper, as far as it says, compares
 predictions with the student on the student's own trajectory.
+
+A `GuidedProbe` in the student's place trains a predictor of the base model itself, under guidance: not in the paper.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import reduce
@@ -26,9 +29,9 @@ from ...methods.disca.predictor import Predictor
 from ...ops.flow import euler, expand_like
 from ...students.interval_embedding import pack_timestep
 from ..discriminator import Discriminator, accuracy, hinge
-from ..feature_probe import FeatureProbe
+from ..feature_probe import FeatureProbe, GuidedProbe
 from ..optimizer import OptimConfig
-from ..rollouts import MeanFlowContext, TrajectoryPool
+from ..rollouts import RolloutContext, TrajectoryPool
 
 
 class PredictorConfig(BaseModel, frozen=True, extra="forbid"):
@@ -37,7 +40,7 @@ class PredictorConfig(BaseModel, frozen=True, extra="forbid"):
     steps: int = Field(20, ge=2)  # of the student at inference
     strides: tuple[int, ...] = (1, 2)  # a run with stride 2 makes half as many steps, each twice as long
     full: tuple[int, int] = (7, 12)  # fewest and most full steps in a run of all steps; proportionally in shorter ones
-    guidance: tuple[float, float]
+    guidance: tuple[float, float] | None  # that the student is given; None for the base model
     feature: float = Field(0.1, ge=0)  # loss weight of the feature's squared error, relative to its variance
     adversarial: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
     trajectories: int = Field(16, ge=1)  # over all processes
@@ -68,6 +71,14 @@ class PredictorConfig(BaseModel, frozen=True, extra="forbid"):
         return stride, [stride * step for step in select_full_steps(num_full_steps, self.steps // stride)]
 
 
+class Runs(NamedTuple):
+    """Where the trajectories are in their runs; each tensor is (s,)."""
+
+    stride: Tensor  # base steps in a step
+    is_full: Tensor  # whether the present step is a full one
+    full: Tensor  # base step of the last full step, the present one included
+
+
 class PredictorWithDiscriminator(nn.Module):
     """All trained parameters. Its forward computes a whole loss, so that DDP synchronizes the gradients."""
 
@@ -90,8 +101,8 @@ class PredictorTask:
     stages = {"regression": 1, "adversarial": 1}
 
     def __init__(
-        self, optim: OptimConfig, config: PredictorConfig, student: FeatureProbe, predictor: Predictor,
-        context: MeanFlowContext, tokens: tuple[int, int, int], rank_and_world: tuple[int, int] = (0, 1),
+        self, optim: OptimConfig, config: PredictorConfig, student: FeatureProbe | GuidedProbe, predictor: Predictor,
+        context: RolloutContext, tokens: tuple[int, int, int], rank_and_world: tuple[int, int] = (0, 1),
     ):  # fmt: skip
         """`tokens`: the token grid (f, h, w) of the student."""
         self.optim, self.config, self.student, self.context = optim, config, student, context
@@ -99,7 +110,8 @@ class PredictorTask:
         width = predictor.fuse[-1].out_features
         self.trajectories = TrajectoryPool(context, config.trajectories, rank_and_world, optim.seed)
         device = self.trajectories.x.device
-        self.cached = torch.zeros(len(self.trajectories), math.prod(tokens), width, device=device)
+        n = student.branches * math.prod(tokens)
+        self.cached = torch.zeros(len(self.trajectories), n, width, device=device)
         self.reference = self.trajectories.x.clone()
         discriminator = Discriminator(width, len(student.layers))
         self.module = PredictorWithDiscriminator(predictor, discriminator).to(device)
@@ -130,16 +142,18 @@ class PredictorTask:
         While a process has only trajectories at full steps, full forward passes move these on first.
         """
         logs: dict[str, float] = {}
-        while self.runs()[1].all():
+        while self.runs().is_full.all():
             v, feature = self._full_forward()
             self._move(v, v, feature)
         return model(lambda module: self._loss(module, logs)), logs
 
     def _loss(self, module: PredictorWithDiscriminator, logs: dict[str, float]) -> Tensor:
-        pool, (_, is_full) = self.trajectories, self.runs()
+        pool, is_full = self.trajectories, self.runs().is_full
         x, text, (t, r, timestep, next_timestep) = pool.x, pool.text, self._interval()
         v, feature = self._full_forward()
-        u, predicted_feature = self.student.predicted_forward(module.predictor, self.cached, x, timestep, text)
+        u, predicted_feature = self.student.predicted_forward(
+            module.predictor, self.cached, self._gap(), x, timestep, text
+        )
         predicted = (~is_full).to(u)  # full steps do not count
         # The mean over processes, like that of the gradients: each predicted step has the same weight.
         weights = predicted / reduce(predicted.sum(), "mean")
@@ -180,28 +194,37 @@ class PredictorTask:
         """The student's velocities and last features at the reference latents, which at full steps are x."""
         return self.student.full_forward(self.reference, self._interval()[2], self.trajectories.text)
 
-    def runs(self) -> tuple[Tensor, Tensor]:
-        """The stride of each trajectory's run (s,), and whether its current step is a full step (s,)."""
+    def runs(self) -> Runs:
+        """The run of each trajectory, and where it is in it."""
         runs = [self.config.draw_run(rng) for rng in self.trajectories.rngs("run")]
         indices = self.trajectories.index.tolist()
-        is_full = [index in full_steps for index, (_, full_steps) in zip(indices, runs, strict=True)]
-        return torch.tensor([stride for stride, _ in runs]), torch.tensor(is_full)
+        full = [max(step for step in steps if step <= index) for index, (_, steps) in zip(indices, runs, strict=True)]
+        full = torch.tensor(full)
+        return Runs(torch.tensor([stride for stride, _ in runs]), full == self.trajectories.index, full)
 
     def _interval(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sigmas (s,) at start t and end r of each step; the student's timestep inputs for the step and at its end."""
-        index = self.trajectories.index
-        t, r = (self.context.sigmas[i].float() for i in (index, index + self.runs()[0]))
+        start, context, device = self.trajectories.index, self.context, self.trajectories.x.device
+        end = start + self.runs().stride
+        t, r = (context.sigmas[i].float() for i in (start, end))
+        if self.config.guidance is None:
+            return t, r, *(context.timestep(step, end).to(device) for step in (start, end))
         w = self.trajectories.uniform(*self.config.guidance, "guidance")
-        return t, r, *(pack_timestep(start, r, w).to(self.trajectories.x.device) for start in (t, r))
+        return t, r, *(pack_timestep(sigma, r, w).to(device) for sigma in (t, r))
+
+    def _gap(self) -> Tensor:
+        """How much sigma has fallen since the last full step (s,)."""
+        sigmas, index = self.context.sigmas, self.trajectories.index
+        return (sigmas[self.runs().full] - sigmas[index]).to(self.trajectories.x)
 
     def _move(self, u: Tensor, v: Tensor, feature: Tensor) -> None:
         """Move trajectories by v and refresh their caches at full steps; move them by the prediction u elsewhere."""
-        pool, (stride, is_full) = self.trajectories, self.runs()
+        pool, (stride, is_full, _) = self.trajectories, self.runs()
         self._refresh(is_full, feature)
         sigmas = (self.context.sigmas[index] for index in (pool.index, pool.index + stride))
         reference = euler(self.reference, v, *sigmas)
         pool.move(torch.where(_mask_like(is_full, u), v, u), pool.index + stride)
-        is_full = self.runs()[1]  # of the next step; the first step of a run is one
+        is_full = self.runs().is_full  # of the next step; the first step of a run is one
         self.reference = torch.where(_mask_like(is_full, u), pool.x, reference)
 
     def _refresh(self, which: Tensor, feature: Tensor) -> None:
@@ -210,11 +233,11 @@ class PredictorTask:
     @torch.no_grad()
     def spread_timesteps(self) -> None:
         """Let the student move each trajectory to a random step, with the last full step's feature in its cache."""
-        pool, (stride, _) = self.trajectories, self.runs()
+        pool, stride = self.trajectories, self.runs().stride
         goal = torch.tensor([rng.randrange(self.config.steps) for rng in pool.rngs("goal")]) // stride * stride
         while (moving := pool.index < goal).any():
             v, feature = self._full_forward()
-            self._refresh(moving & self.runs()[1], feature)
+            self._refresh(moving & self.runs().is_full, feature)
             pool.move(v, pool.index + moving * stride)
             self.reference = pool.x.clone()
 
