@@ -134,7 +134,9 @@ class CodeTab:
     def _load(self, shared: SharedSettings) -> Update:
         text = "The settings are those of the link. Press Run to generate with them."
         updates = self.page.compare.load_settings(shared.preset, shared.run, shared.model)
-        model = {self.page.model: shared.model} if shared.model else {}
+        compare, model = self.page.compare, {}
+        if shared.model:
+            model = {self.page.model: shared.model, **compare.views_of(shared.model, None)}
         return {**updates, **model, self.page.compare.message: note(text)}
 
     def _models(self) -> dict[str, str]:

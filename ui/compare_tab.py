@@ -10,13 +10,13 @@ import gradio as gr
 from markupsafe import escape
 
 from accel.errors import AccelError, sentence
-from accel.runtime.example_prompts import example_prompts
+from accel.runtime.example_prompts import example_prompts, is_example
 from accel.runtime.models import ModelDefaults, read_defaults
 from accel.runtime.presets import Preset, load_preset, preset_names
 from accel.runtime.repeat import reference_of
 from ui.clickable import ClickableHTML
 from ui.context import Context, compare_work
-from ui.controls import Change, MethodControls, Update, changes_from, is_usable, words
+from ui.controls import Change, MethodControls, Update, changes_from, is_usable, runs_in_full, words
 from ui.estimates import estimate_text
 from ui.live import Live
 from ui.pair_view import PairView
@@ -260,14 +260,18 @@ class CompareTab:
 
         A prompt of the visitor's own stays.
         """
-        if name in preset_names() and not has_all(name, model):
+        if name in preset_names() and not runs_in_full(load_preset(name), model):
             name = first_preset(model)
-        prompts, defaults = example_prompts(read_defaults(model)), [read_defaults(c.id) for c in self.context.models]
-        cards = gr.update(choices=card_choices(model), value=name)
-        shown = {self.preset: cards, self.examples: render("examples", prompts=prompts[1:4])}
-        if any(prompt in example_prompts(of_model) for of_model in defaults):
-            shown[self.prompt] = prompts[0]
-        return {**self.load_preset(model, visitor, name), **shown}
+        own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_example(prompt) else {}
+        return {**self.load_preset(model, visitor, name), **self.views_of(model, name), **own}
+
+    def views_of(self, model: str, name: str | None) -> Update:
+        """A model's cards, of which one is chosen, and its example prompts."""
+        prompts = example_prompts(read_defaults(model))
+        return {
+            self.preset: gr.update(choices=card_choices(model), value=name),
+            self.examples: render("examples", prompts=prompts[1:4]),
+        }
 
     def choose_preset(self, shown: str | None, model: str, visitor: str, name: str) -> Update:
         """The same, and the recorded pair of the preset unless a pair of the visitor's own is shown."""
@@ -337,12 +341,7 @@ class CompareTab:
 
 def first_preset(model: str) -> str:
     """The preset that the page begins with."""
-    return next(name for name in FIRST_PRESETS if has_all(name, model))
-
-
-def has_all(preset: str, model: str) -> bool:
-    """Whether a model has the weights that a preset needs."""
-    return all(is_usable(method, model) for method in load_preset(preset).methods)
+    return next(name for name in FIRST_PRESETS if runs_in_full(load_preset(name), model))
 
 
 def chosen_example(event: gr.EventData) -> str:

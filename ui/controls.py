@@ -138,6 +138,18 @@ def is_usable(name: str, model: str) -> bool:
     return METHODS[name].is_installed() and all(available_values(name, model).values())
 
 
+def runs_in_full(preset: Preset, model: str) -> bool:
+    """Whether a model has everything that a preset asks for."""
+    return all(
+        is_usable(name, model)
+        and all(
+            getattr(method, parameter) == nearest_available(getattr(method, parameter), choices)
+            for parameter, choices in available_values(name, model).items()
+        )
+        for name, method in preset_methods(preset).items()
+    )
+
+
 def available_values(name: str, model: str) -> AvailableValues:
     """The values of a method's restricted parameters for a model."""
     return METHODS[name].available_values(resolve(model))

@@ -107,8 +107,8 @@ class ReferenceControls:
 
 def preset_side(preset: Preset) -> Side:
     """A preset as the settings of a side; what it leaves out is the model's own."""
-    given = {"steps": preset.steps, "guidance": preset.guidance}
-    return {"methods": preset.methods, **{key: value for key, value in given.items() if value is not None}}
+    given = preset.model_dump(include={"steps", "guidance", "solver", "shift"}, exclude_defaults=True)
+    return {"methods": preset.methods, **given}
 
 
 def side_of(run: dict) -> Side:

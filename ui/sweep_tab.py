@@ -152,9 +152,13 @@ class SweepTab:
         opening = {"inputs": [self.opened, page.visitor], "outputs": page.compare.outputs, "api_visibility": "private"}
         for clickable in (self.grid, self.plot):
             clickable.click(clicked_id, None, self.opened, **quick).then(page.compare.show_stored, **opening)
+        compare = page.compare
         self.use.click(
-            self.use_proposal, [self.proposed, page.model, page.visitor], page.compare.outputs, api_visibility="private"
-        )
+            self.use_proposal, [self.proposed, page.model, page.visitor], compare.outputs, api_visibility="private"
+        ).then(
+            compare.settings_changed, [page.model, page.visitor, compare.preset, *compare.setting_components],
+            compare.outputs, **quick,
+        )  # fmt: skip
 
     def add_endpoints(self) -> None:
         """Register the endpoint for programs; call it inside the page's `gr.Blocks`."""
@@ -273,10 +277,10 @@ class SweepTab:
     def show_proposal(self, state: SweepState | None, speed: str, allowed: float, model: str):
         """The fastest setting within a loss, in a sentence; what it is; whether it can be used.
 
-        It is the id of a result of the sweep, by measured speed or by work; before a sweep it is a preset, as
-        {"methods": ...}, of what `accel tune` found for the model.
+        It is the id of a result of the sweep, by measured speed or by work; without one of this model it is a preset,
+        as {"methods": ...}, of what `accel tune` found for it.
         """
-        done = state.done if state else []
+        done = state.done if state and state.plan.common["model"] == model else []
         if not done:
             return _tuned_proposal(model, allowed)
         best = fastest_within([{**result.row, "speedup": speed_of(result.row, speed)} for result in done], allowed)
@@ -294,7 +298,7 @@ class SweepTab:
             return compare.show_stored(proposed, visitor)
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **compare.load_settings(Preset(**proposed), {}, model),
-            compare.message: note("The setting is chosen. Press Run to generate with it."),
+            compare.preset: None, compare.message: note("The setting is chosen. Press Run to generate with it."),
         }  # fmt: skip
 
 
@@ -342,7 +346,7 @@ def _tuned_proposal(model: str, allowed: float):
     gain = f"{1 / row['work']:.2f}× less work, SSIM {row['ssim']:.4f}"
     text = (
         f"{preset_words(row['preset'])}: {gain}. Of all that was tried on {len(search['prompts'])} other prompts, no "
-        "faster setting is within the loss."
+        "faster setting loses so little and keeps what the prompt says."
     )
     return note(text), row["preset"], gr.update(interactive=True)
 

@@ -19,7 +19,7 @@ from .trace import DENOISER
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
-_COUNTED: dict[tuple, dict[str, int] | None] = {}  # None where the count depends on the masks
+_COUNTED: dict[tuple, dict[str, int] | None] = {}  # None where only a call can be counted
 
 
 def count_flops(
@@ -42,7 +42,7 @@ def count_flops(
     if (flops := _COUNTED[key]) is not None:
         return flops
     if call is None:
-        raise AccelError(f"the FLOPs of {type(model).__name__} depend on masks: they are counted in a run only")
+        raise AccelError(f"the FLOPs of {type(model).__name__} can be counted only by running it")
     masks = {name: v.tolist() for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name}
     if (key := (*key, str(masks))) not in _COUNTED:
         _COUNTED[key] = _count(call)

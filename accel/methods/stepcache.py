@@ -90,7 +90,7 @@ class StepCache(Method):
 
     @property
     def predicts_blocks(self) -> bool:
-        """Unless all steps are full ones."""
+        """At all but the neutral setting."""
         return not self.is_neutral
 
     def estimate_memory(self, spec: RunSpec) -> int:

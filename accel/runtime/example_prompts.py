@@ -13,3 +13,8 @@ def example_prompts(defaults: ModelDefaults | None) -> list[str]:
     is_toy = defaults is not None and defaults.toy_world
     world = "living" if is_toy and defaults.living else "plain" if is_toy else "real"
     return (FOLDER / f"{world}.txt").read_text().splitlines()
+
+
+def is_example(prompt: str) -> bool:
+    """Whether a prompt is an example of any model."""
+    return any(prompt in file.read_text().splitlines() for file in FOLDER.glob("*.txt"))

@@ -124,12 +124,13 @@ def _train_vae(
     from .tasks import vae
 
     target, state = ROOT / model.target / "vae", out / "state.pt"
+    bases = (target.with_name("transformer") / "config.json", out.with_name("base") / "state.pt")
     task = vae.VaeTask(optim, model.size, model.frames, living=model.living)
     if resume and state.is_file() and vae.trains_encoder(state):
         task.shape_as(state)
     elif resume and target.is_dir():
         task.start_from(target)
-        if (target.parent / "transformer").is_dir():
+        if any(file.is_file() for file in bases):  # finished, or in training
             task.keep_latents()
     elif model.start:
         task.start_from(ROOT / model.start / "vae")

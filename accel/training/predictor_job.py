@@ -1,4 +1,4 @@
-"""The job of DisCa's predictor: the student that it is trained for, its two forms, and how it is stored."""
+"""The job of DisCa's predictor: what it is trained for, its forms, and how it is stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ from .stages import store
 from .tasks.predictor_fit import PredictorConfig, PredictorTask
 from .validation import CachedRolloutValidator
 
-GUIDED_RUNS = {"steps": 50, "full": (8, 16), "guidance": None}  # of the base model: wider gaps than a student's
+GUIDED_RUNS = {
+    "steps": 50,
+    "strides": (1,),
+    "full": (8, 16),
+    "guidance": None,
+}  # of the base model: wider gaps than a student's
 SECOND_STAGE_DIVISOR = 3  # the second stage has this many times fewer iterations, at half the rates
 VALIDATION_FULL_STEPS = 8
 
@@ -51,15 +56,16 @@ class PredictorJob(JobSpec):
 
     @contextmanager
     def build(self, loaded: LoadedJob, optim: OptimConfig) -> Iterator[tuple[PredictorTask, dict]]:
-        """Inside, the pipeline's transformer is the student; for the form `guided` it stays the base model."""
+        """Inside, the pipeline's transformer is the student; for the form `guided-base` it stays the base model."""
         form, pipe = loaded.job.ablation or self.ablations[0], loaded.pipe
         with ExitStack() as stack:
-            if form == "guided":
+            if form == "guided-base":
                 config = PredictorConfig(**GUIDED_RUNS, trajectories=loaded.job.num_trajectories())
                 context = loaded.context(config.steps)
             else:
                 config, context = self._student(loaded, stack)
             origin = {"form": form, "depth": DEPTH[form], "student_fingerprint": fingerprint(pipe.transformer)}
+            origin |= {"guidance": loaded.defaults.guidance} if form == "guided-base" else {}
             stack.callback(setattr, pipe.transformer, "blocks", pipe.transformer.blocks)
             yield self._task(loaded, optim, config, context, form), origin
 
@@ -90,7 +96,7 @@ class PredictorJob(JobSpec):
             for blocks in (pipe.transformer.blocks, predictor.blocks):
                 optimize_blocks(blocks, loaded.device)
         probe = FeatureProbe(pipe.transformer, checkpointing=not job.is_toy())
-        if form == "guided":
+        if form == "guided-base":
             probe = GuidedProbe(probe, context.encode([""]), loaded.defaults.guidance)
         return PredictorTask(optim, config, probe, predictor, context, tokens, rank_and_world())
 

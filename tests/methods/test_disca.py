@@ -197,8 +197,8 @@ def test_a_predictor_without_its_student_is_refused(methods, reason, student_pip
 
 
 def test_a_predictor_of_the_base_model_is_given_the_gap_in_both_branches(pipe, sample, tmp_path, monkeypatch):
-    make_predictor(pipe, tmp_path / "guided", "guided")
-    method, gaps = DisCa(predictor="guided", predictor_dir=str(tmp_path / "guided"), num_full_steps=4), []
+    make_predictor(pipe, tmp_path / "guided-base", "guided-base")
+    method, gaps = DisCa(predictor="guided-base", predictor_dir=str(tmp_path / "guided-base"), num_full_steps=4), []
     monkeypatch.setattr(
         Predictor, "forward", lambda self, hidden, cached, gap, *_: (gaps.append(gap.item()), cached)[1]
     )
@@ -210,10 +210,10 @@ def test_a_predictor_of_the_base_model_is_given_the_gap_in_both_branches(pipe, s
 
 
 def test_a_predictor_of_the_base_model_is_refused_with_a_student(student_pipe, tmp_path):
-    make_predictor(student_pipe, tmp_path / "predictor" / "guided", "guided")
+    make_predictor(student_pipe, tmp_path / "predictor" / "guided-base", "guided-base")
     with (
         pytest.raises(ValueError, match="another model than the one that runs: run the model that it was trained for"),
-        accel.apply(student_pipe, [MeanFlow(steps=8), DisCa(predictor="guided")]),
+        accel.apply(student_pipe, [MeanFlow(steps=8), DisCa(predictor="guided-base")]),
     ):
         pass
 

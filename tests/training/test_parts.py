@@ -12,7 +12,7 @@ from accel.runtime.models import TINY
 from accel.training.parts import export_base, parent_run, train_parts
 from accel.training.settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
 from accel.training.tasks import base_model as base
-from accel.training.tasks.vae import build_vae
+from accel.training.tasks.vae import Autoencoder, build_vae
 
 
 def test_an_unknown_part_is_named(tmp_path):
@@ -33,6 +33,26 @@ def test_a_stopped_training_changes_neither_the_shipped_model_nor_its_record(tmp
     assert not finished and not list((tmp_path / TINY).iterdir())
     assert train_parts("vae", None, True, tmp_path / "out")["vae"]["step"] == 2
     assert finished and [f.name for f in (tmp_path / TINY).iterdir()] == ["training.json"]
+
+
+@pytest.mark.parametrize("base", ["transformer/config.json", "base/state.pt"])
+def test_a_resumed_autoencoder_keeps_the_latents_that_a_base_model_knows(base, tmp_path, monkeypatch):
+    """Where a base is finished or in training, but not where the autoencoder's own run has not ended."""
+    monkeypatch.setattr("accel.training.parts.ROOT", tmp_path)
+    tasks, out = [], tmp_path / "out"
+    stopped = lambda task, *_, **__: tasks.append(task) or {"step": 1, "steps": 2}
+    monkeypatch.setattr("accel.training.parts.fit", stopped)
+    vae = build_vae(8)
+    vae.save_pretrained(tmp_path / TINY / "vae")
+    train_parts("vae", None, True, out)
+    for file in (tmp_path / TINY / base, out / base):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    train_parts("vae", None, True, out)
+    (out / "vae").mkdir(parents=True, exist_ok=True)
+    torch.save({"module": Autoencoder(vae).state_dict()}, out / "vae" / "state.pt")
+    train_parts("vae", None, True, out)
+    assert [task.keeps_latents for task in tasks] == [False, True, False]
 
 
 def test_an_export_writes_the_ema_weights_of_an_unfinished_base(tmp_path, monkeypatch):

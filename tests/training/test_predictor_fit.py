@@ -296,13 +296,13 @@ def test_a_guided_probe_combines_two_branches_and_keeps_the_features_of_both(pip
 def test_a_predictor_of_the_base_model_itself_is_trained_and_runs(toy_job, pipe, sample, tmp_path, monkeypatch):
     runs = {"steps": 6, "strides": (1,), "full": (3, 3), "guidance": None}
     monkeypatch.setattr("accel.training.predictor_job.GUIDED_RUNS", runs)
-    optim, job = OptimConfig(steps=3, lr=1e-3, warmup=1), replace(toy_job, ablation="guided")
+    optim, job = OptimConfig(steps=3, lr=1e-3, warmup=1), replace(toy_job, ablation="guided-base")
     assert run_job(PredictorJob(), optim, job, "cpu", None, False, tmp_path / "out")["finished"]
-    facts = json.loads((tmp_path / "predictor" / "guided" / "predictor.json").read_text())
+    facts = json.loads((tmp_path / "predictor" / "guided-base" / "predictor.json").read_text())
     assert facts["depth"] == 2 and facts["config"]["supported_runs"] == {"6": 4}
     del pipe.encode_prompt  # the stand-in of the training
     pipe.register_to_config(_name_or_path=str(tmp_path))
-    with accel.apply(pipe, DisCa(predictor="guided", num_full_steps=3)) as trace:
+    with accel.apply(pipe, DisCa(predictor="guided-base", num_full_steps=3)) as trace:
         assert sample(pipe, steps=6).isfinite().all()
     assert trace.summary()["calls"] == {"compute": 6, "predict": 6}
     assert len(trace.messages) == 1 and "3 of 6 forward passes are full" in trace.messages[0]

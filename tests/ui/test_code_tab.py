@@ -30,6 +30,9 @@ class Compare:
         self.loaded.append((preset, run, model))
         return {}
 
+    def views_of(self, model, name) -> dict:
+        return {"views": (model, name)}
+
 
 @pytest.fixture
 def report() -> dict:
@@ -109,8 +112,9 @@ def test_settings_of_the_address_are_loaded(tab):
     assert "those of the link" in message(tab, update)
 
 
-def test_a_link_of_another_model_chooses_it(tab):
+def test_a_link_of_another_model_chooses_it_with_its_cards_and_examples(tab):
     update = tab.settings_of_url(request(model="a/b"))
+    assert update["views"] == ("a/b", None)
     assert update[tab.page.model] == "a/b" and tab.page.compare.loaded[0][2] == "a/b"
 
 

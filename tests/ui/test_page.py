@@ -163,11 +163,19 @@ def test_a_side_over_the_api_is_a_preset_with_changes():
     assert load_preset("fastercache").methods["fastercache"]["attention_interval"] == 2  # the preset is as it was
 
 
-def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_the_visitors(page):
-    plain, living = (example_prompts(read_defaults(model)) for model in (TINY, LIVING))
-    updates = page.compare.switch_model(LIVING, "me", "balanced", plain[0])
+def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_the_visitors(page, tmp_path):
+    (tmp_path / "accel.json").write_text('{"toy_world": true, "living": true}')
+    model, (plain, living) = str(tmp_path), (example_prompts(read_defaults(model)) for model in (TINY, LIVING))
+    updates = page.compare.switch_model(model, "me", "balanced", plain[0])
     assert updates[page.compare.prompt] == living[0] and living[1] in updates[page.compare.examples]
     assert updates[page.compare.preset]["value"] == "fastercache" and updates[page.compare.preset_note] == ""
     assert not any("SSIM" in text for text, _ in updates[page.compare.preset]["choices"])
+    assert page.compare.switch_model(model, "me", "turbo", "a cat")[page.compare.preset]["value"] == "fastercache"
     assert page.compare.switch_model(TINY, "me", "quick", "a cat")[page.compare.preset]["value"] == "quick"
-    assert page.compare.prompt not in page.compare.switch_model(LIVING, "me", "balanced", "a cat")
+    assert page.compare.prompt not in page.compare.switch_model(model, "me", "balanced", "a cat")
+
+
+def test_a_preset_brings_its_solver_and_shift(page):
+    updates = page.compare.load_settings(Preset(steps=16, solver="dpm++2m", shift=5.0), {}, TINY)
+    side = page.compare.settings(TINY, values_of(page, updates)).candidate
+    assert side == {"steps": 16, "guidance": 4.0, "solver": "dpm++2m", "shift": 5.0, "methods": {}}

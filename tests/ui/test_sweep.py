@@ -274,6 +274,7 @@ class Page:
                 setting_components=[prompt], outputs=[opened], settings=settings, message=message,
                 show_stored=lambda run_id, visitor: {opened: run_id},
                 load_settings=lambda preset, run, model: {opened: preset},
+                preset=gr.Radio(), settings_changed=lambda *values: {},
             )  # fmt: skip
             with gr.Tabs() as self.tabs, gr.Tab("Sweep"):
                 self.sweep = SweepTab(context)
@@ -304,6 +305,7 @@ def test_the_tab_shows_each_result_as_it_comes_and_proposes_the_fastest_within_t
     assert "10 steps: 2.00× as fast with 50% of the work" in text and proposed == state.results[0].run_id
     assert tab.use_proposal(proposed, TINY, "ann") == tab.page.compare.show_stored(proposed, "ann")
     assert tab.show_proposal(state, "by work", 0.1, TINY)[1] == state.results[1].run_id
+    assert tab.show_proposal(state, "measured", 0.03, "another/model")[1] == ""
     assert "No measured setting loses at most 0.001" in tab.show_proposal(state, "measured", 0.001, TINY)[0]
     assert not tab.running
 

@@ -4,8 +4,8 @@ At a full step the block stack runs and its output, one tensor, is cached. At th
 are embedded and the model's head runs, but the output of the blocks is predicted, by a small network that was trained
 for a MeanFlow student (`python -m accel train predictor`). Predictions are never cached.
 
-Ours, not the paper's: the predictor form `residual`, the form `guided` for a model without a student, and the placing
-of the full steps. Two baselines need no training:
+Ours, not the paper's: the predictor form `residual`, the form `guided-base` for a model without a student, and where
+the full steps are. Two baselines need no training:
 reuse of the cached output, and a Taylor series of the last few (TaylorSeer, arXiv 2503.06923).
 """
 
@@ -34,7 +34,7 @@ from ..base import (
     report_estimate,
     run_spec,
 )
-from .predictor_manifest import PredictorForm, PredictorManifest, PredictorRuns
+from .predictor_manifest import DEPTH, PredictorForm, PredictorManifest, PredictorRuns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ...core.host import Host
     from .predictor import Predictor
 
-TAYLOR_ORDER = {"residual": 0, "paper": 0, "guided": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
+TAYLOR_ORDER = {"residual": 0, "paper": 0, "guided-base": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
 TRAINED = get_args(PredictorForm)
 MANIFEST = "predictor.json"
 
@@ -58,9 +58,9 @@ class DisCa(Method):
     num_full_steps: int = Field(
         8, ge=2, le=50, description="Full forward passes, the others are predicted; fewer lose motion and shape."
     )
-    predictor: Literal["residual", "paper", "guided", "reuse", "taylor-1", "taylor-2"] = Field(
+    predictor: Literal["residual", "paper", "guided-base", "reuse", "taylor-1", "taylor-2"] = Field(
         "residual",
-        description="A trained network (of a student: residual, or as in the paper; of the model itself: guided), "
+        description="A trained network (of a student: residual, or as in the paper; of the model itself: guided-base), "
         "the cached output, or its Taylor series.",
     )
     full_steps: FullSteps = Field(
@@ -80,9 +80,13 @@ class DisCa(Method):
 
     @classmethod
     def available_values(cls, model: str | Path) -> dict[str, Choices]:
-        """The trained forms that are in the model's folder, and the forms that need no training."""
+        """The trained forms that are in the model's folder, and the forms that need no training.
+
+        Those of a student come first, and that of the base model last: it does not run with a student.
+        """
         trained = [form for form in TRAINED if (_default_dir(model, form) / MANIFEST).is_file()]
-        return {"predictor": [*trained, *(form for form in TAYLOR_ORDER if form not in TRAINED)]}
+        untrained = [form for form in TAYLOR_ORDER if form not in TRAINED]
+        return {"predictor": sorted(trained + untrained, key=lambda form: form == "guided-base")}
 
     def weights_dir(self, model: str | Path) -> Path | None:
         """The predictor's folder; None for a form that needs no training."""
@@ -92,7 +96,7 @@ class DisCa(Method):
 
     @property
     def predicts_blocks(self) -> bool:
-        """Unless all steps are full ones."""
+        """At all but the neutral setting."""
         return not self.is_neutral
 
     def estimate_memory(self, spec: RunSpec) -> int:
@@ -119,11 +123,11 @@ class DisCa(Method):
         return given or select_full_steps(self.num_full_steps, count)
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
-        """The full steps, and in the others the embedding, the head and the predictor: its weights times the tokens."""
-        from .predictor import num_parameters
-
-        predictor = 2 * spec.tokens * num_parameters(self.weights_dir(spec.model_path))
-        left = outside_blocks(spec.family, spec.model, flops) + predictor
+        """The full steps, and in the others the embedding, the head and the predictor: its blocks and four layers."""
+        left = outside_blocks(spec.family, spec.model, flops)
+        if self.predictor in TRAINED:
+            block, width = flops[spec.family.block_names(spec.model)[0]], spec.family.hidden_size(spec.model)
+            left += DEPTH[self.predictor] * block + 2 * spec.tokens * 4 * width**2
         full = len(self.steps(spec.count)) / spec.count
         return full + (1 - full) * min(1.0, left / flops[DENOISER])
 
@@ -221,7 +225,7 @@ class DisCa(Method):
         manifest = _load_manifest(weights_dir)
         if not matches_fingerprint(model, manifest.student_fingerprint):
             remedy = "put the meanflow that it was trained for before disca"
-            if manifest.form == "guided":
+            if manifest.form == "guided-base":
                 remedy = "run the model that it was trained for, without a student"
             raise AccelError(
                 f"disca: predictor {weights_dir.name!r} belongs to another model than the one that runs: {remedy}, or "

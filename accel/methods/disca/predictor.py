@@ -24,8 +24,8 @@ class Predictor(nn.Module):
     """Current tokens and the cached feature -> two linear layers -> blocks like the model's own -> current feature.
 
     Form `paper` is the paper's. Form `residual` is ours: it adds its output to the cached feature, through a linear
-    layer that is zero before training, so it starts as plain reuse. Form `guided` does so too, and is given the gap
-    between the cached feature's noise level and the present one, which its change is proportional to in first order.
+    layer that is zero before training, so it starts as plain reuse. Form `guided-base` does so too, and is given the
+    gap between the cached feature's noise level and the present one, to which its change is proportional.
     """
 
     def __init__(self, family: Family, model: nn.Module, form: PredictorForm, depth: int):
@@ -33,7 +33,7 @@ class Predictor(nn.Module):
         d = family.hidden_size(model)
         self.fuse = nn.Sequential(nn.Linear(2 * d, d), nn.SiLU(), nn.Linear(d, d))
         self.blocks = nn.ModuleList(family.new_block(model) for _ in range(depth))
-        self.gap = nn.Linear(1, d, bias=False) if form == "guided" else None
+        self.gap = nn.Linear(1, d, bias=False) if form == "guided-base" else None
         self.out = nn.Linear(d, d) if form != "paper" else None
         if self.out is not None:
             nn.init.zeros_(self.out.weight)
@@ -43,7 +43,7 @@ class Predictor(nn.Module):
         """The predicted output (b, n, d) of the block stack for tokens `hidden` (b, n, d).
 
         `cached` (b, n, d) is its output at the last full step, and `gap` (b,) how much sigma has fallen since, which
-        only the form `guided` uses; `inputs` are the other inputs of the blocks.
+        only the form `guided-base` uses; `inputs` are the other inputs of the blocks.
         """
         y = self.fuse[0](torch.cat([hidden, cached.to(hidden.dtype)], -1))
         gap = gap.to(y)[:, None, None]

@@ -6,9 +6,13 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-# Of a MeanFlow student: ours, or the paper's. Of the guided base model: `guided`, which also knows how wide the gap is.
-PredictorForm = Literal["residual", "paper", "guided"]
-DEPTH = {"residual": 1, "paper": 1, "guided": 2}  # blocks; one is an eighth of tiny-wan, the paper's two are under 4 %
+# Of a MeanFlow student: ours, or the paper's. Of the base model under guidance: one that also knows the gap.
+PredictorForm = Literal["residual", "paper", "guided-base"]
+DEPTH = {
+    "residual": 1,
+    "paper": 1,
+    "guided-base": 2,
+}  # blocks; one is an eighth of tiny-wan, the paper's two are under 4 %
 
 
 class PredictorRuns(BaseModel, frozen=True):

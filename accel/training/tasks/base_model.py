@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -161,7 +162,8 @@ class LatentDataset:
         vae = vae.to(device).eval()
         self.scenes = [training_scene(rng, living) for _ in range(n)]
         probe = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
-        made = {"of": repr((n, frames, seed, SPINS, probe, sum(p.double().sum().item() for p in vae.parameters())))}
+        encoder = sum(p.double().sum().item() for part in (vae.encoder, vae.quant_conv) for p in part.parameters())
+        made = {"of": repr((n, frames, seed, SPINS, probe, encoder))}
         if not file.is_file() or safe_open(file, "pt").metadata() != made:
             auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
@@ -279,10 +281,14 @@ class BaseTask:
 
 
 def finish(task: BaseTask, folder: Path) -> None:
-    """Write the pipeline into a folder in diffusers layout, every file under 10 MB."""
+    """Write the pipeline into a folder in diffusers layout, every file under 10 MB; the folder's autoencoder stays.
+
+    Its decoder may have been trained on meanwhile.
+    """
     pipe, made = task.pipeline(), folder.with_name(folder.name + ".part")
-    pipe.transformer.half(), pipe.vae.half()  # half the size on disk; stock loading makes them float32 again
+    pipe.transformer.half()  # half the size on disk; stock loading makes it float32 again
     pipe.save_pretrained(made, safe_serialization=True, max_shard_size="9MB")
+    shutil.rmtree(made / "vae")
     for file in made.glob("*/config.json"):  # diffusers stores the local path from which a part was loaded
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)

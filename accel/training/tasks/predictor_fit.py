@@ -8,6 +8,7 @@ discriminator (hinge loss) on the frozen student's features one step later. The 
 predictions with the student on the student's own trajectory.
 
 A `GuidedProbe` in the student's place trains a predictor of the base model itself, under guidance: not in the paper.
+It takes Euler steps, whatever the pipeline's solver is.
 """
 
 from __future__ import annotations
