@@ -15,22 +15,25 @@ RUNS = ROOT / "examples" / "runs"
 
 
 class Recording(NamedTuple):
-    """What `docs/record_pairs.py` records under the name of a preset: a prompt held out of training, and a seed."""
+    """What `docs/record_pairs.py` records under the name of a preset: a prompt held out of training, and a seed.
+
+    The reference shows what the prompt says; how the candidate looks was not known when it was chosen.
+    """
 
     prompt: str
     seed: int
 
 
 RECORDINGS = {  # by preset, in the order in which the page offers them
-    "balanced": Recording("a huge green star expands gently over a striped white background", 8),
+    "balanced": Recording("checked navy background: the crimson disc is huge and slides to the left gently", 2),
     "quick": Recording("dotted jungle background: the orange cross is big and contracts gently", 9),
-    "combined": Recording("a large cyan star moves left quickly over a striped white background", 1),
+    "combined": Recording("a huge yellow triangle falls gently over a brown background with dots", 4),
     "fastercache": Recording("a big purple cross moves down slowly over a striped brown background", 2),
     "asymrnr": Recording("a huge yellow circle spins slowly over a dotted navy background", 3),
     "meanflow": Recording("a small orange ring grows slowly over a plain black background", 4),
-    "disca": Recording("a large purple triangle bounces slowly over a checked white background", 5),
+    "disca": Recording("on a gray background with stripes, a large purple cross falls gently", 1),
     "gpd": Recording("on a plain white background, a small blue square moves right quickly", 6),
-    "turbo": Recording("a large red star shrinks slowly over a checked gray background", 7),
+    "turbo": Recording("a big crimson triangle gently climbs on a coal background with stripes", 6),
 }
 
 
