@@ -18,10 +18,12 @@ from torch import Tensor
 from .render import COLOURS, CYCLES, signed_distance
 from .scene import ATTRIBUTES, PHRASES, SECOND_ATTRIBUTES, read_caption
 from .segmentation import OBJECT_THRESHOLD, clean, find_background, grow, split_objects, texture_value, zoom
-from .texture_stats import activity, nearest_texture
+from .texture_stats import activity, contrast, nearest_texture, straight_line
 
 FIT_THRESHOLD = 0.55  # overlap with the best outline below which there is no object
 WAVE_THRESHOLD = 0.012  # amplitude of a regular pattern below which a background is plain
+WAVE_SHARE = 0.2  # share of a regular pattern in the power of the mean image; true ones have .33 and more, textures .08
+CONTRAST_THRESHOLD = 0.04  # of a living texture; true ones have .049 and more, plain backgrounds .031 with all shadows
 ACTIVITY_THRESHOLD = 0.007  # change of a background's fine detail above which its texture is alive,
 CHANGE_THRESHOLD = 0.2  # if the change is also more than this share of the detail: shadows move over stripes as well
 SYMMETRY = {"circle": 0, "ring": 0, "square": 4, "cross": 4, "triangle": 3, "star": 5}
@@ -110,21 +112,21 @@ def _outline(away: Tensor, mask: Tensor) -> Tensor:
 
 
 def _pattern(video: Tensor, value: Tensor, mask: Tensor) -> str | None:
-    """The living texture that is nearest, or the regular pattern with the strongest wave over the mean image.
+    """The regular pattern whose waves are the greater part of the mean image, or the living texture that is nearest.
 
-    `value` (f, h, w) is what the background would be as a living texture. Plain, if there is no wave.
+    `value` (f, h, w) is what the background would be as a living texture. Plain, if there is neither. Objects that
+    move fast can leave a flicker behind them, so movement alone makes no texture.
     """
     grown = grow(mask)
     weight = (1 - grown).sum(0)
     known = (weight > 0).float()
     if known.mean() < 0.2:
         return None
-    change, share = activity(video.mean(-1), mask)
-    if change > ACTIVITY_THRESHOLD and share > CHANGE_THRESHOLD:
-        return nearest_texture(value, mask)
-    image = (video.mean(-1) * (1 - grown)).sum(0) / weight.clamp(min=1)
-    rows = (image * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
-    flat = (image - _smooth(rows)) * known  # without the vertical gradient
+    light = video.mean(-1)
+    image = (light * (1 - grown)).sum(0) / weight.clamp(min=1)
+    rows = (image * known).sum(1) / known.sum(1).clamp(min=1)
+    flat = (image - straight_line(rows)[:, None]) * known  # without the vertical gradient
+    flat = flat - (flat.sum() / known.sum()) * known
     size = image.shape[-1]
     ramp = 2 * math.pi * (torch.arange(size) + 0.5) / size
     power = lambda fy, fx: _wave(flat, known, ramp, fy, fx)
@@ -136,19 +138,17 @@ def _pattern(video: Tensor, value: Tensor, mask: Tensor) -> str | None:
         "dotted": math.hypot(power(d, 0), power(0, d)),
     }
     best = max(waves, key=waves.get)
+    share = waves[best] ** 2 / 2 / max((flat.square().sum() / known.sum()).item(), 1e-9)
+    change, of_detail = activity(light, mask)
+    moves = change > ACTIVITY_THRESHOLD and of_detail > CHANGE_THRESHOLD
+    if moves and share < WAVE_SHARE and contrast(light, mask) > CONTRAST_THRESHOLD:
+        return nearest_texture(value, mask)
     return best if waves[best] > WAVE_THRESHOLD else "plain"
-
-
-def _smooth(rows: Tensor) -> Tensor:
-    """The straight line through a column of row means (h, 1)."""
-    t = torch.linspace(-1, 1, len(rows))[:, None]
-    return rows.mean() + t * (t * rows).sum() / (t * t).sum()
 
 
 def _wave(flat: Tensor, known: Tensor, ramp: Tensor, fy: int, fx: int) -> float:
     """Amplitude of one plane wave in the known part of an image (h, w)."""
     phase = fy * ramp[:, None] + fx * ramp[None, :]
-    flat = flat - (flat.sum() / known.sum()) * known
     return 2 * torch.complex((flat * phase.cos()).sum(), (flat * phase.sin()).sum()).abs().item() / known.sum().item()
 
 

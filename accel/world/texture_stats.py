@@ -1,7 +1,8 @@
 """How much the background of a video looks and moves like a living texture: its spectrum in space and time.
 
-The statistics of a video are the logarithms of the power in bands of spatial frequency, orientation and temporal
-frequency, and the spread, skewness and peakedness of the values. True renders of a texture give their mean and
+The statistics of a video are the logarithms of the shares of its power in bands of spatial frequency, orientation and
+temporal frequency, and the spread, skewness and peakedness of the values. So a contrast that is too high or too low
+changes one statistic and not all of them. True renders of a texture give their mean and
 deviation; a video's distance to the texture is its root mean square deviation in these units. True renders have a
 distance of about 1; blurred, frozen, flickering or wrongly patterned backgrounds have more.
 """
@@ -24,7 +25,7 @@ from .segmentation import OBJECT_THRESHOLD, clean, distance_to_background, find_
 
 BANDS = (0.5, 2, 4, 8, 16, 32)  # limits of the spatial bands, in cycles per frame width
 TIME_BANDS = (-0.5, 0.5, 2.5, 8.5)  # limits of the temporal bands, in cycles per clip
-FLOOR = 1e-5  # power below which a band counts as empty: the rounding of the pixels has as much
+FLOOR = 1e-4  # share of the power below which a band counts as empty: the rounding of the pixels has as much
 REFERENCES = 16  # true renders of each texture
 MIN_DEVIATION = 0.2  # of a statistic among true renders: 16 renders tell no smaller one apart
 
@@ -55,6 +56,22 @@ def nearest_texture(value: Tensor, mask: Tensor) -> str:
     return min(surprise, key=surprise.get)
 
 
+def contrast(light: Tensor, mask: Tensor) -> float:
+    """Standard deviation of a brightness (f, h, w) in [0, 1] outside a mask, without the vertical gradient."""
+    weight = 1 - grow(mask, 9)
+    total = weight.sum().clamp(min=1)
+    rows = (light * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=1)
+    flat = light - straight_line(rows)[:, None]
+    mean = (flat * weight).sum() / total
+    return (((flat - mean).square() * weight).sum() / total).sqrt().item()
+
+
+def straight_line(rows: Tensor) -> Tensor:
+    """The straight line through the means of rows (h,)."""
+    t = torch.linspace(-1, 1, len(rows))
+    return rows.mean() + t * (t * rows).sum() / (t * t).sum()
+
+
 def activity(light: Tensor, mask: Tensor) -> tuple[float, float]:
     """How much the fine detail of a brightness (f, h, w) in [0, 1] outside a mask changes over an eighth of the clip.
 
@@ -79,7 +96,7 @@ def statistics_of(value: Tensor, mask: Tensor) -> Tensor:
     skewness, peak = (((centred / spread) ** p * weight).sum() / total for p in (3, 4))
     power = torch.fft.rfftn(centred * weight).abs().square() / (weight.square().sum().clamp(min=1) * value[0].numel())
     bands = _bands(*value.shape)
-    share = torch.zeros(int(bands.max()) + 1).index_add_(0, bands.flatten(), power.flatten())[1:]
+    share = torch.zeros(int(bands.max()) + 1).index_add_(0, bands.flatten(), power.flatten())[1:] / spread.square()
     moments = torch.stack([2 * spread.log(), skewness, peak.clamp(min=1e-3).log()])
     return torch.cat([(share + FLOOR).log(), moments])
 

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,25 @@ def test_texture_distance_is_one_for_true_renders_and_more_for_others(pattern):
 def test_texture_distance_refuses_what_is_no_living_texture():
     with pytest.raises(ValueError, match="striped"):
         texture_distance(render(still(), 9, 64).numpy(), "striped")
+
+
+@pytest.mark.parametrize("pattern", LIVING)
+def test_a_texture_is_read_at_any_contrast(pattern):
+    """Guidance makes it higher than any true render has."""
+    video = render(textured(pattern), 17, 96).float()
+    mean = video.mean((0, 1, 2))
+    strong = (mean + 1.7 * (video - mean)).clamp(0, 255).byte()
+    assert read(video.byte().numpy())["pattern"] == read(strong.numpy())["pattern"] == pattern
+
+
+@pytest.mark.parametrize("pattern", ["plain", "striped", "checked", "dotted"])
+def test_flicker_behind_an_object_makes_no_living_texture(pattern):
+    video = render(replace(still(), pattern=pattern), 17, 96).float()
+    noise = torch.randn(17, 24, 24, 1, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 1)
+    near = torch.zeros(96, 96, 1)
+    near[12:84, 12:84] = 1  # the star is in the middle
+    flickering = (video + 3 * near * noise.repeat_interleave(4, 2)).clamp(0, 255).byte().numpy()
+    assert read(flickering)["pattern"] == pattern
 
 
 def test_noise_black_and_frozen_video_score_low():
