@@ -63,7 +63,7 @@ def students(pipe, tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_text(euler_as_fitted_solver(pipe, n, uncond_steps=range(0, n, 2)).model_dump_json())
     make_meanflow(pipe, tmp_path / "meanflow")
-    for form in ("residual", "paper"):
+    for form in ("residual", "paper", "guided-base"):
         make_predictor(pipe, tmp_path / "predictor" / form, form)
 
 

@@ -12,6 +12,7 @@ from accel.evaluation.pair_report import write_report
 from accel.runtime.models import TINY
 from accel.runtime.paths import ROOT
 from ui.code_tab import CodeTab
+from ui.recorded import RECORDINGS
 from ui.results_tab import LABEL, ResultsTab
 from ui.timeline import READ_OUT, timeline
 
@@ -82,7 +83,7 @@ def test_the_copied_link_restores_the_settings(page, url):
     link = page.evaluate("navigator.clipboard.readText()")
     assert link == page.input_value("#share-link textarea") and link.startswith(f"{url}?preset=balanced")
     page.goto(link)
-    page.wait_for_selector("#given >> text=['fittedsolver'] 8", timeout=30_000)
+    page.wait_for_selector(f"#given >> text=['fittedsolver'] {RECORDINGS['balanced'].seed}", timeout=30_000)
 
 
 def test_text_in_the_address_never_becomes_html(page, url):

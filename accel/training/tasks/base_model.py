@@ -281,14 +281,15 @@ class BaseTask:
 
 
 def finish(task: BaseTask, folder: Path) -> None:
-    """Write the pipeline into a folder in diffusers layout, every file under 10 MB; the folder's autoencoder stays.
+    """Write the pipeline into a folder in diffusers layout, every file under 10 MB.
 
-    Its decoder may have been trained on meanwhile.
+    An autoencoder that is there stays: its decoder may have been trained on meanwhile.
     """
     pipe, made = task.pipeline(), folder.with_name(folder.name + ".part")
-    pipe.transformer.half()  # half the size on disk; stock loading makes it float32 again
+    pipe.transformer.half(), pipe.vae.half()  # half the size on disk; stock loading makes them float32 again
     pipe.save_pretrained(made, safe_serialization=True, max_shard_size="9MB")
-    shutil.rmtree(made / "vae")
+    if (folder / "vae").is_dir():
+        shutil.rmtree(made / "vae")
     for file in made.glob("*/config.json"):  # diffusers stores the local path from which a part was loaded
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
