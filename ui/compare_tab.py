@@ -16,7 +16,7 @@ from accel.runtime.presets import Preset, load_preset, preset_names
 from accel.runtime.repeat import reference_of
 from ui.clickable import ClickableHTML
 from ui.context import Context, compare_work
-from ui.controls import Change, MethodControls, Update, changes_from, is_usable, runs_in_full, words
+from ui.controls import Change, MethodControls, Update, changes_from, is_usable, missing_parts, words
 from ui.estimates import estimate_text
 from ui.live import Live
 from ui.pair_view import PairView
@@ -260,7 +260,7 @@ class CompareTab:
 
         A prompt of the visitor's own stays.
         """
-        if name in preset_names() and not runs_in_full(load_preset(name), model):
+        if name in preset_names() and missing_parts(load_preset(name), model):
             name = first_preset(model)
         own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_example(prompt) else {}
         return {**self.load_preset(model, visitor, name), **self.views_of(model, name), **own}
@@ -341,7 +341,7 @@ class CompareTab:
 
 def first_preset(model: str) -> str:
     """The preset that the page begins with."""
-    return next(name for name in FIRST_PRESETS if runs_in_full(load_preset(name), model))
+    return next(name for name in FIRST_PRESETS if not missing_parts(load_preset(name), model))
 
 
 def chosen_example(event: gr.EventData) -> str:

@@ -82,21 +82,16 @@ class MethodControls:
 
     def preset_values(self, preset: Preset, model: str) -> tuple[Update, list[str]]:
         """The value of every component for a preset, and what of the preset is not there, in words."""
-        updates, missing, active = {}, [], preset_methods(preset)
+        updates, active = {}, preset_methods(preset)
         for name, method in METHODS.items():
             wanted, usable, available = active.get(name), is_usable(name, model), available_values(name, model)
             updates[self.switches[name]] = gr.update(value=wanted is not None and usable, interactive=usable)
             updates[self.groups[name]] = gr.update(visible=wanted is not None and usable)
-            if wanted and not usable:
-                lacks = "its weights for this model" if method.is_installed() else "its package"
-                missing.append(f"{method.title} is off, without {lacks}")
             for parameter, component in self.parameters[name].items():
                 value = getattr(wanted or method(), parameter)
                 nearest = nearest_available(value, available.get(parameter))
                 updates[component] = gr.update(value=nearest, elem_classes=_classes(component, changed=False))
-                if wanted and usable and nearest != value:
-                    missing.append(f"{method.title}'s {words(parameter)} is {nearest} instead of {value}")
-        return updates, missing
+        return updates, missing_parts(preset, model)
 
     def model_ranges(self, model: str) -> Update:
         """The values that every restricted parameter can take with a model."""
@@ -138,16 +133,19 @@ def is_usable(name: str, model: str) -> bool:
     return METHODS[name].is_installed() and all(available_values(name, model).values())
 
 
-def runs_in_full(preset: Preset, model: str) -> bool:
-    """Whether a model has everything that a preset asks for."""
-    return all(
-        is_usable(name, model)
-        and all(
-            getattr(method, parameter) == nearest_available(getattr(method, parameter), choices)
-            for parameter, choices in available_values(name, model).items()
-        )
-        for name, method in preset_methods(preset).items()
-    )
+def missing_parts(preset: Preset, model: str) -> list[str]:
+    """What of a preset is not there for a model, in words; empty if it runs in full."""
+    missing = []
+    for name, method in preset_methods(preset).items():
+        if not is_usable(name, model):
+            lacks = "its weights for this model" if method.is_installed() else "its package"
+            missing.append(f"{method.title} is off, without {lacks}")
+            continue
+        for parameter, choices in available_values(name, model).items():
+            value = getattr(method, parameter)
+            if (nearest := nearest_available(value, choices)) != value:
+                missing.append(f"{method.title}'s {words(parameter)} is {nearest} instead of {value}")
+    return missing
 
 
 def available_values(name: str, model: str) -> AvailableValues:

@@ -10,6 +10,7 @@ from accel.methods import METHODS
 from accel.runtime.models import TINY
 from accel.runtime.presets import load_preset, preset_names
 from accel.runtime.repeat import reference_of
+from ui.controls import words
 from ui.side_settings import describe_side
 
 RUN_KEYS = ("model", "prompt", "seed", "frames", "height", "width")
@@ -34,7 +35,7 @@ def preset_words(preset: dict[str, Any]) -> str:
     """The settings of a preset in words: {"methods": {"gpd": {"steps": 6}}} is "GPD with steps 6"."""
     parts = []
     for name, parameters in preset.get("methods", {}).items():
-        own = ", ".join(f"{parameter.replace('_', ' ')} {_text(value)}" for parameter, value in parameters.items())
+        own = ", ".join(f"{words(parameter)} {_text(value)}" for parameter, value in parameters.items())
         parts.append(f"{METHODS[name].title} with {own}" if own else METHODS[name].title)
     run = [f"{key} {_text(preset[key])}" for key in SIDE_KEYS if key in preset]
     return ", ".join([" and ".join(parts) or "No method", *run])

@@ -255,8 +255,8 @@ class Host:
 
     def _run(self, index: int, hook: ForwardHook, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> Tensor:
         """One call of one branch: track it, run it through the wrappers, and time it."""
+        self._track(index, pipe, name, x, inputs)
         began = synchronized_time(x.device)
-        began += self._track(index, pipe, name, x, inputs)
         step, family, grid = self.step, self.family, self.grid
 
         def call(x: Tensor, **inputs) -> Tensor:
@@ -270,11 +270,8 @@ class Host:
         self.trace.milliseconds[step.index] = self.trace.milliseconds.get(step.index, 0.0) + spent
         return y
 
-    def _track(self, index: int, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> float:
-        """Find out which step and branch this call is, and whether it begins a new run.
-
-        Returns the seconds that counting FLOPs took, which are no part of the run's time.
-        """
+    def _track(self, index: int, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> None:
+        """Find out which step and branch this call is, and whether it begins a new run."""
         at = self._tracker.locate(pipe, inputs["timestep"], inputs["encoder_hidden_states"], name)
         if at.begins:
             self._levels = noise_levels(pipe.scheduler)
@@ -282,7 +279,6 @@ class Host:
             self.trace.begin()
             self.exact_steps.clear()
             self._reset_caches()
-            self.trace.started = time.perf_counter()
         if at.has_new_text:
             self.text_id += 1
             self.trace.add_message(f"the text changed at step {at.index + 1}: what depends on it was computed anew")
@@ -291,14 +287,12 @@ class Host:
         self.signal = 1 - sigma if is_flow(pipe.scheduler) else (1 - sigma**2) ** 0.5
         self.grid = self.family.grid(self.denoisers[index], x, inputs)
         self.text_tokens = self.family.text_tokens(inputs)
-        began = synchronized_time(x.device)
         if at.begins or index != self.active_index:  # shapes do not change within a run
             self.trace.flops = self._flops(index, x, inputs)
-        counting = synchronized_time(x.device) - began
-        self.trace.started += counting
+        if at.begins:
+            self.trace.started = synchronized_time(x.device)  # counting FLOPs is no part of the run
         self.active_index, self.latents = index, x
         self.trace.sigmas[at.index] = self.step.sigma
-        return counting
 
     def _flops(self, index: int, x: Tensor, inputs: dict[str, Any]) -> dict[str, int]:
         """FLOPs of one call; none beside a cache of others, which would take a counting call for a step."""

@@ -139,10 +139,10 @@ def _pattern(video: Tensor, value: Tensor, mask: Tensor) -> str | None:
     }
     best = max(waves, key=waves.get)
     share = waves[best] ** 2 / 2 / max((flat.square().sum() / known.sum()).item(), 1e-9)
-    change, of_detail = activity(light, mask)
-    moves = change > ACTIVITY_THRESHOLD and of_detail > CHANGE_THRESHOLD
-    if moves and share < WAVE_SHARE and contrast(light, mask) > CONTRAST_THRESHOLD:
-        return nearest_texture(value, mask)
+    if share < WAVE_SHARE and contrast(light, mask) > CONTRAST_THRESHOLD:
+        change, of_detail = activity(light, mask)
+        if change > ACTIVITY_THRESHOLD and of_detail > CHANGE_THRESHOLD:
+            return nearest_texture(value, mask)
     return best if waves[best] > WAVE_THRESHOLD else "plain"
 
 
