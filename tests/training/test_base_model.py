@@ -48,6 +48,14 @@ def test_the_dataset_draws_the_first_frame_and_later_ones_in_order(tmp_path):
     assert any(torch.equal(latents[0], clip[:, times].float()) for clip in dataset.latents)
 
 
+def test_a_single_frame_is_any_one_of_its_clip(tmp_path):
+    dataset = base.LatentDataset(build_vae(8), 1, 9, 16, 0, tmp_path / "pool.safetensors", "cpu")
+    rng = random.Random(0)
+    drawn = [dataset.draw(1, 1, rng)[:2] for _ in range(30)]
+    assert {time for _, (time,) in drawn} == {0, 1, 2, 3, 4}
+    assert all(torch.equal(frame[0], dataset.latents[0][:, times].float()) for frame, times in drawn)
+
+
 def test_zeroed_time_frequencies_stay_zero_in_training():
     _, transformer = build_models(30)
     weight = transformer.condition_embedder.time_embedder.linear_1.weight
