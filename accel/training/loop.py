@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..errors import AccelError
 from ..files import atomic_write
-from .fast_blocks import has_fast_bfloat16
+from .fast_blocks import has_fast_bfloat16, keep_freed_memory
 from .optimizer import BatchedMuon, OptimConfig, learning_rate
 
 
@@ -56,6 +56,7 @@ def fit(
     """
     optim = task.optim
     _prepare_folder(folder, resume)
+    keep_freed_memory()
     torch.manual_seed(optim.seed)
     accelerator = Accelerator(mixed_precision="bf16" if has_fast_bfloat16(str(PartialState().device)) else "no")
     task.module.to(accelerator.device)  # before `BatchedMuon` takes views of the weights

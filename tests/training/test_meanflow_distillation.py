@@ -17,6 +17,7 @@ from accel.runtime.models import ModelDefaults
 from accel.runtime.video import write_mp4
 from accel.students.interval_embedding import IntervalEmbedder, pack_timestep
 from accel.students.weights import fingerprint
+from accel.training.fast_blocks import DenseAttention
 from accel.training.jobs import initialize_from, share_stages
 from accel.training.loop import fit
 from accel.training.meanflow_job import MeanFlowJob, has_initial_student
@@ -150,8 +151,11 @@ def test_validation_uses_the_timesteps_of_the_current_stage(pipe):
     assert ends == pytest.approx([*starts[:4], *(2 * [sigmas[2], sigmas[4]])], abs=1e-3)
 
 
-def test_central_and_exact_derivatives_agree_on_a_transformer(pipe):
+@pytest.mark.parametrize("dense", [False, True])
+def test_central_and_exact_derivatives_agree_on_a_transformer(pipe, dense):
     task = meanflow_task(pipe)
+    for block in task.module.blocks if dense else ():
+        block.attn1.set_processor(DenseAttention())  # as on a CPU with fast bfloat16
     for scalar in task.module.condition_embedder.scalars.values():
         torch.nn.init.normal_(scalar.mlp.linear_2.weight, std=0.1)
     task.module.condition_embedder.base.timesteps_proj.scale = 0.01  # as smooth as the shipped model's
