@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from accel.training.fast_blocks import _DenseBackward
+from accel.training.fast_blocks import CrossAttention, DenseAttention, _DenseBackward
 
 
 def test_the_gradients_of_dense_attention_are_those_of_its_values():
@@ -22,3 +22,13 @@ def test_in_bfloat16_the_gradients_are_near_those_of_float32():
         found.append(torch.autograd.grad(attend(*inputs), inputs, grad.to(dtype)))
     for exact, near in zip(*found, strict=True):
         assert (near.float() - exact).norm() < 0.02 * exact.norm() and near.dtype == torch.bfloat16
+
+
+def test_blocks_with_the_attention_for_training_give_the_stock_values(pipe):
+    x, text = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 7, pipe.transformer.config.text_dim)
+    run = lambda: pipe.transformer(x, torch.tensor([500.0]), text, return_dict=False)[0]
+    stock = run()
+    for block in pipe.transformer.blocks:
+        block.attn1.set_processor(DenseAttention())
+        block.attn2.set_processor(CrossAttention())
+    torch.testing.assert_close(run(), stock)

@@ -33,7 +33,7 @@ from ...runtime.latents import normalize
 from ...runtime.models import record_hashes
 from ...world.render import render
 from ...world.scene import Scene, caption, held_out_prompts, sample_scene, vocabulary
-from ..fast_blocks import has_fast_bfloat16, use_dense_attention
+from ..fast_blocks import CrossAttention, has_fast_bfloat16, use_dense_attention
 from ..optimizer import OptimConfig
 from .vae import Autoencoder, replace_files, to_unit
 
@@ -98,29 +98,14 @@ def smooth_time(transformer: WanTransformer3DModel, highest: float = 0.012) -> N
     weight.register_hook(lambda grad: grad * low.to(grad))
 
 
-class PaddingWeightedAttention:
-    """Cross-attention processor for training that weighs the few padding keys as if there were many.
-
-    Two matrix products: with so few keys the scores are small, and the backward pass of the fused kernel is slow on a
-    CPU (a batch of single frames spent 0.4 of its time there).
-    """
-
-    def __init__(self):
-        self.bias: Tensor | None = None  # (b, 1, 1, text)
+class PaddingWeightedAttention(CrossAttention):
+    """Cross-attention that weighs the few padding keys as if there were many."""
 
     def weigh(self, mask: Tensor, total: int) -> None:
         """Let the padding of `mask` (b, text), which is 1 at words, count as `total` - words keys."""
         pads = (1 - mask).sum(-1, keepdim=True)
         more = (total - mask.sum(-1, keepdim=True)) / pads
         self.bias = ((1 - mask) * more.log())[:, None, None]
-
-    def __call__(self, attn, x: Tensor, text: Tensor, *_) -> Tensor:
-        q = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        k = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        v = attn.to_v(text).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        scores = (q.type_as(v) * v.shape[-1] ** -0.5) @ k.type_as(v).transpose(-1, -2)
-        y = (scores.float() + self.bias).softmax(-1).type_as(v) @ v
-        return attn.to_out[0](y.transpose(1, 2).flatten(2))
 
 
 class SubsampledRoPE(nn.Module):
@@ -143,9 +128,9 @@ class Denoiser(nn.Module):
         super().__init__()
         self.text, self.transformer = text.to(device), transformer.to(device)
         self.text_attention, transformer.rope = PaddingWeightedAttention(), SubsampledRoPE(transformer.rope)
+        use_dense_attention(transformer.blocks, device)
         for block in transformer.blocks:
             block.attn2.set_processor(self.text_attention)
-        use_dense_attention(transformer.blocks, device)
 
     def forward(self, x: Tensor, frames: list[int], sigma: Tensor, ids: Tensor, mask: Tensor, total: int) -> Tensor:
         """Velocity (b, c, f, h, w) at sigma (b,) for token ids (b, text); `frames`: positions of the f frames."""
