@@ -22,16 +22,16 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 world = typer.Typer(no_args_is_help=True, help="The captioned toy world: render samples, judge videos.")
 app.add_typer(world, name="world")
 
-Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows sentences as in examples/prompts.")]
+Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows examples/prompts/plain.txt.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise, or of the sampled scenes.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or a YAML file; 'none' for no method.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps; default: the model's.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale; default: the model's.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps; default: the preset's, else the model's.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale; default: the preset's, else the model's.")]
 SolverName = Annotated[str, typer.Option("--solver", help="default (the model's), unipc, euler, dpm++2m or dpm++2s.")]
-Shift = Annotated[float, typer.Option(help="Flow shift of the noise levels; default: the model's.")]
+Shift = Annotated[float, typer.Option(help="Flow shift of the noise levels; default: the preset's, else the model's.")]
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
-Size = Annotated[int, typer.Option(min=1, help="Pixels or frames; default: the model's.")]
+Size = Annotated[int, typer.Option(min=1, help="In pixels, or the number of frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
 RESULT_FILES = tuple("video.mp4 frames.npy a.mp4 b.mp4 a.npy b.npy a.jpg b.jpg run.json".split())  # of run and compare
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -210,7 +210,9 @@ def compare(
 ) -> None:  # fmt: skip
     """Generate a (baseline) and b (with the preset) from the same noise, into --out.
 
-    Files, all or none: a.mp4 b.mp4, their frames a.npy b.npy, previews of the denoising a.jpg b.jpg, and run.json.
+    With a preset that brings its own steps (a student, a fitted solver), --steps, --solver and --shift are those of a
+    alone, with a student also --guidance. Files, all or none: a.mp4 b.mp4, their frames a.npy b.npy, previews of the
+    denoising a.jpg b.jpg, and run.json.
     """
     common = dict(model=model, prompt=prompt, seed=seed, height=height, width=width, frames=frames)
     options = dict(separate=True, solver=solver, shift=shift)
@@ -274,7 +276,7 @@ def report(
 @app.command()
 def bench(
     suite: Annotated[str, typer.Option(help="What to measure; a wrong name lists the suites.")] = "base",
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of the toy world, for any model.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 1,
     model: Model = TINY,
     out: Annotated[Path, typer.Option(help="Folder for the results; default: runs/bench/SUITE.")] = None,
@@ -299,7 +301,9 @@ def bench(
 
 @app.command()
 def tune(
-    max_loss: Annotated[float, typer.Option(min=0, max=1, help="Write the fastest preset within this loss.")] = None,
+    max_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="Write one preset: the fastest that loses at most so much SSIM.")
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try; more find better ones.")] = 150,
     prompts: Annotated[int, typer.Option(min=1, help="Tuning prompts of the toy world; no report uses them.")] = 4,
     prompt_file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Prompts instead, one a line.")] = None,
@@ -335,7 +339,7 @@ def tune(
 @app.command()
 def sweep(
     axis: Annotated[list[str], typer.Option(help="steps=20,30,50 or gpd.steps=6..16; once or twice.")],
-    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to generate; default: the first example of the model.")] = None,
     seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
@@ -390,7 +394,7 @@ def profile(
 @app.command()
 def calibrate(
     model: Model = TINY,
-    prompt: Annotated[str, typer.Option(help="What to generate; default: the first of examples/prompts.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to generate; default: the first example of the model.")] = None,
     seed: Seed = 0,
     steps: Steps = None,
     out: Out = Path("runs/calibrate"),
@@ -407,7 +411,7 @@ def calibrate(
 
 @app.command()
 def fit(
-    steps: Annotated[list[int], typer.Argument(min=1, help="Step counts, a solver each: 6 8 10 14 20.")],
+    steps: Annotated[list[int], typer.Argument(min=1, help="Step counts of 4-8, 10, 12, 14, 16, 20, 25, 33.")],
     model: Model = TINY,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose baselines the solvers are fitted to.")] = 8,
     uncond_share: Annotated[
@@ -415,7 +419,7 @@ def fit(
     ] = 1.0,
     guidance: Guidance = None,
     tries: Annotated[
-        int, typer.Option(min=0, help="Lists of steps to try beyond five spacings; each costs half a fit.")
+        int, typer.Option(min=0, help="Lists of steps to try after five spacings; each costs half as much as one.")
     ] = 40,
     out: Out = Path("runs/fit"),
 ) -> None:  # fmt: skip
@@ -460,16 +464,16 @@ def docs() -> None:
 def train(
     what: Annotated[str, typer.Argument(help="vae, base, gpd, meanflow, predictor or all.")],
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, or the shipped weights.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, or the model's weights.")] = False,
     out: Out = Path("checkpoints"),
-    setting: Annotated[str, typer.Option(help="small, medium (living world, 96x96) or large. [by device]")] = None,
+    setting: Annotated[str, typer.Option(help="small, medium (living, 96x96) or large; default: by device.")] = None,
     export: Annotated[bool, typer.Option(help="With base: only write the EMA weights of its last checkpoint.")] = False,
     model: Annotated[str, typer.Option(help="For students: another model to distill, with LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one per line.")] = None,
-    rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA; 0: all weights. [64]")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="With --model: rank of the LoRA, 64; 0: all weights.")] = None,
     videos: Annotated[Path, typer.Option(help="For meanflow: a folder of videos with captions.json.")] = None,
     trajectories: Annotated[int, typer.Option(min=1, help="With --model: trajectories over all processes.")] = None,
-    ablation: Annotated[str, typer.Option(help="An ablation of gpd, meanflow or predictor.")] = None,
+    ablation: Annotated[str, typer.Option(help="A variant of a student: see docs/training.md.")] = None,
 ) -> None:
     """Train the shipped model: the autoencoder, the transformer with its text encoder, then its few-step students.
 

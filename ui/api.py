@@ -1,7 +1,7 @@
 """The page's endpoints for programs: what the buttons do, with typed arguments and JSON results.
 
 from gradio_client import Client
-result = Client("http://127.0.0.1:7860").predict("a large red star spins", 1, "balanced", api_name="/run")
+result = Client("http://127.0.0.1:7860").predict("a large red star spins", 1, {"preset": "balanced"}, api_name="/run")
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def front_overview(summary: dict) -> str:
             for group in summary["groups"]
         ]
         rows.append([f"{found['speed']}x", *cells, *(_cells(summary, best, group)[-1] for group in others)])
-    titles = ["at least", *summary["groups"], *(f"{OURS} - {group}" for group in others)]
+    titles = ["speed by work, at least", *summary["groups"], *(f"{OURS} - {group}" for group in others)]
     return f"{conditions(summary)}\n\n{markdown(titles, rows)}"
 
 
