@@ -42,12 +42,13 @@ def run_suite(
         summary = _measure_suite(suite, prompts, seeds, model, out, state)
         if not state.is_main_process:
             return {}
+        summary = {"suite": suite, "model": model, **summary}
         with atomic_write(out / "results.json") as part:
-            part.write_text(json.dumps({"suite": suite, "model": model, **summary}, indent=1))
+            part.write_text(json.dumps(summary, indent=1))
         parts = {"classes": front_table, "rows": partial(table, kind="report"), "pairs": pairs_table}
         (out / "report.md").write_text("\n".join(make(summary) for key, make in parts.items() if summary.get(key)))
         plot_summary(summary, out / "pareto.png")
-    return {"suite": suite, "out": str(out), **summary}
+    return {"out": str(out), **summary}
 
 
 def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, state: PartialState) -> dict:

@@ -1,4 +1,4 @@
-"""Fills the generated tables of README.md, docs/ and the model card: `python -m accel docs`.
+"""Fills the generated tables of README.md, docs/ and the model cards: `python -m accel docs`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; `PARTS` lists the names. For each suite there are SUITE,
 SUITE-details and SUITE-pairs.
@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import AccelError
 from ..families import FAMILIES, Family
 from ..methods import METHODS
-from ..runtime.models import TINY
+from ..runtime.models import LIVING, TINY
 from ..runtime.paths import ROOT
 from .front import front_overview, front_table
 from .layouts import LAYOUTS
@@ -199,9 +199,9 @@ def _reconstruction(run: dict) -> str:
     return f"PSNR {run['psnr']} ± {run['interval']} dB on {run['n']} held-out clips; read back from these: {read}"
 
 
-def attributes() -> str:
+def attributes(suite: str) -> str:
     """How often each attribute of the prompt is read back from the baseline's videos."""
-    found = results("base")
+    found = results(suite)
     if not found:
         return NOT_YET
     row = found["rows"]["baseline"]
@@ -248,7 +248,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "gpu": gpu,
     "memory": memory,
-    "attributes": attributes,
+    "attributes": partial(attributes, "base"),
+    "attributes-96": partial(attributes, "base-96"),
     "training": training,
     "students": students,
     "disca-training": disca_training,
@@ -271,7 +272,7 @@ def fill(text: str) -> str:
 
 def pages() -> list[Path]:
     """The documents that may hold generated parts."""
-    return [ROOT / "README.md", CARD, *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", CARD, ROOT / LIVING / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def write() -> list[Path]:

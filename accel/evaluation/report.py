@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..runtime.models import TINY
 from .metrics import METRICS, Metric, mean_of
 from .stats import format_interval, interval
 
@@ -152,12 +154,14 @@ def table(summary: dict, kind: str) -> str:
 
 
 def conditions(summary: dict) -> str:
-    """Number of runs, machine, and what the figures are."""
+    """Model if it is not the shipped one, number of runs, machine, and what the figures are."""
     n, prompts = summary["n"], summary.get("prompts", summary["n"])
     seeds = "" if prompts == n else f": {prompts} prompts x {n // prompts} seeds"
     machine = f"{summary['device']}, {summary['threads']} threads, {summary['dtype']}"
     figures = "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range"
-    return f"n = {n} held-out prompts and seeds{seeds}, {machine}; {figures}"
+    model = summary.get("model", TINY)
+    of = "" if model == TINY else f"{Path(model).name}, "
+    return f"{of}n = {n} held-out prompts and seeds{seeds}, {machine}; {figures}"
 
 
 def pairs_table(summary: dict) -> str:

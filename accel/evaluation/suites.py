@@ -253,6 +253,17 @@ def _plain_solvers() -> dict[str, Setting]:
     return _in_steps((33, 25, 20, 14, 10, 6, 4, 3), found)
 
 
+def _steps() -> Suite:
+    """How many steps the base model needs: plain solvers in a half, a fifth and an eighth of them."""
+    half = {
+        "default, 25 steps": Setting(steps=25),
+        "unipc, shift 5, 25 steps": Setting(steps=25, solver="unipc", shift=5),
+    }
+    few = {name: setting for name, setting in _plain_solvers().items() if setting.steps in (10, 6)}
+    late = _in_steps((10, 6), {"euler, shift 7": Setting(solver="euler", shift=7.0)})
+    return Suite(BASELINE | half | few | late)
+
+
 def _peer_defaults() -> Suite:
     """Each peer at its own defaults, and our settings of about the same work."""
     peers = {name: Setting(overrides={name: {}}) for name, method in METHODS.items() if method.peer}
@@ -272,6 +283,8 @@ SUITES: dict[str, Suite] = {
     "peers": _peer_defaults(),
     "paper": _papers(),
     "base": Suite(BASELINE),
+    "base-96": Suite(BASELINE),  # of models/tiny-wan-96
+    "steps-96": _steps(),
     "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),
     "combined": _combined(),

@@ -17,7 +17,7 @@ from accel.evaluation.report import pairs_table, summarize, table
 from accel.evaluation.suites import NEUTRAL, NOISE_FLOOR, PROMPT_SEED, SUITES, TUNING_SEED, Setting, Suite
 from accel.methods import METHODS, StepCache
 from accel.runtime.generate import Video
-from accel.runtime.models import ModelDefaults
+from accel.runtime.models import TINY, ModelDefaults
 from accel.world.scene import held_out_prompts
 
 
@@ -182,6 +182,8 @@ def test_seeds_of_one_prompt_are_averaged_before_an_interval_is_computed():
     assert summary["rows"]["b"]["ssim"] == pytest.approx((0.6, 0.6, 0.6))  # both prompts have 0.6
     conditions = {"device": "cpu", "threads": 1, "dtype": "float32"}
     assert summary["n"] == 4 and "2 prompts x 2 seeds" in table({**summary, **conditions}, "report")
+    assert table({**summary, **conditions, "model": "models/other"}, "report").startswith("other, n = 4 ")
+    assert table({**summary, **conditions, "model": TINY}, "report").startswith("n = 4 ")
 
 
 def test_values_that_are_not_defined_are_left_out_of_a_mean():
