@@ -186,7 +186,7 @@ def run(
         (part / "run.json").write_text(json.dumps(document, indent=1))
     print_messages(video.trace.messages, printed)
     work = video.trace.summary()["flops_ratio"]
-    print(f"{video.seconds['denoise']:.2f} s of denoising, {work:.0%} of the work -> {out}")
+    print(f"{video.seconds['denoise']:.2f} s of denoising, {work:.0%} of the work of these steps -> {out}")
     print_json({**b.model_dump(), "seconds": video.seconds, "flops_ratio": work, "out": str(out)})
 
 

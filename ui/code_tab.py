@@ -76,16 +76,16 @@ class CodeTab:
         quick = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         page.compare.shown.change(self.show, page.compare.shown, self.views, **quick)
         outputs = [self.message, *page.compare.outputs]
-        self.use.click(self.use_preset, self.preset, outputs, **quick)
-        self.upload.upload(self.use_preset, self.upload, outputs, **quick)
+        self.use.click(self.use_preset, [self.preset, page.model], outputs, **quick)
+        self.upload.upload(self.use_preset, [self.upload, page.model], outputs, **quick)
         self.copy.click(None, self.link, self.link, js=COPY, **quick)
 
     def show(self, shown: str | None) -> Update:
         """The views of a pair: the id of a stored one, or the name of a recorded one."""
         return dict(zip(self.views, self._views(shown)))
 
-    def use_preset(self, text: str | bytes) -> Update:
-        """The settings of a preset file in the Compare tab, or a message that says what is wrong with it."""
+    def use_preset(self, text: str | bytes, model: str) -> Update:
+        """The settings of a preset file in the Compare tab, for a model, or a message that says what is wrong."""
         try:
             preset = read_preset(text or "")
         except AccelError as error:
@@ -93,7 +93,7 @@ class CodeTab:
             return {self.message: gr.update(value=note(str(error), bad=True), visible=True)}
         return {
             self.message: gr.update(visible=False), self.page.tabs: gr.Tabs(selected="compare"),
-            **self.page.compare.load_settings(preset, {}),
+            **self.page.compare.load_settings(preset, {}, model),
             self.page.compare.message: note("The preset is set. Press Run to generate with it."),
         }  # fmt: skip
 
@@ -133,7 +133,7 @@ class CodeTab:
 
     def _load(self, shared: SharedSettings) -> Update:
         text = "The settings are those of the link. Press Run to generate with them."
-        updates = self.page.compare.load_settings(shared.preset, shared.run, shared.model)
+        updates = self.page.compare.load_settings(shared.preset, shared.run, shared.model or self.context.model)
         compare, model = self.page.compare, {}
         if shared.model:
             model = {self.page.model: shared.model, **compare.views_of(shared.model, None)}

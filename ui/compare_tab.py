@@ -111,9 +111,9 @@ class CompareTab:
     def outputs(self) -> list[gr.blocks.Block]:
         """Everything that running, showing a pair or loading settings can change."""
         return [
-            self.page.tabs, self.message, self.live, self.run, self.stop, self.shown, self.panes, *self.view.components,
-            self.preset, self.preset_note, self.changed, self.estimate, self.examples, self.reference.plain,
-            *self.controls.groups.values(), *self.setting_components,
+            self.page.tabs, self.page.model, self.message, self.live, self.run, self.stop, self.shown, self.panes,
+            *self.view.components, self.preset, self.preset_note, self.changed, self.estimate, self.examples,
+            self.reference.plain, *self.controls.groups.values(), *self.setting_components,
         ]  # fmt: skip
 
     def wire(self, page) -> None:
@@ -208,8 +208,8 @@ class CompareTab:
             return {self.message: note("That result is no longer stored.", bad=True)}
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show([stored]), self.shown: run_id,
-            self.panes: [run_id], self.message: note("Shown from the history. Run measures it again."),
-            **self._settings_of(stored.report), self.live: "",
+            self.panes: [run_id], self.live: "", **self._settings_of(stored.report),
+            self.message: note(f"Shown from the history. {self._what_run_does(stored.report)}"),
         }  # fmt: skip
 
     def show_two(self, first: str, second: str) -> Update:
@@ -217,7 +217,8 @@ class CompareTab:
         stored = [self.context.store.find(run_id) for run_id in (first, second)]
         if None in stored:
             return {self.message: note("One of these results is no longer stored.", bad=True)}
-        text = "Two results from the history, each measured at its own time, so no speed-up is told. Run measures both."
+        text = "Two results from the history, each measured at its own time, so no speed-up is told."
+        text = f"{text} {self._what_run_does(stored[1].report)}"
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show_candidates(stored), self.shown: None,
             self.panes: [], self.message: note(text), self.live: "", **self._settings_of(stored[1].report),
@@ -238,12 +239,26 @@ class CompareTab:
             return {self.reference.source: "pinned", self.reference.pinned: side}
         return {self.reference.source: "plain", **self.reference.settings.updates(side)}
 
+    def _is_offered(self, report: dict) -> bool:
+        return any(choice.id == report["model"] for choice in self.context.models)
+
+    def _what_run_does(self, report: dict) -> str:
+        """What the button does with the settings of a stored pair."""
+        if self._is_offered(report):
+            return "Run measures it again."
+        return "Its model is not offered here any more: Run takes the chosen one."
+
     def _settings_of(self, report: dict) -> Update:
-        preset = Preset(methods=report["methods"])
-        controls, _ = self.controls.preset_values(preset, report["model"])
+        """The widgets for a stored pair, and its model with its cards and ranges if the page still offers it."""
+        model, preset = report["model"], Preset(methods=report["methods"])
+        controls, _ = self.controls.preset_values(preset, model)
+        own = {self.preset: report.get("preset")}
+        if self._is_offered(report):
+            views = self.views_of(model, report.get("preset"))
+            own = {self.page.model: model, **self.controls.model_ranges(model), **views}
         return {
-            self.prompt: report["prompt"], self.seed: report["seed"], **controls, **self.side.updates(side_of(report)),
-            **self._reference_updates(side_of(reference_of(report))), self.preset: report.get("preset"),
+            self.prompt: report["prompt"], self.seed: report["seed"], **own, **controls,
+            **self.side.updates(side_of(report)), **self._reference_updates(side_of(reference_of(report))),
         }  # fmt: skip
 
     # Settings
@@ -281,9 +296,8 @@ class CompareTab:
             updates |= {**self.view.show_recorded(recorded[name]), self.shown: name}
         return updates
 
-    def load_settings(self, preset: Preset, run: dict[str, Any], model: str | None = None) -> Update:
-        """The widgets for a preset and, where they are given, prompt, seed, steps, guidance, solver and shift."""
-        model = model or self.context.model
+    def load_settings(self, preset: Preset, run: dict[str, Any], model: str) -> Update:
+        """The widgets for a preset on a model; prompt, seed, steps, guidance, solver and shift where they are given."""
         controls, missing = self.controls.preset_values(preset, model)
         defaults = read_defaults(model) or self.defaults
         usable = {name: parameters for name, parameters in preset.methods.items() if is_usable(name, model)}

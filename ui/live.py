@@ -35,7 +35,7 @@ class Pane:
             return self.status
         parts = [f"step {self.done} / {self.steps}", f"{1000 * self.seconds / self.done:.0f} ms/step"]
         parts += [f"{self.seconds_left:.1f} s left"] if self.done < self.steps else [f"done in {self.seconds:.1f} s"]
-        return " · ".join(parts + ([f"{self.work:.0%} of the work"] if self.work is not None else []))
+        return " · ".join(parts + ([f"{self.work:.0%} of these steps' work"] if self.work is not None else []))
 
 
 class Live:

@@ -63,14 +63,17 @@ class CallTracker:
         self._seen: set[str] = set()  # branches of this step
         self._texts: dict[str, Tensor] = {}  # by branch
 
-    def locate(self, pipe, timestep: Tensor, text: Tensor, name: str | None) -> Place:
-        """The place of a call of a pipeline; `name` is that of its cache context."""
+    def locate(self, pipe, timestep: Tensor, text: Tensor, name: str | None, is_guided: bool) -> Place:
+        """The place of a call of a pipeline; `name` is that of its cache context.
+
+        Raises AccelError for a loop that makes more steps than the scheduler has.
+        """
         times = pipe.scheduler.timesteps
         time = float(timestep.max())  # with one timestep per token, those of a given first frame are 0
         begins = times is not self._schedule or self._goes_back(time, times)
         if begins:
             self._begin(pipe, times)
-        branch = name.removeprefix("pred_") if name else self._branch_of(text, begins or time != self._time)
+        branch = name.removeprefix("pred_") if name else self._branch_of(text, begins or time != self._time, is_guided)
         if begins or time != self._time or branch in self._seen:
             self._index, self._time, self._seen = self._index + 1, time, set()
         if self._index == self._count:  # the same short list once more
@@ -83,7 +86,13 @@ class CallTracker:
 
     def _begin(self, pipe, times: Tensor) -> None:
         scheduled = len(times)
-        self._count = min(scheduled, getattr(pipe, "num_timesteps", scheduled) or scheduled)
+        planned = getattr(pipe, "num_timesteps", scheduled) or scheduled
+        if planned > scheduled:
+            raise AccelError(
+                f"this pipeline makes {planned} steps of a schedule of {scheduled}, frames one after the other: "
+                "what a step is cannot be told; set ar_step to 0"
+            )
+        self._count = planned
         self._skipped = scheduled - self._count  # video to video starts later in the list
         self._schedule, self._index, self._seen, self._texts = times, -1, set(), {}
 
@@ -91,11 +100,15 @@ class CallTracker:
         rising = len(times) > 1 and bool(times[-1] > times[0])
         return self._index >= 0 and (time < self._time if rising else time > self._time)
 
-    def _branch_of(self, text: Tensor, new_step: bool) -> str:
-        """The branch whose text this is; a text that a callback has exchanged belongs to the branch that is due."""
+    def _branch_of(self, text: Tensor, new_step: bool, is_guided: bool) -> str:
+        """The branch whose text this is; a text that a callback has exchanged belongs to the branch that is due.
+
+        Both branches of guidance can have one text, such as an empty one: then it is the branch that is due as well.
+        """
         for branch, known in self._texts.items():
             if is_same(known, text):
-                return branch
+                is_second = is_guided and not new_step and self._seen == {"cond"}
+                return "uncond" if is_second else branch
         return "cond" if new_step or "cond" not in self._seen else "uncond"
 
 

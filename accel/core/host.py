@@ -272,7 +272,7 @@ class Host:
 
     def _track(self, index: int, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> None:
         """Find out which step and branch this call is, and whether it begins a new run."""
-        at = self._tracker.locate(pipe, inputs["timestep"], inputs["encoder_hidden_states"], name)
+        at = self._tracker.locate(pipe, inputs["timestep"], inputs["encoder_hidden_states"], name, self.is_guided)
         if at.begins:
             self._levels = noise_levels(pipe.scheduler)
             self.run_id, self.text_id = self.run_id + 1, self.text_id + 1

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.generate import Video, environment, generate, warm_up
-from ..runtime.models import ModelDefaults, weights
+from ..runtime.models import ModelDefaults, hash_of, resolve, weights
+from ..runtime.presets import build_methods
 from ..runtime.run import Run
 from ..runtime.video import write_mp4
 from .compare import compare
@@ -36,7 +37,8 @@ def run_sweep(cells: Sequence[CellRun], pipe, defaults: ModelDefaults, out: Path
     Raises AccelError if `out` holds results of another reference, model or machine.
     """
     model = cells[0][1].model
-    key = config_hash([a.model_dump(exclude={"seed"}) for _, a, _ in cells[:1]], weights(model), environment(pipe))
+    first = [a.model_dump(exclude={"seed"}) for _, a, _ in cells[:1]]
+    key = config_hash(first, weights(model), environment(pipe), *_files(cells[0][1]))
     _check_out(out, key)
     out.mkdir(parents=True, exist_ok=True)
     rows, reference = {}, ReferenceVideo(pipe, defaults, out)
@@ -99,6 +101,7 @@ def _measure(folder: Path, a: Run, b: Run, pipe, defaults, reference: Video, on_
 
     count = lambda pane, *_: on_step() if pane == "b" else None
     report = compare(a, b, pipe, defaults, on_step=count, on_video=write, baseline=reference).report
+    report["method_files"] = _files(b)
     (part / "run.json").write_text(json.dumps(report, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
@@ -112,7 +115,13 @@ def _finished(out: Path, cell: Cell, a: Run, b: Run) -> dict | None:
         return None
     report = json.loads(file.read_text())
     same = all(report.get(name) == value for name, value in b.model_dump().items())
+    same = same and report.get("method_files", []) == _files(b)
     return report if same and (report["steps_a"], report["guidance_a"]) == (a.steps, a.guidance) else None
+
+
+def _files(run: Run) -> list[str]:
+    """SHA-256 of each file that the methods of a run read besides the model's own: a student may have been replaced."""
+    return [hash_of(file) for method in build_methods(run.methods) for file in method.files(resolve(run.model))]
 
 
 def _check_out(out: Path, key: str) -> None:

@@ -49,8 +49,9 @@ def tune(
     steps = {name: METHODS[name].available_values(resolve(model)).get("steps", []) for name in WITH_OWN_STEPS}
     own_steps = {name: [n for n in counts if n] for name, counts in steps.items() if any(counts)}
     tried = [METHODS[name](steps=n) for name, counts in own_steps.items() for n in counts]
-    files = [hash_of(file) for method in tried for file in method.files(resolve(model))]
     has_predictor = "meanflow" in own_steps and METHODS["disca"]().is_available(resolve(model))
+    tried += [METHODS["disca"]()] if has_predictor else []
+    files = [hash_of(file) for method in tried for file in method.files(resolve(model))]
     known = known_settings(own_steps, has_predictor)
     key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), known, files)
     study, judge = open_study(out, key), Judge(model, pipe, defaults, prompts)

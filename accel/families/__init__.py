@@ -25,6 +25,8 @@ FAMILIES: tuple[Family, ...] = (
     Kandinsky5(),
 )
 
+REFUSED = ("HunyuanVideoFramepackPipeline",)  # the history's tokens come before those of the video
+
 
 def family_of(pipe) -> Family:
     """The family of a diffusers pipeline, by its class or one that it inherits from.
@@ -34,7 +36,7 @@ def family_of(pipe) -> Family:
     name = type(pipe).__name__
     if not isinstance(pipe, DiffusionPipeline):
         raise AccelError(f"{name} is no DiffusionPipeline: give the pipeline itself, such as a WanPipeline")
-    for parent in type(pipe).__mro__:
+    for parent in type(pipe).__mro__ if name not in REFUSED else ():
         for family in FAMILIES:
             if parent.__name__.startswith(family.pipelines):
                 return family

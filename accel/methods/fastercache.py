@@ -192,7 +192,8 @@ class FasterCache(Method):
         if spec.count < MIN_STEPS:
             few = amount(spec.count, "step is", "steps are")
             return f"FasterCache is off: {few} too few, it needs at least {MIN_STEPS}"
-        if all(p == StepPlan(True, True) for p in self._active_plan(spec.count, spec.guided)):
+        plans, caches = self._active_plan(spec.count, spec.guided), self.reuse == "stack" or self._num_cached(spec) > 0
+        if all(p.guidance and (p.attention or not caches) for p in plans):
             return "FasterCache does nothing: at these settings every step is computed in full"
         return ""
 
@@ -306,6 +307,7 @@ class FasterCache(Method):
         out = inner(x, **inputs)
         if step.branch == "cond":
             state.cond = out
+        if step.branch != "uncond":  # a guider may have a third one
             return out
         if cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
             from ..ops.spectrum import split

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -103,13 +104,30 @@ class MeanFlow(StudentMethod):
             t, r, guidance = numbers.unsqueeze(1).expand(-1, len(x))
             return inner(x, **inputs | {"timestep": pack_timestep(t, r, guidance)})
 
-        pipe.scheduler.set_timesteps(self.steps)
-        sigmas = pipe.scheduler.sigmas.tolist()
+        sigmas = self._sigmas(pipe.scheduler)
         scheduler = StudentEuler(sigmas, [1000 * sigma for sigma in sigmas[:-1]])
         embedder = read_weights(weights_dir / INTERVAL_EMBEDDER)
         with load_student(weights_dir, model), with_interval_embedder(model, embedder):
             with host.wrap_denoiser(call), forbid_cfg(host), use_scheduler(pipe, scheduler):
                 yield
+
+    def _sigmas(self, scheduler) -> list[float]:
+        """The noise levels of a scheduler at this number of steps, which stays as it is.
+
+        Raises AccelError for one whose levels are not those of a flow from 1 to 0, or depend on the size.
+        """
+        from ..core.denoising_loop import is_flow
+
+        own = deepcopy(scheduler)
+        fits = is_flow(own) and not own.config.get("invert_sigmas") and not own.config.get("use_dynamic_shifting")
+        if fits:
+            own.set_timesteps(self.steps)
+        if not fits or len(own.sigmas) != self.steps + 1:
+            raise AccelError(
+                f"meanflow cannot take its noise levels from this {type(own).__name__}: choose a "
+                "UniPCMultistepScheduler with flow sigmas, or a FlowMatchEulerDiscreteScheduler of a fixed shift"
+            )
+        return own.sigmas.tolist()
 
     def _begin(self, added_bytes: int, manifest: MeanFlowManifest, host: Host, trace: Trace) -> None:
         """Report the memory, and intervals that are longer than in training, at the start of a run."""

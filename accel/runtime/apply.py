@@ -17,7 +17,8 @@ from ..errors import AccelError, quote
 from ..families import family_of
 from ..methods import Method
 from ..methods.base import check_combination, run_spec
-from .presets import checked, load_preset
+from .presets import Preset, checked, load_preset
+from .solvers import SCHEDULERS
 
 
 def apply(pipe, methods: Any = None) -> Application:
@@ -28,18 +29,18 @@ def apply(pipe, methods: Any = None) -> Application:
     decorates, and not before. On exit the pipeline is as it was, also after an error or a cancelled run. Raises
     AccelError for anything else, and on entering for a pipeline that is not supported or has methods already.
     """
-    return Application(pipe, tuple(_methods_of(methods)))
+    return Application(pipe, tuple(_methods_of(methods)), tuple(_presets_of(methods)))
 
 
 class Application(ContextDecorator):
     """Methods for a pipeline, which act while it is entered; warns if it is thrown away without that."""
 
-    def __init__(self, pipe, methods: tuple[Method, ...]):
-        self.pipe, self.methods, self.is_used = pipe, methods, False
+    def __init__(self, pipe, methods: tuple[Method, ...], presets: tuple[Preset, ...] = ()):
+        self.pipe, self.methods, self.presets, self.is_used = pipe, methods, presets, False
 
     def __enter__(self) -> Trace:
         self.is_used = True
-        active = _applied(self.pipe, self.methods)
+        active = _applied(self.pipe, self.methods, self.presets)
         trace = active.__enter__()
         self._active = active
         return trace
@@ -74,8 +75,17 @@ def _methods_of(given: Any) -> Iterator[Method]:
         )
 
 
+def _presets_of(given: Any) -> Iterator[Preset]:
+    """The presets among what `apply` is given."""
+    if isinstance(given, str | Path | Preset):
+        yield given if isinstance(given, Preset) else load_preset(given)
+    elif isinstance(given, list | tuple):
+        for one in given:
+            yield from _presets_of(one)
+
+
 @contextmanager
-def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
+def _applied(pipe, methods: tuple[Method, ...], presets: tuple[Preset, ...]) -> Iterator[Trace]:
     if isinstance(pipe, nn.Module):
         raise AccelError(f"accel.apply takes a pipeline, not its {type(pipe).__name__}: give the pipeline itself")
     check_combination(methods)
@@ -88,7 +98,36 @@ def _applied(pipe, methods: tuple[Method, ...]) -> Iterator[Trace]:
         stack.enter_context(host.attached())
         for method in methods:
             stack.enter_context((_announced if method.is_neutral else type(method).apply)(method, host, trace))
+        for preset in presets:
+            stack.enter_context(_run_compared(preset, host, trace))
         yield trace
+
+
+@contextmanager
+def _run_compared(preset: Preset, host: Host, trace: Trace) -> Iterator[None]:
+    """Each run says which settings of a preset it lacks: methods act inside a run and cannot change them."""
+
+    def report() -> None:
+        config, solver = host.pipe.scheduler.config, SCHEDULERS.get(preset.solver)
+        lacking = {
+            "steps": preset.steps not in (None, host.step.count),
+            "solver": bool(solver) and not isinstance(host.pipe.scheduler, solver),
+            "shift": preset.shift not in (None, config.get("flow_shift", config.get("shift"))),
+        }
+        if names := [f"{name} = {getattr(preset, name)}" for name, lacks in lacking.items() if lacks]:
+            trace.add_message(f"this run does not have the preset's {', '.join(names)}: apply sets methods alone")
+
+    compared = host.per_run(report)
+
+    def denoise(inner, x, **inputs):
+        compared()
+        return inner(x, **inputs)
+
+    if (preset.steps, preset.solver, preset.shift) == (None, "default", None):
+        yield
+        return
+    with host.wrap_denoiser(denoise):
+        yield
 
 
 @contextmanager

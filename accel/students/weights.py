@@ -177,7 +177,8 @@ def with_lora(module: nn.Module, folder: Path) -> Iterator[None]:
     requires_grad = [(p, p.requires_grad) for p in module.parameters()]
     others = module.active_adapters() if had_adapters else []
     disabled = any(getattr(layer, "disable_adapters", False) is True for layer in module.modules())
-    module.load_lora_adapter(folder, prefix=None, weight_name=ADAPTER, adapter_name=NAME)
+    with torch.random.fork_rng(devices=()):  # it draws initial weights from the global generator
+        module.load_lora_adapter(folder, prefix=None, weight_name=ADAPTER, adapter_name=NAME)
     module.set_adapter([NAME] if disabled else [*others, NAME])
     module.enable_adapters()
     try:

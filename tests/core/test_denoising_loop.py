@@ -61,7 +61,7 @@ def places(tracker: CallTracker, times: list[float], calls, schedule=None) -> li
     found = []
     for time, name in calls:
         named = isinstance(name, str)
-        at = tracker.locate(pipe, torch.tensor([time]), TEXT if named else name, name if named else None)
+        at = tracker.locate(pipe, torch.tensor([time]), TEXT if named else name, name if named else None, True)
         found.append((at.index, at.branch, at.begins))
     return found
 
@@ -93,6 +93,19 @@ def test_branches_without_a_name_are_told_by_their_text():
     calls = [(900.0, cond), (900.0, uncond), (500.0, cond.clone()), (500.0, uncond), (100.0, other), (100.0, uncond)]
     found = places(CallTracker(), [900.0, 500.0, 100.0], calls)
     assert [place[1] for place in found] == ["cond", "uncond"] * 3
+
+
+def test_with_one_text_for_both_branches_the_second_call_of_a_step_is_uncond():
+    calls = [(time, TEXT) for time in (900.0, 500.0) for _ in range(2)]
+    assert places(CallTracker(), [900.0, 500.0], calls) == [
+        (0, "cond", True), (0, "uncond", False), (1, "cond", False), (1, "uncond", False),
+    ]  # fmt: skip
+
+
+def test_a_loop_of_more_steps_than_the_scheduler_has_is_refused():
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 500.0])), num_timesteps=4)
+    with pytest.raises(AccelError, match="makes 4 steps of a schedule of 2, .* set ar_step to 0"):
+        CallTracker().locate(pipe, torch.tensor([900.0]), TEXT, "cond", True)
 
 
 def test_guidance_in_an_interval_of_the_steps_keeps_its_branches():

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import DiffusionPipeline, HunyuanVideoFramepackPipeline, WanPipeline
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from families.tiny import TINY
@@ -223,6 +223,12 @@ def test_a_subclass_of_a_pipeline_is_of_its_family():
         pass
 
     assert isinstance(family_of(MyOwn.__new__(MyOwn)), Wan)
+
+
+def test_framepack_whose_history_comes_before_the_video_is_refused():
+    pipe = HunyuanVideoFramepackPipeline.__new__(HunyuanVideoFramepackPipeline)
+    with pytest.raises(ValueError, match="HunyuanVideoFramepackPipeline is not supported yet"):
+        family_of(pipe)
 
 
 def test_a_modular_pipeline_is_refused_by_name():

@@ -249,6 +249,14 @@ def test_results_of_another_reference_are_not_mixed_in(generated, tmp_path):
         run_sweep(cell_runs("10", reference_steps=40), None, DEFAULTS, tmp_path)
 
 
+def test_a_cell_whose_student_was_replaced_is_measured_again(generated, tmp_path, monkeypatch):
+    run_sweep(cell_runs("10,5"), None, DEFAULTS, tmp_path)
+    generated[1:] = []
+    monkeypatch.setattr("accel.evaluation.sweep_run._files", lambda run: ["new"] if run.steps == 5 else [])
+    run_sweep(cell_runs("10,5"), None, DEFAULTS, tmp_path)
+    assert generated[1:] == [(0, 20), (0, 5)]
+
+
 def test_each_seed_has_its_own_reference(generated, tmp_path):
     run_sweep(cell_runs("1,2", name="seed"), None, DEFAULTS, tmp_path)
     assert generated[1:] == [(1, 20), (1, 20), (2, 20), (2, 20)]

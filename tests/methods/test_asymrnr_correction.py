@@ -32,6 +32,13 @@ def test_the_last_two_residuals_are_extrapolated_by_sigma():
         assert cache.nbytes == 4 * depth
 
 
+def test_of_two_residuals_at_one_noise_level_the_last_one_is_taken():
+    cache, reductions = ResidualCache(2, interval=3), (object(), None)
+    for index, value in ((3, 1.0), (4, 3.0)):  # Heun evaluates each level twice
+        cache.add(("a",), step(index, 0.9), reductions, torch.tensor([value]))
+    assert cache.extrapolate(("a",), step(5, 0.8)).item() == 3.0
+
+
 def test_a_residual_serves_its_own_reductions_until_it_is_too_old():
     cache, reductions = ResidualCache(2, interval=3), (object(), object())
     assert cache.needs_refresh(("a",), step(4, 0.9), reductions)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_meanflow, make_predictor, random_wan
+from support import build_pipe, make_meanflow, make_predictor, random_wan
 
 import accel
 from accel.families.wan import Wan
@@ -216,6 +216,15 @@ def test_a_predictor_of_the_base_model_is_refused_with_a_student(student_pipe, t
         accel.apply(student_pipe, [MeanFlow(steps=8), DisCa(predictor="guided-base")]),
     ):
         pass
+
+
+def test_a_predictor_of_one_transformer_is_refused_beside_a_second_one(tmp_path):
+    pipe = build_pipe(transformer_2=random_wan(1), boundary_ratio=0.7)
+    make_predictor(pipe, tmp_path / "predictor", "guided-base")
+    method = DisCa(predictor="guided-base", predictor_dir=str(tmp_path / "predictor"))
+    with pytest.raises(ValueError, match="of one transformer, and this pipeline has 2: choose reuse or taylor-1"):
+        with accel.apply(pipe, method):
+            pass
 
 
 def test_a_single_step_has_nothing_to_predict(student_pipe, sample):

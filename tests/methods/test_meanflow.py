@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from safetensors.torch import load_file
 from support import deviation, instant, make_meanflow, mean, random_wan
 
@@ -146,6 +147,25 @@ def test_runs_that_a_student_cannot_make_are_refused_with_the_reason(pipe, stude
         with accel.apply(pipe, [MeanFlow(student=str(student.weights_dir(pipe.name_or_path).parent / "nowhere"))]):
             pass
     assert pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchHeunDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+                  FlowMatchEulerDiscreteScheduler(invert_sigmas=True), DDIMScheduler()],
+    ids=["two evaluations", "dynamic shift", "inverted", "no flow"],
+)  # fmt: skip
+def test_a_scheduler_whose_noise_levels_the_student_cannot_take_is_refused(scheduler, pipe, student):
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=f"cannot take its noise levels from this {type(scheduler).__name__}"):
+        with accel.apply(pipe, [student]):
+            pass
+
+
+def test_the_users_scheduler_keeps_its_timesteps(pipe, student):
+    before = pipe.scheduler.timesteps.clone()
+    with accel.apply(pipe, [student]):
+        pass
+    assert torch.equal(pipe.scheduler.timesteps, before)
 
 
 def test_intervals_longer_than_in_training_are_reported(pipe, student, sample):

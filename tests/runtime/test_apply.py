@@ -11,7 +11,7 @@ import torch
 import accel
 from accel.errors import AccelError
 from accel.methods import GPD, METHODS, FasterCache
-from accel.runtime.presets import build_methods
+from accel.runtime.presets import Preset, build_methods
 
 FASTERCACHE = build_methods(accel.load_preset("fastercache").methods)
 
@@ -57,6 +57,17 @@ def test_outside_with_a_warning_says_that_nothing_happens(pipe):
     with pytest.warns(UserWarning, match="does nothing by itself: write `with accel.apply"):
         accel.apply(pipe, "fastercache")
         gc.collect()
+
+
+def test_a_run_says_which_settings_of_a_preset_it_lacks(pipe, sample):
+    preset = Preset(steps=20, solver="dpm++2m", shift=5.0, methods={"fastercache": {}})
+    with accel.apply(pipe, ["asymrnr", preset]) as trace:
+        sample(pipe, steps=12)
+    expected = "this run does not have the preset's steps = 20, solver = dpm++2m, shift = 5.0: apply sets methods alone"
+    assert expected in trace.messages
+    with accel.apply(pipe, Preset(steps=12, solver="unipc", methods={"fastercache": {}})) as trace:
+        sample(pipe, steps=12)
+    assert not any("preset" in message for message in trace.messages)
 
 
 def test_a_decorated_function_runs_with_the_methods_every_time(pipe, sample):

@@ -94,21 +94,23 @@ def test_the_prompt_is_escaped(tab):
 
 
 def test_a_preset_file_sets_the_compare_tab(tab):
-    tab.use_preset(b"methods: {fastercache: {attention_interval: 3}}")
-    (preset, run, _), *_ = tab.page.compare.loaded
-    assert preset.methods == {"fastercache": {"attention_interval": 3}} and run == {}
+    tab.use_preset(b"methods: {fastercache: {attention_interval: 3}}", "a/b")
+    (preset, run, model), *_ = tab.page.compare.loaded
+    assert preset.methods == {"fastercache": {"attention_interval": 3}} and (run, model) == ({}, "a/b")
 
 
 def test_a_wrong_preset_file_is_refused_and_changes_nothing(tab):
     with pytest.warns(UserWarning, match="fastercache.speed"):
-        update = tab.use_preset("methods: {fastercache: {speed: 9}}")
+        update = tab.use_preset("methods: {fastercache: {speed: 9}}", TINY)
     assert list(update) == [tab.message] and not tab.page.compare.loaded
 
 
 def test_settings_of_the_address_are_loaded(tab):
     update = tab.settings_of_url(request(preset="gpd", seed="42", prompt="a red star"))
     ((preset, run, model),) = tab.page.compare.loaded
-    assert list(preset.methods) == ["gpd"] and run == {"seed": 42, "prompt": "a red star"} and model is None
+    assert (
+        list(preset.methods) == ["gpd"] and run == {"seed": 42, "prompt": "a red star"} and model == tab.context.model
+    )
     assert "those of the link" in message(tab, update)
 
 

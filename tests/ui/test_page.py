@@ -19,6 +19,7 @@ from ui.api import side_from
 from ui.context import Context
 from ui.model_list import ModelChoice, model_choices
 from ui.preset_cards import PLAIN, card_choices
+from ui.recorded import recorded_pairs
 from ui.store import Store
 from ui.worker import Workers
 
@@ -98,10 +99,21 @@ def test_the_plain_card_switches_all_methods_off(page):
     assert settings.candidate["methods"] == {} and settings.reference["methods"] == {}
 
 
+@pytest.mark.parametrize("model, offered", [(LIVING, True), ("models/gone", False)])
+def test_opening_a_stored_pair_chooses_its_model_or_says_that_it_is_gone(page, model, offered):
+    folder = next(pair.folder for pair in recorded_pairs() if pair.name == "fastercache")
+    report = json.loads((folder / "run.json").read_text()) | {"model": model}
+    run_id = page.context.store.add("me", report, {"a.mp4": b"a", "b.mp4": b"b"})
+    for updates in (page.compare.show_stored(run_id, "me"), page.compare.show_two(run_id, run_id)):
+        assert set(updates) <= set(page.compare.outputs)
+        assert updates.get(page.model) == (model if offered else None)
+        assert ("not offered here any more" in str(updates[page.compare.message])) is not offered
+
+
 def test_settings_from_a_link_go_to_the_side_they_are_of(page):
     reference = {"steps": 24, "methods": {"fastercache": {}}}
     run = {"prompt": "a blue ring spins", "seed": 7, "steps": 12, "solver": "euler", "reference": reference}
-    updates = page.compare.load_settings(load_preset("asymrnr"), run)
+    updates = page.compare.load_settings(load_preset("asymrnr"), run, TINY)
     settings = page.compare.settings(TINY, values_of(page, updates))
     assert settings.run == {"model": TINY, "prompt": "a blue ring spins", "seed": 7}
     assert settings.candidate["steps"] == 12 and settings.candidate["solver"] == "euler"

@@ -77,7 +77,7 @@ class ResidualCache:
     def extrapolate(self, key: tuple, step: Step) -> Tensor:
         """The residual at a step: the last one, or the line through two by sigma."""
         *before, last = self.entries[key]
-        if not before:
+        if not before or before[0].sigma == last.sigma:  # a solver may evaluate one noise level twice
             return last.tensor
         return last.tensor.lerp(before[0].tensor, -(step.sigma - last.sigma) / (last.sigma - before[0].sigma))
 

@@ -221,6 +221,11 @@ class DisCa(Method):
         from ...students.weights import matches_fingerprint
         from .predictor import load_predictor
 
+        if len(host.denoisers) > 1:
+            raise AccelError(
+                f"disca.predictor = {self.predictor} is of one transformer, and this pipeline has "
+                f"{len(host.denoisers)}: choose reuse or taylor-1"
+            )
         weights_dir, model = self.weights_dir(model_path(host)), host.denoisers[0]
         manifest = _load_manifest(weights_dir)
         if not matches_fingerprint(model, manifest.student_fingerprint):
