@@ -24,9 +24,9 @@ class ModelSetting:
 
 SETTINGS = {
     "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
-    "medium": ModelSetting(
-        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=LIVING, save_every=900
-    ),  # for a CPU; its sample grid takes a while
+    "medium": ModelSetting(  # for a CPU; its sample grid takes a while
+        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=LIVING, guidance=6.0, save_every=900
+    ),
     "large": ModelSetting(96, 33, fps=12, clips=40_000),  # the default on a GPU
 }
 _STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # stages are too short for an average
