@@ -26,7 +26,7 @@ class Compare:
     def outputs(self) -> list:
         return [self.message]
 
-    def load_settings(self, preset, run, model=None) -> dict:
+    def load_settings(self, preset, run, model) -> dict:
         self.loaded.append((preset, run, model))
         return {}
 

@@ -29,7 +29,7 @@ class Compare:
         self.outputs = [tabs, self.message, self.given]
         gr.HTML(timeline(REPORT["trace"]), js_on_load=READ_OUT, elem_id="timeline")
 
-    def load_settings(self, preset, run, model=None) -> dict:
+    def load_settings(self, preset, run, model) -> dict:
         return {self.given: f"{list(preset.methods)} {run.get('seed')}"}
 
 
@@ -38,6 +38,7 @@ def url():
     context = SimpleNamespace(model=TINY, models=[SimpleNamespace(id=TINY, reason="")], store=None)
     page = SimpleNamespace()
     with gr.Blocks() as demo:
+        page.model = gr.State(TINY)
         with gr.Tabs(selected="compare") as page.tabs:
             with gr.Tab("Compare", id="compare"):
                 page.compare = Compare(page.tabs)
