@@ -15,7 +15,7 @@ from ..errors import AccelError
 from ..methods import METHODS
 from ..runtime.example_prompts import example_prompts
 from ..runtime.generate import Video, environment, generate, warm_up
-from ..runtime.models import ModelDefaults, hash_of, resolve, weights
+from ..runtime.models import ModelDefaults, method_weights, weights
 from ..runtime.presets import build_methods
 from ..runtime.run import Run, build_run
 from .result_log import ResultLog, config_hash
@@ -162,7 +162,7 @@ def settings_key(
     """
     runs = runs_of(settings, ("-", 0), defaults, model=model, **common)
     methods = [method for run in runs.values() for method in build_methods(run.methods)]
-    files = [hash_of(file) for method in methods for file in method.files(resolve(model))]
+    files = method_weights(methods, model)
     own_weights = [pair for pair in weights(model) if pair[0] != ignore]
     return config_hash(
         {name: run.model_dump() for name, run in runs.items()}, [method.model_dump() for method in methods],

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.generate import Video, environment, generate, warm_up
-from ..runtime.models import ModelDefaults, hash_of, resolve, weights
+from ..runtime.models import ModelDefaults, method_weights, weights
 from ..runtime.presets import build_methods
 from ..runtime.run import Run
 from ..runtime.video import write_mp4
@@ -120,8 +120,7 @@ def _finished(out: Path, cell: Cell, a: Run, b: Run) -> dict | None:
 
 
 def _files(run: Run) -> list[str]:
-    """SHA-256 of each file that the methods of a run read besides the model's own: a student may have been replaced."""
-    return [hash_of(file) for method in build_methods(run.methods) for file in method.files(resolve(run.model))]
+    return method_weights(build_methods(run.methods), run.model)
 
 
 def _check_out(out: Path, key: str) -> None:

@@ -23,7 +23,7 @@ from ..errors import AccelError
 from ..files import atomic_write
 from ..methods import METHODS
 from ..runtime.generate import Video, environment, generate
-from ..runtime.models import ModelDefaults, hash_of, resolve, weights
+from ..runtime.models import ModelDefaults, method_weights, resolve, weights
 from ..runtime.presets import Preset
 from ..runtime.run import Run, build_run
 from .metrics import METRICS, Pair, mean_of
@@ -51,7 +51,7 @@ def tune(
     tried = [METHODS[name](steps=n) for name, counts in own_steps.items() for n in counts]
     has_predictor = "meanflow" in own_steps and METHODS["disca"]().is_available(resolve(model))
     tried += [METHODS["disca"]()] if has_predictor else []
-    files = [hash_of(file) for method in tried for file in method.files(resolve(model))]
+    files = method_weights(tried, model)
     known = known_settings(own_steps, has_predictor)
     key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), known, files)
     study, judge = open_study(out, key), Judge(model, pipe, defaults, prompts)

@@ -36,7 +36,9 @@ def family_of(pipe) -> Family:
     name = type(pipe).__name__
     if not isinstance(pipe, DiffusionPipeline):
         raise AccelError(f"{name} is no DiffusionPipeline: give the pipeline itself, such as a WanPipeline")
-    for parent in type(pipe).__mro__ if name not in REFUSED else ():
+    for parent in type(pipe).__mro__:
+        if parent.__name__ in REFUSED:
+            break
         for family in FAMILIES:
             if parent.__name__.startswith(family.pipelines):
                 return family

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ContextDecorator, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..families import family_of
 from ..methods import Method
 from ..methods.base import check_combination, run_spec
 from .presets import Preset, checked, load_preset
-from .solvers import SCHEDULERS
+from .solvers import SCHEDULERS, schedule_shift
 
 
 def apply(pipe, methods: Any = None) -> Application:
@@ -29,14 +29,16 @@ def apply(pipe, methods: Any = None) -> Application:
     decorates, and not before. On exit the pipeline is as it was, also after an error or a cancelled run. Raises
     AccelError for anything else, and on entering for a pipeline that is not supported or has methods already.
     """
-    return Application(pipe, tuple(_methods_of(methods)), tuple(_presets_of(methods)))
+    return Application(pipe, tuple(_parts_of(methods)))
 
 
 class Application(ContextDecorator):
     """Methods for a pipeline, which act while it is entered; warns if it is thrown away without that."""
 
-    def __init__(self, pipe, methods: tuple[Method, ...], presets: tuple[Preset, ...] = ()):
-        self.pipe, self.methods, self.presets, self.is_used = pipe, methods, presets, False
+    def __init__(self, pipe, parts: tuple[Method | Preset, ...]):
+        self.pipe, self.is_used = pipe, False
+        self.methods = tuple(m for part in parts for m in (part if isinstance(part, Preset) else [part]))
+        self.presets = tuple(part for part in parts if isinstance(part, Preset))
 
     def __enter__(self) -> Trace:
         self.is_used = True
@@ -57,31 +59,22 @@ class Application(ContextDecorator):
             warnings.warn("accel.apply(...) does nothing by itself: write `with accel.apply(...):`", stacklevel=2)
 
 
-def _methods_of(given: Any) -> Iterator[Method]:
-    """The methods that `apply` is given. Raises AccelError for what is no method."""
-    if isinstance(given, Method):
+def _parts_of(given: Any) -> Iterator[Method | Preset]:
+    """The methods and presets that `apply` is given. Raises AccelError for what is neither."""
+    if isinstance(given, Method | Preset):
         yield given
     elif isinstance(given, type) and issubclass(given, Method):
         yield checked(given, {})
     elif isinstance(given, str | Path):
-        yield from load_preset(given)
+        yield load_preset(given)
     elif isinstance(given, Iterable) and not isinstance(given, Mapping | bytes | nn.Module):
         for one in given:
-            yield from _methods_of(one)
+            yield from _parts_of(one)
     elif given is not None:
         raise AccelError(
             f"{quote(given)} is no method: give a preset's name, a preset, a method, or a list of these, such as "
             'accel.apply(pipe, ["fastercache"])'
         )
-
-
-def _presets_of(given: Any) -> Iterator[Preset]:
-    """The presets among what `apply` is given."""
-    if isinstance(given, str | Path | Preset):
-        yield given if isinstance(given, Preset) else load_preset(given)
-    elif isinstance(given, list | tuple):
-        for one in given:
-            yield from _presets_of(one)
 
 
 @contextmanager
@@ -99,45 +92,41 @@ def _applied(pipe, methods: tuple[Method, ...], presets: tuple[Preset, ...]) -> 
         for method in methods:
             stack.enter_context((_announced if method.is_neutral else type(method).apply)(method, host, trace))
         for preset in presets:
-            stack.enter_context(_run_compared(preset, host, trace))
+            stack.enter_context(_compared(preset, host, trace))
         yield trace
 
 
-@contextmanager
-def _run_compared(preset: Preset, host: Host, trace: Trace) -> Iterator[None]:
+def _announced(method: Method, host: Host, trace: Trace) -> AbstractContextManager[None]:
+    """In place of a neutral method, which need not be in the model: each run says that it does nothing."""
+    return _told_in_each_run(lambda: method.inactive_reason(run_spec(host)), host, trace)
+
+
+def _compared(preset: Preset, host: Host, trace: Trace) -> AbstractContextManager[None]:
     """Each run says which settings of a preset it lacks: methods act inside a run and cannot change them."""
 
-    def report() -> None:
-        config, solver = host.pipe.scheduler.config, SCHEDULERS.get(preset.solver)
-        lacking = {
+    def lacking() -> str:
+        scheduler, solver = host.pipe.scheduler, SCHEDULERS.get(preset.solver)
+        lacks = {
             "steps": preset.steps not in (None, host.step.count),
-            "solver": bool(solver) and not isinstance(host.pipe.scheduler, solver),
-            "shift": preset.shift not in (None, config.get("flow_shift", config.get("shift"))),
+            "solver": bool(solver) and not isinstance(scheduler, solver),
+            "shift": preset.shift not in (None, schedule_shift(scheduler)),
         }
-        if names := [f"{name} = {getattr(preset, name)}" for name, lacks in lacking.items() if lacks]:
-            trace.add_message(f"this run does not have the preset's {', '.join(names)}: apply sets methods alone")
-
-    compared = host.per_run(report)
-
-    def denoise(inner, x, **inputs):
-        compared()
-        return inner(x, **inputs)
+        names = [f"{name} = {getattr(preset, name)}" for name, lacking in lacks.items() if lacking]
+        return f"this run does not have the preset's {', '.join(names)}: apply sets methods alone" if names else ""
 
     if (preset.steps, preset.solver, preset.shift) == (None, "default", None):
-        yield
-        return
-    with host.wrap_denoiser(denoise):
-        yield
+        return nullcontext()
+    return _told_in_each_run(lacking, host, trace)
 
 
 @contextmanager
-def _announced(method: Method, host: Host, trace: Trace) -> Iterator[None]:
-    """In place of a neutral method, which need not be in the model: each run says that it does nothing."""
-    reason = host.per_run(lambda: method.inactive_reason(run_spec(host)))
+def _told_in_each_run(text: Callable[[], str], host: Host, trace: Trace) -> Iterator[None]:
+    """Each run has a text among its messages, made at its first call, unless it is empty."""
+    text = host.per_run(text)
 
     def denoise(inner, x, **inputs):
-        if reason():
-            trace.add_message(reason())
+        if text():
+            trace.add_message(text())
         return inner(x, **inputs)
 
     with host.wrap_denoiser(denoise):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from .paths import ROOT
 
 if TYPE_CHECKING:
     import torch
+
+    from ..methods import Method
 
 TINY = "models/tiny-wan"
 LIVING = f"{TINY}-96"  # of the living world, at 96x96 pixels
@@ -169,6 +172,11 @@ def weights(model: str) -> list[tuple[str, str]]:
     files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])
     files = [f for f in files if f.name != "training.json" and not STUDENTS.match(f.relative_to(folder).parts[0])]
     return [(str(f.relative_to(folder)), hash_of(f)) for f in files]
+
+
+def method_weights(methods: Iterable[Method], model: str) -> list[str]:
+    """SHA-256 of each file that methods read besides the model's own: a student may have been replaced."""
+    return [hash_of(file) for method in methods for file in method.files(resolve(model))]
 
 
 def hash_of(file: Path) -> str:

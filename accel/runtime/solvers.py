@@ -55,6 +55,12 @@ def build_scheduler(run: Run, own):
     )  # fmt: skip
 
 
+def schedule_shift(scheduler) -> float | None:
+    """The shift of a scheduler's sigmas towards noise, if its config has one."""
+    config = scheduler.config
+    return config.get("flow_shift", config.get("shift"))
+
+
 def _shift_key(own) -> str:
     """The name of the flow shift in the settings of a pipeline's scheduler."""
     if own.config.get("use_flow_sigmas") and own.config.get("prediction_type") == "flow_prediction":

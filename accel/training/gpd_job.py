@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..ops.spectrum import high_pass
 from ..runtime.paths import ROOT
+from ..runtime.solvers import schedule_shift
 from ..students.weights import fingerprint
 from .jobs import INITIAL_STUDENT, JobSpec, LoadedJob, initialize_from, rank_and_world
 from .optimizer import OptimConfig
@@ -88,12 +89,6 @@ class GpdJob(JobSpec):
         facts = {"steps": steps, "horizon": task.horizon, "guidance": 1.0, **schedule, **origin, "validation": results}
         settings = {"config": config.model_dump(), "optim": task.optim.model_dump()}
         store(task.nets, target / f"gpd-N{steps}", "gpd.json", facts | settings)
-
-
-def schedule_shift(scheduler) -> float | None:
-    """The shift of a scheduler's sigmas towards noise, if its config has one."""
-    config = scheduler.config
-    return config.get("flow_shift", config.get("shift"))
 
 
 def describe_high_frequencies(shape: tuple[int, ...]) -> str:
