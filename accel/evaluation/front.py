@@ -16,7 +16,7 @@ from .suites import NEUTRAL, NOISE_FLOOR
 
 CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
 OURS = "ours"  # the group that the others are compared with
-SHOWN = ("ssim", "ssim_worst", "vmaf", "adherence")
+SHOWN = ("ssim", "ssim_worst", "vmaf", "cvvdp", "lpips", "adherence")  # those that were measured
 MAX_LABELS = 20
 Groups = dict[str, Sequence[str]]  # name -> its settings
 Point = tuple[float, float, str]  # speed, SSIM, label
@@ -71,7 +71,7 @@ def front_table(summary: dict) -> str:
     """The best of each group in each speed class, as Markdown, and what is measured where no method acts."""
     rows = [[f"{c['speed']}x", *_cells(summary, c["best"], g)] for c in summary["classes"] for g in summary["groups"]]
     titles = ["at least (tuning prompts)", "best of", "setting", "speed by work", "speed-up"]
-    titles += [METRICS[name].title for name in SHOWN]
+    titles += [METRICS[name].title for name in _shown(summary)]
     volumes = ", ".join(f"{group} {volume:.3f}" for group, volume in summary["hypervolume"].items())
     floor, neutral = (summary["rows"][name] for name in (NOISE_FLOOR, NEUTRAL))
     ssim, worst = (cell(METRICS[name], floor[name]) for name in SHOWN[:2])
@@ -102,11 +102,16 @@ def front_overview(summary: dict) -> str:
 
 def _cells(summary: dict, best: dict[str, str], group: str) -> list[str]:
     if group not in best:
-        return [group, "none is so fast", *["-"] * (3 + len(SHOWN))]
+        return [group, "none is so fast", *["-"] * (3 + len(_shown(summary)))]
     row = summary["rows"][best[group]]
     pair = next((p for p in summary["pairs"] if (p["a"], p["b"]) == (best.get(OURS), best[group])), {})
-    metrics = [cell(METRICS[name], row.get(name)) for name in SHOWN] + [cell(METRICS["ssim"], pair.get("ssim"))]
-    return [group, best[group], f"{speed_of(row):.2f}", SPEED["speed-up"](row), *metrics]
+    metrics = [cell(METRICS[name], row.get(name)) for name in _shown(summary)]
+    ahead = cell(METRICS["ssim"], pair.get("ssim"))
+    return [group, best[group], f"{speed_of(row):.2f}", SPEED["speed-up"](row), *metrics, ahead]
+
+
+def _shown(summary: dict) -> list[str]:
+    return [name for name in SHOWN if any(name in row for row in summary["rows"].values())]
 
 
 def plot_summary(summary: dict, path: Path) -> None:

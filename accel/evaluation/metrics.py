@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +65,7 @@ class Metric:
     worst_only: bool = False  # a setting is summarised by its worst value, not by the mean
     extra: bool = False  # measured only for models that name it in accel.json
     optional: bool = False  # None also where the program that measures it is missing
+    package: str = ""  # measured only where this one is installed
     shown_in: frozenset[str] = frozenset()  # "brief", "report", "details", "pairs" (tables) and "page"
 
     def format(self, value: Value) -> str:
@@ -78,10 +80,11 @@ def mean_of(value: Value) -> float | None:
 
 
 def metrics_of(defaults: ModelDefaults) -> list[Metric]:
-    """The metrics that are measured for a model. Raises AccelError if its accel.json names one that does not exist."""
+    """The metrics measured for a model here. Raises AccelError if its accel.json names one that does not exist."""
     if unknown := [name for name in defaults.metrics if name not in METRICS]:
         raise AccelError(f"accel.json: unknown metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-    return [metric for metric in METRICS.values() if not metric.extra or metric.name in defaults.metrics]
+    wanted = [metric for metric in METRICS.values() if not metric.extra or metric.name in defaults.metrics]
+    return [metric for metric in wanted if not metric.package or find_spec(metric.package)]
 
 
 def measure(pair: Pair, metrics: Iterable[Metric]) -> dict[str, Value]:
@@ -113,7 +116,7 @@ def metric_texts(report: dict) -> list[tuple[str, str]]:
     texts = []
     for m in METRICS.values():
         key = f"{m.name}_b" if m.of_one_video else m.name
-        unmeasured = report.get(key) is None and (m.extra or m.optional)
+        unmeasured = report.get(key) is None and (m.extra or m.optional or m.package)
         if "page" not in m.shown_in or key not in report or unmeasured:
             continue
         about = f"{m.about}, baseline {m.format(report[f'{m.name}_a'])}" if m.of_one_video else m.about
@@ -151,6 +154,20 @@ def by_ffmpeg(name: str) -> Callable[[Pair], float | None]:
         return getattr(ffmpeg_metrics, name)(pair.baseline.frames, pair.video.frames)
 
     return measured
+
+
+def cvvdp(pair: Pair) -> float:
+    """ColorVideoVDP to the baseline, in just-objectionable differences."""
+    from .learned_metrics import cvvdp
+
+    return cvvdp(pair.baseline.frames, pair.video.frames, pair.video.fps)
+
+
+def lpips(pair: Pair) -> float:
+    """LPIPS to the baseline, mean of the frames."""
+    from .learned_metrics import lpips
+
+    return lpips(pair.baseline.frames, pair.video.frames)
 
 
 def latent_nmse(pair: Pair) -> float | None:
@@ -221,6 +238,15 @@ METRICS: dict[str, Metric] = {
         Metric(
             "xpsnr", "XPSNR dB", "PSNR to the baseline, weighted by what the eye sees", by_ffmpeg("xpsnr"),
             higher_is_better=True, digits=1, text="{:.1f} dB", shown_in=frozenset({"details"}),
+        ),
+        Metric(
+            "cvvdp", "ColorVideoVDP", "ColorVideoVDP to the baseline: 10 where no difference is seen", cvvdp,
+            higher_is_better=True, digits=2, text="{:.2f}", package="pycvvdp",
+            shown_in=frozenset({"report", "page"}),
+        ),
+        Metric(
+            "lpips", "LPIPS", "LPIPS to the baseline: 0 where the two look the same", lpips, higher_is_better=False,
+            digits=4, text="{:.4f}", package="lpips", shown_in=frozenset({"report", "page"}),
         ),
         Metric(
             "latent_nmse", "latent error", "squared error of the final latents, relative to the baseline's mean square",

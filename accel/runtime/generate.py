@@ -90,6 +90,7 @@ class Video:
     trace: Trace
     race: Race | None = None  # where previews were recorded
     noise_state: bytes = b""  # of torch's global generator at the end: equal for runs that drew the same from it
+    fps: int = 8  # frames per second
 
 
 @contextmanager
@@ -148,7 +149,7 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
     stages = {"text": trace.started - loaded, "denoise": denoised - trace.started, "decode": decoded - denoised}
     if run.methods:
         stages = {"load": loaded - started, **stages}  # mostly a student's weights
-    return Video(frames, final.cpu(), stages, trace, noise_state=drawn)
+    return Video(frames, final.cpu(), stages, trace, noise_state=drawn, fps=defaults.fps)
 
 
 def warm_up(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> None:
