@@ -147,10 +147,9 @@ def suggest(trial: optuna.Trial, own_steps: dict[str, list[int]], has_predictor:
 
 def _stepcache(trial: optuna.Trial) -> dict:
     schedule = trial.suggest_categorical("schedule", ("change", "spread"))
-    values = {"schedule": schedule, "order": trial.suggest_int("order", 0, 2)}
     if schedule == "change":
-        return {**values, "threshold": round(trial.suggest_float("threshold", 0.02, 0.8, step=0.02), 2)}
-    return {**values, "full_share": round(trial.suggest_float("full_share", 0.1, 0.8, step=0.02), 2)}
+        return {"schedule": schedule, "threshold": round(trial.suggest_float("threshold", 0.02, 0.8, step=0.02), 2)}
+    return {"schedule": schedule, "full_share": round(trial.suggest_float("full_share", 0.1, 0.8, step=0.02), 2)}
 
 
 class Judge:

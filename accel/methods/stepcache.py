@@ -5,14 +5,15 @@ TeaCache (arXiv 2411.19108); it is extrapolated by a Taylor series, as in Taylor
 runs at given steps, or where the denoised input has changed enough since the last one, as in SeaCache
 (arXiv 2602.18993), here measured on the latents.
 
-New: the series runs in the log signal-to-noise ratio instead of the step index, and all branches of a step are full or
-none is.
+New: the series runs in the log signal-to-noise ratio instead of the step index, and only so far as it would have been
+right at the last full pass, since a line overshoots and reuse falls behind; all branches of a step are full or none is;
+and a corrector takes the solver's steps again once the next full pass is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ..core.host import Host
 
 MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
+FIRST_SHARE = 0.5  # of the trend that continues, before it is known how much of it would have been right
+CAUTION = 0.8  # of what would have been right: guidance multiplies the difference of the branches, and its errors
 CROWDING = 2  # full step i of n is at (i / n) ** CROWDING of the run
 
 
@@ -43,6 +46,7 @@ class State:
     step: int = -1  # the last one that was decided
     position: float = 0.0  # of the last full step
     signal: Tensor | None = None  # (b, c, f, h, w) estimated in the last step's latents
+    shares: dict[str, float] = field(default_factory=dict)  # how far the trend continues, by branch
 
     @property
     def is_full(self) -> bool:
@@ -67,11 +71,8 @@ class StepCache(Method):
     full_share: float = Field(
         0.4, ge=0.06, le=1, multiple_of=0.01, description="Share of full passes if they are spread; fewer lose shape."
     )
-    order: int = Field(
-        1,
-        ge=0,
-        le=2,
-        description="Order of the series: 0 reuses the last residual, 2 needs more full passes to be safe.",
+    corrector: bool = Field(
+        True, description="Take the solver's steps again once the next full pass is known; no visible cost."
     )
     full_steps: FullSteps = Field(
         "",
@@ -94,13 +95,17 @@ class StepCache(Method):
         return not self.is_neutral
 
     def estimate_memory(self, spec: RunSpec) -> int:
-        """Bytes of the cached residuals of each branch, and of the latents (float32) of which a change is measured."""
+        """Bytes of each branch's cached residuals, the corrector's latents, and those (float32) whose change counts."""
         full = self.steps(spec.count)
         if full and len(full) == spec.count:
             return 0
-        tensors = (1 + self.order) * (1 + spec.guided)
+        tensors = 2 * (1 + spec.guided)
         residuals = tensors * spec.tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
-        return residuals + (0 if full else 4 * spec.latents.numel())
+        return residuals + self._kept_bytes(spec.latents) + (0 if full else 4 * spec.latents.numel())
+
+    def _kept_bytes(self, latents: Tensor) -> int:
+        """What the corrector keeps: the sample and the output of the last full pass."""
+        return 2 * latents.nbytes if self.corrector else 0
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float | None:
         """The full steps, and in the others the embedding and the head; None where the steps depend on the video."""
@@ -122,6 +127,7 @@ class StepCache(Method):
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the block stack inside the context."""
+        from ..core.corrector import corrected
         from ..ops.taylor import TaylorCache
 
         caches, state = host.per_text(dict), host.per_run(lambda: self._begin(host, trace))
@@ -137,15 +143,19 @@ class StepCache(Method):
                 self._decide(host, trace, run, is_fresh)
             if not run.is_full and is_fresh:
                 record_prediction(host, trace)
-                return hidden + cache.extrapolate(position)
+                return hidden + cache.extrapolate(position, run.shares.get(step.branch, FIRST_SHARE))
             out = inner(hidden, *inputs, **named)
             if step.index < step.count - 1 and run.planned != list(range(step.count)):
-                cache.refresh(position, out - hidden, self.order)
+                share = cache.best_share(position, out - hidden)
+                if share is not None:
+                    run.shares[step.branch] = min(max(CAUTION * share, 0.0), 1.0)
+                cache.refresh(position, out - hidden, 1)
                 signal = run.signal.nbytes if run.signal is not None else 0
-                trace.set_memory("stepcache", signal + sum(c.nbytes for c in caches().values()))
+                kept = self._kept_bytes(host.latents) + signal
+                trace.set_memory("stepcache", kept + sum(c.nbytes for c in caches().values()))
             return out
 
-        with host.wrap_blocks(blocks):
+        with host.wrap_blocks(blocks), corrected(host, lambda: state().is_full) if self.corrector else nullcontext():
             yield
 
     def _begin(self, host: Host, trace: Trace) -> State:

@@ -35,7 +35,20 @@ class TaylorCache:
             terms.append((terms[-1] - older) / (position - self.position))
         self.position, self.terms = position, terms
 
-    def extrapolate(self, position: float) -> Tensor:
-        """The Taylor series at a later position."""
-        ahead = position - self.position
+    def extrapolate(self, position: float, share: float = 1.0) -> Tensor:
+        """The Taylor series at a later position, or after a share of the way to it."""
+        ahead = share * (position - self.position)
         return sum(term * (ahead**i / math.factorial(i)) for i, term in enumerate(self.terms))
+
+    def best_share(self, position: float, feature: Tensor) -> float | None:
+        """The share of the way to a position that comes closest to the feature computed there, by least squares.
+
+        It is measured on at most 4,096 tokens of each sample. None without a difference, or where there is none.
+        """
+        if len(self.terms) < 2 or not self.fits(feature) or position == self.position:
+            return None
+        some = slice(None, None, 1 + feature.shape[1] // 4096)
+        trend = (self.terms[1][:, some] * (position - self.position)).float()
+        change = (feature[:, some] - self.terms[0][:, some]).float()
+        scale = float(trend.square().sum())
+        return float((trend * change).sum()) / scale if scale else None

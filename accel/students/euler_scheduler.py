@@ -43,6 +43,8 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
 class CombiningScheduler(FixedSigmaEuler):
     """A scheduler on given noise levels that takes each sample from a function, not from the model's output."""
 
+    combines_outputs = True
+
     def __init__(self, sigmas: list[float], timesteps: list[float], combine: Callable[[int, Tensor], Tensor]):
         """`combine(step, sample)`: the sample after a step, in any dtype."""
         super().__init__(sigmas, timesteps)

@@ -7,7 +7,7 @@ import accel
 from accel.families.wan import Wan
 from accel.methods import AsymRnR, FasterCache, MeanFlow, StepCache
 from accel.methods.base import RunSpec
-from accel.methods.stepcache import spread
+from accel.methods.stepcache import CAUTION, spread
 from accel.ops.noise import log_snr
 from accel.ops.taylor import TaylorCache
 
@@ -44,9 +44,8 @@ def test_blocks_are_skipped_in_both_branches_between_the_full_steps(pipe, sample
     assert trace.method_data["stepcache"]["full_steps"] == [0, 1, 3, 6, 11]
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_what_is_continued_is_the_residual_along_the_log_snr(order, pipe, sample):
-    """Blocks that add a number linear in the log SNR are predicted exactly by order 1 and 2, and not by order 0."""
+def test_the_residual_continues_most_of_the_way_along_the_log_snr(pipe, sample):
+    """Of a trend that has always been right so far, here of blocks that add the log SNR, `CAUTION` continues."""
     model, levels, inputs, outputs = pipe.transformer, [], [], []
     sigma = lambda: float(pipe.scheduler.sigmas[len(levels)])
     enter = lambda *_: levels.append(log_snr(1 - sigma(), sigma()))
@@ -55,10 +54,10 @@ def test_what_is_continued_is_the_residual_along_the_log_snr(order, pipe, sample
     model.norm_out.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     for block in model.blocks:
         block.forward = lambda hidden, *_: hidden + levels[-1]
-    with accel.apply(pipe, [StepCache(full_steps="0 1 2 3 4 5 6 7 8 10 11", order=order)]):
+    with accel.apply(pipe, [StepCache(full_steps="0 1 2 3 4 5 6 7 8 10 11")]):
         sample(pipe, steps=12, guidance=1.0)
     added = [(after - before).mean().item() for before, after in zip(inputs, outputs)]
-    predicted = levels[9] if order else levels[8]
+    predicted = levels[8] + CAUTION * (levels[9] - levels[8])
     assert added == pytest.approx(
         [len(model.blocks) * level for level in [*levels[:9], predicted, *levels[10:]]], abs=1e-5
     )
@@ -121,15 +120,15 @@ def test_few_steps_and_full_steps_alone_are_bitwise_the_baseline(schedule, pipe,
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{"schedule": "spread", "order": 0}, {"schedule": "spread"}, {"threshold": 0.3, "order": 2}]
+    "settings", [{"schedule": "spread"}, {"threshold": 0.3}, {"threshold": 0.3, "corrector": False}]
 )
 def test_the_memory_estimate_is_what_a_run_holds(settings, guided, pipe, sample):
     method = StepCache(**settings)
     with accel.apply(pipe, [method]) as trace:
         sample(pipe, steps=12, guidance=4.0 if guided else 1.0)
     tokens = 3 * (64 // pipe.vae_scale_factor_spatial // 2) ** 2
-    residuals = (1 + method.order) * (1 + guided) * tokens * 24 * 4
-    assert trace.peak_bytes == residuals + (4 * 4 * tokens * 4 if method.schedule == "change" else 0)
+    residuals, latents = 2 * (1 + guided) * tokens * 24 * 4, 4 * 4 * tokens * 4
+    assert trace.peak_bytes == residuals + latents * (2 * method.corrector + (method.schedule == "change"))
     latents = torch.empty(1, 4, 3, 8, 8, device="meta")
     assert method.estimate_memory(RunSpec(pipe.transformer, Wan(), latents, (3, 4, 4), 12, guided, 2)) == (
         trace.peak_bytes

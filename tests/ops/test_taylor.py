@@ -34,3 +34,16 @@ def test_a_feature_of_another_shape_starts_a_new_series():
     assert not cache.fits(wider)
     cache.refresh(1, wider, 1)
     assert cache.fits(wider) and torch.equal(cache.extrapolate(5), wider)
+
+
+def test_the_best_share_of_a_trend_is_what_continued_of_it():
+    """From 1 at 0 to 3 at 1 the trend is 2; at 3 it would have reached 7, and 5.5 is five eighths of the way."""
+    cache, x = TaylorCache(), torch.ones(1, 4, 3)
+    assert cache.best_share(0, x) is None
+    cache.refresh(0, 1 * x, 1)
+    assert cache.best_share(1, 3 * x) is None
+    cache.refresh(1, 3 * x, 1)
+    assert cache.best_share(3, 5.5 * x) == 0.625 and cache.best_share(1, x) is None
+    assert cache.best_share(3, x[:, :2]) is None
+    cache.refresh(2, 3 * x, 1)
+    assert cache.best_share(3, 9 * x) is None

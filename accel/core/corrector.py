@@ -1,0 +1,139 @@
+"""Takes the solver's steps again after a pause between computed outputs, now that the next output is known.
+
+Between two computed outputs, a solver has been given predicted ones. When the second is computed, the outputs between
+are known better: on the line through both, in the log signal-to-noise ratio. As in a predictor-corrector method, the
+solver then goes back to the first and takes the same steps with those, which costs no call of the model. The second
+output was computed from a sample that is now a little different; `response` says how much it changes with that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..ops.noise import log_snr
+from .denoising_loop import is_flow, is_same
+from .hooks import patched_method
+
+if TYPE_CHECKING:
+    from .host import Host
+
+# Spread of the videos that are still possible, in units of the latents: where there is less noise than that, a change
+# of the sample is taken for a part of the video. Measured on tiny-wan-96: the output's change along the correction.
+SPREAD = 0.3
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step of the solver: what it was called with beside the output and the sample."""
+
+    position: float  # log signal-to-noise ratio
+    timestep: Any
+    named: dict[str, Any]
+
+
+@dataclass
+class Corrector:
+    """The solver of one run, with its steps since the last computed output."""
+
+    inner: Callable  # the scheduler's step
+    state: dict[str, Any] | None = None  # the scheduler's, before its step with the last computed output
+    sample: Tensor | None = None  # and its sample there
+    output: Tensor | None = None
+    denoiser: int = 0  # whose output it is
+    taken: list[Taken] | None = None  # since then; None: nothing can be corrected
+    following: Tensor | None = None  # the sample that the last step returned
+    draws_noise: bool | None = None  # None: not known before the first step
+
+    def step(self, host: Host, is_computed: bool, output: Tensor, timestep, sample: Tensor, **named):
+        """The scheduler's step; after a pause it goes on from the corrected sample."""
+        if self.draws_noise is None:
+            before = _generator_states(sample, named)
+            result = self._correct_and_step(host, is_computed, output, timestep, sample, **named)
+            self.draws_noise = before != _generator_states(sample, named)
+            return result
+        if self.draws_noise:
+            return self.inner(output, timestep, sample, **named)
+        return self._correct_and_step(host, is_computed, output, timestep, sample, **named)
+
+    def _correct_and_step(self, host: Host, is_computed: bool, output: Tensor, timestep, sample: Tensor, **named):
+        scheduler, position = host.pipe.scheduler, log_snr(host.signal, host.step.sigma)
+        if self.following is None or not is_same(self.following, sample):  # a callback has changed it
+            self.taken = None
+        if is_computed:
+            if self.taken and len(self.taken) > 1 and self.denoiser == host.active_index:
+                corrected = self._retake(scheduler, position, output)
+                sign = -1 if scheduler.config.get("invert_sigmas") else 1
+                output = output + sign * response(host.step.sigma) * (corrected - sample).to(output.dtype)
+                sample = corrected
+            self.state, self.sample, self.output = _state_of(scheduler), sample, output
+            self.denoiser, self.taken = host.active_index, []
+        if self.taken is not None:
+            self.taken.append(Taken(position, timestep, named))
+        result = self.inner(output, timestep, sample, **named)
+        self.following = result[0] if isinstance(result, tuple) else result.prev_sample
+        return result
+
+    def _retake(self, scheduler, position: float, output: Tensor) -> Tensor:
+        """The present sample, if the outputs between had been on the line from the last computed one to this one."""
+        vars(scheduler).update(self.state)
+        sample, first = self.sample, self.taken[0].position
+        for step in self.taken:
+            share = (step.position - first) / (position - first)
+            between = torch.lerp(self.output, output, share)
+            sample = self.inner(between, step.timestep, sample, **{**step.named, "return_dict": False})[0]
+        return sample
+
+
+def response(sigma: float) -> float:
+    """By how much a flow model's velocity changes with the sample, along a small change of it.
+
+    The velocity is (x - x0) / sigma. For signals of standard deviation `SPREAD` around their mean, the best guess of
+    x0 moves by (1 - sigma) SPREAD^2 / ((1 - sigma)^2 SPREAD^2 + sigma^2) of the change.
+    """
+    return (sigma - SPREAD**2 * (1 - sigma)) / (sigma**2 + (SPREAD * (1 - sigma)) ** 2)
+
+
+@contextmanager
+def corrected(host: Host, is_computed: Callable[[], bool]) -> Iterator[None]:
+    """Inside the context, the pipeline's solver corrects the steps between computed outputs, where it can.
+
+    It can with flow models, and solvers that draw no noise. `is_computed()`: whether the present step's output is.
+    """
+    inner = host.pipe.scheduler.step
+    names = list(inspect.signature(inner).parameters)[:3]
+    if names != ["model_output", "timestep", "sample"] or getattr(host.pipe.scheduler, "combines_outputs", False):
+        yield
+        return
+    run = host.per_run(lambda: Corrector(inner))
+
+    @wraps(inner)  # pipelines look at its parameters
+    def step(*inputs, **named):
+        known = {**dict(zip(names, inputs)), **named}
+        if len(inputs) > 3 or not is_flow(host.pipe.scheduler):
+            return inner(*inputs, **named)
+        output, timestep, sample = (known.pop(name) for name in names)
+        return run().step(host, is_computed(), output, timestep, sample, **known)
+
+    with patched_method(host.pipe.scheduler, "step", step):
+        yield
+
+
+def _generator_states(sample: Tensor, named: dict[str, Any]) -> list[bytes]:
+    """The states of the generators from which a solver can draw noise."""
+    given = named.get("generator")
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(sample.device)] if sample.is_cuda else [])]
+    states += [each.get_state() for each in (given if isinstance(given, list) else [given]) if each is not None]
+    return [state.numpy().tobytes() for state in states]
+
+
+def _state_of(scheduler) -> dict[str, Any]:
+    """What a scheduler holds; its lists are changed in place, its tensors are not."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}

@@ -1,0 +1,117 @@
+"""The corrector: what it gives back to the solver, and where it leaves the solver alone."""
+
+import math
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
+
+import accel
+from accel.core.corrector import SPREAD, corrected, response
+from accel.methods import StepCache
+from accel.ops.noise import log_snr
+
+FULL = "0 1 4 7 11"
+
+
+def sampled(scheduler, full_steps, corrects: bool, steps: int = 12) -> float:
+    """What a solver makes of noise 1 for a model of signals around a rising mean; between, its output is reused."""
+    scheduler.set_timesteps(steps)
+    host = SimpleNamespace(pipe=SimpleNamespace(scheduler=scheduler), active_index=0)
+    host.per_run = cache
+    x, v = torch.ones(1, 1, 1, 1, 1), None
+    with corrected(host, lambda: host.step.index in full_steps) if corrects else nullcontext():
+        for i, timestep in enumerate(scheduler.timesteps):
+            sigma = float(scheduler.sigmas[i])
+            host.step, host.signal = SimpleNamespace(index=i, sigma=sigma), 1 - sigma
+            if i in full_steps:
+                mean = math.tanh(log_snr(1 - sigma, sigma) / 4)
+                v = response(sigma) * (x - (1 - sigma) * mean) - mean
+            x = scheduler.step(v, timestep, x, return_dict=False)[0]
+    return float(x)
+
+
+SOLVERS = {
+    "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "unipc": lambda: UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    "dpm++": lambda: DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_pause_between_computed_outputs_costs_less_once_it_is_corrected(name):
+    full = {0, 1, 2, 4, 7, 11}
+    exact = sampled(SOLVERS[name](), set(range(12)), corrects=False)
+    error = {on: abs(sampled(SOLVERS[name](), full, on) - exact) for on in (True, False)}
+    assert error[True] < 0.75 * error[False]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_without_a_pause_the_solver_is_as_it_was(name):
+    full = set(range(12))
+    assert sampled(SOLVERS[name](), full, True) == sampled(SOLVERS[name](), full, False)
+
+
+def test_predicted_steps_are_taken_again_on_the_line_between_full_passes(pipe, sample, monkeypatch):
+    """A scheduler that adds up outputs gets, for each step between, the line between the full passes around it."""
+    seen = []
+    step = FlowMatchEulerDiscreteScheduler.step
+
+    def spy(self, model_output, timestep, sample, **named):
+        seen.append((self.step_index or 0, float(model_output.mean())))
+        return step(self, model_output, timestep, sample, **named)
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", spy)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with accel.apply(pipe, [StepCache(full_steps=FULL)]) as trace:
+        sample(pipe, steps=12)
+    assert [index for index, _ in seen] == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9, 10, 7, 8, 9, 10, 11]
+    again = dict(seen[4:7])
+    first, last, (a, b) = again[1], seen[7][1], (log_snr(1 - trace.sigmas[i], trace.sigmas[i]) for i in (1, 4))
+    for i in (2, 3):
+        share = (log_snr(1 - trace.sigmas[i], trace.sigmas[i]) - a) / (b - a)
+        assert again[i] == pytest.approx(first + share * (last - first), abs=0.05)  # the last one also responds
+
+
+def test_a_solver_that_draws_noise_is_left_alone(pipe, sample):
+    pipe.scheduler = FlowMatchLCMScheduler(shift=3.0)
+    runs = []
+    for on in (True, False):
+        with accel.apply(pipe, [StepCache(full_steps=FULL, corrector=on)]):
+            torch.manual_seed(0)
+            runs.append(sample(pipe, steps=12))
+    assert torch.equal(*runs)
+
+
+def test_latents_that_a_callback_changes_are_not_corrected_away(pipe, sample):
+    """Zeros that come between two full passes stay: the steps before them are not taken again."""
+    zero = lambda pipe, step, time, kept: {"latents": torch.zeros_like(kept["latents"])} if step == 5 else {}
+    runs = []
+    for on in (True, False):
+        with accel.apply(pipe, [StepCache(full_steps="0 1 2 3 4 9 10 11", corrector=on)]):
+            runs.append(sample(pipe, steps=12, on_step=zero))
+    assert torch.equal(*runs)
+
+
+def test_the_pipeline_gets_its_own_solver_back(pipe, sample):
+    before = dict(vars(pipe.scheduler))
+    with accel.apply(pipe, [StepCache(full_steps=FULL)]):
+        assert "step" in vars(pipe.scheduler)
+    assert "step" not in vars(pipe.scheduler) and vars(pipe.scheduler).keys() == before.keys()
+
+
+@pytest.mark.parametrize("sigma", [0.06, 0.3, 0.7, 0.95])
+def test_the_response_is_that_of_signals_with_a_known_spread(sigma):
+    """The velocity (x - x0) / sigma of the best guess x0 of a signal around 0, where x is 1; at 0 it is 0."""
+    best_guess = (1 - sigma) * SPREAD**2 / (((1 - sigma) * SPREAD) ** 2 + sigma**2)
+    assert response(sigma) == pytest.approx((1 - best_guess) / sigma)
