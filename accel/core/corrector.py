@@ -25,9 +25,11 @@ from .hooks import patched_method
 if TYPE_CHECKING:
     from .host import Host
 
-# Spread of the videos that are still possible, in units of the latents: where there is less noise than that, a change
-# of the sample is taken for a part of the video. Measured on tiny-wan-96: the output's change along the correction.
+# Spread of the videos that are still possible, in units of the latents: with less noise than that, a change of the
+# sample is partly a change of the video. Measured on tiny-wan-96, as the output's change along the correction.
 SPREAD = 0.3
+LEAST = 0.6  # of a correction that the output takes back at little noise: the last corrections are the least certain
+CLEAN = 0.05  # sigma below which the response grows no more: a network's velocity is bounded
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,11 @@ def response(sigma: float) -> float:
     """By how much a flow model's velocity changes with the sample, along a small change of it.
 
     The velocity is (x - x0) / sigma. For signals of standard deviation `SPREAD` around their mean, the best guess of
-    x0 moves by (1 - sigma) SPREAD^2 / ((1 - sigma)^2 SPREAD^2 + sigma^2) of the change.
+    x0 moves by (1 - sigma) SPREAD^2 / ((1 - sigma)^2 SPREAD^2 + sigma^2) of the change. At least `LEAST` of the change
+    counts as noise, and sigma as at least `CLEAN`.
     """
-    return (sigma - SPREAD**2 * (1 - sigma)) / (sigma**2 + (SPREAD * (1 - sigma)) ** 2)
+    best_guess = (1 - sigma) * SPREAD**2 / (((1 - sigma) * SPREAD) ** 2 + sigma**2)
+    return max(LEAST, 1 - best_guess) / max(CLEAN, sigma)
 
 
 @contextmanager

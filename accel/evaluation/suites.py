@@ -193,7 +193,7 @@ def _training_free() -> dict[str, Setting]:
     found = _in_steps((50, 25), caches)
     stepcache = {
         f"stepcache {value}": Setting("stepcache", overrides={"stepcache": {"threshold": value}})
-        for value in (0.1, 0.15, 0.2, 0.3)
+        for value in (0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
     }
     found |= _in_steps((50,), stepcache)
     for n in get_args(METHODS["fittedsolver"].model_fields["steps"].annotation)[1:]:
@@ -264,6 +264,27 @@ def _steps() -> Suite:
     return Suite(BASELINE | half | few | late)
 
 
+def _caches() -> Suite:
+    """StepCache, diffusers' SeaCache and fewer steps, each from little to much of the work saved."""
+    ours = {f"stepcache {t}": Setting(overrides={"stepcache": {"threshold": t}}) for t in (0.2, 0.3, 0.45, 0.6)}
+    ours |= {
+        f"stepcache, spread {share}": Setting(overrides={"stepcache": {"schedule": "spread", "full_share": share}})
+        for share in (0.4, 0.28, 0.22)
+    }
+    peers = {f"seacache {t}": Setting(overrides={"seacache": {"threshold": t}}) for t in (0.1, 0.2, 0.3, 0.5)}
+    peers |= {
+        "seacache 0.3, 25 steps, shift 4": Setting(steps=25, shift=4.0, overrides={"seacache": {"threshold": 0.3}})
+    }
+    fitted = {f"fittedsolver, {n} steps": Setting(overrides={"fittedsolver": {"steps": n}}) for n in (20, 14, 10)}
+    plain = {
+        "default, 25 steps": Setting(steps=25),
+        "euler, shift 5, 14 steps": Setting(steps=14, solver="euler", shift=5),
+    }
+    pairs = (("stepcache 0.2", "seacache 0.2"), ("stepcache 0.3", "seacache 0.3"), ("stepcache 0.45", "seacache 0.5"))
+    pairs += (("stepcache 0.3", "fittedsolver, 14 steps"), ("stepcache 0.2", "default, 25 steps"))
+    return Suite(BASELINE | ours | peers | fitted | plain, pairs)
+
+
 def _peer_defaults() -> Suite:
     """Each peer at its own defaults, and our settings of about the same work."""
     peers = {name: Setting(overrides={name: {}}) for name, method in METHODS.items() if method.peer}
@@ -285,6 +306,8 @@ SUITES: dict[str, Suite] = {
     "base": Suite(BASELINE),
     "base-96": Suite(BASELINE),  # of models/tiny-wan-96
     "steps-96": _steps(),
+    "caches": _caches(),
+    "caches-96": _caches(),
     "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),
     "combined": _combined(),

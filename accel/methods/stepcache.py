@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
 FIRST_SHARE = 0.5  # of the trend that continues, before it is known how much of it would have been right
 CAUTION = 0.8  # of what would have been right: guidance multiplies the difference of the branches, and its errors
-CROWDING = 2  # full step i of n is at (i / n) ** CROWDING of the run
+CROWDING = 1.5  # full step i of n is at (i / n) ** CROWDING of the run
 
 
 @dataclass

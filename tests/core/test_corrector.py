@@ -15,14 +15,14 @@ from diffusers import (
 )
 
 import accel
-from accel.core.corrector import SPREAD, corrected, response
+from accel.core.corrector import CLEAN, LEAST, SPREAD, corrected, response
 from accel.methods import StepCache
 from accel.ops.noise import log_snr
 
 FULL = "0 1 4 7 11"
 
 
-def sampled(scheduler, full_steps, corrects: bool, steps: int = 12) -> float:
+def sampled(scheduler, full_steps, corrects: bool, steps: int = 24) -> float:
     """What a solver makes of noise 1 for a model of signals around a rising mean; between, its output is reused."""
     scheduler.set_timesteps(steps)
     host = SimpleNamespace(pipe=SimpleNamespace(scheduler=scheduler), active_index=0)
@@ -50,15 +50,15 @@ SOLVERS = {
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_pause_between_computed_outputs_costs_less_once_it_is_corrected(name):
-    full = {0, 1, 2, 4, 7, 11}
-    exact = sampled(SOLVERS[name](), set(range(12)), corrects=False)
+    full = {0, 1, 2, 3, 5, 7, 10, 13, 16, 19, 21, 23}
+    exact = sampled(SOLVERS[name](), set(range(24)), corrects=False)
     error = {on: abs(sampled(SOLVERS[name](), full, on) - exact) for on in (True, False)}
-    assert error[True] < 0.75 * error[False]
+    assert error[True] < 0.8 * error[False]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_without_a_pause_the_solver_is_as_it_was(name):
-    full = set(range(12))
+    full = set(range(24))
     assert sampled(SOLVERS[name](), full, True) == sampled(SOLVERS[name](), full, False)
 
 
@@ -110,8 +110,9 @@ def test_the_pipeline_gets_its_own_solver_back(pipe, sample):
     assert "step" not in vars(pipe.scheduler) and vars(pipe.scheduler).keys() == before.keys()
 
 
-@pytest.mark.parametrize("sigma", [0.06, 0.3, 0.7, 0.95])
-def test_the_response_is_that_of_signals_with_a_known_spread(sigma):
-    """The velocity (x - x0) / sigma of the best guess x0 of a signal around 0, where x is 1; at 0 it is 0."""
-    best_guess = (1 - sigma) * SPREAD**2 / (((1 - sigma) * SPREAD) ** 2 + sigma**2)
-    assert response(sigma) == pytest.approx((1 - best_guess) / sigma)
+def test_the_response_is_that_of_signals_with_a_known_spread():
+    """The velocity (x - x0) / sigma, where the best guess x0 of a signal around 0 has moved with x by 1 - s."""
+    for sigma in (0.5, 0.7, 0.95):
+        variance = ((1 - sigma) * SPREAD) ** 2 + sigma**2
+        assert response(sigma) * sigma == pytest.approx((variance - (1 - sigma) * SPREAD**2) / variance)
+    assert response(1.0) == 1 and response(CLEAN) == response(0.001) == pytest.approx(LEAST / CLEAN)
