@@ -267,10 +267,6 @@ def _steps() -> Suite:
 def _caches() -> Suite:
     """StepCache, diffusers' SeaCache and fewer steps, each from little to much of the work saved."""
     ours = {f"stepcache {t}": Setting(overrides={"stepcache": {"threshold": t}}) for t in (0.2, 0.3, 0.45, 0.6)}
-    ours |= {
-        f"stepcache, spread {share}": Setting(overrides={"stepcache": {"schedule": "spread", "full_share": share}})
-        for share in (0.4, 0.28, 0.22)
-    }
     peers = {f"seacache {t}": Setting(overrides={"seacache": {"threshold": t}}) for t in (0.1, 0.2, 0.3, 0.5)}
     peers |= {
         "seacache 0.3, 25 steps, shift 4": Setting(steps=25, shift=4.0, overrides={"seacache": {"threshold": 0.3}})

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
 FIRST_SHARE = 0.5  # of the trend that continues, before it is known how much of it would have been right
 CAUTION = 0.8  # of what would have been right: guidance multiplies the difference of the branches, and its errors
-CROWDING = 1.5  # full step i of n is at (i / n) ** CROWDING of the run
+CROWDING = 2  # full step i of n is at (i / n) ** CROWDING of the run
 
 
 @dataclass
@@ -55,7 +55,7 @@ class State:
 
 
 class StepCache(Method):
-    """Extrapolates the residual of all blocks, in the log signal-to-noise ratio, between full forward passes."""
+    """Extrapolates the residual of all blocks between full forward passes, and corrects these steps at the next one."""
 
     title: ClassVar[str] = "StepCache"
     paper: ClassVar[str] = ""

@@ -40,8 +40,8 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
     },
     "medium": {
         "vae": {"steps": 800, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 2},
-        "base": {"steps": 3000, "lr": 8e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "betas": (0.9, 0.98),
-                 "seed": 10},
+        "base": {"steps": 6400, "lr": 1e-3, "matrix_lr": 4e-3, "warmup": 40, "decay_from": 0.45, "betas": (0.9, 0.98),
+                 "seed": 9},
         "gpd": {"steps": 12, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
         "meanflow": {"steps": 150, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 150, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},

@@ -42,15 +42,14 @@ SHIFT = 3.0  # of the training sigmas: sigma = SHIFT u / (1 + (SHIFT - 1) u)
 # (until this share of the steps, latent frames (0: all), clips per batch)
 CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
 # For the living world, starting from finished weights: each step draws one of these (latent frames, clips per batch).
-# Single frames come at first only: they teach outlines, which are a matter of space, for a fifteenth of a clip's cost.
+# Single frames come most often at first: outlines are a matter of space, and a frame costs a fifteenth of a clip.
 LIVING_CURRICULUM = (
-    (0.50, ((1, 32), (3, 12), (5, 7), (0, 4))),
-    (1.00, ((5, 7), (0, 4), (0, 4), (0, 4))),
+    (0.50, ((1, 32), (1, 32), (1, 32), (3, 12))),
+    (0.75, ((1, 32), (3, 12), (5, 7), (0, 4))),
+    (1.00, ((3, 12), (5, 7), (0, 4), (0, 4))),
 )
-# Share of the clips that spin, twice as in the grammar: only a spin shows a shape at every angle.
-SPINS = 1 / 4
-# Share of the living clips with a second object, 1.6 times as in the grammar. The first one is small in all of them.
-SECONDS = 1 / 3
+# Share of the clips that spin, three times as in the grammar: only a spin shows a shape at every angle.
+SPINS = 1 / 3
 
 
 def build_tokenizer(start: Path | None = None) -> PreTrainedTokenizerFast:
@@ -152,7 +151,7 @@ class LatentDataset:
         self.scenes = [training_scene(rng, living) for _ in range(n)]
         probe = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
         encoder = sum(p.double().sum().item() for part in (vae.encoder, vae.quant_conv) for p in part.parameters())
-        made = {"of": repr((n, frames, seed, SPINS, SECONDS, probe, encoder))}
+        made = {"of": repr((n, frames, seed, SPINS, probe, encoder))}
         if not file.is_file() or safe_open(file, "pt").metadata() != made:
             auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
             clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
@@ -174,11 +173,11 @@ class LatentDataset:
 
 
 def training_scene(rng: random.Random, living: bool = False) -> Scene:
-    """A scene of combinations not held out; it spins with probability `SPINS`, and has two objects with `SECONDS`."""
-    spins, second = rng.random() < SPINS, living and rng.random() < SECONDS
+    """A scene from the combinations that are not held out; it spins with probability `SPINS`."""
+    spins = rng.random() < SPINS
     while True:
         scene = sample_scene(rng, living=living)
-        if (scene.objects[0].motion == "spins", len(scene.objects) > 1) == (spins, second):
+        if (scene.objects[0].motion == "spins") == spins:
             return scene
 
 
