@@ -26,7 +26,7 @@ from ui.recorded import recorded_pairs
 from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, preset_side, side_of
 from ui.templating import render
 
-FIRST_PRESETS = ("balanced", "fastercache")  # the first one that the model has all for is chosen at the start
+FIRST_PRESETS = ("balanced", "stepcache", "fastercache")  # the first whose parts the model has is chosen at the start
 
 
 @dataclass(frozen=True)

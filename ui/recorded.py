@@ -27,6 +27,7 @@ class Recording(NamedTuple):
 RECORDINGS = {  # by preset, in the order in which the page offers them
     "balanced": Recording("checked navy background: the crimson disc is huge and slides to the left gently", 2),
     "quick": Recording("dotted jungle background: the orange cross is big and contracts gently", 9),
+    "stepcache": Recording("a big violet hoop fast grows on a striped navy background", 5),
     "combined": Recording("a huge yellow triangle falls gently over a brown background with dots", 4),
     "fastercache": Recording("a big purple cross moves down slowly over a striped brown background", 2),
     "asymrnr": Recording("a huge yellow circle spins slowly over a dotted navy background", 3),

@@ -26,6 +26,7 @@ OVERVIEW = {  # preset -> its suite and its setting there
     "baseline": ("base", "baseline"),
     "balanced": ("front", "fittedsolver, 20 steps"),
     "quick": ("front", "fittedsolver, 10 steps"),
+    "stepcache": ("caches", "stepcache 0.2"),
     "fastercache": ("fastercache", "fastercache"),
     "asymrnr": ("asymrnr", "asymrnr"),
     "combined": ("combined", "fastercache + asymrnr"),
