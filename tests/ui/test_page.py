@@ -180,9 +180,9 @@ def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_
     model, (plain, living) = str(tmp_path), (example_prompts(read_defaults(model)) for model in (TINY, LIVING))
     updates = page.compare.switch_model(model, "me", "balanced", plain[0])
     assert updates[page.compare.prompt] == living[0] and living[1] in updates[page.compare.examples]
-    assert updates[page.compare.preset]["value"] == "fastercache" and updates[page.compare.preset_note] == ""
+    assert updates[page.compare.preset]["value"] == "stepcache" and updates[page.compare.preset_note] == ""
     assert not any("SSIM" in text for text, _ in updates[page.compare.preset]["choices"])
-    assert page.compare.switch_model(model, "me", "turbo", "a cat")[page.compare.preset]["value"] == "fastercache"
+    assert page.compare.switch_model(model, "me", "turbo", "a cat")[page.compare.preset]["value"] == "stepcache"
     assert page.compare.switch_model(TINY, "me", "quick", "a cat")[page.compare.preset]["value"] == "quick"
     assert page.compare.prompt not in page.compare.switch_model(model, "me", "balanced", "a cat")
 

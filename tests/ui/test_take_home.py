@@ -120,7 +120,7 @@ def test_a_table_of_results_is_read_when_it_is_opened_and_sorted_by_keyboard(pag
     assert first.inner_text() == "baseline"
     page.locator("#results-table thead button", has_text="speed-up").press("Enter")
     page.wait_for_selector("#results-table [aria-sort=descending]")
-    assert first.inner_text() == "turbo" and page.locator("#results-plot path.mark").count() == 10
+    assert first.inner_text() == "turbo" and page.locator("#results-plot path.mark").count() == 11
 
 
 def test_the_cell_under_the_pointer_is_read_out(page):
