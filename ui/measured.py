@@ -47,13 +47,14 @@ def read(suite: str) -> dict:
     """
     if suite in suite_names() and suite != ALL:
         return json.loads((RESULTS / suite / "results.json").read_text())
-    rows, found = {}, {}
+    rows, found, threads = {}, {}, set()
     for preset, (name, setting) in OVERVIEW.items():
         if (RESULTS / name / "results.json").is_file():
             found = json.loads((RESULTS / name / "results.json").read_text())
             row = found["rows"][setting]
+            threads.add(found["threads"])
             rows[preset] = {**row, "n": found["n"], "matched": baseline_at_matched_time(name, found, row)}
-    return {**found, "rows": rows, "pairs": []}
+    return {**found, "rows": rows, "pairs": [], "threads": " or ".join(map(str, sorted(threads)))}
 
 
 def about(suite: str, found: dict) -> list[str]:
