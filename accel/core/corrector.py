@@ -88,7 +88,7 @@ class Corrector:
         vars(scheduler).update(self.state)
         sample, first = self.sample, self.taken[0].position
         for step in self.taken:
-            share = (step.position - first) / (position - first)
+            share = (step.position - first) / (position - first) if position != first else 0.0  # both at the limit
             between = torch.lerp(self.output, output, share)
             sample = self.inner(between, step.timestep, sample, **{**step.named, "return_dict": False})[0]
         return sample

@@ -62,6 +62,13 @@ def test_without_a_pause_the_solver_is_as_it_was(name):
     assert sampled(SOLVERS[name](), full, True) == sampled(SOLVERS[name](), full, False)
 
 
+def test_pauses_where_the_log_snr_is_at_its_limit_are_taken_again_with_the_same_output():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=300.0)
+    scheduler.set_timesteps(24)
+    assert log_snr(1 - float(scheduler.sigmas[1]), float(scheduler.sigmas[1])) == log_snr(0, 1)
+    assert math.isfinite(sampled(scheduler, {0, 1, 4, 23}, True))
+
+
 def test_predicted_steps_are_taken_again_on_the_line_between_full_passes(pipe, sample, monkeypatch):
     """A scheduler that adds up outputs gets, for each step between, the line between the full passes around it."""
     seen = []
