@@ -52,20 +52,13 @@ class Corrector:
     denoiser: int = 0  # whose output it is
     taken: list[Taken] | None = None  # since then; None: nothing can be corrected
     following: Tensor | None = None  # the sample that the last step returned
-    draws_noise: bool | None = None  # None: not known before the first step
+    draws_noise: bool = False  # found out in the first step
 
     def step(self, host: Host, is_computed: bool, output: Tensor, timestep, sample: Tensor, **named):
         """The scheduler's step; after a pause it goes on from the corrected sample."""
-        if self.draws_noise is None:
-            before = _generator_states(sample, named)
-            result = self._correct_and_step(host, is_computed, output, timestep, sample, **named)
-            self.draws_noise = before != _generator_states(sample, named)
-            return result
         if self.draws_noise:
             return self.inner(output, timestep, sample, **named)
-        return self._correct_and_step(host, is_computed, output, timestep, sample, **named)
-
-    def _correct_and_step(self, host: Host, is_computed: bool, output: Tensor, timestep, sample: Tensor, **named):
+        generators = _generator_states(sample, named) if self.following is None else None
         scheduler, position = host.pipe.scheduler, log_snr(host.signal, host.step.sigma)
         if self.following is None or not is_same(self.following, sample):  # a callback has changed it
             self.taken = None
@@ -81,6 +74,8 @@ class Corrector:
             self.taken.append(Taken(position, timestep, named))
         result = self.inner(output, timestep, sample, **named)
         self.following = result[0] if isinstance(result, tuple) else result.prev_sample
+        if generators:
+            self.draws_noise = generators != _generator_states(sample, named)
         return result
 
     def _retake(self, scheduler, position: float, output: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ def xpsnr(reference: np.ndarray, frames: np.ndarray) -> float | None:
     return _score(reference, frames, "xpsnr", rb"XPSNR +y: ([\d.]+)")
 
 
+def enlargement(frames: np.ndarray) -> int:
+    """The whole number by which frames (f, h, w, c) are enlarged, so that their shorter side has `MIN_SIZE` pixels."""
+    return -(-MIN_SIZE // min(frames.shape[1:3]))
+
+
 def _score(reference: np.ndarray, frames: np.ndarray, metric: str, pattern: bytes) -> float | None:
     """What a filter of ffmpeg reports, where it reports a number."""
     try:
@@ -54,8 +59,7 @@ def _input(reference: np.ndarray) -> list[str]:
 
 def _graph(reference: np.ndarray, metric: str) -> str:
     """Enlarge the stacked video, cut it in two and compare the halves."""
-    height, width = reference.shape[1:3]
-    times = -(-MIN_SIZE // min(height, width))
+    (height, width), times = reference.shape[1:3], enlargement(reference)
     half = f"crop={width * times}:{height * times}:0"
     return (
         f"[0:v]scale={width * times}:{2 * height * times}:flags=neighbor,format=yuv444p,split[x][y];"

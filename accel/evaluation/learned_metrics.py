@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..errors import AccelError
+from .ffmpeg_metrics import enlargement
 
-MIN_SIZE = 192  # pixels: both metrics were fitted to photographs, so smaller frames are enlarged by whole numbers
 DISPLAY = "standard_fhd"  # 24 inches, 1920x1080 pixels, seen from 0.6 m
 
 
@@ -39,8 +39,8 @@ def lpips(reference: np.ndarray, frames: np.ndarray) -> float:
 
 
 def _enlarged(frames: np.ndarray) -> np.ndarray:
-    """Frames (f, h, w, c) whose shorter side has at least `MIN_SIZE` pixels."""
-    times = -(-MIN_SIZE // min(frames.shape[1:3]))
+    """Frames (f, h, w, c) as large as VMAF sees them: these metrics were fitted to photographs."""
+    times = enlargement(frames)
     return frames.repeat(times, 1).repeat(times, 2)
 
 
