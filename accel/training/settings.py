@@ -25,7 +25,7 @@ class ModelSetting:
 SETTINGS = {
     "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
     "medium": ModelSetting(  # for a CPU; its sample grid takes a while
-        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=LIVING, guidance=6.0, save_every=900
+        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=LIVING, guidance=5.0, save_every=600
     ),
     "large": ModelSetting(96, 33, fps=12, clips=40_000),  # the default on a GPU
 }
