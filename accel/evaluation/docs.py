@@ -183,7 +183,8 @@ def training() -> str:
             result = (
                 _reconstruction(run) if "psnr" in run else "see below" if run is newest else "start of the next run"
             )
-            steps, rates = f"{run['step']} of {run['steps']}", f"{run['optim']['lr']}, {run['optim']['matrix_lr']}"
+            steps = f"{run.get('made', run['step'])} of {run['steps']}"
+            rates = f"{run['optim']['lr']}, {run['optim']['matrix_lr']}"
             rows.append([part, run["device"], steps, f"{run['seconds'] / 60:.0f}", rates, result])
     return markdown(["part", "device", "steps", "minutes", "learning rates (AdamW, Muon)", "result"], rows)
 

@@ -209,7 +209,7 @@ def run_job(
     prompts = job.load_prompts()
     loaded = _load(job, prompts, device, out)
     with spec.build(loaded, optim) as (task, origin):
-        optims = spec.optim_configs(optim, task.config)
+        optims = share_minutes(spec.optim_configs(optim, task.config))
         record = {**origin, "config": task.config.model_dump(mode="json"), **job.identity(prompts)}
         prepare_dir(out, resume, optims, record)
         if spec.is_ablation(job):
@@ -222,6 +222,15 @@ def run_job(
         validator = spec.validator(task, loaded)
         done = distil(task, validator, optims, out, save_stage, remaining(minutes, began), resume)
     return {**{key: origin[key] for key in spec.reported}, **totals(optims, done)}
+
+
+def share_minutes(optims: list[OptimConfig]) -> list[OptimConfig]:
+    """Each stage with its share of the minutes of the whole run, by its steps; `optims` have the whole run's."""
+    total = sum(optim.steps for optim in optims)
+    return [
+        optim.model_copy(update={"minutes": optim.minutes * optim.steps / total}) if optim.minutes else optim
+        for optim in optims
+    ]
 
 
 def _load(job: DistillJob, prompts: list[str], device: str, out: Path) -> LoadedJob:

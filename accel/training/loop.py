@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather
+from accelerate.utils import broadcast_object_list, gather
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -51,7 +53,8 @@ def fit(
     """Train until the last step, the end of the time, or Ctrl-C; returns a summary. A later `resume` continues.
 
     `should_end(steps done)` is called every `check_every` steps while the module has its EMA weights; if it is true in
-    any process, the run ends in all of them and the summary has "ended". After Ctrl-C the summary has "stopped".
+    any process, the run ends in all of them and the summary has "ended". After Ctrl-C the summary has "stopped". Where
+    the optimizer's `minutes` made the run skip steps, the summary has "made", the number of those that were not.
     `save_every`: seconds between checkpoints.
     """
     optim = task.optim
@@ -62,21 +65,25 @@ def fit(
     task.module.to(accelerator.device)  # before `BatchedMuon` takes views of the weights
     optimizers = _optimizers(task)
     ema = EMAModel(trainable(task.module), decay=optim.ema, use_ema_warmup=True, power=0.8, foreach=True)
-    step, spent, ended = _load(folder, task, optimizers, ema) if resume else (0, 0.0, False)
+    done = {"step": 0, "made": 0, "seconds": 0.0, "ended": False}
+    if resume:
+        done |= _load(folder, task, optimizers, ema)
+    step, made, spent, ended = done.values()
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
+    pace = Pace(optim, spent)
     with _journal(folder, accelerator, step, optim.steps) as note, _stop_on_signal() as stopped:
         while step < optim.steps and not ended:
             logs = _step(task, accelerator, model, optimizers, ema, step)
-            step, now = step + 1, time.monotonic()
-            note(step, spent + now - began, logs)
-            if step % check_every == 0:
+            before, step, made, now = step, pace.next_step(step), made + 1, time.monotonic()
+            note(before, step, spent + now - began, logs)
+            if step // check_every > before // check_every:
                 with ema_weights(task.module, ema):
                     ended = any_process(should_end(step))
             over = any_process(stopped() or (minutes is not None and now - began > 60 * minutes))
             if ended or step == optim.steps or any_process(over or now - saved > save_every):
-                progress = {"step": step, "seconds": spent + now - began, "ended": ended}
+                progress = {"step": step, "made": made, "seconds": spent + now - began, "ended": ended}
                 _checkpoint(folder, task, accelerator, model, optimizers, ema, progress)
                 saved = time.monotonic()
             if over:
@@ -84,7 +91,28 @@ def fit(
         halted = any_process(stopped())
     ema.copy_to(trainable(task.module))
     flags = {name: True for name, is_set in (("ended", ended), ("stopped", halted)) if is_set}
+    flags |= {"made": made} if made < step else {}  # the others were skipped
     return {"step": step, "steps": optim.steps, "seconds": round(spent + time.monotonic() - began, 1), **flags}
+
+
+class Pace:
+    """How many steps of the schedule each training step stands for: 1, or more where a run has too little time."""
+
+    def __init__(self, optim: OptimConfig, spent: float):
+        """`spent`: seconds of the run before this process."""
+        self.optim, self.recent, self.last = optim, deque(maxlen=20), time.monotonic()
+        self.end = self.last + 60 * optim.minutes - spent if optim.minutes else None
+
+    def next_step(self, step: int) -> int:
+        """The step that follows a step which has just been made; the same one in all processes."""
+        if self.end is None:
+            return step + 1
+        now = time.monotonic()
+        self.recent.append(now - self.last)
+        self.last = now
+        possible = max(1.0, (self.end - now) / statistics.median(self.recent))  # a median: the first ones compile
+        skipped = broadcast_object_list([math.ceil((self.optim.steps - step - 1) / possible)])[0]
+        return min(self.optim.steps, step + max(1, skipped))
 
 
 def _prepare_folder(folder: Path, resume: bool) -> None:
@@ -98,13 +126,13 @@ def _prepare_folder(folder: Path, resume: bool) -> None:
 
 @contextmanager
 def _journal(folder: Path, accelerator: Accelerator, step: int, steps: int):
-    """Yield note(step, seconds, logs), which advances a progress bar and writes a line of losses every 20 steps."""
+    """Yield note(step before, step, seconds, logs): it advances a bar, and writes a line of losses every 20 steps."""
     bar = tqdm(total=steps, initial=step, disable=not accelerator.is_local_main_process, smoothing=0.05)
     with bar, open(folder / "log.jsonl", "a" if step else "w") as log:
 
-        def note(step: int, seconds: float, logs: dict[str, float]) -> None:
-            bar.update()
-            if accelerator.is_main_process and step % 20 == 0:
+        def note(before: int, step: int, seconds: float, logs: dict[str, float]) -> None:
+            bar.update(step - before)
+            if accelerator.is_main_process and step // 20 > before // 20:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items()})
                 log.write(json.dumps({"step": step, "seconds": round(seconds, 1), **logs}) + "\n")
                 log.flush()
@@ -179,10 +207,10 @@ def save_atomically(state: dict, file: Path) -> None:
         torch.save(state, part)
 
 
-def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, float, bool]:
-    """Load a checkpoint if there is one; returns steps and seconds done, and whether the run has ended early."""
+def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> dict:
+    """Load a checkpoint; returns its progress, or nothing without a checkpoint."""
     if not (folder / "state.pt").exists():
-        return 0, 0.0, False
+        return {}
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     tensors = {**dict(task.module.named_parameters()), **dict(task.module.named_buffers())}
     with torch.no_grad():
@@ -193,7 +221,7 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> tuple[int, flo
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     ema.load_state_dict(state["ema"])
-    return state["step"], state["seconds"], state["ended"]
+    return {name: state.get(name, state["step"]) for name in ("step", "made", "seconds", "ended")}
 
 
 @contextmanager

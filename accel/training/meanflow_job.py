@@ -20,6 +20,7 @@ from .tasks.meanflow_distillation import MeanFlowConfig, MeanFlowTask, max_step_
 
 FIRST_STAGE_FACTOR = 2  # iterations of the first stage relative to the second, at twice the rates: its error remains
 SECOND_STAGE_FIELDS = ("max_interval", "limit_to_schedule", "jvp", "source")  # of the config; the first ignores them
+MAX_WARM = 100  # iterations over which the second stage phases the correction in
 STEPS = (20, 10)  # step counts that the student is trained for
 
 
@@ -42,6 +43,7 @@ class MeanFlowJob(JobSpec):
         origin = {"base_fingerprint": fingerprint(transformer), "init_from": None}
         fields = {"max_interval": max_step_width(loaded.pipe.scheduler, STEPS), "steps": STEPS}
         fields |= {"guidance": (max(1.0, 0.5 * guidance), 1.25 * guidance), "trajectories": job.num_trajectories()}
+        fields["warm"] = max(1, min(MAX_WARM, optim.steps // 3))  # a short stage must see the whole correction
         config = MeanFlowConfig(**fields | self.ablations[job.ablation or self.method])
         context = MeanFlowContext(**vars(loaded.context(config.base_steps)), guidance=guidance)
         model_dir = job.model_dir()

@@ -12,9 +12,14 @@ from .fast_blocks import has_fast_bfloat16
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
-    """Optimizer settings. `steps` fixes the learning-rate schedule; `--minutes` only cuts a run into chunks."""
+    """Optimizer settings. `steps` fixes the learning-rate schedule; `--minutes` only cuts a run into chunks.
+
+    With `minutes` here, a run ends by then with its whole schedule: where the device is slower, it skips steps.
+    """
 
     steps: int = Field(ge=1)
+    minutes: float | None = Field(None, gt=0)
+    batch: int = Field(1, ge=1)  # times as many clips in a batch as the curriculum says
     lr: float = Field(gt=0)  # of AdamW
     matrix_lr: float = Field(6e-3, gt=0)  # of Muon, which trains the task's `matrices`
     warmup: int = 100  # steps

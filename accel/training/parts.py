@@ -134,6 +134,8 @@ def _train_vae(
             task.keep_latents()
     elif model.start:
         task.start_from(ROOT / model.start / "vae")
+        if model.start == model.target:
+            task.keep_latents()
     summary = fit(task, out, minutes=minutes, resume=resume)
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary

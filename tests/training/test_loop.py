@@ -1,5 +1,6 @@
 """The training loop on the smallest task: resuming, stopping, EMA weights."""
 
+import json
 import signal
 import time
 
@@ -63,6 +64,38 @@ def test_training_stops_when_its_minutes_are_over(tmp_path):
     slow.loss, original = lambda *a: (time.sleep(0.05), original(*a))[1], slow.loss
     assert 0 < fit(slow, tmp_path, minutes=0.005, resume=False)["step"] < 100
     assert (tmp_path / "state.pt").is_file()
+
+
+def test_a_run_with_too_little_time_skips_steps_and_ends_with_its_whole_schedule(tmp_path):
+    slow, seen = Line(steps=10_000), []
+    slow.optim = slow.optim.model_copy(update={"minutes": 0.02})
+    original = slow.loss
+    slow.loss = lambda model, step, seed: (time.sleep(0.02), seen.append(step), original(model, step, seed))[2]
+    done = fit(slow, tmp_path, minutes=None, resume=False)
+    assert done["step"] == done["steps"] == 10_000 and done["made"] == len(seen) < 1000
+    assert seen == sorted(set(seen)) and seen[0] == 0 and seen[-1] > 5000
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 10_000 and len(lines) <= len(seen)
+
+
+def test_a_run_with_enough_time_makes_every_step(tmp_path):
+    line, seen = Line(), []
+    line.optim = line.optim.model_copy(update={"minutes": 60})
+    original = line.loss
+    line.loss = lambda model, step, seed: (seen.append(step), original(model, step, seed))[1]
+    done = fit(line, tmp_path, minutes=None, resume=False)
+    assert seen == list(range(30)) and "made" not in done
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["made"] == 30
+
+
+def test_a_resumed_run_has_only_the_rest_of_its_minutes(tmp_path):
+    line = Line(steps=1000)
+    line.optim = line.optim.model_copy(update={"minutes": 60})
+    fit(line, tmp_path, minutes=0, resume=False)  # one step
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save({**state, "seconds": 3601.0}, tmp_path / "state.pt")
+    done = fit(line, tmp_path, minutes=None, resume=True)
+    assert done["step"] == 1000 and done["made"] == 3  # the last one ends the schedule
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):

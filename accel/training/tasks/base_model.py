@@ -209,6 +209,7 @@ class BaseTask:
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
         frames, n = self._lengths(step / self.optim.steps, rng)
+        n *= self.optim.batch
         x0, times, captions = self.dataset.draw(n, frames or self.dataset.latents.shape[2], rng)
         captions = ["" if rng.random() < 0.1 else c for c in captions]
         tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS - 8, return_tensors="pt").to(

@@ -154,6 +154,7 @@ class VaeTask:
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         share = step / self.optim.steps
         frames, n = next((f or self.frames, n) for until, f, n in self.curriculum if share < until)
+        n *= self.optim.batch
         device = next(model.parameters()).device
         x = clips(n, frames, self.size, seed, device=device, living=self.living)
         grid = (n, self.module.vae.config.z_dim, 1 + (frames - 1) // 2, self.size // 8, self.size // 8)
