@@ -190,6 +190,8 @@ def test_a_large_model_is_distilled_into_meanflow_with_a_predictor_and_both_run(
     assert sorted(p.name for p in (large / "meanflow").iterdir()) == [
         "interval_embedder.safetensors", "meanflow.json", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
+    config = json.loads((large / "meanflow" / "meanflow.json").read_text())["config"]
+    assert config["warm"] == 1  # a third of the steps, so that a short stage sees the whole correction
     pipe = accel.load_pipeline(str(large))
     baseline, before = sample(pipe), attributes(pipe.transformer)
     with accel.apply(pipe, [MeanFlow(steps=5, guidance=3), DisCa(num_full_steps=3)]) as trace:
