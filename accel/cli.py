@@ -144,7 +144,7 @@ def print_messages(messages: list[str], printed: list[str]) -> None:
 @app.command()
 def run(
     context: typer.Context,
-    prompt: Prompt = None, seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
+    prompt: Prompt = None, seed: Seed = 0, preset: PresetName = "stepcache", set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     source: Annotated[Path, typer.Option("--from", help="Repeat the run stored in a video made here.")] = None,
@@ -202,7 +202,7 @@ def read_run(source: Path) -> dict:
 
 @app.command()
 def compare(
-    prompt: Prompt, seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
+    prompt: Prompt, seed: Seed = 0, preset: PresetName = "stepcache", set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Times that a and b are generated in turn.")] = 3,
@@ -340,7 +340,7 @@ def tune(
 def sweep(
     axis: Annotated[list[str], typer.Option(help="steps=20,30,50 or gpd.steps=6..16; once or twice.")],
     prompt: Annotated[str, typer.Option(help="What to generate; default: the first example of the model.")] = None,
-    seed: Seed = 0, preset: PresetName = "fastercache", set_: Sets = None,
+    seed: Seed = 0, preset: PresetName = "stepcache", set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     plain_steps: Annotated[str, typer.Option(help="Also measure the baseline in these steps: 10,20,30.")] = "",
@@ -419,7 +419,7 @@ def fit(
     ] = 1.0,
     guidance: Guidance = None,
     tries: Annotated[
-        int, typer.Option(min=0, help="Lists of steps to try after five spacings; each costs half as much as one.")
+        int, typer.Option(min=0, help="Lists of steps to try after five spacings; a list takes half as long as one.")
     ] = 40,
     out: Out = Path("runs/fit"),
 ) -> None:  # fmt: skip
@@ -454,7 +454,7 @@ def gpu(
 
 @app.command()
 def docs() -> None:
-    """Fill the generated tables of README.md, docs/ and the model card."""
+    """Fill the generated tables of README.md, docs/ and the model cards."""
     from .evaluation.docs import write
 
     print_json({"changed": [str(page) for page in write()]})

@@ -21,7 +21,9 @@ class Wan(Family):
     attention = "attn1"
     compiles_attention = True
     trains_students = True
-    remarks = dict.fromkeys(("disca", "stepcache"), "yes; not VACE and Animate")
+    remarks = dict.fromkeys(("disca", "stepcache"), "yes; not VACE and Animate") | {
+        "fittedsolver": "after a fit, from text; not with two transformers"
+    }
 
     def denoisers(self, pipe) -> list[nn.Module]:
         """The transformers in the order of use; Wan 2.2 has a second one for low noise, and either may be missing."""

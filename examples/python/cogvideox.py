@@ -7,6 +7,6 @@ import accel
 
 pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b", dtype=torch.bfloat16)
 pipe.to("cuda")
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a red fox runs through fresh snow", num_inference_steps=50).frames[0]
 print(len(video), trace.summary())

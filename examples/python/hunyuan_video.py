@@ -1,4 +1,4 @@
-"""HunyuanVideo, accelerated in three lines. Its guidance is distilled in: FasterCache reuses attention alone."""
+"""HunyuanVideo, accelerated in three lines. Its guidance is distilled in: a step is one call."""
 
 import torch
 from diffusers import HunyuanVideoPipeline
@@ -7,6 +7,6 @@ import accel
 
 pipe = HunyuanVideoPipeline.from_pretrained("hunyuanvideo-community/HunyuanVideo", dtype=torch.bfloat16)
 pipe.to("cuda")
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a paper boat drifts down a rainy street", num_inference_steps=50).frames[0]
 print(len(video), trace.summary())

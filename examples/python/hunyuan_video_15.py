@@ -9,6 +9,6 @@ pipe = HunyuanVideo15Pipeline.from_pretrained(
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", dtype=torch.bfloat16
 )
 pipe.to("cuda")
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a paper boat drifts down a rainy street", num_inference_steps=50).frames[0]
 print(len(video), trace.summary())

@@ -7,6 +7,6 @@ import accel
 
 pipe = LTXPipeline.from_pretrained("Lightricks/LTX-Video", dtype=torch.bfloat16)
 pipe.to("cuda")
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a cyclist crosses a bridge in morning fog", num_inference_steps=50).frames[0]
 print(len(video), trace.summary())

@@ -7,6 +7,6 @@ import accel
 
 pipe = MochiPipeline.from_pretrained("genmo/mochi-1-preview", dtype=torch.bfloat16)
 pipe.to("cuda")
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a chameleon slowly turns its eye", num_inference_steps=50).frames[0]
 print(len(video), trace.summary())

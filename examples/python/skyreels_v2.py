@@ -7,6 +7,6 @@ import accel
 
 pipe = SkyReelsV2Pipeline.from_pretrained("Skywork/SkyReels-V2-T2V-14B-540P-Diffusers", dtype=torch.bfloat16)
 pipe.to("cuda")
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a dancer turns on an empty stage", num_inference_steps=50).frames[0]
 print(len(video), trace.summary())

@@ -7,6 +7,6 @@ import accel
 
 pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", dtype=torch.bfloat16)
 pipe.to("cuda")
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a lighthouse at dusk, waves roll below it", num_inference_steps=50).frames[0]
 print(len(video), trace.summary())
