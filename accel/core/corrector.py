@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,9 +50,9 @@ class Corrector:
     state: dict[str, Any] | None = None  # the scheduler's, before its step with the last computed output
     sample: Tensor | None = None  # and its sample there
     output: Tensor | None = None
-    denoiser: int = 0  # whose output it is
+    source: tuple[int, int] = (0, 0)  # which model's output it is, and of which text
     taken: list[Taken] | None = None  # since then; None: nothing can be corrected
-    following: Tensor | None = None  # the sample that the last step returned
+    following: Tensor | None = None  # a copy of the sample that the last step returned
     draws_noise: bool = False  # found out in the first step
 
     def step(self, host: Host, is_computed: bool, output: Tensor, timestep, sample: Tensor, **named):
@@ -60,23 +61,32 @@ class Corrector:
             return self.inner(output, timestep, sample, **named)
         generators = _generator_states(sample, named) if self.following is None else None
         scheduler, position = host.pipe.scheduler, log_snr(host.signal, host.step.sigma)
-        if self.following is None or not is_same(self.following, sample):  # a callback has changed it
+        if self.following is None or not self._is_following(sample, host.latents.dtype):
             self.taken = None
         if is_computed:
-            if self.taken and len(self.taken) > 1 and self.denoiser == host.active_index:
+            source = host.active_index, host.text_id
+            if self.taken and len(self.taken) > 1 and self.source == source:
                 corrected = self._retake(scheduler, position, output)
-                sign = -1 if scheduler.config.get("invert_sigmas") else 1
-                output = output + sign * response(host.step.sigma) * (corrected - sample).to(output.dtype)
+                rises = scheduler.config.get("invert_sigmas") or named.get("per_token_timesteps") is not None
+                change = response(host.step.sigma) * (corrected - sample).to(output.dtype)
+                output = output - change if rises else output + change  # such a solver is given the negative velocity
                 sample = corrected
-            self.state, self.sample, self.output = _state_of(scheduler), sample, output
-            self.denoiser, self.taken = host.active_index, []
+            self.state, self.sample, self.output = _state_of(scheduler), sample.clone(), output
+            self.source, self.taken = source, []
         if self.taken is not None:
             self.taken.append(Taken(position, timestep, named))
         result = self.inner(output, timestep, sample, **named)
-        self.following = result[0] if isinstance(result, tuple) else result.prev_sample
+        self.following = (result[0] if isinstance(result, tuple) else result.prev_sample).clone()
         if generators:
             self.draws_noise = generators != _generator_states(sample, named)
         return result
+
+    def _is_following(self, sample: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a sample is what the last step returned: a callback may have changed it, also in its own memory.
+
+        They are compared as the model sees them, since some pipelines round the sample between two steps.
+        """
+        return is_same(self.following.to(dtype), sample.to(dtype))
 
     def _retake(self, scheduler, position: float, output: Tensor) -> Tensor:
         """The present sample, if the outputs between had been on the line from the last computed one to this one."""
@@ -106,22 +116,25 @@ def corrected(host: Host, is_computed: Callable[[], bool]) -> Iterator[None]:
 
     It can with flow models, and solvers that draw no noise. `is_computed()`: whether the present step's output is.
     """
-    inner = host.pipe.scheduler.step
+    scheduler = host.pipe.scheduler
+    inner = scheduler.step
     names = list(inspect.signature(inner).parameters)[:3]
-    if names != ["model_output", "timestep", "sample"] or getattr(host.pipe.scheduler, "combines_outputs", False):
+    if names != ["model_output", "timestep", "sample"] or getattr(scheduler, "combines_outputs", False):
         yield
         return
     run = host.per_run(lambda: Corrector(inner))
 
-    @wraps(inner)  # pipelines look at its parameters
-    def step(*inputs, **named):
+    @wraps(type(scheduler).step)  # pipelines look at its parameters
+    def step(self, *inputs, **named):
+        if self is not scheduler:  # a copy, of which some pipelines make one for each frame
+            return type(self).step(self, *inputs, **named)
         known = {**dict(zip(names, inputs)), **named}
-        if len(inputs) > 3 or not is_flow(host.pipe.scheduler):
+        if len(inputs) > 3 or host.step is None or not is_flow(scheduler):
             return inner(*inputs, **named)
         output, timestep, sample = (known.pop(name) for name in names)
         return run().step(host, is_computed(), output, timestep, sample, **known)
 
-    with patched_method(host.pipe.scheduler, "step", step):
+    with patched_method(scheduler, "step", MethodType(step, scheduler)):
         yield
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from ..core.trace import DENOISER, Trace
 from ..errors import amount
-from ..ops.noise import log_snr
+from ..ops.noise import MAX_LOG_SNR, log_snr
 from .base import FullSteps, Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class StepCache(Method):
         return residuals + self._kept_bytes(spec.latents) + (0 if full else 4 * spec.latents.numel())
 
     def _kept_bytes(self, latents: Tensor) -> int:
-        """What the corrector keeps: the sample and the output of the last full pass."""
-        return 2 * latents.nbytes if self.corrector else 0
+        """What the corrector keeps: sample and output of the last full pass, and the sample after the last step."""
+        return 3 * latents.nbytes if self.corrector else 0
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float | None:
         """The full steps, and in the others the embedding and the head; None where the steps depend on the video."""
@@ -149,7 +149,8 @@ class StepCache(Method):
                 share = cache.best_share(position, out - hidden)
                 if share is not None:
                     run.shares[step.branch] = min(max(CAUTION * share, 0.0), 1.0)
-                cache.refresh(position, out - hidden, 1)
+                is_exact = abs(cache.position) < MAX_LOG_SNR  # a difference to a limited position has no length
+                cache.refresh(position, out - hidden, 1 if is_exact else 0)
                 signal = run.signal.nbytes if run.signal is not None else 0
                 kept = self._kept_bytes(host.latents) + signal
                 trace.set_memory("stepcache", kept + sum(c.nbytes for c in caches().values()))

@@ -1,5 +1,6 @@
 """The corrector: what it gives back to the solver, and where it leaves the solver alone."""
 
+import copy
 import math
 from contextlib import nullcontext
 from functools import cache
@@ -15,18 +16,27 @@ from diffusers import (
 )
 
 import accel
-from accel.core.corrector import CLEAN, LEAST, SPREAD, corrected, response
+from accel.core.corrector import CLEAN, LEAST, SPREAD, Corrector, corrected, response
 from accel.methods import StepCache
 from accel.ops.noise import log_snr
 
 FULL = "0 1 4 7 11"
 
 
-def sampled(scheduler, full_steps, corrects: bool, steps: int = 24) -> float:
-    """What a solver makes of noise 1 for a model of signals around a rising mean; between, its output is reused."""
+def host_of(scheduler, dtype=torch.float32):
+    """As much of a host as the corrector needs; no run has begun."""
+    pipe, latents = SimpleNamespace(scheduler=scheduler), torch.ones(1, dtype=dtype)
+    return SimpleNamespace(pipe=pipe, active_index=0, text_id=1, latents=latents, step=None, per_run=cache)
+
+
+def sampled(scheduler, full_steps, corrects: bool, steps: int = 24, after=None, call=None, dtype=torch.float32):
+    """What a solver makes of noise 1 for a model of signals around a rising mean; between, its output is reused.
+
+    `after(sample before, sample after)`: what a pipeline makes of it; `call(v, timestep, x)`: how it calls the solver.
+    """
     scheduler.set_timesteps(steps)
-    host = SimpleNamespace(pipe=SimpleNamespace(scheduler=scheduler), active_index=0)
-    host.per_run = cache
+    host = host_of(scheduler, dtype)
+    call = call or (lambda v, timestep, x: scheduler.step(v, timestep, x, return_dict=False)[0])
     x, v = torch.ones(1, 1, 1, 1, 1), None
     with corrected(host, lambda: host.step.index in full_steps) if corrects else nullcontext():
         for i, timestep in enumerate(scheduler.timesteps):
@@ -35,7 +45,8 @@ def sampled(scheduler, full_steps, corrects: bool, steps: int = 24) -> float:
             if i in full_steps:
                 mean = math.tanh(log_snr(1 - sigma, sigma) / 4)
                 v = response(sigma) * (x - (1 - sigma) * mean) - mean
-            x = scheduler.step(v, timestep, x, return_dict=False)[0]
+            result = call(v, timestep, x)
+            x = after(x, result) if after else result
     return float(x)
 
 
@@ -100,14 +111,67 @@ def test_a_solver_that_draws_noise_is_left_alone(pipe, sample):
     assert torch.equal(*runs)
 
 
-def test_latents_that_a_callback_changes_are_not_corrected_away(pipe, sample):
+@pytest.mark.parametrize("change", [torch.zeros_like, torch.zero_], ids=["new tensor", "in place"])
+def test_latents_that_a_callback_changes_are_not_corrected_away(change, pipe, sample):
     """Zeros that come between two full passes stay: the steps before them are not taken again."""
-    zero = lambda pipe, step, time, kept: {"latents": torch.zeros_like(kept["latents"])} if step == 5 else {}
+    zero = lambda pipe, step, time, kept: {"latents": change(kept["latents"])} if step == 5 else {}
     runs = []
     for on in (True, False):
         with accel.apply(pipe, [StepCache(full_steps="0 1 2 3 4 9 10 11", corrector=on)]):
             runs.append(sample(pipe, steps=12, on_step=zero))
     assert torch.equal(*runs)
+
+
+def test_steps_before_a_new_prompt_are_not_taken_again_with_its_output(pipe, sample):
+    """The prompt changes after step 6; step 7 and all later ones are full, so that only the pause before it is left."""
+    words = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(5))
+    renew = lambda pipe, step, time, kept: {"prompt_embeds": words} if step == 6 else {}
+    runs = []
+    for on in (True, False):
+        with accel.apply(pipe, [StepCache(full_steps="0 1 2 3 4 8 9 10 11", corrector=on)]) as trace:
+            runs.append(sample(pipe, steps=12, on_step=renew))
+        assert trace.method_data["stepcache"]["full_steps"] == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert torch.equal(*runs)
+
+
+PAUSES = {0, 1, 5, 10, 15, 23}
+
+
+def test_a_pipeline_that_overwrites_its_sample_is_corrected_alike():
+    overwritten = sampled(SOLVERS["euler"](), PAUSES, True, after=lambda x, result: x.copy_(result))
+    assert overwritten == sampled(SOLVERS["euler"](), PAUSES, True) != sampled(SOLVERS["euler"](), PAUSES, False)
+
+
+def test_a_solver_that_is_given_the_negative_velocity_is_corrected_alike():
+    """Euler with a time for each token, as LTX's pipeline for conditions calls it."""
+    scheduler = SOLVERS["euler"]()
+
+    def call(v, timestep, x):
+        tokens = dict(per_token_timesteps=timestep.reshape(1, 1), return_dict=False)
+        return scheduler.step(-v.flatten(0, 1), timestep, x.flatten(0, 1), **tokens)[0].unflatten(0, (1, 1))
+
+    plain = sampled(SOLVERS["euler"](), PAUSES, True)
+    assert sampled(scheduler, PAUSES, True, call=call) == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_sample_that_the_pipeline_rounds_between_steps_is_still_corrected(monkeypatch):
+    retakes, retake = [], Corrector._retake
+    monkeypatch.setattr(Corrector, "_retake", lambda *a: retakes.append(a) or retake(*a))
+    sampled(SOLVERS["euler"](), PAUSES, True, after=lambda x, y: y.bfloat16().float(), dtype=torch.bfloat16)
+    assert len(retakes) == 4
+
+
+def test_a_copy_of_the_solver_takes_steps_of_its_own():
+    """Some pipelines copy their scheduler for each frame."""
+    scheduler = SOLVERS["unipc"]()
+    scheduler.set_timesteps(24)
+    x, v = torch.ones(1, 1, 1, 1, 1), torch.full((1, 1, 1, 1, 1), 0.5)
+    with corrected(host_of(scheduler), lambda: True):
+        other = copy.deepcopy(scheduler)
+        first = other.step(v, scheduler.timesteps[0], x, return_dict=False)[0]
+        assert (other.step_index, scheduler.step_index) == (1, None)
+        plain = scheduler.step(v, scheduler.timesteps[0], x, return_dict=False)[0]  # outside a run of the host
+    assert torch.equal(first, plain)
 
 
 def test_the_pipeline_gets_its_own_solver_back(pipe, sample):
