@@ -145,10 +145,10 @@ def suite_pairs(suite: str) -> str:
     return pairs_table(found) if found else NOT_YET
 
 
-def students() -> str:
+def students(model: str = TINY) -> str:
     """How each student of GPD was trained, and its errors on the validation prompts."""
     head = ["student", "horizon", "iteration", "minutes", "velocity MSE", "error of the final latents"]
-    manifests = [json.loads(file.read_text()) for file in CARD.parent.glob("gpd-N*/gpd.json")]
+    manifests = [json.loads(file.read_text()) for file in (ROOT / model).glob("gpd-N*/gpd.json")]
     rows = [
         [manifest["steps"], manifest["horizon"], *_stage(manifest["validation"])]
         for manifest in sorted(manifests, key=lambda manifest: -manifest["steps"])
@@ -156,10 +156,11 @@ def students() -> str:
     return markdown(head, rows)
 
 
-def disca_training() -> str:
+def disca_training(model: str = TINY) -> str:
     """How the MeanFlow student and the predictors were trained, stage by stage."""
-    parts = {"meanflow": json.loads((CARD.parent / "training.json").read_text())["meanflow"]["stages"]}
-    for file in sorted(CARD.parent.glob("predictor/*/*.json"), reverse=True):
+    record = json.loads((ROOT / model / "training.json").read_text())
+    parts = {"meanflow": record["meanflow"]["stages"]} if "meanflow" in record else {}
+    for file in sorted((ROOT / model).glob("predictor/*/*.json"), reverse=True):
         parts[f"predictor, {file.parent.name}"] = json.loads(file.read_text())["stages"]
     head = ["part", "stage", "iteration", "minutes", "velocity MSE", "error of the final latents"]
     rows = [[part, name, *_stage(stage)] for part, stages in parts.items() for name, stage in stages.items()]
@@ -254,6 +255,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "training": training,
     "students": students,
     "disca-training": disca_training,
+    "students-96": partial(students, LIVING),
+    "disca-training-96": partial(disca_training, LIVING),
 }
 PARTS |= {suite: partial(suite_table, suite, "brief") for suite in SUITES}
 PARTS |= {f"{suite}-details": partial(suite_details, suite) for suite in SUITES}

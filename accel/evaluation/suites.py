@@ -203,13 +203,19 @@ def _training_free() -> dict[str, Setting]:
 
 
 def _students() -> dict[str, Setting]:
-    found = {f"gpd, {n} steps": Setting("gpd", overrides={"gpd": {"steps": n}}) for n in (24, 16, 12, 8, 6)}
-    for n in (20, 12, 10, 8, 6, 5, 4):
-        found[f"meanflow, {n} steps"] = Setting("meanflow", overrides={"meanflow": {"steps": n}})
+    found = _gpd_steps(24, 16, 12, 8, 6) | _meanflow_steps(20, 12, 10, 8, 6, 5, 4)
     for full, n in ((12, 20), (8, 20), (5, 20), (5, 10), (4, 6)):
         overrides = {"meanflow": {"steps": n}, "disca": {"num_full_steps": full}}
         found[f"disca, {full} of {n} steps"] = Setting("disca", overrides=overrides)
     return found
+
+
+def _gpd_steps(*counts: int) -> dict[str, Setting]:
+    return {f"gpd, {n} steps": Setting("gpd", overrides={"gpd": {"steps": n}}) for n in counts}
+
+
+def _meanflow_steps(*counts: int) -> dict[str, Setting]:
+    return {f"meanflow, {n} steps": Setting("meanflow", overrides={"meanflow": {"steps": n}}) for n in counts}
 
 
 def _peers() -> dict[str, Setting]:
@@ -255,14 +261,25 @@ def _plain_solvers() -> dict[str, Setting]:
 
 
 def _steps() -> Suite:
-    """How many steps the base model needs: plain solvers in a half, a fifth and an eighth of them."""
-    half = {
-        "default, 25 steps": Setting(steps=25),
-        "unipc, shift 5, 25 steps": Setting(steps=25, solver="unipc", shift=5),
-    }
-    few = {name: setting for name, setting in _plain_solvers().items() if setting.steps in (10, 6)}
-    late = _in_steps((10, 6), {"euler, shift 7": Setting(solver="euler", shift=7.0)})
-    return Suite(BASELINE | half | few | late)
+    """How many steps the base model needs, by the plain solvers that are best in few, and its students in few steps.
+
+    Guided steps cost two calls, so that of the solvers half as many have a student's NFE, or as many without guidance.
+    """
+    plain = {"default, 25 steps": Setting(steps=25)}
+    plain |= _in_steps((10, 6, 5, 3), {"euler, shift 5": Setting(solver="euler", shift=5.0)})
+    plain |= _in_steps((10, 6, 5, 3), {"dpm++2s, shift 5": Setting(solver="dpm++2s", shift=5.0)})
+    plain |= _in_steps((10, 6), {"euler, shift 7": Setting(solver="euler", shift=7.0)})
+    plain |= _in_steps((10, 6), {"euler, shift 5, no guidance": Setting(solver="euler", shift=5.0, guidance=1.0)})
+    pairs = tuple(
+        (f"{student}, {nfe} steps", f"{solver}, {n} steps")
+        for student, nfe in (("meanflow", 10), ("gpd", 6))
+        for solver, n in (
+            ("euler, shift 5", nfe // 2),
+            ("dpm++2s, shift 5", nfe // 2),
+            ("euler, shift 5, no guidance", nfe),
+        )
+    )
+    return Suite(BASELINE | plain | _gpd_steps(24, 16, 12, 8, 6) | _meanflow_steps(20, 10, 8, 6, 4), pairs)
 
 
 def _caches() -> Suite:
