@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("what", ["gpd", "meanflow", "predictor"])
 def test_training_begins_on_a_gpu_and_leaves_what_a_resumed_run_needs(what, tmp_path):
-    done = run("accel", "train", what, "--minutes", "0.2", "--out", str(tmp_path))
+    done = run("accel", "train", what, "--minutes", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])[what]
     assert record["setting"] == "large" and record["device"].startswith("NVIDIA") and not record["finished"]

@@ -96,11 +96,18 @@ def fit(
 
 
 class Pace:
-    """How many steps of the schedule each training step stands for: 1, or more where a run has too little time."""
+    """How many steps of the schedule each training step stands for: 1, or more where a run has too little time.
+
+    The first steps, and later ones that take far longer than usual, compile something: their time is not counted.
+    """
+
+    first = 5  # steps that only show how long a step takes
+    unusual = 10  # times the usual duration
 
     def __init__(self, optim: OptimConfig, spent: float):
         """`spent`: seconds of the run before this process."""
-        self.optim, self.recent, self.last = optim, deque(maxlen=20), time.monotonic()
+        self.optim, self.durations, self.last = optim, deque(maxlen=20), time.monotonic()
+        self.place = 0.0  # in the schedule
         self.end = self.last + 60 * optim.minutes - spent if optim.minutes else None
 
     def next_step(self, step: int) -> int:
@@ -108,11 +115,18 @@ class Pace:
         if self.end is None:
             return step + 1
         now = time.monotonic()
-        self.recent.append(now - self.last)
-        self.last = now
-        possible = max(1.0, (self.end - now) / statistics.median(self.recent))  # a median: the first ones compile
-        skipped = broadcast_object_list([math.ceil((self.optim.steps - step - 1) / possible)])[0]
-        return min(self.optim.steps, step + max(1, skipped))
+        duration, self.last = now - self.last, now
+        self.durations.append(duration)
+        usual = statistics.median(self.durations)
+        left, share = self.optim.steps - step - 1, 1.0
+        if len(self.durations) <= self.first:
+            self.end += duration
+        elif duration > self.unusual * usual:
+            self.end += duration - usual
+        else:
+            share = max(1.0, left / max(1.0, (self.end - now) / usual))
+        self.place = max(self.place, step) + share
+        return min(self.optim.steps, int(broadcast_object_list([self.place])[0]))
 
 
 def _prepare_folder(folder: Path, resume: bool) -> None:
@@ -159,7 +173,8 @@ def _optimizers(task: Task) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the task's matrices if it has any."""
     optim, matrices = task.optim, task.matrices()
     rest = [p for p in trainable(task.module) if all(p is not m for m in matrices)]
-    adam = torch.optim.AdamW(rest, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    rates = dict(lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    adam = torch.optim.AdamW(rest, **rates, fused=True if rest and rest[0].is_cuda else None)
     return [adam, *([BatchedMuon(matrices, lr=optim.matrix_lr, weight_decay=optim.weight_decay)] if matrices else [])]
 
 

@@ -13,11 +13,12 @@ from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
-from .loop import fit, trainable
+from .loop import any_process, fit, trainable
 from .optimizer import OptimConfig
 from .settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
 from .stages import remaining
 
+DONE = "part.json"  # in the folder of a finished run: its record
 PARENT = "parent.json"  # in the folder of a run: the record of the run that it starts from
 STUDENTS = ("gpd", "meanflow", "predictor")  # trained from a finished base model
 PARTS = ("vae", "base", *STUDENTS)
@@ -45,11 +46,18 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     file, out = ROOT / model.target / "training.json", _checkpoint_dir(model, out)
     record = json.loads(file.read_text()) if file.is_file() else {}
     began = time.monotonic()
-    for part in [p for p in PARTS if p in optims] if what == "all" else (what,):
-        left, optim = remaining(minutes, began), OptimConfig(**optims[part])
-        parent = parent_run(record.get(part), out / part) if resume and part in TRAINERS else None
+    parts = [part for part in PARTS if part in optims] if what == "all" else [what]
+    for part in parts:
+        left, optim, done_file = remaining(minutes, began), OptimConfig(**optims[part]), out / part / DONE
+        if what == "all" and resume and done_file.is_file():
+            continue
+        if part != parts[0] and any_process(left is not None and left <= 0):
+            break
         if not resume:
-            (out / part / PARENT).unlink(missing_ok=True)
+            for old in (PARENT, DONE, "state.pt"):
+                (out / part / old).unlink(missing_ok=True)
+        continues = resume or model.start == model.target  # with the weights that the record is about
+        parent = parent_run(record.get(part), out / part) if continues and part in TRAINERS else None
         if part in TRAINERS:
             done = TRAINERS[part](optim, model, device, left, resume, out / part)
         else:
@@ -60,6 +68,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
             record[part]["parent_run"] = parent
         if state.is_main_process and finished:
             _write_record(file, record)
+            done_file.write_text(json.dumps(record[part]) + "\n")
         if stopped or not finished:  # the next part needs this one
             break
     return record
@@ -134,8 +143,6 @@ def _train_vae(
             task.keep_latents()
     elif model.start:
         task.start_from(ROOT / model.start / "vae")
-        if model.start == model.target:
-            task.keep_latents()
     summary = fit(task, out, minutes=minutes, resume=resume)
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary
@@ -147,12 +154,14 @@ def _train_base(
 ) -> dict:
     from .tasks import base_model as base
 
+    began = time.monotonic()
     target, task = ROOT / model.target, _base_task(optim, model, device, out)
     if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
         task.start_from(target)
     elif model.start:
         task.start_from(ROOT / model.start)
-    summary = fit(task, out, minutes=minutes, resume=resume, save_every=model.save_every)
+    left = remaining(minutes, began)  # after the clips have been encoded
+    summary = fit(task, out, minutes=left, resume=resume, save_every=model.save_every)
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary
     base.finish(task, target)

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,36 +67,55 @@ def test_training_stops_when_its_minutes_are_over(tmp_path):
     assert (tmp_path / "state.pt").is_file()
 
 
-def test_a_run_with_too_little_time_skips_steps_and_ends_with_its_whole_schedule(tmp_path):
-    slow, seen = Line(steps=10_000), []
-    slow.optim = slow.optim.model_copy(update={"minutes": 0.02})
-    original = slow.loss
-    slow.loss = lambda model, step, seed: (time.sleep(0.02), seen.append(step), original(model, step, seed))[2]
-    done = fit(slow, tmp_path, minutes=None, resume=False)
-    assert done["step"] == done["steps"] == 10_000 and done["made"] == len(seen) < 1000
-    assert seen == sorted(set(seen)) and seen[0] == 0 and seen[-1] > 5000
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """timed(seconds of the i-th step, minutes of the run, ...) -> summary, steps made; the losses move the clock."""
+    clock = [1000.0]
+    monkeypatch.setattr("accel.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def run(duration, budget: float, steps: int = 100, **options) -> tuple[dict, list[int]]:
+        line, seen = Line(steps), []
+        line.optim = line.optim.model_copy(update={"minutes": budget})
+        original = line.loss
+
+        def loss(model, step, seed):
+            clock[0] += duration(len(seen))
+            seen.append(step)
+            return original(model, step, seed)
+
+        line.loss = loss
+        return fit(line, tmp_path, **{"minutes": None, "resume": False} | options), seen
+
+    return run
+
+
+def test_a_run_with_too_little_time_skips_steps_and_ends_with_its_whole_schedule(timed, tmp_path):
+    """25 seconds for 100 steps of one second: the first five are not counted, the others make four at a time."""
+    done, seen = timed(lambda i: 1.0, 25 / 60)
+    assert done["step"] == done["steps"] == 100 and done["made"] == len(seen) == 30
+    assert seen == sorted(set(seen)) and seen[:6] == [0, 1, 2, 3, 4, 5] and seen[-1] > 90
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 10_000 and len(lines) <= len(seen)
+    assert [line["step"] // 20 for line in lines] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_with_enough_time_makes_every_step(tmp_path):
-    line, seen = Line(), []
-    line.optim = line.optim.model_copy(update={"minutes": 60})
-    original = line.loss
-    line.loss = lambda model, step, seed: (seen.append(step), original(model, step, seed))[1]
-    done = fit(line, tmp_path, minutes=None, resume=False)
-    assert seen == list(range(30)) and "made" not in done
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["made"] == 30
+def test_a_run_with_enough_time_makes_every_step(timed, tmp_path):
+    done, seen = timed(lambda i: 1.0, 2.0)
+    assert seen == list(range(100)) and "made" not in done
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["made"] == 100
 
 
-def test_a_resumed_run_has_only_the_rest_of_its_minutes(tmp_path):
-    line = Line(steps=1000)
-    line.optim = line.optim.model_copy(update={"minutes": 60})
-    fit(line, tmp_path, minutes=0, resume=False)  # one step
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    torch.save({**state, "seconds": 3601.0}, tmp_path / "state.pt")
-    done = fit(line, tmp_path, minutes=None, resume=True)
-    assert done["step"] == 1000 and done["made"] == 3  # the last one ends the schedule
+@pytest.mark.parametrize("slow", [0, 50])
+def test_the_time_of_compiling_is_not_counted(slow, timed):
+    done, seen = timed(lambda i: 300.0 if i == slow else 1.0, 2.0)
+    assert seen == list(range(100)) and "made" not in done
+
+
+def test_a_resumed_run_has_only_the_rest_of_its_minutes(timed):
+    """Fifteen of 25 seconds are over: 85 steps have to fit into ten, and into the five steps that are not counted."""
+    _, before = timed(lambda i: 1.0, 60.0, minutes=14 / 60)
+    assert before == list(range(15))
+    done, after = timed(lambda i: 1.0, 25 / 60, resume=True)
+    assert done["step"] == 100 and done["made"] == 15 + len(after) and len(after) == 15
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):

@@ -72,6 +72,28 @@ def test_an_export_writes_the_ema_weights_of_an_unfinished_base(tmp_path, monkey
     assert json.loads((tmp_path / TINY / "training.json").read_text())["base"]["step"] == 1
 
 
+def test_a_resumed_training_of_all_parts_begins_with_the_first_that_is_not_finished(tmp_path, monkeypatch):
+    trained, ends = [], {"vae": [1], "base": [0, 1]}  # steps of one that each call has made
+
+    def trainer(part):
+        def train(optim, model, device, minutes, resume, out):
+            out.mkdir(parents=True, exist_ok=True)
+            trained.append(part)
+            return {"step": ends[part].pop(0), "steps": 1, "seconds": 1.0}
+
+        return train
+
+    (tmp_path / TINY).mkdir(parents=True)
+    monkeypatch.setattr("accel.training.parts.ROOT", tmp_path)
+    monkeypatch.setattr("accel.training.parts.TRAINERS", {part: trainer(part) for part in ends})
+    monkeypatch.setitem(OPTIM_CONFIGS, "small", {part: {"steps": 1, "lr": 1e-3} for part in ends})
+    first = train_parts("all", None, False, tmp_path / "out", "small")
+    assert trained == ["vae", "base"] and first["base"]["step"] == 0
+    record = train_parts("all", None, True, tmp_path / "out", "small")
+    assert trained == ["vae", "base", "base"] and record["base"]["step"] == 1
+    assert json.loads((tmp_path / TINY / "training.json").read_text()).keys() == {"vae", "base"}
+
+
 def test_the_record_of_a_run_includes_the_run_whose_weights_it_started_from(tmp_path):
     first = {"steps": 10}
     assert parent_run(first, tmp_path) == first  # it started from finished weights

@@ -13,11 +13,13 @@ Two choices prepare the model for its later use:
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from einops import rearrange
@@ -25,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -153,10 +156,9 @@ class LatentDataset:
         encoder = sum(p.double().sum().item() for part in (vae.encoder, vae.quant_conv) for p in part.parameters())
         made = {"of": repr((n, frames, seed, SPINS, probe, encoder))}
         if not file.is_file() or safe_open(file, "pt").metadata() != made:
-            auto, batches = Autoencoder(vae), tqdm(range(0, n, 16), desc="encoding clips")
-            clips = ([render(s, frames, size, device) for s in self.scenes[i : i + 16]] for i in batches)
+            auto, clips = Autoencoder(vae), tqdm(rendered(self.scenes, frames, size, device), desc="encoding clips")
             file.parent.mkdir(parents=True, exist_ok=True)
-            latents = torch.cat([normalize(vae, _encode(auto, c)).half() for c in clips]).contiguous()
+            latents = torch.cat([normalize(vae, _encode(auto, c, device)).half() for c in clips]).contiguous()
             with atomic_write(file) as part:
                 save_file({"latents": latents}, part, made)
         self.latents = load_file(file)["latents"].to(device)
@@ -172,6 +174,25 @@ class LatentDataset:
         return self.latents[pick][:, :, times].float(), times, [caption(self.scenes[i], rng) for i in pick]
 
 
+class Clips(Dataset):
+    """Rendered scenes: uint8 arrays (f, h, w, 3)."""
+
+    def __init__(self, scenes: list[Scene], frames: int, size: int):
+        self.scenes, self.frames, self.size = scenes, frames, size
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return render(self.scenes[i], self.frames, self.size).numpy()
+
+
+def rendered(scenes: list[Scene], frames: int, size: int, device: str) -> DataLoader:
+    """Batches of rendered scenes, in order. For a GPU, which would wait for them, all cores of the CPU render."""
+    workers = os.cpu_count() if torch.device(device).type == "cuda" else 0
+    return DataLoader(Clips(scenes, frames, size), 16, num_workers=workers, collate_fn=list)
+
+
 def training_scene(rng: random.Random, living: bool = False) -> Scene:
     """A scene from the combinations that are not held out; it spins with probability `SPINS`."""
     spins = rng.random() < SPINS
@@ -181,8 +202,8 @@ def training_scene(rng: random.Random, living: bool = False) -> Scene:
             return scene
 
 
-def _encode(auto: Autoencoder, frames: list[Tensor]) -> Tensor:
-    x = torch.stack([to_unit(f) for f in frames])
+def _encode(auto: Autoencoder, clips: list[np.ndarray], device: str) -> Tensor:
+    x = torch.stack([to_unit(torch.from_numpy(clip)) for clip in clips]).to(device)
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(str(x.device))):
         return auto.encode(x)[0].float()
 
@@ -207,17 +228,19 @@ class BaseTask:
         return [p for p in self.module.transformer.blocks.parameters() if p.ndim == 2]
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
+        rng, device = random.Random(seed), self.dataset.latents.device
+        noise = torch.Generator(device).manual_seed(seed)
         frames, n = self._lengths(step / self.optim.steps, rng)
         n *= self.optim.batch
         x0, times, captions = self.dataset.draw(n, frames or self.dataset.latents.shape[2], rng)
         captions = ["" if rng.random() < 0.1 else c for c in captions]
         tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS - 8, return_tensors="pt").to(
-            x0.device
+            device
         )
-        eps = torch.randn(x0.shape, generator=noise).to(x0.device)
-        u = (torch.arange(n) + torch.rand(n, generator=noise)) / n  # stratified, for a loss with less variance
-        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(x0.device)
+        eps = torch.randn(x0.shape, generator=noise, device=device)
+        # stratified, for a loss with less variance
+        u = (torch.arange(n, device=device) + torch.rand(n, generator=noise, device=device)) / n
+        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         s = sigma[:, None, None, None, None]
         words = tokens.input_ids, tokens.attention_mask, rng.choice((MAX_TOKENS, 512))
         v = model((1 - s) * x0 + s * eps, times, sigma, *words)
