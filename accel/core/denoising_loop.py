@@ -61,32 +61,35 @@ class CallTracker:
         self._schedule: Tensor | None = None
         self._index, self._time, self._skipped, self._count = -1, 0.0, 0, 0
         self._seen: set[str] = set()  # branches of this step
-        self._texts: dict[str, Tensor] = {}  # by branch
+        self._texts: dict[str, tuple[Tensor, int]] = {}  # by branch, with how often they had been changed in place
 
-    def locate(self, pipe, timestep: Tensor, text: Tensor, name: str | None, is_guided: bool) -> Place:
+    def locate(
+        self, pipe, timestep: Tensor, text: Tensor, name: str | None, is_guided: bool, in_call: bool = True
+    ) -> Place:
         """The place of a call of a pipeline; `name` is that of its cache context.
 
-        Raises AccelError for a loop that makes more steps than the scheduler has.
+        `in_call`: the pipeline makes it, and not a loop of the user's own, of which the pipeline knows nothing. Raises
+        AccelError for a loop that makes more steps than the scheduler has.
         """
         times = pipe.scheduler.timesteps
         time = float(timestep.max())  # with one timestep per token, those of a given first frame are 0
         begins = times is not self._schedule or self._goes_back(time, times)
         if begins:
-            self._begin(pipe, times)
+            self._begin(pipe, times, in_call)
         branch = name.removeprefix("pred_") if name else self._branch_of(text, begins or time != self._time, is_guided)
         if begins or time != self._time or branch in self._seen:
             self._index, self._time, self._seen = self._index + 1, time, set()
         if self._index == self._count:  # the same short list once more
-            self._begin(pipe, times)
+            self._begin(pipe, times, in_call)
             self._index, begins = 0, True
         self._seen.add(branch)
-        has_new_text = branch in self._texts and not is_same(self._texts[branch], text)
-        self._texts[branch] = text
+        has_new_text = branch in self._texts and has_changed(*self._texts[branch], text)
+        self._texts[branch] = text, num_changes(text)
         return Place(self._index, self._count, self._skipped + self._index, branch, begins, has_new_text)
 
-    def _begin(self, pipe, times: Tensor) -> None:
+    def _begin(self, pipe, times: Tensor, in_call: bool) -> None:
         scheduled = len(times)
-        planned = getattr(pipe, "num_timesteps", scheduled) or scheduled
+        planned = (in_call and getattr(pipe, "num_timesteps", scheduled)) or scheduled
         if planned > scheduled:
             raise AccelError(
                 f"this pipeline makes {planned} steps of a schedule of {scheduled}, frames one after the other: "
@@ -105,11 +108,21 @@ class CallTracker:
 
         Both branches of guidance can have one text, such as an empty one: then it is the branch that is due as well.
         """
-        for branch, known in self._texts.items():
+        for branch, (known, _) in self._texts.items():
             if is_same(known, text):
                 is_second = is_guided and not new_step and self._seen == {"cond"}
                 return "uncond" if is_second else branch
         return "cond" if new_step or "cond" not in self._seen else "uncond"
+
+
+def has_changed(before: Tensor, changes: int, now: Tensor) -> bool:
+    """Whether a tensor has other values than before, when it had been changed in place so often."""
+    return not is_same(before, now) or (before.data_ptr() == now.data_ptr() and num_changes(now) != changes)
+
+
+def num_changes(x: Tensor) -> int:
+    """How often a tensor has been changed in place; under inference mode nobody counts."""
+    return 0 if x.is_inference() else x._version
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

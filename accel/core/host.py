@@ -77,7 +77,9 @@ class Host:
         self.exact_steps: set[int] = set()
         self._tracker = CallTracker()
         self._levels: list[float] = []  # sigma of each timestep
+        self._is_own_loop = False  # the present call is of a loop of the user's own
         self._is_counting = False  # a call that only counts FLOPs is under way
+        self._in_call = False  # a transformer call is under way that the host knows of
         self.cache_context: CacheContext | None = None  # of the pipeline's current call
         self.caches: list[ForeignCache] = []  # those that a peer puts on the denoisers
         self._new_cache: Callable[[nn.Module], ForeignCache] | None = None
@@ -241,6 +243,7 @@ class Host:
         del inputs["self"]
         return_dict, x = inputs.pop("return_dict", True), inputs.pop("hidden_states")
         pipe, call = running_call(self.pipe)
+        self._is_own_loop = not call
         # A loop of the user's own tells nothing: its branches come one by one.
         self.is_guided = self.family.is_guided(pipe, call) if call else not self.family.batches_guidance
         self.cache_context = hook.context
@@ -265,14 +268,19 @@ class Host:
             y = hook.original(hidden_states=x, **inputs, return_dict=False)
             return family.to_video(y if isinstance(y, Tensor) else y[0], grid)
 
-        y = family.from_video(compose(call, self._denoiser_wrappers)(x, **inputs))
+        self._in_call = True
+        try:
+            y = family.from_video(compose(call, self._denoiser_wrappers)(x, **inputs))
+        finally:
+            self._in_call = False
         spent = 1000 * (synchronized_time(x.device) - began)
         self.trace.milliseconds[step.index] = self.trace.milliseconds.get(step.index, 0.0) + spent
         return y
 
     def _track(self, index: int, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> None:
         """Find out which step and branch this call is, and whether it begins a new run."""
-        at = self._tracker.locate(pipe, inputs["timestep"], inputs["encoder_hidden_states"], name, self.is_guided)
+        time, text = inputs["timestep"], inputs["encoder_hidden_states"]
+        at = self._tracker.locate(pipe, time, text, name, self.is_guided, not self._is_own_loop)
         if at.begins:
             self._levels = noise_levels(pipe.scheduler)
             self.run_id, self.text_id = self.run_id + 1, self.text_id + 1
@@ -318,12 +326,31 @@ class Host:
         f, h, w = self.grid
         return f * h * w
 
+    def check_denoiser(self, model: nn.Module, what: str) -> None:
+        """Raise AccelError if another transformer runs than the one that something was loaded for."""
+        if self.denoisers[self.active_index] is not model:
+            raise AccelError(f"{what} belongs to the transformer that the pipeline had: put that back, or apply anew")
+
+    def _is_plain(self) -> bool:
+        """Whether what runs is none of the host's calls: it counts FLOPs, or the user calls a part of the model.
+
+        Raises AccelError if the transformer runs past the host.
+        """
+        if self._in_call and not self._is_counting:
+            return False
+        if not self._is_counting and not all(place.is_held for place in self._places):
+            raise AccelError(
+                "another pipeline with this transformer has taken accel's hook off it, when it offloaded the model: "
+                "run one of them inside accel.apply"
+            )
+        return True
+
     def _run_blocks(self, stack: Callable, hidden: Tensor, *inputs, **named) -> Tensor:
-        return compose(stack, [] if self._is_counting else self._block_wrappers)(hidden, *inputs, **named)
+        return compose(stack, [] if self._is_plain() else self._block_wrappers)(hidden, *inputs, **named)
 
     def _run_attention(self, layer: str, call: Callable) -> Tensor | tuple[Tensor, ...]:
         """An attention through the wrappers, which see one tensor: in joint attention, video and text side by side."""
-        if self._is_counting or self.step is None:
+        if self._is_plain():
             return call()
         key = self.active_index, layer, self.step.branch
 
@@ -345,7 +372,7 @@ class Host:
         return tuple(part.unflatten(1, shape[1:]) for part, shape in zip(parts, shapes))
 
     def _run_core(self, layer: str, inner: Callable, qkv: QKV) -> Tensor:
-        if self._is_counting:
+        if self._is_plain():
             return inner(qkv)
         for fn in self._qkv_wrappers:
             inner = partial(fn, inner, layer=layer)

@@ -114,9 +114,17 @@ class JointSoftmax:
         return torch.cat([text[:, :, : self.start], video, text[:, :, self.start :]], 2)
 
     def _mask(self, queries: int, keys: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The mask for so many video queries and keys: it only ever hides text. `bias` is added to the video's keys."""
+        """The mask for so many video queries and keys. `bias` is added to the video's keys.
+
+        Raises AccelError for fewer of them under a mask that hides video from video.
+        """
         mask = self.mask
         if mask is not None:
+            if min(queries, keys) < self.stop - self.start and self._hides_video(mask):
+                raise AccelError(
+                    "fewer tokens and an attention that hides frames from each other (causal blocks) do not go "
+                    "together: leave asymrnr out, or causal_block_size"
+                )
             mask = self._shortened(mask, 3, keys) if mask.shape[3] > 1 else mask
             mask = self._shortened(mask, 2, queries) if mask.shape[2] > 1 else mask
         if bias is None:
@@ -126,6 +134,13 @@ class JointSoftmax:
         if mask is None:
             return added
         return added.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else added + mask
+
+    def _hides_video(self, mask: Tensor) -> bool:
+        """Whether a mask hides any video key from the first or the last video query, as causal ones and windows do."""
+        if mask.shape[2] == 1 or mask.shape[3] == 1:
+            return False
+        ends = mask[:, :, [self.start, self.stop - 1], self.start : self.stop]
+        return not bool((ends if mask.dtype == torch.bool else ends == 0).all())
 
     def _shortened(self, mask: Tensor, dim: int, length: int) -> Tensor:
         """The mask with the first `length` of the video's entries along a dimension."""

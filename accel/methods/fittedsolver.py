@@ -149,10 +149,11 @@ class FittedSolver(Method):
             raise AccelError("a fitted solver and a student do not go together: each brings its own noise levels")
         if len(host.denoisers) > 1 or not matches_fingerprint(host.denoisers[0], solver.base_fingerprint):
             raise AccelError(f"the solver of {self.steps} steps was fitted to another model: python -m accel fit")
-        outputs = host.per_run(list)
+        outputs, model = host.per_run(list), host.denoisers[0]
         begin = host.per_run(lambda: report_estimate(self, run_spec(host), trace))
 
         def call(inner: Callable[..., Tensor], x: Tensor, **inputs) -> Tensor:
+            host.check_denoiser(model, "a fitted solver")
             self._check_call(solver, host, scheduler)
             begin()
             kept = outputs()

@@ -85,7 +85,7 @@ class GPD(StudentMethod):
         manifest = self.load_manifest(weights_dir)
         check_base(weights_dir, manifest.base_fingerprint, host.pipe)
         scheduler = StudentEuler(manifest.sigmas, manifest.timesteps)
-        with load_student(weights_dir, model), host.wrap_denoiser(call), forbid_cfg(host):
+        with load_student(weights_dir, model), host.wrap_denoiser(call), forbid_cfg(host, weights_dir):
             with use_scheduler(host.pipe, scheduler):
                 yield
 

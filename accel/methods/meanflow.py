@@ -108,7 +108,7 @@ class MeanFlow(StudentMethod):
         scheduler = StudentEuler(sigmas, [1000 * sigma for sigma in sigmas[:-1]])
         embedder = read_weights(weights_dir / INTERVAL_EMBEDDER)
         with load_student(weights_dir, model), with_interval_embedder(model, embedder):
-            with host.wrap_denoiser(call), forbid_cfg(host), use_scheduler(pipe, scheduler):
+            with host.wrap_denoiser(call), forbid_cfg(host, weights_dir), use_scheduler(pipe, scheduler):
                 yield
 
     def _sigmas(self, scheduler) -> list[float]:

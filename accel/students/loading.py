@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..core.hooks import patched_method
-from ..core.host import Host
+from ..core.host import Host, running_call
 from ..errors import AccelError
 from .euler_scheduler import is_student_run
 from .weights import (
@@ -36,11 +36,11 @@ def check_base(folder: Path, fingerprint: list[float], pipe) -> None:
 
 @contextmanager
 def load_student(folder: Path, module: nn.Module) -> Iterator[None]:
-    """Inside the context, a module has the weights of the student in a folder, and LoRAs cannot be fused into them.
+    """Inside the context, a module has the weights of the student in a folder, which cannot be fused or offloaded.
 
     Raises AccelError if the folder has full weights and the module has LoRA adapters.
     """
-    with separate_projections(module), _forbid_fusing(module):
+    with separate_projections(module), _forbid_changes(module):
         if (folder / ADAPTER).is_file():
             student = with_lora(module, folder)
         elif getattr(module, "peft_config", None):
@@ -52,13 +52,22 @@ def load_student(folder: Path, module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _forbid_fusing(module: nn.Module) -> Iterator[None]:
-    """Inside the context, refuse to fuse LoRAs: unfused later, one would leave the base, where it never was."""
+def _forbid_changes(module: nn.Module) -> Iterator[None]:
+    """Inside the context, refuse what would outlive it in the base.
 
-    def refuse(*args, **kwargs):
-        raise AccelError("a LoRA cannot be fused into a student's weights: fuse it outside accel.apply")
+    A LoRA that is unfused later would leave the base, where it never was; group offloading keeps copies of the weights
+    that it finds, and would bring the student back.
+    """
 
-    with patched_method(module, "fuse_lora", refuse):
+    def refuse(reason: str) -> Callable:
+        def call(*args, **kwargs):
+            raise AccelError(reason)
+
+        return call
+
+    fusing = refuse("a LoRA cannot be fused into a student's weights: fuse it outside accel.apply")
+    offloading = refuse("a student's weights cannot be offloaded in groups: enable that before accel.apply")
+    with patched_method(module, "fuse_lora", fusing), patched_method(module, "enable_group_offload", offloading):
         yield
 
 
@@ -70,16 +79,23 @@ def weight_bytes(folder: Path, module: nn.Module) -> int:
 
 
 @contextmanager
-def forbid_cfg(host: Host) -> Iterator[None]:
-    """Inside the context, refuse guidance, negative prompts, other schedulers, and a student LoRA that acts in part."""
+def forbid_cfg(host: Host, folder: Path) -> Iterator[None]:
+    """Inside the context, refuse what the student in a folder cannot do.
+
+    That is guidance, a negative prompt, another scheduler or transformer, and a LoRA of it that acts in part.
+    """
+    model, is_lora = host.denoisers[0], (folder / ADAPTER).is_file()
 
     def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
+        host.check_denoiser(model, f"student {folder.name!r}")
         if host.is_guided:
             raise AccelError("a student has guidance distilled in: set guidance to 1")
-        if not is_student_run(host.pipe):
-            scheduler = type(host.pipe.scheduler).__name__
+        running, _ = running_call(host.pipe)  # it may be another one, with this transformer
+        if not is_student_run(running):
+            scheduler = type(running.scheduler).__name__
             raise AccelError(f"a student predicts mean velocities, which {scheduler} cannot use: keep its scheduler")
-        check_adapter(host.denoisers[host.active_index], (inputs.get("attention_kwargs") or {}).get("scale", 1))
+        if is_lora:
+            check_adapter(model, (inputs.get("attention_kwargs") or {}).get("scale", 1))
         return inner(x, **inputs)
 
     with host.wrap_denoiser(call), _forbid_negative_prompt(host.pipe):

@@ -184,25 +184,26 @@ def with_lora(module: nn.Module, folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if had_adapters:
+        if NAME in (getattr(module, "peft_config", None) or {}):  # or somebody has unloaded all adapters inside
             module.delete_adapters(NAME)
             _unwrap_empty(module)
-            module.set_adapter(others)
+        if left := set(getattr(module, "peft_config", None) or {}):
+            module.set_adapter([name for name in others if name in left] or sorted(left))
             if disabled:
                 module.disable_adapters()
         else:
             module.unload_lora()
-            del module._hf_peft_config_loaded
+            if not had_adapters and hasattr(module, "_hf_peft_config_loaded"):
+                del module._hf_peft_config_loaded
         for p, before in requires_grad:  # peft freezes the layers below an adapter and unfreezes active adapters
             p.requires_grad_(before)
 
 
 def check_adapter(module: nn.Module, scale: float) -> None:
-    """Raise AccelError if the adapter that `with_lora` put on a module is inactive or scaled."""
-    if NAME not in (getattr(module, "peft_config", None) or {}):
-        return
+    """Raise AccelError if the adapter that `with_lora` put on a module is gone, inactive or scaled."""
+    is_gone = NAME not in (getattr(module, "peft_config", None) or {})
     layers = [layer for layer in module.modules() if NAME in getattr(layer, "lora_A", ())]
-    if scale != 1 or any(layer.disable_adapters or NAME not in layer.active_adapters for layer in layers):
+    if is_gone or scale != 1 or any(layer.disable_adapters or NAME not in layer.active_adapters for layer in layers):
         raise AccelError("the student is a LoRA and acts in full or not at all: leave adapters and their scale alone")
 
 

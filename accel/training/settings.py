@@ -45,7 +45,7 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
         "base": {"steps": 6400, "lr": 1e-3, "matrix_lr": 4e-3, "warmup": 40, "decay_from": 0.45, "betas": (0.9, 0.98),
                  "seed": 9},
         "gpd": {"steps": 12, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
-        "meanflow": {"steps": 75, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
+        "meanflow": {"steps": 60, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 150, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "large": {  # 7 minutes of one GPU, besides encoding the clips and compiling; the autoencoder stays as it is

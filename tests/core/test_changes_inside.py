@@ -130,6 +130,19 @@ def test_another_pipeline_of_the_same_transformer_runs_with_the_methods(pipe, sa
     assert trace.summary()["steps"] == 16 and trace.summary()["calls"]["rebuild"] > 0
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_a_pipeline_that_offloads_the_shared_transformer_is_told_not_to(method, pipe, sample):
+    """After its run, diffusers takes all hooks off the model; its next run would pass half through the method."""
+    other = WanPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    other.enable_model_cpu_offload(device="cpu")
+    with accel.apply(pipe, method):
+        expected = sample(other)
+        with pytest.raises(AccelError, match="another pipeline with this transformer has taken accel's hook off it"):
+            sample(other)
+        assert torch.equal(sample(pipe), expected)
+
+
 def test_a_solver_that_evaluates_twice_at_one_sigma_has_a_step_for_each_evaluation(pipe, sample):
     pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     for method in (FasterCache(), FasterCache(extrapolation="sigma")):

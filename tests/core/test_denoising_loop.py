@@ -108,6 +108,28 @@ def test_a_loop_of_more_steps_than_the_scheduler_has_is_refused():
         CallTracker().locate(pipe, torch.tensor([900.0]), TEXT, "cond", True)
 
 
+def test_a_loop_of_the_users_own_has_the_steps_of_the_scheduler():
+    """What the pipeline planned in a call before is of no meaning to it."""
+    times = torch.tensor([900.0, 500.0, 100.0])
+    for stale in (2, 4):
+        pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=times), num_timesteps=stale)
+        at = CallTracker().locate(pipe, torch.tensor([900.0]), TEXT, "cond", True, in_call=False)
+        assert (at.index, at.count, at.position) == (0, 3, 0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_text_that_is_changed_in_place_is_a_new_text(inference):
+    times = [900.0, 500.0, 100.0]
+    pipe, tracker = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor(times))), CallTracker()
+    with torch.inference_mode(inference):
+        text, found = torch.zeros(1, 2, 3), []
+    for i, time in enumerate(times):
+        if i == 2 and not inference:  # under inference mode it cannot be seen
+            text.add_(1)
+        found.append(tracker.locate(pipe, torch.tensor([time]), text, "cond", True).has_new_text)
+    assert found == [False, False, not inference]
+
+
 def test_guidance_in_an_interval_of_the_steps_keeps_its_branches():
     cond, uncond = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
     calls = [(900.0, cond), (500.0, cond), (500.0, uncond), (100.0, cond)]

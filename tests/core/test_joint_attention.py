@@ -1,5 +1,7 @@
 """Attention over video and text whose softmax is replaced: what is reduced, what stays, and what is refused."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,17 @@ def test_the_text_is_that_of_the_first_softmax(qkv):
         return y
 
     assert torch.equal(with_softmax(core, lambda _: slice(0, N), attention, *qkv), attention(*qkv))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_fewer_tokens_under_a_causal_mask_are_refused(qkv, place):
+    mask = torch.ones(N + T, N + T, dtype=torch.bool).tril()[None, None]
+    whole = with_softmax(lambda qkv, softmax: softmax(qkv), lambda _: PLACES[place], attention, *qkv, mask)
+    assert torch.equal(whole, attention(*qkv, mask))
+    for cause in (mask, torch.zeros(mask.shape).masked_fill(~mask, -math.inf)):
+        with pytest.raises(AccelError, match="hides frames from each other .causal blocks. do not go together"):
+            fewer = lambda qkv, softmax: softmax(QKV(qkv.query()[:, ::2], qkv.key()[:, ::2], qkv.value()[:, ::2]))
+            with_softmax(fewer, lambda _: PLACES[place], attention, *qkv, cause)
 
 
 def test_attention_over_other_tokens_is_left_alone(qkv):

@@ -6,8 +6,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from support import random_wan
 
 import accel
+from accel.errors import AccelError
 from accel.methods import AsymRnR, FasterCache
 from accel.methods.asymrnr.budget import Profile
 from accel.methods.base import Method
@@ -165,6 +168,21 @@ def test_students_run_alike_within_euler_sampling(name, students, pipe, sample):
     with pytest.raises(ValueError, match="which FixedSigmaEuler cannot use: keep its scheduler"):
         with accel.apply(pipe, [method]), euler_sampling(pipe, 6):
             sample(pipe, steps=6, guidance=1.0)
+
+
+@pytest.mark.parametrize("name", ["gpd", "meanflow"])
+def test_a_student_runs_in_no_other_pipeline_and_no_other_model(name, students, pipe, sample):
+    (method,) = build_methods({name: {"steps": 6}})
+    other, model = WanPipeline.from_pipe(pipe), pipe.transformer
+    other.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    with accel.apply(pipe, [method]):
+        with pytest.raises(AccelError, match="which UniPCMultistepScheduler cannot use: keep its scheduler"):
+            sample(other, steps=6, guidance=1.0)
+        pipe.transformer = random_wan(5)
+        with pytest.raises(AccelError, match="belongs to the transformer that the pipeline had"):
+            sample(pipe, steps=6, guidance=1.0)
+        pipe.transformer = model
+        assert sample(pipe, steps=6, guidance=1.0).isfinite().all()
 
 
 def test_a_base_model_is_recognised_in_half_precision(student, pipe):

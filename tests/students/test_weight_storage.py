@@ -4,11 +4,16 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig
+from support import random_wan
 
 import accel
 from accel.errors import AccelError
 from accel.methods.disca.disca import DisCa
 from accel.methods.gpd import GPD
+from accel.students.weights import fingerprint
+from accel.training.lora_networks import LoRANetworks
+from accel.training.stages import store
 
 CPU = torch.device("cpu")
 STORAGES = {  # and how far the video may be from that of the model in float32
@@ -96,6 +101,34 @@ def test_projections_fused_inside_are_the_students_and_go_with_it(students, pipe
         pipe.transformer.fuse_qkv_projections()
         torch.testing.assert_close(sample(pipe, steps=6, guidance=1.0), expected)
     assert are_equal(weights(pipe.transformer), before)
+
+
+def test_group_offloading_does_not_begin_under_a_student(students, pipe):
+    """It would keep the student's weights, and bring them back after the context."""
+    with accel.apply(pipe, GPD(steps=6)):
+        with pytest.raises(AccelError, match="cannot be offloaded in groups: enable that before accel.apply"):
+            pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")
+    pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["no other LoRA", "a LoRA of the user's"])
+def test_a_student_lora_that_is_unloaded_inside_is_missed_and_leaves_nothing(own, pipe, sample, tmp_path):
+    sigmas = [1 - i / 6 for i in range(7)]
+    facts = {"steps": 6, "sigmas": sigmas, "timesteps": [1000 * s for s in sigmas[:-1]]}
+    nets = LoRANetworks(random_wan(0), rank=2)
+    store(nets, tmp_path / "gpd-N6", "gpd.json", {**facts, "base_fingerprint": fingerprint(pipe.transformer)})
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    base, before = sample(pipe, steps=6, guidance=1.0), weights(pipe.transformer)
+    if own:
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "mine")
+    trained = [p.requires_grad for name, p in pipe.transformer.named_parameters() if "lora" not in name]
+    with accel.apply(pipe, GPD(steps=6)):
+        assert sample(pipe, steps=6, guidance=1.0).isfinite().all()
+        pipe.transformer.unload_lora()
+        with pytest.raises(AccelError, match="acts in full or not at all"):
+            sample(pipe, steps=6, guidance=1.0)
+    assert are_equal(weights(pipe.transformer), before) and torch.equal(sample(pipe, steps=6, guidance=1.0), base)
+    assert [p.requires_grad for p in pipe.transformer.parameters()] == trained
 
 
 def test_a_lora_is_not_fused_into_a_student(students, pipe):

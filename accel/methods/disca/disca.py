@@ -145,9 +145,12 @@ class DisCa(Method):
         predictor, runs = self._load(host) if self.predictor in TRAINED else (None, None)
         weights = sum(p.nbytes for p in predictor.parameters()) if predictor else 0
         caches, full_steps = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, runs))
+        trained_for = host.denoisers[0]
 
         def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
             step, order = host.step, TAYLOR_ORDER[self.predictor]
+            if predictor is not None:
+                host.check_denoiser(trained_for, f"predictor {self.predictor!r}")
             if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
                 caches().clear()
             cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
