@@ -77,6 +77,11 @@ class CallTracker:
         if begins:
             self._begin(pipe, times, in_call)
         branch = name.removeprefix("pred_") if name else self._branch_of(text, begins or time != self._time, is_guided)
+        if not begins and time == self._time and branch in self._seen and not self._comes_twice(times, timestep.dtype):
+            raise AccelError(
+                f"this pipeline runs the {branch} branch more than once in a step, as guidance by skipped layers does: "
+                "its calls cannot be told apart"
+            )
         if begins or time != self._time or branch in self._seen:
             self._index, self._time, self._seen = self._index + 1, time, set()
         if self._index == self._count:  # the same short list once more
@@ -98,6 +103,14 @@ class CallTracker:
         self._count = planned
         self._skipped = scheduled - self._count  # video to video starts later in the list
         self._schedule, self._index, self._seen, self._texts = times, -1, set(), {}
+
+    def _comes_twice(self, times: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the next step has the timestep of this one, as the model is given it, or the same list begins again.
+
+        Half precision gives one number to several timesteps.
+        """
+        following = self._skipped + self._index + 1
+        return following >= len(times) or bool(times[following].to(dtype) == times[following - 1].to(dtype))
 
     def _goes_back(self, time: float, times: Tensor) -> bool:
         rising = len(times) > 1 and bool(times[-1] > times[0])

@@ -108,6 +108,13 @@ def test_a_loop_of_more_steps_than_the_scheduler_has_is_refused():
         CallTracker().locate(pipe, torch.tensor([900.0]), TEXT, "cond", True)
 
 
+def test_a_branch_that_runs_twice_in_a_step_is_refused():
+    """As in diffusers' community pipelines with skip-layer guidance: its second call would pass for the next step."""
+    calls = [(900.0, "pred_cond"), (900.0, "pred_uncond"), (900.0, "pred_cond")]
+    with pytest.raises(AccelError, match="runs the cond branch more than once in a step"):
+        places(CallTracker(), [900.0, 500.0, 100.0], calls)
+
+
 def test_a_loop_of_the_users_own_has_the_steps_of_the_scheduler():
     """What the pipeline planned in a call before is of no meaning to it."""
     times = torch.tensor([900.0, 500.0, 100.0])
