@@ -1,6 +1,6 @@
 """Acceleration methods for video diffusion transformers, on stock diffusers pipelines.
 
-with accel.apply(pipe, accel.load_preset("fastercache")) as trace:
+with accel.apply(pipe, "stepcache") as trace:
     video = pipe(prompt, num_inference_steps=50).frames[0]
 print(trace.summary())
 """
