@@ -318,6 +318,7 @@ def test_the_race_of_a_live_pair_can_be_replayed(page):
     run_pair(page)
     page.click("#player button[data-mode=race]")
     page.wait_for_selector("#player .clock:visible")
+    assert page.locator("#player .clock:visible").count() == 2
     page.click("#player button[data-mode=side]")
 
 
@@ -348,6 +349,7 @@ def test_a_sweep_fills_its_grid_and_a_point_of_its_plot_opens_a_pair(page):
     page.wait_for_function("document.querySelectorAll('#sweep-grid video').length === 2", timeout=120_000)
     page.locator("#sweep-plot [data-id]").first.click()
     page.wait_for_selector("#message >> text=from the history", timeout=30_000)
+    assert page.input_value("#steps-b input[type=number]") in ("2", "3")
 
 
 @pytest.mark.slow

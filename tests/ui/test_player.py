@@ -209,6 +209,7 @@ def test_flicker_changes_by_itself(moving):
     moving.click(VIEW.format("flicker"))
     for pane in "abab":
         moving.wait_for_selector(f"#player .pane.{pane}[data-top]", state="attached")
+    assert moving.locator("#player .pane[data-top]").count() == 1
 
 
 def test_zoom_and_drag_move_all_pictures_together_and_stay_inside(page):

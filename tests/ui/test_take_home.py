@@ -126,6 +126,7 @@ def test_a_table_of_results_is_read_when_it_is_opened_and_sorted_by_keyboard(pag
 def test_the_cell_under_the_pointer_is_read_out(page):
     page.hover("#timeline rect[data-action=reuse] >> nth=0")
     page.wait_for_selector("#timeline .read-out >> text=attention reused")
+    assert "step" in page.inner_text("#timeline .read-out")
 
 
 @pytest.mark.parametrize("tab", ["Compare", LABEL, "Code"])
@@ -133,6 +134,7 @@ def test_every_tab_fits_a_phone(page, tab):
     page.get_by_role("tab", name=tab).click()
     page.set_viewport_size({"width": 390, "height": 900})
     page.wait_for_function("document.documentElement.scrollWidth <= 390", timeout=10_000)
+    assert page.get_by_role("tab", name=tab).get_attribute("aria-selected") == "true"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
