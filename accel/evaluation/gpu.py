@@ -18,7 +18,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tqdm import tqdm
 
-from ..core.host import synchronized_time
+from ..core.calls import synchronized_time
 from ..errors import AccelError, quote
 from ..families import family_of
 from ..files import atomic_write

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..core.calls import halves
 from ..core.denoising_loop import is_flow, noise_levels
 from ..core.hooks import patched_method
-from ..core.host import halves
 from ..errors import AccelError, amount
 from ..families import family_of
 from ..methods.fittedsolver import FOLDER, FittedSolver, Solver, weighted_sum

@@ -194,7 +194,7 @@ class FittedSolver(Method):
 
     def _check_call(self, solver: Solver, host: Host, scheduler) -> None:
         """Raise AccelError where the running pipeline would not do what was fitted."""
-        from ..core.host import running_call
+        from ..core.calls import running_call
 
         running, call = running_call(host.pipe)
         if running.scheduler is not scheduler:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.host import synchronized_time
+from ..core.calls import synchronized_time
 from ..core.trace import Trace
 from ..errors import AccelError
 from ..families import family_of

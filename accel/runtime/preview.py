@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from ..core.host import synchronized_time
+from ..core.calls import synchronized_time
 from ..core.trace import Trace
 from .latents import denormalize
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..core.calls import running_call
 from ..core.hooks import patched_method
-from ..core.host import Host, running_call
+from ..core.host import Host
 from ..errors import AccelError
 from .euler_scheduler import is_student_run
 from .weights import (
