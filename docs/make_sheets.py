@@ -11,12 +11,10 @@ import imageio.v3 as iio
 import numpy as np
 from tqdm import tqdm
 
-import accel
 from accel.evaluation.suites import PROMPT_SEED, Setting
 from accel.runtime.generate import generate
-from accel.runtime.models import model_defaults, resolve
+from accel.runtime.models import load_pipeline, model_defaults, resolve
 from accel.runtime.paths import ROOT
-from accel.runtime.presets import build_methods
 from accel.runtime.run import build_run
 from accel.world.scene import held_out_prompts
 
@@ -31,14 +29,13 @@ EVERY = 4  # frames
 
 def sheet(model: str, setting: Setting) -> np.ndarray:
     """An image (h, w, 3) of the prompts' videos by a setting, two prompts in a row."""
-    pipe = accel.load_pipeline(model)
+    pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     defaults, settings = model_defaults(pipe, model), setting.settings()
-    methods, strips = build_methods(settings["methods"]), []
+    strips = []
     for prompt in tqdm(held_out_prompts(LISTED, PROMPT_SEED, defaults.living)[:PROMPTS]):
         run = build_run(defaults, model=model, prompt=prompt, seed=0, **settings)
-        with accel.apply(pipe, methods):
-            strips.append(np.concatenate(list(generate(run, pipe, defaults).frames[::EVERY]), 1))
+        strips.append(np.concatenate(list(generate(run, pipe, defaults).frames[::EVERY]), 1))
     return np.concatenate([np.concatenate(strips[i : i + 2], 1) for i in range(0, PROMPTS, 2)])
 
 

@@ -197,9 +197,7 @@ def _training_free() -> dict[str, Setting]:
         for value in (0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
     }
     found |= _in_steps((50,), stepcache)
-    for n in get_args(METHODS["fittedsolver"].model_fields["steps"].annotation)[1:]:
-        found[f"fittedsolver, {n} steps"] = Setting(overrides={"fittedsolver": {"steps": n}})
-    return found
+    return found | _fitted_steps(*get_args(METHODS["fittedsolver"].model_fields["steps"].annotation)[1:])
 
 
 def _students() -> dict[str, Setting]:
@@ -208,6 +206,10 @@ def _students() -> dict[str, Setting]:
         overrides = {"meanflow": {"steps": n}, "disca": {"num_full_steps": full}}
         found[f"disca, {full} of {n} steps"] = Setting("disca", overrides=overrides)
     return found
+
+
+def _fitted_steps(*counts: int) -> dict[str, Setting]:
+    return {f"fittedsolver, {n} steps": Setting(overrides={"fittedsolver": {"steps": n}}) for n in counts}
 
 
 def _gpd_steps(*counts: int) -> dict[str, Setting]:
@@ -265,12 +267,12 @@ def _plain_solvers() -> dict[str, Setting]:
 
 
 def _steps() -> Suite:
-    """How many steps the base model needs, by the plain solvers that are best in few, and its students in few steps.
+    """How many steps the base model needs: by the plain solvers that are best in few, by fitted ones, by its students.
 
     Guided steps cost two calls, so that of the solvers half as many have a student's NFE, or as many without guidance.
     """
     plain = {"default, 25 steps": Setting(steps=25)}
-    plain |= _in_steps((10, 6, 5, 3), {"euler, shift 5": Setting(solver="euler", shift=5.0)})
+    plain |= _in_steps((14, 10, 6, 5, 3), {"euler, shift 5": Setting(solver="euler", shift=5.0)})
     plain |= _in_steps((10, 6, 5, 3), {"dpm++2s, shift 5": Setting(solver="dpm++2s", shift=5.0)})
     plain |= _in_steps((10, 6), {"euler, shift 7": Setting(solver="euler", shift=7.0)})
     plain |= _in_steps((10, 6), {"euler, shift 5, no guidance": Setting(solver="euler", shift=5.0, guidance=1.0)})
@@ -283,7 +285,10 @@ def _steps() -> Suite:
             ("euler, shift 5, no guidance", nfe),
         )
     )
-    return Suite(BASELINE | plain | _gpd_steps(24, 16, 12, 8, 6) | _meanflow_steps(20, 10, 8, 6, 4), pairs)
+    pairs += tuple((f"fittedsolver, {n} steps", f"euler, shift 5, {n} steps") for n in (14, 10))
+    pairs += (("fittedsolver, 20 steps", "default, 25 steps"),)
+    few = _gpd_steps(24, 16, 12, 8, 6) | _meanflow_steps(20, 10, 8, 6, 4)
+    return Suite(BASELINE | plain | _fitted_steps(20, 14, 10) | few, pairs)
 
 
 def _caches() -> Suite:
@@ -293,7 +298,7 @@ def _caches() -> Suite:
     peers |= {
         "seacache 0.3, 25 steps, shift 4": Setting(steps=25, shift=4.0, overrides={"seacache": {"threshold": 0.3}})
     }
-    fitted = {f"fittedsolver, {n} steps": Setting(overrides={"fittedsolver": {"steps": n}}) for n in (20, 14, 10)}
+    fitted = _fitted_steps(20, 14, 10)
     plain = {
         "default, 25 steps": Setting(steps=25),
         "euler, shift 5, 14 steps": Setting(steps=14, solver="euler", shift=5),
@@ -306,7 +311,7 @@ def _caches() -> Suite:
 def _peer_defaults() -> Suite:
     """Each peer at its own defaults, and our settings of about the same work."""
     peers = {name: Setting(overrides={name: {}}) for name, method in METHODS.items() if method.peer}
-    ours = {f"fittedsolver, {n} steps": Setting(overrides={"fittedsolver": {"steps": n}}) for n in (33, 20, 14)}
+    ours = _fitted_steps(33, 20, 14)
     return Suite(BASELINE | peers | ours)
 
 
