@@ -25,7 +25,7 @@ class ModelSetting:
 SETTINGS = {
     "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
     "medium": ModelSetting(  # for a CPU; its sample grid takes a while
-        96, 17, fps=8, clips=12_000, living=True, start=TINY, target=LIVING, guidance=5.0, save_every=600
+        96, 17, fps=8, clips=12_000, living=True, start=LIVING, target=LIVING, guidance=5.0, save_every=600
     ),
     "large": ModelSetting(  # the default on a GPU: trains the weights of "medium" on
         96, 17, fps=8, clips=24_000, living=True, start=LIVING, target=LIVING, guidance=5.0, save_every=120
