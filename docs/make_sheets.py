@@ -27,10 +27,8 @@ PROMPTS, LISTED = 16, 128  # the first ones of the list that results are reporte
 EVERY = 4  # frames
 
 
-def sheet(model: str, setting: Setting) -> np.ndarray:
+def sheet(pipe, model: str, setting: Setting) -> np.ndarray:
     """An image (h, w, 3) of the prompts' videos by a setting, two prompts in a row."""
-    pipe = load_pipeline(model)
-    pipe.set_progress_bar_config(disable=True)
     defaults, settings = model_defaults(pipe, model), setting.settings()
     strips = []
     for prompt in tqdm(held_out_prompts(LISTED, PROMPT_SEED, defaults.living)[:PROMPTS]):
@@ -44,9 +42,11 @@ def main() -> None:
     if len(sys.argv) < 2 or (unknown := [name for name in sys.argv[2:] if name not in SHEETS]):
         sys.exit(f"error: {unknown[0]} is no sheet" if len(sys.argv) > 1 else "error: which model?")
     model, names = sys.argv[1], sys.argv[2:] or [n for n, s in SHEETS.items() if s.is_available(sys.argv[1])]
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
     for name in names:
         file = ROOT / "docs" / "images" / f"{Path(resolve(model)).name}-{name}.jpg"
-        iio.imwrite(file, sheet(model, SHEETS[name]), quality=88)
+        iio.imwrite(file, sheet(pipe, model, SHEETS[name]), quality=88)
         print(file.relative_to(ROOT))
 
 

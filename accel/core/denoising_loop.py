@@ -64,18 +64,18 @@ class CallTracker:
         self._texts: dict[str, tuple[Tensor, int]] = {}  # by branch, with how often they had been changed in place
 
     def locate(
-        self, pipe, timestep: Tensor, text: Tensor, name: str | None, is_guided: bool, in_call: bool = True
+        self, pipe, timestep: Tensor, text: Tensor, name: str | None, is_guided: bool, by_pipeline: bool = True
     ) -> Place:
         """The place of a call of a pipeline; `name` is that of its cache context.
 
-        `in_call`: the pipeline makes it, and not a loop of the user's own, of which the pipeline knows nothing. Raises
+        `by_pipeline`: it makes the call, and not a loop of the user's own, of which the pipeline knows nothing. Raises
         AccelError for a loop that makes more steps than the scheduler has.
         """
         times = pipe.scheduler.timesteps
         time = float(timestep.max())  # with one timestep per token, those of a given first frame are 0
         begins = times is not self._schedule or self._goes_back(time, times)
         if begins:
-            self._begin(pipe, times, in_call)
+            self._begin(pipe, times, by_pipeline)
         branch = name.removeprefix("pred_") if name else self._branch_of(text, begins or time != self._time, is_guided)
         if not begins and time == self._time and branch in self._seen and not self._comes_twice(times, timestep.dtype):
             raise AccelError(
@@ -85,16 +85,16 @@ class CallTracker:
         if begins or time != self._time or branch in self._seen:
             self._index, self._time, self._seen = self._index + 1, time, set()
         if self._index == self._count:  # the same short list once more
-            self._begin(pipe, times, in_call)
+            self._begin(pipe, times, by_pipeline)
             self._index, begins = 0, True
         self._seen.add(branch)
         has_new_text = branch in self._texts and has_changed(*self._texts[branch], text)
         self._texts[branch] = text, num_changes(text)
         return Place(self._index, self._count, self._skipped + self._index, branch, begins, has_new_text)
 
-    def _begin(self, pipe, times: Tensor, in_call: bool) -> None:
+    def _begin(self, pipe, times: Tensor, by_pipeline: bool) -> None:
         scheduled = len(times)
-        planned = (in_call and getattr(pipe, "num_timesteps", scheduled)) or scheduled
+        planned = (by_pipeline and getattr(pipe, "num_timesteps", scheduled)) or scheduled
         if planned > scheduled:
             raise AccelError(
                 f"this pipeline makes {planned} steps of a schedule of {scheduled}, frames one after the other: "

@@ -75,7 +75,7 @@ class Host:
         self.exact_steps: set[int] = set()
         self._tracker = CallTracker()
         self._levels: list[float] = []  # sigma of each timestep
-        self._is_own_loop = False  # the present call is of a loop of the user's own
+        self._by_pipeline = True  # the present call is the pipeline's, not of a loop of the user's own
         self._is_counting = False  # a call that only counts FLOPs is under way
         self._in_call = False  # a transformer call is under way that the host knows of
         self.cache_context: CacheContext | None = None  # of the pipeline's current call
@@ -241,7 +241,7 @@ class Host:
         del inputs["self"]
         return_dict, x = inputs.pop("return_dict", True), inputs.pop("hidden_states")
         pipe, call = running_call(self.pipe)
-        self._is_own_loop = not call
+        self._by_pipeline = bool(call)
         # A loop of the user's own tells nothing: its branches come one by one.
         self.is_guided = self.family.is_guided(pipe, call) if call else not self.family.batches_guidance
         self.cache_context = hook.context
@@ -278,7 +278,7 @@ class Host:
     def _track(self, index: int, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> None:
         """Find out which step and branch this call is, and whether it begins a new run."""
         time, text = inputs["timestep"], inputs["encoder_hidden_states"]
-        at = self._tracker.locate(pipe, time, text, name, self.is_guided, not self._is_own_loop)
+        at = self._tracker.locate(pipe, time, text, name, self.is_guided, self._by_pipeline)
         if at.begins:
             self._levels = noise_levels(pipe.scheduler)
             self.run_id, self.text_id = self.run_id + 1, self.text_id + 1

@@ -124,7 +124,7 @@ def _combined() -> Suite:
 
 
 def _gpd() -> Suite:
-    students = {f"gpd, {n} steps": Setting("gpd", overrides={"gpd": {"steps": n}}) for n in (6, 8, 12, 16, 24)}
+    students = _gpd_steps(6, 8, 12, 16, 24)
     baselines = fewer_steps(24, 12, 6) | {
         "Euler, 48 steps": Setting(steps=48, solver="euler"),
         "Euler, 6 steps": Setting(steps=6, solver="euler"),
@@ -164,9 +164,7 @@ def _disca() -> Suite:
         f"{form} at the same full steps": Setting("disca", overrides={"disca": {"predictor": form}})
         for form in ("reuse", "taylor-1", "taylor-2")
     }
-    students = {
-        f"meanflow, {n} steps": Setting("meanflow", overrides={"meanflow": {"steps": n}}) for n in (20, 12, 10, 8, 6)
-    }
+    students = _meanflow_steps(20, 12, 10, 8, 6)
     baselines = fewer_steps(6, 5) | {"Euler, 5 steps": Setting(steps=5, solver="euler")}
     settings = BASELINE | {"disca": Setting("disca")} | variants | students | baselines | {"turbo": Setting("turbo")}
     pairs = against("disca", *variants, "meanflow, 10 steps", "Euler, 5 steps", "baseline, 5 steps")

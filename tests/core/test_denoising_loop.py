@@ -120,7 +120,7 @@ def test_a_loop_of_the_users_own_has_the_steps_of_the_scheduler():
     times = torch.tensor([900.0, 500.0, 100.0])
     for stale in (2, 4):
         pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=times), num_timesteps=stale)
-        at = CallTracker().locate(pipe, torch.tensor([900.0]), TEXT, "cond", True, in_call=False)
+        at = CallTracker().locate(pipe, torch.tensor([900.0]), TEXT, "cond", True, by_pipeline=False)
         assert (at.index, at.count, at.position) == (0, 3, 0)
 
 
