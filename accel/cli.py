@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 world = typer.Typer(no_args_is_help=True, help="The captioned toy world: render samples, judge videos.")
 app.add_typer(world, name="world")
 
-Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows examples/prompts/plain.txt.")]
+Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows examples/prompts/toy.txt.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise, or of the sampled scenes.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or a YAML file; 'none' for no method.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
@@ -323,7 +323,7 @@ def tune(
     from .world.scene import held_out_prompts
 
     lines = prompt_file.read_text().split("\n") if prompt_file else []
-    texts = [line for line in lines if line.strip()] or held_out_prompts(prompts, TUNING_SEED, defaults.living)
+    texts = [line for line in lines if line.strip()] or held_out_prompts(prompts, TUNING_SEED)
     with only_writer(out):
         rows = tune(model, pipe, defaults, texts, trials, seed, out)
         chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in CLASSES}
@@ -466,7 +466,7 @@ def train(
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, or the model's weights.")] = False,
     out: Out = Path("checkpoints"),
-    setting: Annotated[str, typer.Option(help="small, medium (living, 96x96) or large; default: by device.")] = None,
+    setting: Annotated[str, typer.Option(help="small (for a CPU) or large (for a GPU); default: by device.")] = None,
     export: Annotated[bool, typer.Option(help="With base: only write the EMA weights of its last checkpoint.")] = False,
     model: Annotated[str, typer.Option(help="For students: another model to distill, with LoRA.")] = None,
     prompts: Annotated[Path, typer.Option(help="With --model: a text file of prompts, one per line.")] = None,
@@ -497,7 +497,6 @@ def sample(
     size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 96,
     frames: Annotated[int, typer.Option(min=1, help="Frames of each scene.")] = 33,
     held_out: Annotated[bool, typer.Option(help="Only combinations that are held out of training.")] = False,
-    living: Annotated[bool, typer.Option(help="Living textures, shadows, second objects.")] = False,
     out: Out = Path("runs/world"),
 ) -> None:  # fmt: skip
     """Render captioned scenes: mp4s, captions.json and a contact sheet in --out."""
@@ -513,7 +512,7 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     rng, captions, rows = random.Random(seed), {}, []
     for i in range(n):
-        scene = sample_scene(rng, held_out, living)
+        scene = sample_scene(rng, held_out)
         text, video = caption(scene, rng), render(scene, frames, size).numpy()
         captions[f"{i:03d}.mp4"] = text
         write_mp4(out / f"{i:03d}.mp4", video, 12, {"caption": text})

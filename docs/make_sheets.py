@@ -31,7 +31,7 @@ def sheet(pipe, model: str, setting: Setting) -> np.ndarray:
     """An image (h, w, 3) of the prompts' videos by a setting, two prompts in a row."""
     defaults, settings = model_defaults(pipe, model), setting.settings()
     strips = []
-    for prompt in tqdm(held_out_prompts(LISTED, PROMPT_SEED, defaults.living)[:PROMPTS]):
+    for prompt in tqdm(held_out_prompts(LISTED, PROMPT_SEED)[:PROMPTS]):
         run = build_run(defaults, model=model, prompt=prompt, seed=0, **settings)
         strips.append(np.concatenate(list(generate(run, pipe, defaults).frames[::EVERY]), 1))
     return np.concatenate([np.concatenate(strips[i : i + 2], 1) for i in range(0, PROMPTS, 2)])

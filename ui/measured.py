@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from accel.evaluation.metrics import METRICS
 from accel.evaluation.report import Column, columns, conditions
-from accel.evaluation.suites import OVERVIEW, RESULTS, SUITES, baseline_at_matched_time
+from accel.evaluation.suites import FRONT, OVERVIEW, RESULTS, SUITES, baseline_at_matched_time
 from ui.pareto import Point, pareto_plot
 from ui.templating import render
 
@@ -34,27 +34,27 @@ class Order(NamedTuple):
 
 
 def suite_names() -> list[str]:
-    """All presets together, then every suite that was measured; those that are no suite of `bench` at the end."""
+    """All presets together, from the front, then every suite that was measured; those that are no suite of `bench` at the end."""
     names = [file.parent.name for file in sorted(RESULTS.glob("*/results.json"))]
     known = [name for name in SUITES if name in names]
-    return [ALL, *known, *(name for name in names if name not in SUITES)] if names else []
+    presets = [ALL] if FRONT in names else []
+    return [*presets, *known, *(name for name in names if name not in SUITES)]
 
 
 def read(suite: str) -> dict:
-    """The results of a suite, or those of all presets, also for a name that is not offered.
+    """The results of a suite, or those of all presets, whose rows have the "matched" baseline of their time.
 
-    Rows of several suites have their own "n", and the "matched" baseline of their suite.
+    For a name that is not offered, those of the first one that is.
     """
-    if suite in suite_names() and suite != ALL:
+    suite = suite if suite in suite_names() else suite_names()[0]
+    if suite != ALL:
         return json.loads((RESULTS / suite / "results.json").read_text())
-    rows, found, threads = {}, {}, set()
-    for preset, (name, setting) in OVERVIEW.items():
-        if (RESULTS / name / "results.json").is_file():
-            found = json.loads((RESULTS / name / "results.json").read_text())
-            row = found["rows"][setting]
-            threads.add(found["threads"])
-            rows[preset] = {**row, "n": found["n"], "matched": baseline_at_matched_time(name, found, row)}
-    return {**found, "rows": rows, "pairs": [], "threads": " or ".join(map(str, sorted(threads)))}
+    found = json.loads((RESULTS / FRONT / "results.json").read_text())
+    rows = {}
+    for preset, setting in OVERVIEW.items():
+        row = found["rows"][setting]
+        rows[preset] = {**row, "matched": baseline_at_matched_time(FRONT, found, row)}
+    return {**found, "rows": rows, "pairs": []}
 
 
 def about(suite: str, found: dict) -> list[str]:
@@ -63,24 +63,17 @@ def about(suite: str, found: dict) -> list[str]:
     if "layout" in found:
         size = "{width}×{height}, {frames} frames, {steps} steps, guidance {guidance:g}".format(**found)
         return [f"{machine}, {found['layout']}, {size}; n = {found['n']}.", RANDOM]
-    figures = "Means with 95 % bootstrap intervals; speed-up: median and 5–95 % range of the denoising times."
-    if suite == ALL:
-        return [
-            f"{machine}; each preset on held-out prompts of its own suite, so compare within suites. {figures}",
-            TOY,
-        ]
     return [f"{conditions(found)}.", TOY]
 
 
 def shown_columns(rows: dict[str, dict]) -> list[Column]:
-    """The columns of a table: speed, the metrics that were measured, memory, and n where it differs by row."""
+    """The columns of a table: speed, the metrics that were measured, memory, and the matched baseline."""
     found = columns("report", rows)
     first = next(iter(rows.values()))
     if "peak_memory_bytes" in first:
         found.append(Column("peak memory GB", lambda row: f"{row['peak_memory_bytes'] / 1e9:.1f}"))
     if "matched" in first:
         found.append(Column("SSIM of the baseline in the same time", lambda row: row["matched"]))
-        found.append(Column("n", lambda row: str(row["n"])))
     return found
 
 

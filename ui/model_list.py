@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel.errors import AccelError
-from accel.runtime.models import LIVING, TINY, check_model, resolve
+from accel.runtime.models import TINY, check_model, resolve
 from ui import zero_gpu
 
 
@@ -53,20 +53,20 @@ HUB = (
     HubModel("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan 2.1 14B", 40, "Apache 2.0"),
 )
 HUB_HOST, HUB_SECONDS = "huggingface.co", 2
-SHIPPED = {TINY: "tiny-wan · shipped toy model", LIVING: "tiny-wan-96 · living toy world"}
+SHIPPED = {TINY: "tiny-wan · shipped toy model"}
 MEMORY_FACTOR = 1.25  # what a run needs beside the weights, without methods that hold more
 
 
 def model_choices(first: str = TINY, root: Path | None = None) -> list[ModelChoice]:
-    """All models to choose from, `first` first: the shipped ones, the pipeline folders in `root`, and those of `HUB`.
+    """All models to choose from, `first` first: the shipped one, the pipeline folders in `root`, and those of `HUB`.
 
-    An installed package lacks the second shipped one. Raises AccelError if `root` is not a folder.
+    Raises AccelError if `root` is not a folder.
     """
     if root is not None and not root.is_dir():
         raise AccelError(f"--models {root} is not a folder; it is the folder that holds the folders of the pipelines")
     folders = sorted(str(file.parent) for file in root.glob("*/model_index.json")) if root else []
-    hub, more = {model.id: model for model in HUB}, [LIVING] if Path(resolve(LIVING)).is_dir() else []
-    local = [_local(model) for model in dict.fromkeys([first, TINY, *more, *folders]) if model not in hub]
+    hub = {model.id: model for model in HUB}
+    local = [_local(model) for model in dict.fromkeys([first, TINY, *folders]) if model not in hub]
     memory = gpu_gigabytes()
     online = memory > 0 and hub_answers()
     known = [ModelChoice(model.id, model.title, _missing(model, memory, online)) for model in HUB]

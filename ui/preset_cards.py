@@ -31,8 +31,8 @@ def _figures(preset: str, model: str) -> str:
 @cache
 def measured_figures() -> dict[str, tuple[float, float]]:
     """{preset: (speed-up, SSIM)} from the committed results; empty where they are not installed."""
-    from accel.evaluation.suites import OVERVIEW, results
+    from accel.evaluation.suites import FRONT, OVERVIEW, results
 
-    found = {preset: (results(suite), setting) for preset, (suite, setting) in OVERVIEW.items()}
-    rows = {preset: result["rows"].get(setting) for preset, (result, setting) in found.items() if result}
+    found = results(FRONT) or {"rows": {}}
+    rows = {preset: found["rows"].get(setting) for preset, setting in OVERVIEW.items()}
     return {preset: (row["speedup"], row["ssim"][0]) for preset, row in rows.items() if row}

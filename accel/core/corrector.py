@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .host import Host
 
 # Spread of the videos that are still possible, in units of the latents: with less noise than that, a change of the
-# sample is partly a change of the video. Measured on tiny-wan-96, as the output's change along the correction.
+# sample is partly a change of the video. Measured on tiny-wan, as the output's change along the correction.
 SPREAD = 0.3
 LEAST = 0.6  # of a correction that the output takes back at little noise: the last corrections are the least certain
 CLEAN = 0.05  # sigma below which the response grows no more: a network's velocity is bounded

@@ -63,7 +63,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         )
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
-    texts = held_out_prompts(prompts, PROMPT_SEED, defaults.living)
+    texts = held_out_prompts(prompts, PROMPT_SEED)
     cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
     refused = refused_peers(settings, cases[0], pipe, defaults, model=model)
     settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
@@ -77,11 +77,11 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     if groups:
         tried = sum(name in settings for names in groups.values() for name in names)
         about = {"tried": tried, "tuning_prompts": TUNING_PROMPTS}
-        tuning = [(prompt, 0) for prompt in held_out_prompts(TUNING_PROMPTS, TUNING_SEED, defaults.living)]
+        tuning = [(prompt, 0) for prompt in held_out_prompts(TUNING_PROMPTS, TUNING_SEED)]
         lines = measured(settings, tuning, [METRICS["ssim"]], "tuning.jsonl", "tuning prompts")
         rows = summarize(by_case(lines))["rows"]
         classes = best_settings(rows, {g: [n for n in names if n in rows] for g, names in groups.items()})
-        kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *(setting for of, setting in OVERVIEW.values() if of == suite)}
+        kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *OVERVIEW.values()}
         kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
         _check_out(out / "results.json", settings, prompts * seeds)

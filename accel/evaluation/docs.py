@@ -16,14 +16,14 @@ from pathlib import Path
 from ..errors import AccelError
 from ..families import FAMILIES, Family
 from ..methods import METHODS
-from ..runtime.models import LIVING, TINY
+from ..runtime.models import TINY
 from ..runtime.paths import ROOT
 from .front import front_overview, front_table
 from .layouts import LAYOUTS
 from .memory import SETTINGS, forecast
 from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
-from .suites import OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, results
+from .suites import FRONT, OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, results
 
 OURS = [name for name, method in METHODS.items() if not method.peer]
 CARD = ROOT / TINY / "README.md"
@@ -33,18 +33,17 @@ MARKED = re.compile(r"(<!-- ([\w.-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
 def overview() -> str:
-    """One row for each preset: its figures, and the best baseline at matched time from the same suite."""
-    head = ["preset", "speed-up", "SSIM", "delta adherence", "SSIM of the baseline at matched time", "n"]
-    rows = []
-    for preset, (suite, setting) in OVERVIEW.items():
-        found = results(suite)
+    """One row for each preset: its figures, and the best baseline at matched time."""
+    head = ["preset", "speed-up", "SSIM", "adherence", "delta adherence", "SSIM of the baseline at matched time"]
+    rows, found = [], results(FRONT)
+    for preset, setting in OVERVIEW.items():
         if not found or setting not in found["rows"]:
             rows.append([f"`{preset}`", NOT_YET.strip(), *[""] * 4])
             continue
         row = found["rows"][setting]
-        delta = cell(METRICS["adherence"], row["adherence_delta"])
-        figures = [SPEED["speed-up"](row), cell(METRICS["ssim"], row["ssim"]), delta]
-        rows.append([f"`{preset}`", *figures, baseline_at_matched_time(suite, found, row), found["n"]])
+        adherence = [cell(METRICS["adherence"], row[key]) for key in ("adherence", "adherence_delta")]
+        figures = [SPEED["speed-up"](row), cell(METRICS["ssim"], row["ssim"]), *adherence]
+        rows.append([f"`{preset}`", *figures, baseline_at_matched_time(FRONT, found, row)])
     return markdown(head, rows)
 
 
@@ -125,7 +124,7 @@ def suite_table(suite: str, kind: str) -> str:
 
 def front_of_groups() -> str:
     """One row for each speed: the best of ours, of the peers and of the plain solvers."""
-    found = results("front")
+    found = results(FRONT)
     return front_overview(found) if found else NOT_YET
 
 
@@ -145,10 +144,10 @@ def suite_pairs(suite: str) -> str:
     return pairs_table(found) if found else NOT_YET
 
 
-def students(model: str = TINY) -> str:
+def students() -> str:
     """How each student of GPD was trained, and its errors on the validation prompts."""
     head = ["student", "horizon", "iteration", "minutes", "velocity MSE", "error of the final latents"]
-    manifests = [json.loads(file.read_text()) for file in (ROOT / model).glob("gpd-N*/gpd.json")]
+    manifests = [json.loads(file.read_text()) for file in CARD.parent.glob("gpd-N*/gpd.json")]
     rows = [
         [manifest["steps"], manifest["horizon"], *_stage(manifest["validation"])]
         for manifest in sorted(manifests, key=lambda manifest: -manifest["steps"])
@@ -156,11 +155,11 @@ def students(model: str = TINY) -> str:
     return markdown(head, rows)
 
 
-def disca_training(model: str = TINY) -> str:
+def disca_training() -> str:
     """How the MeanFlow student and the predictors were trained, stage by stage."""
-    record = json.loads((ROOT / model / "training.json").read_text())
+    record = json.loads((CARD.parent / "training.json").read_text())
     parts = {"meanflow": record["meanflow"]["stages"]} if "meanflow" in record else {}
-    for file in sorted((ROOT / model).glob("predictor/*/*.json"), reverse=True):
+    for file in sorted(CARD.parent.glob("predictor/*/*.json"), reverse=True):
         parts[f"predictor, {file.parent.name}"] = json.loads(file.read_text())["stages"]
     head = ["part", "stage", "iteration", "minutes", "velocity MSE", "error of the final latents"]
     rows = [[part, name, *_stage(stage)] for part, stages in parts.items() for name, stage in stages.items()]
@@ -251,12 +250,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "memory": memory,
     "attributes": partial(attributes, "base"),
-    "attributes-96": partial(attributes, "base-96"),
     "training": training,
     "students": students,
     "disca-training": disca_training,
-    "students-96": partial(students, LIVING),
-    "disca-training-96": partial(disca_training, LIVING),
 }
 PARTS |= {suite: partial(suite_table, suite, "brief") for suite in SUITES}
 PARTS |= {f"{suite}-details": partial(suite_details, suite) for suite in SUITES}
@@ -276,7 +272,7 @@ def fill(text: str) -> str:
 
 def pages() -> list[Path]:
     """The documents that may hold generated parts."""
-    return [ROOT / "README.md", CARD, ROOT / LIVING / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", CARD, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def write() -> list[Path]:

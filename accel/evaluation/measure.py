@@ -34,7 +34,7 @@ def calibration_cases(n: int, prompt_seed: int, defaults: ModelDefaults) -> list
     if defaults.toy_world:
         from ..world.scene import held_out_prompts
 
-        prompts = held_out_prompts(n, prompt_seed, defaults.living)
+        prompts = held_out_prompts(n, prompt_seed)
     else:
         prompts = example_prompts(defaults)[:n]
         if len(prompts) < n:

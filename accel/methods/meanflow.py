@@ -51,7 +51,7 @@ class MeanFlow(StudentMethod):
         20, description="Steps of the student (0: no student); below 10 its intervals exceed its training."
     )
     guidance: float = Field(
-        4.0,
+        5.0,
         ge=1,
         le=20,
         multiple_of=0.25,

@@ -10,8 +10,7 @@ FOLDER = ROOT / "examples" / "prompts"
 
 def example_prompts(defaults: ModelDefaults | None) -> list[str]:
     """The prompts to try first on a model with these defaults; None for a model that has no `accel.json`."""
-    is_toy = defaults is not None and defaults.toy_world
-    world = "living" if is_toy and defaults.living else "plain" if is_toy else "real"
+    world = "toy" if defaults is not None and defaults.toy_world else "real"
     return (FOLDER / f"{world}.txt").read_text().splitlines()
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 TINY = "models/tiny-wan"
-LIVING = f"{TINY}-96"  # of the living world, at 96x96 pixels
 HASH = ".sha256"  # ending of a file with the hash of the one beside it
 STUDENTS = re.compile("gpd-|meanflow$|predictor$|fittedsolver$")  # folders of methods in a model's folder
 
@@ -40,7 +39,6 @@ class ModelDefaults(BaseModel, frozen=True):
     fps: int = 16
     text_length: int = 512
     toy_world: bool = False  # trained on the captioned toy world
-    living: bool = False  # on its living version
     metrics: tuple[str, ...] = ()  # quality metrics of this model, beside those of every model
 
 

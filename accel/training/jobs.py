@@ -107,8 +107,7 @@ class DistillJob:
 
     def other_job_dir(self, out: Path, what: str) -> Path:
         """The folder of the job that trains another method or ablation of the same model, given this job's folder."""
-        together = self.model == TINY or out.parent.name == Path(self.model).name  # parts of a model of a setting
-        return out.parent / what if together else out.parent.parent / what / out.name
+        return out.parent / what if self.model == TINY else out.parent.parent / what / out.name
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class LoadedJob:
         if self.prompts:
             draw_prompt = lambda rng: rng.choice(self.prompts[:-VALIDATION_PROMPTS])
         else:
-            draw_prompt = lambda rng: caption(sample_scene(rng, living=self.defaults.living), rng)
+            draw_prompt = lambda rng: caption(sample_scene(rng), rng)
         context = rollout_context(self.pipe, self.defaults, base_steps, draw_prompt)
         if self.job.videos:
             context = replace(context, draw_video=VideoFolder(self.job.videos, self.pipe, self.defaults).draw)
@@ -150,9 +149,7 @@ class LoadedJob:
 
     def validation_prompts(self) -> list[str]:
         """Prompts that are not trained on."""
-        return self.prompts[-VALIDATION_PROMPTS:] or held_out_prompts(
-            TOY_VALIDATION_PROMPTS, TOY_VALIDATION_SEED, self.defaults.living
-        )
+        return self.prompts[-VALIDATION_PROMPTS:] or held_out_prompts(TOY_VALIDATION_PROMPTS, TOY_VALIDATION_SEED)
 
 
 class JobSpec(ABC):

@@ -25,12 +25,12 @@ PARTS = ("vae", "base", *STUDENTS)
 
 
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
-    """Train a part, or all of them in order, into the setting's model; returns the record of how each was made.
+    """Train a part, or all of them in order, into the shipped model; returns the record of how each was made.
 
-    A part that is stopped before its last step stays in `out`, for `resume`. `minutes` limits all parts together. The
-    default setting is small on a CPU and large on a GPU. `job` holds fields of `DistillJob`, for students only; such a
-    job is not recorded in the shipped model. Raises AccelError for an unknown part or setting, or one that has no
-    optimizer settings for the part.
+    A part starts from the weights that it will replace. One that is stopped before its last step stays in `out`, for
+    `resume`. `minutes` limits all parts together. The default setting is small on a CPU and large on a GPU. `job` holds
+    fields of `DistillJob`, for students only; such a job is not recorded in the shipped model. Raises AccelError for an
+    unknown part or setting, or one that has no optimizer settings for the part.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # else torchrun's processes on a CPU stay apart
     if job := _job_fields(what, job):
@@ -43,7 +43,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     model, optims = SETTINGS[setting], OPTIM_CONFIGS[setting]
     if what not in (*optims, "all"):
         raise AccelError(f"the setting {setting} has no {what}; it has {', '.join(optims)}")
-    file, out = ROOT / model.target / "training.json", _checkpoint_dir(model, out)
+    file = ROOT / TINY / "training.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     began = time.monotonic()
     parts = [part for part in PARTS if part in optims] if what == "all" else [what]
@@ -56,12 +56,11 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
         if not resume:
             for old in (PARENT, DONE, "state.pt"):
                 (out / part / old).unlink(missing_ok=True)
-        continues = resume or model.start == model.target  # with the weights that the record is about
-        parent = parent_run(record.get(part), out / part) if continues and part in TRAINERS else None
+        parent = parent_run(record.get(part), out / part) if part in TRAINERS else None
         if part in TRAINERS:
             done = TRAINERS[part](optim, model, device, left, resume, out / part)
         else:
-            done = train_student(part, left, resume, out / part, setting, model=model.target, start=model.start)
+            done = train_student(part, left, resume, out / part, setting)
         stopped, finished = done.pop("stopped", False), done.get("finished", done["step"] == done["steps"])
         record[part] = {"setting": setting, "device": _device_name(), **done, "optim": optim.model_dump()}
         if parent:
@@ -103,11 +102,6 @@ def _device_name() -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def _checkpoint_dir(model: ModelSetting, out: Path) -> Path:
-    """The folder of unfinished parts of a model: `out` for the shipped model, a subfolder for another one."""
-    return out if model.target == TINY else out / Path(model.target).name
-
-
 def shutdown_distributed() -> None:
     """Close the connections between training processes: if the interpreter closes them at its end, one can abort."""
     state = PartialState()
@@ -132,17 +126,15 @@ def _train_vae(
 ) -> dict:
     from .tasks import vae
 
-    target, state = ROOT / model.target / "vae", out / "state.pt"
+    target, state = ROOT / TINY / "vae", out / "state.pt"
     bases = (target.with_name("transformer") / "config.json", out.with_name("base") / "state.pt")
-    task = vae.VaeTask(optim, model.size, model.frames, living=model.living)
+    task = vae.VaeTask(optim, model.size, model.frames)
     if resume and state.is_file() and vae.trains_encoder(state):
         task.shape_as(state)
-    elif resume and target.is_dir():
+    elif target.is_dir():
         task.start_from(target)
         if any(file.is_file() for file in bases):  # finished, or in training
             task.keep_latents()
-    elif model.start:
-        task.start_from(ROOT / model.start / "vae")
     summary = fit(task, out, minutes=minutes, resume=resume)
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
         return summary
@@ -155,11 +147,9 @@ def _train_base(
     from .tasks import base_model as base
 
     began = time.monotonic()
-    target, task = ROOT / model.target, _base_task(optim, model, device, out)
-    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
+    target, task = ROOT / TINY, _base_task(optim, model, device, out)
+    if (target / "transformer").is_dir():
         task.start_from(target)
-    elif model.start:
-        task.start_from(ROOT / model.start)
     left = remaining(minutes, began)  # after the clips have been encoded
     summary = fit(task, out, minutes=left, resume=resume, save_every=model.save_every)
     if summary["step"] < summary["steps"] or not PartialState().is_main_process:
@@ -169,7 +159,7 @@ def _train_base(
     return summary
 
 
-TRAINERS = {"vae": _train_vae, "base": _train_base}  # with `resume` they start from the weights that they replace
+TRAINERS = {"vae": _train_vae, "base": _train_base}
 
 
 def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
@@ -179,19 +169,19 @@ def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
     from .fast_blocks import can_compile
     from .tasks import base_model as base
 
-    target, start = ROOT / model.target, model.start and ROOT / model.start
+    target = ROOT / TINY
     if not (target / "vae" / "config.json").is_file():
         raise AccelError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
     with PartialState().main_process_first():  # which encodes the clips that the others load
         return base.BaseTask(
-            optim, autoencoder, model.size, model.frames, model.clips, out, device, can_compile(device), model.living,
-            start,
+            optim, autoencoder, model.size, model.frames, model.clips, out, device, can_compile(device),
+            start=target if (target / "tokenizer").is_dir() else None,
         )  # fmt: skip
 
 
 def export_base(what: str, setting: str | None, out: Path) -> dict:
-    """Write the EMA weights of the base's last checkpoint into the setting's model, finished or not.
+    """Write the EMA weights of the base's last checkpoint into the shipped model, finished or not.
 
     A training that is running is not disturbed. Raises AccelError for another part, or if there is no checkpoint.
     """
@@ -201,7 +191,7 @@ def export_base(what: str, setting: str | None, out: Path) -> dict:
         raise AccelError(f"only the base model can be exported, not {what}")
     setting = _setting_name(setting)
     model = SETTINGS[setting]
-    folder, target = _checkpoint_dir(model, out) / "base", ROOT / model.target
+    folder, target = out / "base", ROOT / TINY
     if not (folder / "state.pt").is_file():
         raise AccelError(f"{folder} holds no checkpoint: python -m accel train base --setting {setting}")
     task = _base_task(OptimConfig(**OPTIM_CONFIGS[setting]["base"]), model, "cpu", folder)
@@ -231,20 +221,24 @@ def _write_defaults(model: ModelSetting) -> None:
 
     defaults = {"height": model.size, "width": model.size, "frames": model.frames, "fps": model.fps}
     defaults |= {"steps": 50, "guidance": model.guidance, "text_length": MAX_TOKENS, "toy_world": True}
-    defaults |= {"living": model.living, "metrics": ["adherence", *(["texture"] if model.living else [])]}
-    (ROOT / model.target / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
+    defaults |= {"metrics": ["adherence", "texture"]}
+    (ROOT / TINY / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
 
 
 def train_student(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
-    """Distil a model into students. Raises AccelError if that is one of the repository's and does not exist yet."""
+    """Distil a model into students; with a setting, the shipped one, from the first student that it has.
+
+    Raises AccelError if the shipped model does not exist yet.
+    """
     from .gpd_job import GpdJob
-    from .jobs import DistillJob, run_job
+    from .jobs import INITIAL_STUDENT, DistillJob, run_job
     from .meanflow_job import MeanFlowJob
     from .predictor_job import PredictorJob
 
+    if setting and (ROOT / TINY / INITIAL_STUDENT).is_dir():
+        job["start"] = TINY
     distill_job, device = DistillJob(**job), str(PartialState().device)
-    own = [model.target for model in SETTINGS.values()]
-    if distill_job.model in own and not (ROOT / distill_job.model / "transformer" / "config.json").is_file():
+    if distill_job.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise AccelError("the base model comes first: python -m accel train base")
     kind = _setting_name(setting) if distill_job.is_toy() else "others"
     spec = next(spec for spec in (GpdJob(), MeanFlowJob(), PredictorJob()) if spec.method == what)

@@ -4,43 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..runtime.models import LIVING, TINY
-
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """A model of the toy world: the size of its videos, its data, and where it starts from."""
+    """The shipped model for one kind of device: the size of its videos, and its data."""
 
     size: int  # height and width in pixels
     frames: int
     fps: int
     clips: int  # rendered for the base model
-    living: bool = False  # textures, shadows and second objects of the living world
-    start: str | None = None  # folder of a model whose weights the training starts from
-    target: str = TINY  # folder of the model that is made
-    guidance: float = 4.0  # that the model runs with by default, and its students learn
+    guidance: float = 5.0  # that the model runs with by default, and its students learn
     save_every: float = 400  # seconds between checkpoints
 
 
 SETTINGS = {
-    "small": ModelSetting(64, 17, fps=8, clips=12_000),  # the default on a CPU
-    "medium": ModelSetting(  # for a CPU; its sample grid takes a while
-        96, 17, fps=8, clips=12_000, living=True, start=LIVING, target=LIVING, guidance=5.0, save_every=600
-    ),
-    "large": ModelSetting(  # the default on a GPU: trains the weights of "medium" on
-        96, 17, fps=8, clips=24_000, living=True, start=LIVING, target=LIVING, guidance=5.0, save_every=120
-    ),
+    "small": ModelSetting(96, 17, fps=8, clips=12_000, save_every=600),  # for a CPU; its sample grid takes a while
+    "large": ModelSetting(96, 17, fps=8, clips=24_000, save_every=120),  # for a GPU
 }
 _STUDENT = {"warmup": 10, "decay_from": 0.0, "weight_decay": 0.0, "ema": 0.0}  # stages are too short for an average
 OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the toy world
     "small": {
-        "vae": {"steps": 4100, "lr": 2e-3, "matrix_lr": 8e-3, "decay_from": 0.25},
-        "base": {"steps": 4600, "lr": 1.4e-3, "matrix_lr": 5e-3, "decay_from": 0.5, "betas": (0.9, 0.98), "seed": 3},
-        "gpd": {"steps": 38, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT,
-        "meanflow": {"steps": 450, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
-        "predictor": {"steps": 450, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
-    },
-    "medium": {
         "vae": {"steps": 800, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 2},
         "base": {"steps": 6400, "lr": 1e-3, "matrix_lr": 4e-3, "warmup": 40, "decay_from": 0.45, "betas": (0.9, 0.98),
                  "seed": 9},

@@ -116,9 +116,8 @@ def render(scene: Scene, frames: int, size: int, device: torch.device | str = "c
     time = torch.linspace(0, 1, frames)
     image = _background(scene, time, size, device)
     paths = [trajectory(item, time) for item in scene.objects]
-    if scene.texture_seed is not None:
-        for path in paths:
-            image *= 1 - SHADOW * _shadow(path.to(device), size)
+    for path in paths:
+        image *= 1 - SHADOW * _shadow(path.to(device), size)
     for item, path in zip(scene.objects, paths):
         _paint(image, item, path)
     return image.mul_(255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()

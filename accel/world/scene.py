@@ -1,13 +1,13 @@
 """The closed grammar of captions and the scenes behind them.
 
-A scene is an object that moves over a patterned background. The caption says seven attributes, which `judge.py`
-reads back from the pixels; where the object starts, how far exactly it goes and where the pattern begins are
-continuous and unsaid. A living scene adds textures that move by themselves, soft shadows and sometimes a second
-object, which floats in a part of the frame that the first one leaves free.
+A scene is an object with a soft shadow that moves over a background: a regular pattern, or a living texture, which
+moves by itself. Sometimes a second object floats in a part of the frame that the first one leaves free. The caption
+says seven attributes, and three of a second object, which `judge.py` reads back from the pixels; where an object
+starts, how far exactly it goes and where the pattern begins are continuous and unsaid.
 
     >>> scene = sample_scene(random.Random(0))
     >>> caption(scene, random.Random(0))
-    'on a white background with dots, a little orange triangle moves up slowly'
+    'snow background with ripples: the violet circle is big and goes around fast'
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 ATTRIBUTES = tuple(PHRASES)
 SECOND_ATTRIBUTES = ("second_size", "second_colour", "second_shape")
-REGULAR = ("plain", "striped", "checked", "dotted")  # the patterns of a scene that is not living
-LIVING = ("cloudy", "starry", "rippling", "grassy", "marbled")
+REGULAR = ("plain", "striped", "checked", "dotted")
+LIVING = ("cloudy", "starry", "rippling", "grassy", "marbled")  # drawn twice as often
 TEMPLATES = (
     "a {size} {colour} {shape} {motion} {speed} over a {pattern} {background} background",
     "a {size} {colour} {shape} {speed} {motion} on a {pattern} {background} background",
@@ -86,7 +86,7 @@ SECOND_TEMPLATES = (
 )
 # motions of a small object that leave half of the frame free, and the axis across which that half lies
 FREE_AXIS = {"left": "y", "right": "y", "spins": "y", "up": "x", "down": "x", "bounces": "x"}
-SECOND_SHARE = 0.6  # of the living scenes with room for it that get a second object
+SECOND_SHARE = 0.6  # of the scenes with room for a second object that get one
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,14 @@ class Object:
 class Scene:
     """Objects over a background.
 
-    `pattern_phase` is where a regular pattern starts, in periods. `texture_seed` seeds a living texture; it is `None`
-    in a scene that is not living, which has no shadows either.
+    `pattern_phase` is where a regular pattern starts, in periods; `texture_seed` seeds a living texture.
     """
 
     objects: tuple[Object, ...]
     background: str
     pattern: str
     pattern_phase: tuple[float, float]
-    texture_seed: int | None = None
+    texture_seed: int
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -133,12 +132,9 @@ def is_held_out(colour: str, shape: str, motion: str) -> bool:
     return (index[0] + 2 * index[1] + 3 * index[2]) % 5 == 0
 
 
-def sample_scene(rng: random.Random, held_out: bool = False, living: bool = False) -> Scene:
-    """A random scene, from the held-out fifth of the combinations or from the other four.
-
-    A living scene has a living texture in ten of fourteen cases, shadows, and sometimes a second object.
-    """
-    patterns = (*REGULAR, *LIVING, *LIVING) if living else REGULAR
+def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
+    """A random scene, from the held-out fifth of the combinations or from the other four."""
+    patterns = (*REGULAR, *LIVING, *LIVING)
     while True:
         pick = {a: rng.choice(patterns if a == "pattern" else list(PHRASES[a])) for a in ATTRIBUTES}
         if is_held_out(pick["colour"], pick["shape"], pick["motion"]) == held_out:
@@ -151,10 +147,8 @@ def sample_scene(rng: random.Random, held_out: bool = False, living: bool = Fals
         speed_fraction=rng.random(),
         direction=rng.choice((-1, 1)),
     )
-    scene = Scene((first,), pick["background"], pick["pattern"], (rng.random(), rng.random()))
-    if not living:
-        return scene
-    scene = replace(scene, texture_seed=rng.getrandbits(31))
+    phase = (rng.random(), rng.random())
+    scene = Scene((first,), pick["background"], pick["pattern"], phase, rng.getrandbits(31))
     room = first.size == "small" and first.motion in FREE_AXIS
     return replace(scene, objects=_with_second(first, rng)) if room and rng.random() < SECOND_SHARE else scene
 
@@ -192,10 +186,10 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return rng.choice(SECOND_TEMPLATES).format(text=text, **words) if len(scene.objects) > 1 else text
 
 
-def held_out_prompts(n: int, seed: int, living: bool = False) -> list[str]:
+def held_out_prompts(n: int, seed: int) -> list[str]:
     """n captions of held-out combinations; the same for the same seed."""
     rng = random.Random(f"held-out {seed}")
-    return [caption(sample_scene(rng, held_out=True, living=living), rng) for _ in range(n)]
+    return [caption(sample_scene(rng, held_out=True), rng) for _ in range(n)]
 
 
 def read_caption(text: str) -> dict[str, str]:

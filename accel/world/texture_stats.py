@@ -120,7 +120,7 @@ def references(frames: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
     for pattern in LIVING:
         rows = []
         for _ in range(REFERENCES):
-            scene = replace(sample_scene(rng, living=True), pattern=pattern)
+            scene = replace(sample_scene(rng), pattern=pattern)
             video = (render(scene, frames, size).float() / 255).permute(3, 0, 1, 2)
             mask = clean(distance_to_background(video, scene.background) > OBJECT_THRESHOLD)
             rows.append(statistics_of(texture_value(video, scene.background), mask))

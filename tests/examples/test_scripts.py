@@ -5,7 +5,7 @@ from diffusers import WanPipeline
 
 from accel.runtime.paths import ROOT
 
-SIZE, SMALLER = "height=64, width=64, num_frames=17", "height=32, width=32, num_frames=5"
+SIZE, SMALLER = "height=96, width=96, num_frames=17", "height=32, width=32, num_frames=5"
 STEPS, FEWER = "num_inference_steps=50", "num_inference_steps=2"
 SCRIPTS = [
     file for file in sorted((ROOT / "examples" / "python").glob("*.py")) if "models/tiny-wan" in file.read_text()

@@ -67,7 +67,7 @@ def test_zeroed_time_frequencies_stay_zero_in_training():
 
 def test_the_base_trains_and_its_pipeline_loads_with_stock_diffusers(tmp_path, monkeypatch):
     """Three steps, on images, short and full clips; the stock `WanPipeline` loads what is written."""
-    monkeypatch.setattr(base, "CURRICULUM", ((0.34, 1, 2), (0.67, 2, 2), (1.0, 0, 2)))
+    monkeypatch.setattr(base, "CURRICULUM", ((0.34, ((1, 2),)), (0.67, ((2, 2),)), (1.0, ((0, 2),))))
     optim = OptimConfig(steps=3, lr=1e-3, warmup=1)
     task = base.BaseTask(optim, build_vae(8), 16, 5, 4, tmp_path / "work", "cpu")
     assert fit(task, tmp_path / "work", minutes=None, resume=False)["step"] == 3

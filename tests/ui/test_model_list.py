@@ -5,7 +5,7 @@ import os
 import pytest
 
 from accel.errors import AccelError
-from accel.runtime.models import LIVING, TINY
+from accel.runtime.models import TINY
 from ui import model_list
 from ui.model_list import HUB, gpu_gigabytes, hub_answers, model_choices
 
@@ -26,10 +26,10 @@ def reasons(*arguments) -> dict[str, str]:
     return {choice.id: choice.reason for choice in model_choices(*arguments)}
 
 
-def test_without_a_gpu_the_shipped_models_alone_are_usable_and_the_hub_is_not_asked(machine, monkeypatch):
+def test_without_a_gpu_the_shipped_model_alone_is_usable_and_the_hub_is_not_asked(machine, monkeypatch):
     monkeypatch.setattr(model_list, "hub_answers", lambda: pytest.fail("the hub was asked"))
     choices = model_choices()
-    assert [choice.id for choice in choices if choice.usable] == [TINY, LIVING]
+    assert [choice.id for choice in choices if choice.usable] == [TINY]
     assert "this server has none" in choices[-1].reason
 
 
@@ -53,20 +53,15 @@ def test_folders_of_pipelines_are_offered_and_damaged_ones_say_why(machine, tmp_
     (tmp_path / "broken" / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKLWan"]}')
     (tmp_path / "notes").mkdir()
     found = reasons(TINY, tmp_path)
-    assert list(found)[:3] == [TINY, LIVING, str(tmp_path / "broken")] and "vae" in found[str(tmp_path / "broken")]
+    assert list(found)[:2] == [TINY, str(tmp_path / "broken")] and "vae" in found[str(tmp_path / "broken")]
     assert str(tmp_path / "notes") not in found
 
 
 def test_the_model_that_the_owner_names_comes_first_and_is_offered_once(machine):
     machine(80)
     ids = [choice.id for choice in model_choices(HUB[1].id)]
-    assert ids[0] == HUB[1].id and len(ids) == len(set(ids)) == len(HUB) + 2
+    assert ids[0] == HUB[1].id and len(ids) == len(set(ids)) == len(HUB) + 1
     assert model_choices("someone/else")[0].usable
-
-
-def test_an_installed_package_offers_the_shipped_model_that_it_has(machine, monkeypatch):
-    monkeypatch.setattr(model_list, "LIVING", "models/nowhere")
-    assert [choice.id for choice in model_choices() if choice.usable] == [TINY]
 
 
 def test_a_missing_folder_of_models_is_refused(tmp_path):

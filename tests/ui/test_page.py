@@ -12,7 +12,7 @@ import app
 from accel.errors import AccelError
 from accel.methods import METHODS
 from accel.runtime.example_prompts import example_prompts
-from accel.runtime.models import LIVING, TINY, read_defaults
+from accel.runtime.models import TINY, read_defaults
 from accel.runtime.paths import ROOT
 from accel.runtime.presets import Preset, load_preset, preset_names
 from ui.api import side_from
@@ -99,7 +99,7 @@ def test_the_plain_card_switches_all_methods_off(page):
     assert settings.candidate["methods"] == {} and settings.reference["methods"] == {}
 
 
-@pytest.mark.parametrize("model, offered", [(LIVING, True), ("models/gone", False)])
+@pytest.mark.parametrize("model, offered", [(TINY, True), ("models/gone", False)])
 def test_opening_a_stored_pair_chooses_its_model_or_says_that_it_is_gone(page, model, offered):
     folder = next(pair.folder for pair in recorded_pairs() if pair.name == "fastercache")
     report = json.loads((folder / "run.json").read_text()) | {"model": model}
@@ -176,10 +176,10 @@ def test_a_side_over_the_api_is_a_preset_with_changes():
 
 
 def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_the_visitors(page, tmp_path):
-    (tmp_path / "accel.json").write_text('{"toy_world": true, "living": true}')
-    model, (plain, living) = str(tmp_path), (example_prompts(read_defaults(model)) for model in (TINY, LIVING))
-    updates = page.compare.switch_model(model, "me", "balanced", plain[0])
-    assert updates[page.compare.prompt] == living[0] and living[1] in updates[page.compare.examples]
+    (tmp_path / "accel.json").write_text("{}")
+    model, (toy, real) = str(tmp_path), (example_prompts(read_defaults(model)) for model in (TINY, str(tmp_path)))
+    updates = page.compare.switch_model(model, "me", "balanced", toy[0])
+    assert updates[page.compare.prompt] == real[0] and real[1] in updates[page.compare.examples]
     assert updates[page.compare.preset]["value"] == "stepcache" and updates[page.compare.preset_note] == ""
     assert not any("SSIM" in text for text, _ in updates[page.compare.preset]["choices"])
     assert page.compare.switch_model(model, "me", "turbo", "a cat")[page.compare.preset]["value"] == "stepcache"

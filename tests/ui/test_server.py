@@ -81,7 +81,7 @@ def test_a_video_is_served_whole_and_in_parts(client, run_id):
 @pytest.mark.parametrize("path", [
     "/runs/{id}/page.sqlite", "/runs/{id}/..%2F..%2Fpage.sqlite", "/runs/..%2F{id}/a.mp4", "/runs/{id}/c.mp4",
     "/runs/00000000000000000000000000000000/a.mp4", "/runs/{id}/", "/runs/%2e%2e/page.sqlite", "/runs/{id}/a.jpg",
-    "/recorded/..%2F..%2Fapp.py/a.mp4", "/recorded/%2e%2e/prompts/plain.txt", "/recorded/{id}/a.mp4",
+    "/recorded/..%2F..%2Fapp.py/a.mp4", "/recorded/%2e%2e/prompts/toy.txt", "/recorded/{id}/a.mp4",
     "/runs/{id}/a.mp4%00", "/runs/{id}%2F..%2F{id}/a.mp4", "/recorded/balanced/..%2F..%2F..%2Fapp.py",
 ])  # fmt: skip
 def test_nothing_else_is_served(client, run_id, path):

@@ -17,7 +17,7 @@ from gradio_client import Client
 
 import app
 from accel.errors import AccelError
-from accel.runtime.models import LIVING, TINY, model_defaults, read_defaults
+from accel.runtime.models import TINY, model_defaults, read_defaults
 from accel.runtime.paths import ROOT
 from accel.runtime.run import Cancelled, build_run
 from ui import model_list, zero_gpu
@@ -174,7 +174,7 @@ def test_the_seconds_come_from_steps_model_and_both_sides(tiny_wan):
 def test_on_zero_gpu_the_models_are_offered_that_fit_into_its_memory(spaces, monkeypatch):
     monkeypatch.setattr(model_list, "hub_answers", lambda: True)
     usable = [choice.id for choice in model_list.model_choices() if choice.usable]
-    assert usable == [TINY, LIVING, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"]
+    assert usable == [TINY, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"]
 
 
 def test_threads_that_wait_leave_the_cores_to_others():

@@ -28,9 +28,9 @@ from accel.world.scene import (
 from accel.world.texture_stats import texture_distance
 
 PINNED = [
-    "on a checked forest background, a small red cross moves left gently",
-    "on a plain night background, a large purple cross contracts quickly",
-    "a tiny red hoop orbits quickly over a empty grey background",
+    "a big cyan hoop moves right slowly over a plain gray background",
+    "earth background with stripes: the rosy triangle is large and sinks fast",
+    "on a grassy coal background, a small rosy circle moves right slowly",
 ]  # of the shipped model's tables and recordings
 
 
@@ -45,7 +45,7 @@ def one_thread():
 
 def still(shape: str = "star", motion: str = "spins") -> Scene:
     item = Object("large", "red", shape, motion, "quickly", 0.5, 0.5, 0.1, 0.5, 1)
-    return Scene((item,), "gray", "plain", (0.0, 0.0))
+    return Scene((item,), "gray", "plain", (0.0, 0.0), texture_seed=0)
 
 
 def textured(pattern: str, seed: int = 1) -> Scene:
@@ -54,19 +54,18 @@ def textured(pattern: str, seed: int = 1) -> Scene:
     return Scene((item,), "navy", pattern, (0.0, 0.0), texture_seed=seed)
 
 
-def chance(attribute: str, living: bool) -> float:
+def chance(attribute: str) -> float:
     """How often a random value of an attribute is right."""
     if attribute == "pattern":  # a living texture is drawn twice as often as a regular pattern
-        weights = np.array([1] * len(REGULAR) + [2] * len(LIVING) * living)
+        weights = np.array([1] * len(REGULAR) + [2] * len(LIVING))
         return float(((weights / weights.sum()) ** 2).sum())
     return 1 / len(PHRASES[attribute])
 
 
-@pytest.mark.parametrize("living", [False, True])
-def test_every_phrasing_is_read_back(living):
+def test_every_phrasing_is_read_back():
     rng = random.Random(1)
     for _ in range(500):
-        scene = sample_scene(rng, living=living)
+        scene = sample_scene(rng)
         assert read_caption(caption(scene, rng)) == scene.attributes
 
 
@@ -93,7 +92,7 @@ def test_prompts_of_the_shipped_model_never_change():
 
 def test_vocabulary_covers_the_grammar_and_unknown_words_are_marked():
     rng, words = random.Random(3), set(vocabulary())
-    assert all(set(words_of(caption(sample_scene(rng, living=True), rng))) <= words for _ in range(300))
+    assert all(set(words_of(caption(sample_scene(rng), rng))) <= words for _ in range(300))
     tokenizer = build_tokenizer()
     ids = tokenizer("a red dragon, spins")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "red", "<unk>", "spins", "</s>"]
@@ -116,7 +115,7 @@ def test_small_and_large_frames_show_the_same_scene():
     assert (small - halved).abs().mean() < 2
 
 
-def test_a_living_scene_is_the_same_at_any_size():
+def test_a_texture_is_the_same_at_any_size():
     for pattern in LIVING:
         small, large = (render(textured(pattern), 3, size).float() for size in (48, 96))
         halved = torch.nn.functional.avg_pool2d(large.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
@@ -135,7 +134,7 @@ def test_living_textures_move_and_depend_on_their_seed(pattern):
 def test_a_second_object_has_another_colour_and_is_read():
     rng, scenes = random.Random(8), []
     while len(scenes) < 20:
-        scene = sample_scene(rng, living=True)
+        scene = sample_scene(rng)
         if len(scene.objects) == 2:
             scenes.append(scene)
     names = [{a: v for a, v in s.attributes.items() if a.startswith("second")} for s in scenes]
@@ -152,30 +151,28 @@ def test_a_second_object_counts_only_where_the_caption_names_it():
     assert score(frames, f"{text} while a small blue ring floats nearby")["mean"] == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("frames, size, living", [
-    (17, 64, False), (17, 64, True), pytest.param(33, 64, False, marks=pytest.mark.slow),
-    pytest.param(33, 64, True, marks=pytest.mark.slow), pytest.param(17, 96, True, marks=pytest.mark.slow),
+@pytest.mark.parametrize("frames, size", [
+    (17, 64), pytest.param(33, 64, marks=pytest.mark.slow), pytest.param(17, 96, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_judge_reads_true_renders(frames, size, living):
+def test_judge_reads_true_renders(frames, size):
     """At least 98 % on every attribute; half the scenes are of the held-out kind."""
     rng, right, asked = random.Random(4), Counter(), Counter()
     for i in range(70 if frames == 17 else 35):
-        scene = sample_scene(rng, held_out=i % 2 == 0, living=living)
+        scene = sample_scene(rng, held_out=i % 2 == 0)
         seen = read(render(scene, frames, size).numpy())
         asked.update(list(scene.attributes))
         right.update(a for a, value in scene.attributes.items() if seen[a] == value)
     assert {a: right[a] / n for a, n in asked.items() if right[a] < 0.98 * n} == {}
 
 
-@pytest.mark.parametrize("living", [False, True])
-def test_shuffled_captions_score_near_chance(living):
+def test_shuffled_captions_score_near_chance():
     rng = random.Random(5)
-    scenes = [sample_scene(rng, living=living) for _ in range(60)]
+    scenes = [sample_scene(rng) for _ in range(60)]
     asked = [read_caption(caption(scene, rng)) for scene in scenes]
     seen = [read(render(scene, 17, 64).numpy()) for scene in scenes]
     for attribute in PHRASES:
         right = [seen[i][attribute] == asked[j][attribute] for i in range(60) for j in range(60) if i != j]
-        assert abs(np.mean(right) - chance(attribute, living)) < 0.08
+        assert abs(np.mean(right) - chance(attribute)) < 0.08
 
 
 @pytest.mark.parametrize("pattern", LIVING)

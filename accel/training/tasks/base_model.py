@@ -42,11 +42,9 @@ from .vae import Autoencoder, replace_files, to_unit
 
 MAX_TOKENS = 32  # a prompt is padded or truncated to so many tokens
 SHIFT = 3.0  # of the training sigmas: sigma = SHIFT u / (1 + (SHIFT - 1) u)
-# (until this share of the steps, latent frames (0: all), clips per batch)
-CURRICULUM = ((0.12, 1, 128), (0.66, 3, 48), (0.81, 5, 32), (1.0, 0, 24))
-# For the living world, starting from finished weights: each step draws one of these (latent frames, clips per batch).
+# Until this share of the steps, each step draws one of these (latent frames (0: all), clips per batch).
 # Single frames come most often at first: outlines are a matter of space, and a frame costs a fifteenth of a clip.
-LIVING_CURRICULUM = (
+CURRICULUM = (
     (0.50, ((1, 32), (1, 32), (1, 32), (3, 12))),
     (0.75, ((1, 32), (3, 12), (5, 7), (0, 4))),
     (1.00, ((3, 12), (5, 7), (0, 4), (0, 4))),
@@ -146,12 +144,10 @@ class Denoiser(nn.Module):
 class LatentDataset:
     """Normalised latents (clips, c, f, h, w) of rendered training clips with their scenes, encoded once into a file."""
 
-    def __init__(
-        self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device, living: bool = False
-    ):
+    def __init__(self, vae: AutoencoderKLWan, n: int, frames: int, size: int, seed: int, file: Path, device):
         rng = random.Random(f"pool {seed}")
         vae = vae.to(device).eval()
-        self.scenes = [training_scene(rng, living) for _ in range(n)]
+        self.scenes = [training_scene(rng) for _ in range(n)]
         probe = sum(render(s, 3, size).sum().item() for s in self.scenes[:64])  # changes with the world
         encoder = sum(p.double().sum().item() for part in (vae.encoder, vae.quant_conv) for p in part.parameters())
         made = {"of": repr((n, frames, seed, SPINS, probe, encoder))}
@@ -193,11 +189,11 @@ def rendered(scenes: list[Scene], frames: int, size: int, device: str) -> DataLo
     return DataLoader(Clips(scenes, frames, size), 16, num_workers=workers, collate_fn=list)
 
 
-def training_scene(rng: random.Random, living: bool = False) -> Scene:
+def training_scene(rng: random.Random) -> Scene:
     """A scene from the combinations that are not held out; it spins with probability `SPINS`."""
     spins = rng.random() < SPINS
     while True:
-        scene = sample_scene(rng, living=living)
+        scene = sample_scene(rng)
         if (scene.objects[0].motion == "spins") == spins:
             return scene
 
@@ -213,15 +209,15 @@ class BaseTask:
 
     def __init__(
         self, optim: OptimConfig, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
-        device: str = "cpu", compiled: bool = False, living: bool = False, start: Path | None = None,
+        device: str = "cpu", compiled: bool = False, start: Path | None = None,
     ):  # fmt: skip
         torch.manual_seed(optim.seed)
-        self.optim, self.vae, self.size, self.frames, self.living = optim, vae, size, frames, living
+        self.optim, self.vae, self.size, self.frames = optim, vae, size, frames
         self.tokenizer = build_tokenizer(start and start / "tokenizer")
         self.module = Denoiser(*build_models(len(self.tokenizer), vae.config.z_dim), device)
         if compiled:
             self.module.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.dataset = LatentDataset(vae, clips, frames, size, optim.seed, folder / "pool.safetensors", device, living)
+        self.dataset = LatentDataset(vae, clips, frames, size, optim.seed, folder / "pool.safetensors", device)
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of the blocks' linear layers, for Muon."""
@@ -248,9 +244,7 @@ class BaseTask:
 
     def _lengths(self, share: float, rng: random.Random) -> tuple[int, int]:
         """Latent frames (0: all) and clips per batch after a share of the steps."""
-        if self.living:
-            return rng.choice(next(pairs for until, pairs in LIVING_CURRICULUM if share < until))
-        return next((f, n) for until, f, n in CURRICULUM if share < until)
+        return rng.choice(next(pairs for until, pairs in CURRICULUM if share < until))
 
     def start_from(self, folder: Path) -> None:
         """Load the weights of a finished pipeline; the schedule and the optimizer start anew.
@@ -285,13 +279,12 @@ class BaseTask:
 
     def sample_grid(self, path: Path) -> None:
         """Write a picture with nine frames of each of some held-out prompts, generated in a few guided steps."""
-        prompts, steps = (2, 8) if self.living else (6, 12)  # 96x96 pixels take three times as long
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         length = dict(height=self.size, width=self.size, num_frames=self.frames, max_sequence_length=MAX_TOKENS)
         noise = torch.Generator().manual_seed(0)
-        texts = held_out_prompts(prompts, 1, self.living)
-        out = pipe(texts, num_inference_steps=steps, guidance_scale=4.0, generator=noise, **length)
+        texts = held_out_prompts(2, 1)  # each takes seconds
+        out = pipe(texts, num_inference_steps=8, guidance_scale=4.0, generator=noise, **length)
         frames = torch.as_tensor(out.frames)[:, :: max(1, self.frames // 8)]
         iio.imwrite(path, (rearrange(frames, "b f h w c -> (b h) (f w) c") * 255).round().to(torch.uint8).cpu().numpy())
 

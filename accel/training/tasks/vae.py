@@ -28,10 +28,7 @@ from ...world.scene import ATTRIBUTES, Scene, sample_scene
 from ..optimizer import OptimConfig
 
 # (until this share of the steps, frames (0: all), clips per batch)
-CURRICULUM = ((0.08, 1, 48), (0.16, 5, 16), (0.95, 9, 10), (1.0, 0, 5))
-
-LIVING_CURRICULUM = ((0.4, 5, 4), (0.95, 9, 3), (1.0, 0, 2))  # for the living world, from finished weights
-
+CURRICULUM = ((0.4, 5, 4), (0.95, 9, 3), (1.0, 0, 2))
 MIN_CHANNEL_STD = 0.1  # a latent channel whose mean varies less carries nothing: dead ones have 0.01, others 0.7
 
 
@@ -103,10 +100,10 @@ class Autoencoder(nn.Module):
         return self.decode(mean + noise * (0.5 * logvar).exp()), mean, logvar
 
 
-def clips(n: int, frames: int, size: int, seed: int, held_out=False, device="cpu", living=False) -> Tensor:
+def clips(n: int, frames: int, size: int, seed: int, held_out=False, device="cpu") -> Tensor:
     """n rendered clips (n, 3, f, h, w) in [-1, 1]; short ones start at a random frame of a longer clip."""
     rng = random.Random(seed)
-    rendered = [render(sample_scene(rng, held_out, living), max(frames, 9), size, device) for _ in range(n)]
+    rendered = [render(sample_scene(rng, held_out), max(frames, 9), size, device) for _ in range(n)]
     starts = [rng.randrange(len(c) - frames + 1) for c in rendered]
     return torch.stack([to_unit(c[s : s + frames]) for c, s in zip(rendered, starts)])
 
@@ -124,10 +121,9 @@ def from_unit(x: Tensor) -> Tensor:
 class VaeTask:
     """L1 + MSE reconstruction with a small KL penalty of the latents to a unit Gaussian."""
 
-    def __init__(self, optim: OptimConfig, size: int = 64, frames: int = 17, kl: float = 1e-3, living: bool = False):
+    def __init__(self, optim: OptimConfig, size: int = 96, frames: int = 17, kl: float = 1e-3):
         torch.manual_seed(optim.seed)
-        self.optim, self.size, self.frames, self.kl, self.living = optim, size, frames, kl, living
-        self.curriculum = LIVING_CURRICULUM if living else CURRICULUM
+        self.optim, self.size, self.frames, self.kl = optim, size, frames, kl
         self.module, self.keeps_latents = Autoencoder(build_vae()), False
 
     def start_from(self, folder: Path) -> None:
@@ -153,10 +149,10 @@ class VaeTask:
 
     def loss(self, model: nn.Module, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         share = step / self.optim.steps
-        frames, n = next((f or self.frames, n) for until, f, n in self.curriculum if share < until)
+        frames, n = next((f or self.frames, n) for until, f, n in CURRICULUM if share < until)
         n *= self.optim.batch
         device = next(model.parameters()).device
-        x = clips(n, frames, self.size, seed, device=device, living=self.living)
+        x = clips(n, frames, self.size, seed, device=device)
         grid = (n, self.module.vae.config.z_dim, 1 + (frames - 1) // 2, self.size // 8, self.size // 8)
         noise = torch.randn(grid, generator=torch.Generator().manual_seed(seed)).to(device)
         y, mean, logvar = model(x, noise)
@@ -168,7 +164,7 @@ class VaeTask:
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
-        x = clips(6, 9, self.size, 1, True, next(self.module.parameters()).device, self.living)
+        x = clips(6, 9, self.size, 1, True, next(self.module.parameters()).device)
         y = self.module.decode(self.module.encode(x)[0])
         rows = rearrange(torch.stack([x, y]), "s b c f h w -> c 1 (b s h) (f w)")
         iio.imwrite(path, from_unit(rows)[0].cpu().numpy())
@@ -189,7 +185,7 @@ def finish(task: VaeTask, folder: Path) -> dict:
     """
     vae = task.module.vae.eval()
     if not task.keeps_latents:
-        scenes = (clips(16, task.frames, task.size, 10_000 + i, False, vae.device, task.living) for i in range(16))
+        scenes = (clips(16, task.frames, task.size, 10_000 + i, False, vae.device) for i in range(16))
         z = torch.cat([task.module.encode(x)[0] for x in scenes])
         mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -200,7 +196,7 @@ def finish(task: VaeTask, folder: Path) -> dict:
     replace_files(made, folder)
     vae.float()
     rng = random.Random("held-out reconstructions")
-    readings = [_mark(vae, sample_scene(rng, True, task.living), task.frames, task.size) for _ in range(64)]
+    readings = [_mark(vae, sample_scene(rng, True), task.frames, task.size) for _ in range(64)]
     psnr = torch.tensor([p for p, _ in readings])
     half = 1.96 * psnr.std().item() / len(psnr) ** 0.5
     seen = {a: round(sum(right[a] for _, right in readings) / len(readings), 3) for a in ATTRIBUTES}
