@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 PROMPTS = (
-    "a large red star spins slowly over a striped navy background",
-    "on a dotted white background, a tiny cyan ring bounces fast",
+    "a large red star spins slowly over a cloudy navy background",
+    "on a starry white background, a tiny cyan ring bounces fast",
 )
-GUIDED = (20, 4.0)  # steps, guidance
-OWN_STEPS = {"balanced": (20, 4.0), "quick": (10, 4.0), "gpd": (6, 1.0), "turbo": (10, 1.0)}
+GUIDED = (20, 5.0)  # steps, guidance
+OWN_STEPS = {"balanced": (20, 5.0), "quick": (10, 5.0), "gpd": (6, 1.0), "turbo": (10, 1.0)}
 OWN_STEPS |= dict.fromkeys(("meanflow", "disca"), (20, 1.0))
 
 
@@ -33,7 +33,7 @@ def record(file: Path) -> None:
         for prompt in PROMPTS:
             with accel.apply(pipe, accel.load_preset(preset)):
                 latents[f"{preset}: {prompt}"] = pipe(
-                    prompt, height=64, width=64, num_frames=17, num_inference_steps=steps, guidance_scale=guidance,
+                    prompt, height=96, width=96, num_frames=17, num_inference_steps=steps, guidance_scale=guidance,
                     max_sequence_length=32, generator=torch.Generator().manual_seed(1), output_type="latent",
                 ).frames  # fmt: skip
     torch.save(latents, file)

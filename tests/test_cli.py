@@ -12,7 +12,7 @@ from accel.files import only_writer
 from accel.runtime import models
 from accel.runtime.video import read_settings, write_mp4
 
-PROMPT = "a large red star spins slowly over a striped navy background"
+PROMPT = "a large red star spins slowly over a cloudy navy background"
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
     assert set(keys.split()) <= set(report)
     for pane in "ab":
         frames = np.load(tmp_path / f"{pane}.npy")
-        assert frames.dtype == np.uint8 and frames.shape == (17, 64, 64, 3)
+        assert frames.dtype == np.uint8 and frames.shape == (17, 96, 96, 3)
         assert set(report[pane]) == {"text", "denoise", "decode", "encode"} | ({"load"} if pane == "b" else set())
         assert (tmp_path / f"{pane}.jpg").read_bytes()[:2] == b"\xff\xd8"
         assert report["race"][pane]["steps"] == list(range(1, 13))

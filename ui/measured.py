@@ -34,7 +34,7 @@ class Order(NamedTuple):
 
 
 def suite_names() -> list[str]:
-    """All presets together, from the front, then every suite that was measured; those that are no suite of `bench` at the end."""
+    """All presets together, then every suite that was measured; those that are no suite of `bench` at the end."""
     names = [file.parent.name for file in sorted(RESULTS.glob("*/results.json"))]
     known = [name for name in SUITES if name in names]
     presets = [ALL] if FRONT in names else []

@@ -44,8 +44,10 @@ def random_field(draw: Draw, time: Tensor, size: int, amplitude: Callable, turns
     spectrum = _waves(draw, size, amplitude)
     ky, kx = _wave_numbers()
     spectrum = spectrum * torch.polar(torch.ones(()), 2 * math.pi * turns(kx, ky) * time[:, None, None])
+    shown = min(MAX_WAVE, (size - 1) // 2)  # finer waves than the pixels can show are left out
+    inner = slice(MAX_WAVE - shown, MAX_WAVE + shown + 1)
     full = torch.zeros(len(time), size, size // 2 + 1, dtype=torch.complex64)
-    full[:, :, : MAX_WAVE + 1][:, ky.flatten().long() % size] = spectrum
+    full[:, :, : shown + 1][:, ky[inner].flatten().long() % size] = spectrum[:, inner, : shown + 1]
     return torch.fft.irfft2(full, s=(size, size), norm="forward")
 
 

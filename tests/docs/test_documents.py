@@ -117,7 +117,7 @@ def test_every_python_snippet_runs(name, monkeypatch, capsys):
         assert STEPS in code
         variables = {}
         exec(compile(code.replace(STEPS, "num_inference_steps=2"), name, "exec"), variables)
-        assert variables["video"].shape == (17, 64, 64, 3)
+        assert variables["video"].shape == (17, 96, 96, 3)
 
 
 @CASES

@@ -123,6 +123,12 @@ def test_a_texture_is_the_same_at_any_size():
 
 
 @pytest.mark.parametrize("pattern", LIVING)
+def test_a_texture_has_frames_of_any_size(pattern):
+    for size in (1, 2, 16, 33):
+        assert render(textured(pattern), 3, size).shape == (3, size, size, 3)
+
+
+@pytest.mark.parametrize("pattern", LIVING)
 def test_living_textures_move_and_depend_on_their_seed(pattern):
     video, other = (render(textured(pattern, seed), 9, 64).float() for seed in (1, 2))
     corner = lambda x: x[:, :16, :16]  # which the star never reaches
