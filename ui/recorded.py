@@ -25,16 +25,16 @@ class Recording(NamedTuple):
 
 
 RECORDINGS = {  # by preset, in the order in which the page offers them
-    "balanced": Recording("checked navy background: the crimson disc is huge and slides to the left gently", 2),
-    "quick": Recording("dotted jungle background: the orange cross is big and contracts gently", 9),
-    "stepcache": Recording("a big violet hoop fast grows on a striped navy background", 5),
-    "combined": Recording("a huge yellow triangle falls gently over a brown background with dots", 4),
-    "fastercache": Recording("a big purple cross moves down slowly over a striped brown background", 2),
-    "asymrnr": Recording("a huge yellow circle spins slowly over a dotted navy background", 3),
-    "meanflow": Recording("a small orange ring grows slowly over a plain black background", 4),
-    "disca": Recording("on a gray background with stripes, a large purple cross falls gently", 1),
-    "gpd": Recording("on a plain white background, a small blue square moves right quickly", 6),
-    "turbo": Recording("a big crimson triangle gently climbs on a coal background with stripes", 6),
+    "balanced": Recording("a huge yellow star orbits gently over a cloudy navy background", 2),
+    "quick": Recording("a large golden ring slowly drifts left on a jungle background with ripples", 9),
+    "stepcache": Recording("a big crimson star gently contracts on a forest background with grass", 5),
+    "combined": Recording("on a black background with clouds, a large blue disc drifts left gently", 4),
+    "fastercache": Recording("a big blue star contracts slowly over a white background with veins", 2),
+    "asymrnr": Recording("night background with veins: the red triangle is huge and moves up slowly", 3),
+    "meanflow": Recording("a big orange circle quickly falls on a cloudy forest background", 4),
+    "disca": Recording("a big yellow disc spins gently over a marbled earth background", 1),
+    "gpd": Recording("a huge violet disc fast shrinks on a navy background with stars", 6),
+    "turbo": Recording("night background with stripes: the purple plus is big and falls slowly", 6),
 }
 
 

@@ -27,7 +27,7 @@ OVERVIEW = {  # preset -> its setting in the front, where all of them are measur
     "baseline": "baseline",
     "balanced": "fittedsolver, 20 steps",
     "quick": "fittedsolver, 10 steps",
-    "stepcache": "stepcache 0.2",
+    "stepcache": "stepcache 0.2, 50 steps",
     "fastercache": "fastercache, 50 steps",
     "asymrnr": "asymrnr, 50 steps",
     "combined": "combined",

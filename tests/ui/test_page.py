@@ -190,4 +190,4 @@ def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_
 def test_a_preset_brings_its_solver_and_shift(page):
     updates = page.compare.load_settings(Preset(steps=16, solver="dpm++2m", shift=5.0), {}, TINY)
     side = page.compare.settings(TINY, values_of(page, updates)).candidate
-    assert side == {"steps": 16, "guidance": 4.0, "solver": "dpm++2m", "shift": 5.0, "methods": {}}
+    assert side == {"steps": 16, "guidance": 5.0, "solver": "dpm++2m", "shift": 5.0, "methods": {}}
