@@ -454,7 +454,7 @@ def gpu(
 
 @app.command()
 def docs() -> None:
-    """Fill the generated tables of README.md, docs/ and the model cards."""
+    """Fill the generated tables of README.md, docs/ and the model card."""
     from .evaluation.docs import write
 
     print_json({"changed": [str(page) for page in write()]})

@@ -52,8 +52,8 @@ def read(suite: str) -> dict:
     found = json.loads((RESULTS / FRONT / "results.json").read_text())
     rows = {}
     for preset, setting in OVERVIEW.items():
-        row = found["rows"][setting]
-        rows[preset] = {**row, "matched": baseline_at_matched_time(FRONT, found, row)}
+        if row := found["rows"].get(setting):
+            rows[preset] = {**row, "matched": baseline_at_matched_time(FRONT, found, row)}
     return {**found, "rows": rows, "pairs": []}
 
 

@@ -1,4 +1,4 @@
-"""The models that visitors may choose: the shipped ones, folders of the owner, and known hub ids where a GPU is."""
+"""The models that visitors may choose: the shipped one, folders of the owner, and known hub ids where a GPU is."""
 
 from __future__ import annotations
 

@@ -24,10 +24,6 @@ NOT_HERE = (
     "The measured results are not part of this installation: they are in the folder docs/results of the repository, "
     "and `python -m accel bench --suite NAME` measures them again."
 )
-TOY = (
-    "A toy model: this shows how the methods work and what they are compared with, not what they give on a large model."
-)
-RANDOM = "Random weights in a real model's size: this shows time and memory, and says nothing about quality."
 
 
 class ResultsTab:

@@ -55,7 +55,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     from ..world.scene import held_out_prompts
 
     settings = {name: setting for name, setting in SUITES[suite].settings.items() if setting.is_available(model)}
-    _check_out(out / "results.json", settings, prompts * seeds)
+    _check_out(out / "results.json", settings, prompts * seeds, model)
     if state.is_main_process and (missing := SUITES[suite].settings.keys() - settings.keys()):
         print(
             f"skipped, as what they need was not trained, fitted or installed: {', '.join(sorted(missing))}",
@@ -84,7 +84,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *OVERVIEW.values()}
         kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
-        _check_out(out / "results.json", settings, prompts * seeds)
+        _check_out(out / "results.json", settings, prompts * seeds, model)
     lines = measured(settings, cases, metrics_of(defaults), "results.jsonl", suite)
     if not state.is_main_process:
         return {}
@@ -93,9 +93,11 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     return with_front(summary, cases, groups, classes) if groups else summary
 
 
-def _check_out(file: Path, settings: dict[str, Setting], n: int) -> None:
-    """Raise AccelError if results exist here that fewer results would replace."""
+def _check_out(file: Path, settings: dict[str, Setting], n: int, model: str) -> None:
+    """Raise AccelError if results exist here that fewer results, or those of another model, would replace."""
     found = json.loads(file.read_text()) if file.is_file() else {"n": 0, "rows": {}}
+    if (other := found.get("model", model)) != model:
+        raise AccelError(f"{file.parent} holds results of {other}: give another --out, or delete it first")
     lost = [name for name in found["rows"] if name not in settings]
     if found["n"] > n or lost:
         more = f"the settings {', '.join(lost)}" if lost else f"{found['n']} prompts and seeds, more than {n}"

@@ -1,4 +1,4 @@
-"""Fills the generated tables of README.md, docs/ and the model cards: `python -m accel docs`.
+"""Fills the generated tables of README.md, docs/ and the model card: `python -m accel docs`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; `PARTS` lists the names. For each suite there are SUITE,
 SUITE-details and SUITE-pairs.
@@ -200,9 +200,9 @@ def _reconstruction(run: dict) -> str:
     return f"PSNR {run['psnr']} ± {run['interval']} dB on {run['n']} held-out clips; read back from these: {read}"
 
 
-def attributes(suite: str) -> str:
+def attributes() -> str:
     """How often each attribute of the prompt is read back from the baseline's videos."""
-    found = results(suite)
+    found = results("base")
     if not found:
         return NOT_YET
     row = found["rows"]["baseline"]
@@ -249,7 +249,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "gpu": gpu,
     "memory": memory,
-    "attributes": partial(attributes, "base"),
+    "attributes": attributes,
     "training": training,
     "students": students,
     "disca-training": disca_training,

@@ -222,8 +222,8 @@ def _meanflow_steps(*counts: int) -> dict[str, Setting]:
 def _peers() -> dict[str, Setting]:
     """diffusers' caches at half of the default, the default and twice the default of what makes each faster.
 
-    SeaCache also on fewer steps with a larger shift, which nobody offers as such: on the tuning prompts of the 64x64
-    model it was the best peer at every speed, at a larger threshold where there are fewer steps.
+    SeaCache also on fewer steps with a larger shift, which nobody offers as such: on the tuning prompts of tiny-wan-64
+    it was the best peer at every speed, at a larger threshold where there are fewer steps.
     """
     found = {}
     few, some, many = (0.1, 0.2, 0.3, 0.5), (0.2, 0.3, 0.5, 0.7), (0.3, 0.5, 0.7, 1.0)
@@ -290,27 +290,10 @@ def _steps() -> Suite:
     return Suite(BASELINE | plain | _fitted_steps(20, 14, 10) | few, pairs)
 
 
-def _caches() -> Suite:
-    """StepCache, diffusers' SeaCache and fewer steps, each from little to much of the work saved."""
-    ours = {f"stepcache {t}": Setting(overrides={"stepcache": {"threshold": t}}) for t in (0.2, 0.3, 0.45, 0.6)}
-    peers = {f"seacache {t}": Setting(overrides={"seacache": {"threshold": t}}) for t in (0.1, 0.2, 0.3, 0.5)}
-    peers |= {
-        "seacache 0.3, 25 steps, shift 4": Setting(steps=25, shift=4.0, overrides={"seacache": {"threshold": 0.3}})
-    }
-    fitted = _fitted_steps(20, 14, 10)
-    plain = {
-        "default, 25 steps": Setting(steps=25),
-        "euler, shift 5, 14 steps": Setting(steps=14, solver="euler", shift=5),
-    }
-    pairs = (("stepcache 0.2", "seacache 0.2"), ("stepcache 0.3", "seacache 0.3"), ("stepcache 0.45", "seacache 0.5"))
-    pairs += (("stepcache 0.3", "fittedsolver, 14 steps"), ("stepcache 0.2", "default, 25 steps"))
-    return Suite(BASELINE | ours | peers | fitted | plain, pairs)
-
-
 def _peer_defaults() -> Suite:
     """Each peer at its own defaults, and our settings of about the same work."""
     peers = {name: Setting(overrides={name: {}}) for name, method in METHODS.items() if method.peer}
-    ours = _fitted_steps(33, 20, 14)
+    ours = _fitted_steps(20, 14)
     return Suite(BASELINE | peers | ours)
 
 
@@ -327,7 +310,6 @@ SUITES: dict[str, Suite] = {
     "paper": _papers(),
     "base": Suite(BASELINE),
     "steps": _steps(),
-    "caches": _caches(),
     "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),
     "combined": _combined(),

@@ -156,7 +156,7 @@ class FasterCache(Method):
     def cached_layers(self, spec: RunSpec) -> list[str]:
         """The attentions that keep their outputs: all, or the first ones, as many as fit.
 
-        Which ones hardly matters: with half of tiny-wan's blocks, the last ones err 8 % more than the first.
+        Which ones hardly matters: with half of tiny-wan-64's blocks, the last ones err 8 % more than the first.
         """
         return list(spec.family.attentions(spec.model))[: self._num_cached(spec)]
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..ops.spectrum import high_pass
-from ..runtime.paths import ROOT
 from ..runtime.solvers import schedule_shift
 from ..students.weights import fingerprint
 from .jobs import INITIAL_STUDENT, JobSpec, LoadedJob, initialize_from, rank_and_world
@@ -41,9 +40,9 @@ class GpdJob(JobSpec):
         fields = {"guidance_start": guidance, "guidance_end": guidance, "trajectories": loaded.job.num_trajectories()}
         config = GpdConfig(**fields | self.ablations[loaded.job.ablation or self.method](guidance))
         context, nets = loaded.context(config.base_steps), loaded.networks(optim.seed)
-        if loaded.job.start:  # its difference from its own base brings a part of the guidance into this one
-            origin["init_from"] = f"{loaded.job.start}/{INITIAL_STUDENT}"
-            initialize_from(nets.module, pipe.transformer, ROOT / origin["init_from"])
+        if loaded.job.start:  # also that of an earlier base: its difference brings a part of the guidance
+            origin["init_from"] = INITIAL_STUDENT
+            initialize_from(nets.module, pipe.transformer, loaded.job.model_dir() / INITIAL_STUDENT)
         yield GpdTask(optim, config, nets, context, rank_and_world()), origin
 
     def describe(self, task: GpdTask) -> list[str]:

@@ -50,7 +50,7 @@ class DistillJob:
     rank: int | None = None  # of the LoRA; 0: train all weights
     videos: Path | None = None  # a folder as `accel world sample` writes it, to start trajectories from; None: noise
     trajectories: int | None = None  # over all processes; None: one per process for large models
-    start: str | None = None  # a model of the toy world with other weights, whose first student this one starts from
+    start: bool = False  # for gpd: go on from the first student that the model has
 
     def is_toy(self) -> bool:
         """Whether the model is of the toy world, whose captions are known."""
@@ -204,6 +204,7 @@ def run_job(
     began = time.monotonic()
     spec.check(job)
     prompts = job.load_prompts()
+    job = replace(job, start=goes_on(job, resume, out))
     loaded = _load(job, prompts, device, out)
     with spec.build(loaded, optim) as (task, origin):
         optims = share_minutes(spec.optim_configs(optim, task.config))
@@ -219,6 +220,17 @@ def run_job(
         validator = spec.validator(task, loaded)
         done = distil(task, validator, optims, out, save_stage, remaining(minutes, began), resume)
     return {**{key: origin[key] for key in spec.reported}, **totals(optims, done)}
+
+
+def goes_on(job: DistillJob, resume: bool, out: Path) -> bool:
+    """Whether a job trains the first GPD student of its model on: one that is resumed without having begun does.
+
+    So does one that began so. A model outside the toy world has a LoRA there, which is trained from the beginning.
+    """
+    file, folder = out / "job.json", job.model_dir()
+    if not resume or file.is_file():
+        return resume and "init_from" in json.loads(file.read_text())
+    return job.is_toy() and job.ablation is None and (folder / INITIAL_STUDENT).is_dir()
 
 
 def share_minutes(optims: list[OptimConfig]) -> list[OptimConfig]:

@@ -27,10 +27,10 @@ PARTS = ("vae", "base", *STUDENTS)
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
     """Train a part, or all of them in order, into the shipped model; returns the record of how each was made.
 
-    A part starts from the weights that it will replace. One that is stopped before its last step stays in `out`, for
-    `resume`. `minutes` limits all parts together. The default setting is small on a CPU and large on a GPU. `job` holds
-    fields of `DistillJob`, for students only; such a job is not recorded in the shipped model. Raises AccelError for an
-    unknown part or setting, or one that has no optimizer settings for the part.
+    A part that is stopped before its last step stays in `out`, for `resume`; where nothing is there to resume, it goes
+    on from the weights of the model. `minutes` limits all parts together. The default setting is small on a CPU, large
+    on a GPU. `job` holds fields of `DistillJob`, for students only; such a job is not recorded in the shipped model.
+    Raises AccelError for an unknown part or setting, or one that has no optimizer settings for the part.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # else torchrun's processes on a CPU stay apart
     if job := _job_fields(what, job):
@@ -47,16 +47,16 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     record = json.loads(file.read_text()) if file.is_file() else {}
     began = time.monotonic()
     parts = [part for part in PARTS if part in optims] if what == "all" else [what]
+    for old in () if resume else (PARENT, DONE, "state.pt"):
+        for part in parts:
+            (out / part / old).unlink(missing_ok=True)
     for part in parts:
         left, optim, done_file = remaining(minutes, began), OptimConfig(**optims[part]), out / part / DONE
         if what == "all" and resume and done_file.is_file():
             continue
         if part != parts[0] and any_process(left is not None and left <= 0):
             break
-        if not resume:
-            for old in (PARENT, DONE, "state.pt"):
-                (out / part / old).unlink(missing_ok=True)
-        parent = parent_run(record.get(part), out / part) if part in TRAINERS else None
+        parent = parent_run(record.get(part), out / part) if resume and part in TRAINERS else None
         if part in TRAINERS:
             done = TRAINERS[part](optim, model, device, left, resume, out / part)
         else:
@@ -131,7 +131,7 @@ def _train_vae(
     task = vae.VaeTask(optim, model.size, model.frames)
     if resume and state.is_file() and vae.trains_encoder(state):
         task.shape_as(state)
-    elif target.is_dir():
+    elif resume and target.is_dir():
         task.start_from(target)
         if any(file.is_file() for file in bases):  # finished, or in training
             task.keep_latents()
@@ -148,7 +148,7 @@ def _train_base(
 
     began = time.monotonic()
     target, task = ROOT / TINY, _base_task(optim, model, device, out)
-    if (target / "transformer").is_dir():
+    if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
         task.start_from(target)
     left = remaining(minutes, began)  # after the clips have been encoded
     summary = fit(task, out, minutes=left, resume=resume, save_every=model.save_every)
@@ -159,7 +159,7 @@ def _train_base(
     return summary
 
 
-TRAINERS = {"vae": _train_vae, "base": _train_base}
+TRAINERS = {"vae": _train_vae, "base": _train_base}  # with `resume` they start from the weights that they replace
 
 
 def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
@@ -204,7 +204,8 @@ def export_base(what: str, setting: str | None, out: Path) -> dict:
     done = {"step": state["step"], "steps": task.optim.steps, "seconds": round(state["seconds"], 1)}
     file = target / "training.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
-    about = {"setting": setting, "device": _device_name()}
+    parent = parent_run(record.get("base"), folder)
+    about = {"setting": setting, "device": _device_name()} | ({"parent_run": parent} if parent else {})
     _write_record(file, {**record, "base": {**about, **done, "optim": task.optim.model_dump()}})
     return done
 
@@ -226,17 +227,12 @@ def _write_defaults(model: ModelSetting) -> None:
 
 
 def train_student(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
-    """Distil a model into students; with a setting, the shipped one, from the first student that it has.
-
-    Raises AccelError if the shipped model does not exist yet.
-    """
+    """Distil a model into students. Raises AccelError if the shipped model does not exist yet."""
     from .gpd_job import GpdJob
-    from .jobs import INITIAL_STUDENT, DistillJob, run_job
+    from .jobs import DistillJob, run_job
     from .meanflow_job import MeanFlowJob
     from .predictor_job import PredictorJob
 
-    if setting and (ROOT / TINY / INITIAL_STUDENT).is_dir():
-        job["start"] = TINY
     distill_job, device = DistillJob(**job), str(PartialState().device)
     if distill_job.model == TINY and not (ROOT / TINY / "transformer" / "config.json").is_file():
         raise AccelError("the base model comes first: python -m accel train base")

@@ -13,8 +13,8 @@ class ModelSetting:
     frames: int
     fps: int
     clips: int  # rendered for the base model
+    save_every: float  # seconds between checkpoints
     guidance: float = 5.0  # that the model runs with by default, and its students learn
-    save_every: float = 400  # seconds between checkpoints
 
 
 SETTINGS = {

@@ -44,15 +44,20 @@ def random_field(draw: Draw, time: Tensor, size: int, amplitude: Callable, turns
     spectrum = _waves(draw, size, amplitude)
     ky, kx = _wave_numbers()
     spectrum = spectrum * torch.polar(torch.ones(()), 2 * math.pi * turns(kx, ky) * time[:, None, None])
-    shown = min(MAX_WAVE, (size - 1) // 2)  # finer waves than the pixels can show are left out
-    inner = slice(MAX_WAVE - shown, MAX_WAVE + shown + 1)
+    shown, rows = _shown_waves(size)
     full = torch.zeros(len(time), size, size // 2 + 1, dtype=torch.complex64)
-    full[:, :, : shown + 1][:, ky[inner].flatten().long() % size] = spectrum[:, inner, : shown + 1]
+    full[:, :, : shown + 1][:, ky[rows].flatten().long() % size] = spectrum[:, rows, : shown + 1]
     return torch.fft.irfft2(full, s=(size, size), norm="forward")
 
 
 def _wave_numbers() -> tuple[Tensor, Tensor]:
     return torch.arange(-MAX_WAVE, MAX_WAVE + 1.0)[:, None], torch.arange(0, MAX_WAVE + 1.0)[None, :]
+
+
+def _shown_waves(size: int) -> tuple[int, slice]:
+    """The largest wave number that so many pixels can show, and the rows of the waves up to it."""
+    shown = min(MAX_WAVE, (size - 1) // 2)
+    return shown, slice(MAX_WAVE - shown, MAX_WAVE + shown + 1)
 
 
 def _waves(draw: Draw, size: int, amplitude: Callable) -> Tensor:
@@ -126,7 +131,8 @@ def grassy(draw: Draw, time: Tensor, size: int) -> Tensor:
     )
     ky, kx = _wave_numbers()
     full = torch.zeros(size, MAX_WAVE + 1, dtype=torch.complex64)
-    full[ky.flatten().long() % size] = blades
+    _, shown = _shown_waves(size)
+    full[ky[shown].flatten().long() % size] = blades[shown]
     rows = torch.fft.ifft(full, dim=0, norm="forward")  # (h, kx): each row can be moved by itself
     y = (torch.arange(size) + 0.5) / size
     wind = 2 * math.pi * (rate * time[:, None] - 0.7 * y + phase)

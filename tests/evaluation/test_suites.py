@@ -2,7 +2,7 @@
 
 import pytest
 
-from accel.evaluation.suites import SUITES, Setting, check_suite
+from accel.evaluation.suites import FRONT, OVERVIEW, SUITES, Setting, check_suite
 from accel.runtime.models import ModelDefaults
 from accel.runtime.presets import build_methods
 from accel.runtime.run import build_run
@@ -21,6 +21,10 @@ def test_every_setting_of_a_suite_can_be_built_and_the_first_is_the_baseline(sui
 @pytest.mark.parametrize("suite", SUITES)
 def test_pairs_are_of_settings_of_the_suite(suite):
     assert {name for pair in SUITES[suite].pairs for name in pair} <= SUITES[suite].settings.keys()
+
+
+def test_every_preset_of_the_overview_is_in_the_front():
+    assert set(OVERVIEW.values()) <= SUITES[FRONT].settings.keys()
 
 
 def test_an_unknown_suite_lists_the_known_ones():

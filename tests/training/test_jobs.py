@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from accel.students.loading import load_student
 from accel.students.weights import NAME
 from accel.training.feature_probe import FeatureProbe
 from accel.training.gpd_job import GpdJob, describe_high_frequencies, iteration_cost
-from accel.training.jobs import DistillJob, LoadedJob
+from accel.training.jobs import DistillJob, LoadedJob, goes_on
 from accel.training.lora_networks import LoRANetworks
 from accel.training.networks import FullNetworks, guided, velocity
 from accel.training.optimizer import OptimConfig
@@ -54,8 +55,9 @@ def test_the_bench_has_every_ablation_that_can_be_trained():
     assert rows - {"baseline, 48 steps"} == set(GpdJob.ablations)
 
 
-def test_the_first_student_of_a_model_begins_with_the_difference_of_another_model_s_student(tiny_wan, tmp_path):
-    base, job = tiny_wan.transformer, DistillJob(start=str(tmp_path))
+def test_a_first_student_is_trained_on_from_its_difference(tiny_wan, tmp_path):
+    (tmp_path / "accel.json").write_text('{"toy_world": true}')
+    base, job = tiny_wan.transformer, DistillJob(model=str(tmp_path), start=True)
     loaded = LoadedJob(job, tiny_wan, model_defaults(tiny_wan, TINY), [], "cpu", tmp_path)
     nets = FullNetworks(base)
     nets.module.proj_out.bias.data += 0.1
@@ -64,7 +66,22 @@ def test_the_first_student_of_a_model_begins_with_the_difference_of_another_mode
     with GpdJob().build(loaded, OptimConfig(steps=1, lr=1e-3)) as (task, origin):
         bias = dict(task.module.named_parameters())["proj_out.bias"]
         torch.testing.assert_close(bias, base.proj_out.bias + 0.1, atol=1e-3, rtol=0)
-        assert origin["init_from"] == str(folder)
+        assert origin["init_from"] == "gpd-N48"
+
+
+def test_only_a_job_that_is_resumed_without_having_begun_goes_on_from_the_models_student(tmp_path):
+    (model := tmp_path / "model").mkdir()
+    (model / "accel.json").write_text('{"toy_world": true}')
+    job, out = DistillJob(model=str(model)), tmp_path / "out"
+    assert not goes_on(job, True, out)  # there is no student
+    (model / "gpd-N48").mkdir()
+    assert goes_on(job, True, out) and not goes_on(job, False, out)
+    assert not goes_on(replace(job, ablation="direct"), True, out)
+    out.mkdir()
+    (out / "job.json").write_text('{"init_from": "gpd-N48"}')
+    assert goes_on(job, True, out) and not goes_on(job, False, out)
+    (out / "job.json").write_text("{}")  # begun from the base model, and by now it has a student
+    assert not goes_on(job, True, out)
 
 
 @pytest.mark.parametrize(("ablation", "shared"), [("no-constraint", 7), ("halving", 1), ("annealed", 0), ("direct", 0),

@@ -58,7 +58,7 @@ def test_a_resumed_autoencoder_keeps_the_latents_that_a_base_model_knows(base, t
 def test_an_export_writes_the_ema_weights_of_an_unfinished_base(tmp_path, monkeypatch):
     monkeypatch.setattr("accel.training.parts.ROOT", tmp_path)
     monkeypatch.setattr(base, "CURRICULUM", ((1.0, ((1, 2),)),))
-    monkeypatch.setitem(SETTINGS, "small", ModelSetting(16, 5, fps=8, clips=2))
+    monkeypatch.setitem(SETTINGS, "small", ModelSetting(16, 5, fps=8, clips=2, save_every=9))
     monkeypatch.setitem(OPTIM_CONFIGS["small"], "base", {"steps": 9, "lr": 1e-3, "warmup": 1})
     build_vae(8).save_pretrained(tmp_path / TINY / "vae")
     with pytest.raises(ValueError, match="holds no checkpoint"):
@@ -105,7 +105,7 @@ def test_the_record_of_a_run_includes_the_run_whose_weights_it_started_from(tmp_
     assert parent_run(first, tmp_path / "other") is None  # the second chunk of a run from scratch
 
 
-def test_a_setting_is_refused_where_it_would_be_ignored(tmp_path, monkeypatch):
+def test_a_setting_is_refused_where_it_would_be_ignored(tmp_path):
     with pytest.raises(ValueError, match="the setting large has no vae; it has base, gpd, meanflow, predictor"):
         train_parts("vae", None, False, tmp_path, "large")
     with pytest.raises(ValueError, match="leave it out with --model or --ablation"):

@@ -62,10 +62,11 @@ def test_a_run_with_fewer_latent_channels_resumes_with_as_many(tmp_path):
         assert torch.equal(second.module.state_dict()[name], weight)
 
 
-def test_the_decoder_alone_is_trained_where_a_base_model_knows_the_latents(tmp_path):
+def test_the_decoder_alone_is_trained_where_a_base_model_knows_the_latents(tmp_path, monkeypatch):
     """A run, its checkpoint and the finished files: latents are the same, pictures are not."""
     task = VaeTask(OptimConfig(steps=1, lr=1e-2, warmup=1), size=16, frames=5)
-    task.curriculum, task.module.vae = ((1.0, 5, 1),), build_vae(8, 4)
+    monkeypatch.setattr("accel.training.tasks.vae.CURRICULUM", ((1.0, 5, 1),))
+    task.module.vae = build_vae(8, 4)
     task.module.vae.save_pretrained(tmp_path / "old")
     task.keep_latents()
     fit(task, tmp_path / "run", minutes=None, resume=False)

@@ -36,11 +36,10 @@ def test_every_suite_is_shown_with_its_conditions(suite):
     assert found["device"] in lines and ("toy model" in lines or "Random weights" in lines)
 
 
-def test_all_presets_are_shown_with_their_number_of_runs_and_the_baseline_of_the_same_time():
+def test_all_presets_are_shown_with_the_baseline_of_the_same_time():
     html = table(read(ALL), Order())
     assert names(html) == list(OVERVIEW)
-    assert "SSIM of the baseline in the same time" in html and "(baseline, 30 steps, 1.68x)" in html
-    assert "<td>192</td>" in html
+    assert "SSIM of the baseline in the same time" in html and html.count("x)</td>") == len(OVERVIEW) - 1
 
 
 def test_a_column_is_sorted_by_its_numbers_best_first_and_then_the_other_way(tab):

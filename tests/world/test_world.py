@@ -31,7 +31,7 @@ PINNED = [
     "a big cyan hoop moves right slowly over a plain gray background",
     "earth background with stripes: the rosy triangle is large and sinks fast",
     "on a grassy coal background, a small rosy circle moves right slowly",
-]  # of the shipped model's tables and recordings
+]  # of the tables
 
 
 @pytest.fixture(autouse=True)

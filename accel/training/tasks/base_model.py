@@ -1,7 +1,7 @@
 """The tiny Wan: text encoder and transformer trained jointly by flow matching on rendered, captioned clips.
 
 The velocity target is eps - x0 on x_sigma = (1 - sigma) x0 + sigma eps (Lipman et al., arXiv 2210.02747).
-Training sees single frames first, then short clips, then full ones. Clips are encoded once into a set of latents.
+Training sees mostly single frames at first, then more and more full clips. Clips are encoded once.
 
 Two choices prepare the model for its later use:
 - `WanPipeline` pads the text to a fixed length with zero embeddings that are *not* masked. The number of these padding
@@ -205,7 +205,7 @@ def _encode(auto: Autoencoder, clips: list[np.ndarray], device: str) -> Tensor:
 
 
 class BaseTask:
-    """Flow matching on the latents of rendered clips: single frames first, then more and more frames."""
+    """Flow matching on the latents of rendered clips: mostly single frames at first, then more and more full clips."""
 
     def __init__(
         self, optim: OptimConfig, vae: AutoencoderKLWan, size: int, frames: int, clips: int, folder: Path,
@@ -284,7 +284,7 @@ class BaseTask:
         length = dict(height=self.size, width=self.size, num_frames=self.frames, max_sequence_length=MAX_TOKENS)
         noise = torch.Generator().manual_seed(0)
         texts = held_out_prompts(2, 1)  # each takes seconds
-        out = pipe(texts, num_inference_steps=8, guidance_scale=4.0, generator=noise, **length)
+        out = pipe(texts, num_inference_steps=8, guidance_scale=5.0, generator=noise, **length)
         frames = torch.as_tensor(out.frames)[:, :: max(1, self.frames // 8)]
         iio.imwrite(path, (rearrange(frames, "b f h w c -> (b h) (f w) c") * 255).round().to(torch.uint8).cpu().numpy())
 
