@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ui.recorded import RECORDINGS, RUNS
 
-REPEATS = 3
+REPEATS = 1
 FILES = ("a.mp4", "b.mp4", "a.jpg", "b.jpg")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,7 @@ from diffusers.hooks.hooks import CacheContext, HookFunctionReference, ModelHook
 from torch import Tensor, nn
 
 from ..errors import AccelError
+from .hooks import patched_method
 from .trace import DENOISER
 
 if TYPE_CHECKING:
@@ -178,8 +179,15 @@ class CacheDit(ForeignCache):
     def enable(self) -> None:
         """Enable the cache, and count the calls of the blocks."""
         import cache_dit
+        from cache_dit.caching.cache_blocks.pattern_base import CachedBlocks_Pattern_Base
 
         self.lists, self.order = self.family.block_lists(self.model), list(self.model._modules)
+        self.undo = ExitStack()
+        if getattr(self.model, "_parallel_config", None) is None:
+            # In any group of processes cache-dit averages what it measures, also over videos of their own: wrong
+            # decisions, and processes that wait for each other for ever.
+            alone = patched_method(CachedBlocks_Pattern_Base, "_is_parallelized", lambda blocks: False)
+            self.undo.enter_context(alone)
         with quiet():
             self.adapter = cache_dit.get_adapter(self.model)
             cache_dit.enable_cache(self.adapter, **self.config())
@@ -191,6 +199,7 @@ class CacheDit(ForeignCache):
         """Disable the cache, if nobody has."""
         import cache_dit
 
+        self.undo.close()
         for counter in self.counters:
             counter.remove()
         with quiet():

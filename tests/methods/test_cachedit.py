@@ -106,6 +106,19 @@ def test_cache_dit_logs_nothing(build, monkeypatch):
 
 
 @needs_cache_dit
+def test_processes_that_make_videos_of_their_own_do_not_wait_for_each_other(build, monkeypatch):
+    """cache-dit averages the change over all processes of a group, whatever they compute."""
+    pipe, run = build("wan")
+    with accel.apply(pipe, ACTIVE):
+        expected = run()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *group: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *args, **named: pytest.fail("waits for the others"))
+    with accel.apply(pipe, ACTIVE):
+        assert torch.equal(run(), expected)
+
+
+@needs_cache_dit
 @pytest.mark.parametrize("family", ["wan", "wan_22"])
 def test_a_run_sees_nothing_of_others_and_leaves_nothing_in_the_model_or_the_pipeline(family, build):
     pipe, run = build(family)
