@@ -25,7 +25,7 @@ class Recording(NamedTuple):
 
 
 RECORDINGS = {  # by preset, in the order in which the page offers them
-    "balanced": Recording("a huge yellow star orbits gently over a cloudy navy background", 2),
+    "balanced": Recording("a large cyan disc rises slowly over a cloudy navy background", 2),
     "quick": Recording("a large golden ring slowly drifts left on a jungle background with ripples", 9),
     "stepcache": Recording("a big crimson star gently contracts on a forest background with grass", 5),
     "combined": Recording("on a black background with clouds, a large blue disc drifts left gently", 4),
