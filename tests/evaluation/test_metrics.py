@@ -85,7 +85,7 @@ def test_videos_of_different_shapes_have_no_similarity():
 def test_a_model_names_its_extra_metrics_and_an_unknown_one_is_refused():
     names = lambda *extra: [m.name for m in metrics_of(ModelDefaults(metrics=extra))]
     assert "adherence" not in names() and "adherence" in names("adherence")
-    assert read_defaults(TINY).metrics == ("adherence",)
+    assert read_defaults(TINY).metrics == ("adherence", "texture")
     with pytest.raises(ValueError, match="unknown metric 'beauty'; there are ssim"):
         names("beauty")
 

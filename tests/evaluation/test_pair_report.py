@@ -52,7 +52,7 @@ def test_the_zip_holds_the_videos_the_settings_and_a_page_that_refers_to_them_al
     links = Links()
     links.feed(page)
     assert links.targets == names - {"index.html"} and "script" not in links.tags
-    assert "1.59 times as fast" in page and "n = 3" in page and page.count("<rect data-action") == 50 * 8 * 2
+    assert "1.61 times as fast" in page and "n = 1" in page and page.count("<rect data-action") == 50 * 8 * 2
     assert load_preset(tmp_path / "preset.yaml").methods["fastercache"]["guidance_interval"] == 4
 
 

@@ -106,7 +106,7 @@ def trained(pipe, folder):
 
 
 @torch.no_grad()
-def trajectory_end(model, sigmas, ends, w=4.0):
+def trajectory_end(model, sigmas, ends, w=5.0):
     """The end of a student's Euler steps from the noise of seed 0, with these interval ends as inputs."""
     words = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(99))[0]
     x = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -187,7 +187,7 @@ def test_training_rolls_out_the_trajectory_of_the_pipeline(pipe, student, sample
     sigmas = pipe.scheduler.sigmas.double()
     words = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(99))[0]
     context = MeanFlowContext(
-        lambda texts: words, lambda rng: "a", sigmas, 1000 * sigmas[:-1], (4, 3, 8, 8), guidance=4.0
+        lambda texts: words, lambda rng: "a", sigmas, 1000 * sigmas[:-1], (4, 3, 8, 8), guidance=5.0
     )
     x = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with accel.apply(pipe, [student]):

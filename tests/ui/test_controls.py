@@ -81,7 +81,7 @@ def test_only_students_that_exist_are_offered(pipe, students, tmp_path):
 
 
 def test_a_slider_has_the_range_that_the_student_was_trained_for():
-    assert METHODS["meanflow"].available_values(ROOT / TINY)["guidance"] == (2.0, 5.0)
+    assert METHODS["meanflow"].available_values(ROOT / TINY)["guidance"] == (2.5, 6.25)
     with gr.Blocks():
         made = widget("guidance", METHODS["meanflow"](), {"guidance": (2.0, 3.5)})
     assert (made.minimum, made.maximum, made.value) == (2.0, 3.5, 3.5)

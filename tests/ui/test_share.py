@@ -23,7 +23,7 @@ def report(methods: dict, **settings) -> dict:
     run = build_run(
         read_defaults(TINY), **{"model": TINY, "prompt": "a red star", "seed": 7, "methods": methods, **settings}
     )
-    return {**run.model_dump(), "steps_a": 50, "guidance_a": 4.0}
+    return {**run.model_dump(), "steps_a": 50, "guidance_a": 5.0}
 
 
 def complete(methods: dict) -> dict:
@@ -55,7 +55,7 @@ def test_a_link_restores_the_settings_of_every_preset(name):
     assert {key: shared.run[key] for key in ("prompt", "seed", "steps", "guidance")} == {
         key: pair[key] for key in ("prompt", "seed", "steps", "guidance")
     }
-    assert shared.run["reference"] == {"steps": 50, "guidance": 4.0, "methods": {}}
+    assert shared.run["reference"] == {"steps": 50, "guidance": 5.0, "methods": {}}
 
 
 def test_a_link_restores_an_accelerated_reference():
