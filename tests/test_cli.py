@@ -33,21 +33,8 @@ def accel(monkeypatch, capsys, tiny_wan):
 
 
 def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
-    code, document, _ = accel(
-        "compare",
-        "--prompt",
-        PROMPT,
-        "--seed",
-        "3",
-        "--steps",
-        "12",
-        "--preset",
-        "fastercache",
-        "--repeats",
-        "1",
-        "--out",
-        str(tmp_path),
-    )
+    args = ("--prompt", PROMPT, "--seed", "3", "--steps", "12", "--preset", "fastercache", "--repeats", "1")
+    code, document, _ = accel("compare", *args, "--out", str(tmp_path))
     report = json.loads((tmp_path / "run.json").read_text())
     assert code == 0 and report == document
     keys = "model prompt seed steps guidance methods device threads dtype a b speedup_denoise speedup_total work_ratio "

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from accel.evaluation.metrics import METRICS
 from accel.evaluation.report import Column, columns, conditions
-from accel.evaluation.suites import FRONT, OVERVIEW, RESULTS, SUITES, baseline_at_matched_time
+from accel.evaluation.suites import FRONT, RESULTS, SUITES, baseline_at_matched_time, preset_rows
 from ui.pareto import Point, pareto_plot
 from ui.templating import render
 
@@ -46,14 +46,12 @@ def read(suite: str) -> dict:
 
     For a name that is not offered, those of the first one that is.
     """
-    suite = suite if suite in suite_names() else suite_names()[0]
+    offered = suite_names()
+    suite = suite if suite in offered else offered[0]
+    found = json.loads((RESULTS / (FRONT if suite == ALL else suite) / "results.json").read_text())
     if suite != ALL:
-        return json.loads((RESULTS / suite / "results.json").read_text())
-    found = json.loads((RESULTS / FRONT / "results.json").read_text())
-    rows = {}
-    for preset, setting in OVERVIEW.items():
-        if row := found["rows"].get(setting):
-            rows[preset] = {**row, "matched": baseline_at_matched_time(FRONT, found, row)}
+        return found
+    rows = {p: {**row, "matched": baseline_at_matched_time(found, row)} for p, row in preset_rows(found).items()}
     return {**found, "rows": rows, "pairs": []}
 
 

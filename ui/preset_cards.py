@@ -31,8 +31,6 @@ def _figures(preset: str, model: str) -> str:
 @cache
 def measured_figures() -> dict[str, tuple[float, float]]:
     """{preset: (speed-up, SSIM)} from the committed results; empty where they are not installed."""
-    from accel.evaluation.suites import FRONT, OVERVIEW, results
+    from accel.evaluation.suites import FRONT, preset_rows, results
 
-    found = results(FRONT) or {"rows": {}}
-    rows = {preset: found["rows"].get(setting) for preset, setting in OVERVIEW.items()}
-    return {preset: (row["speedup"], row["ssim"][0]) for preset, row in rows.items() if row}
+    return {preset: (row["speedup"], row["ssim"][0]) for preset, row in preset_rows(results(FRONT)).items()}

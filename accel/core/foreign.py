@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -179,27 +179,38 @@ class CacheDit(ForeignCache):
     def enable(self) -> None:
         """Enable the cache, and count the calls of the blocks."""
         import cache_dit
-        from cache_dit.caching.cache_blocks.pattern_base import CachedBlocks_Pattern_Base
 
         self.lists, self.order = self.family.block_lists(self.model), list(self.model._modules)
-        self.undo = ExitStack()
-        if getattr(self.model, "_parallel_config", None) is None:
-            # In any group of processes cache-dit averages what it measures, also over videos of their own: wrong
-            # decisions, and processes that wait for each other for ever.
-            alone = patched_method(CachedBlocks_Pattern_Base, "_is_parallelized", lambda blocks: False)
-            self.undo.enter_context(alone)
-        with quiet():
+        with quiet(), self._alone():
             self.adapter = cache_dit.get_adapter(self.model)
             cache_dit.enable_cache(self.adapter, **self.config())
         self.manager = self.model._context_manager
         blocks = [(name, self.model.get_submodule(name)) for name in self.modules]
         self.counters = [block.register_forward_pre_hook(self._counter(name)) for name, block in blocks]
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Blocks that cache-dit makes inside decide for this process alone, unless the model is shared by several.
+
+        In any group of processes cache-dit averages what it measures, also over videos of their own: wrong decisions,
+        and processes that wait for each other for ever.
+        """
+        from cache_dit.caching.cache_blocks.pattern_base import CachedBlocks_Pattern_Base
+
+        make = CachedBlocks_Pattern_Base.__init__
+
+        def make_alone(blocks: nn.Module, *args, **named) -> None:
+            make(blocks, *args, **named)
+            if getattr(self.model, "_parallel_config", None) is None:
+                blocks._is_parallelized = lambda: False
+
+        with patched_method(CachedBlocks_Pattern_Base, "__init__", make_alone):
+            yield
+
     def disable(self) -> None:
         """Disable the cache, if nobody has."""
         import cache_dit
 
-        self.undo.close()
         for counter in self.counters:
             counter.remove()
         with quiet():

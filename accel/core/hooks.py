@@ -88,13 +88,13 @@ class HookedForward:
 
 
 @contextmanager
-def patched_method(pipe, name: str, fn: Callable) -> Iterator[None]:
-    """Replace a method of the pipeline by a function; on exit the pipeline has exactly the attributes it had before."""
-    before = vars(pipe).get(name)
-    setattr(pipe, name, fn)
+def patched_method(owner, name: str, fn: Callable) -> Iterator[None]:
+    """Replace a method of an object or class by a function; on exit it has exactly the attributes it had before."""
+    before = vars(owner).get(name)
+    setattr(owner, name, fn)
     try:
         yield
     finally:
-        delattr(pipe, name)
+        delattr(owner, name)
         if before is not None:
-            setattr(pipe, name, before)
+            setattr(owner, name, before)

@@ -23,7 +23,7 @@ from .layouts import LAYOUTS
 from .memory import SETTINGS, forecast
 from .metrics import METRICS
 from .report import SPEED, cell, columns, markdown, pairs_table, table
-from .suites import FRONT, OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, results
+from .suites import FRONT, OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, preset_rows, results
 
 OURS = [name for name, method in METHODS.items() if not method.peer]
 CARD = ROOT / TINY / "README.md"
@@ -36,14 +36,14 @@ def overview() -> str:
     """One row for each preset: its figures, and the best baseline at matched time."""
     head = ["preset", "speed-up", "SSIM", "adherence", "delta adherence", "SSIM of the baseline at matched time"]
     rows, found = [], results(FRONT)
-    for preset, setting in OVERVIEW.items():
-        if not found or setting not in found["rows"]:
+    measured = preset_rows(found)
+    for preset in OVERVIEW:
+        if not (row := measured.get(preset)):
             rows.append([f"`{preset}`", NOT_YET.strip(), *[""] * 4])
             continue
-        row = found["rows"][setting]
         adherence = [cell(METRICS["adherence"], row[key]) for key in ("adherence", "adherence_delta")]
         figures = [SPEED["speed-up"](row), cell(METRICS["ssim"], row["ssim"]), *adherence]
-        rows.append([f"`{preset}`", *figures, baseline_at_matched_time(FRONT, found, row)])
+        rows.append([f"`{preset}`", *figures, baseline_at_matched_time(found, row)])
     return markdown(head, rows)
 
 

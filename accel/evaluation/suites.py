@@ -347,14 +347,20 @@ def tuned(model: str) -> dict | None:
     return search if search.get("model") == model else None
 
 
-def baseline_at_matched_time(suite: str, found: dict, row: dict) -> str:
-    """SSIM, name and speed-up of the baseline with the highest SSIM that is as fast as a setting.
+def preset_rows(found: dict | None) -> dict[str, dict]:
+    """The rows of the presets that were measured, of the results of the front if there are any."""
+    rows = found["rows"] if found else {}
+    return {preset: rows[setting] for preset, setting in OVERVIEW.items() if setting in rows}
+
+
+def baseline_at_matched_time(found: dict, row: dict) -> str:
+    """SSIM, name and speed-up of the baseline of the front with the highest SSIM that is as fast as a setting.
 
     If none is, the fastest one: a faster one would be worse still.
     """
     names = list(found["rows"])[1:]  # the first one is what all others are compared with
     plain = lambda setting: not setting.noise and not setting.settings()["methods"]
-    baselines = {n: found["rows"][n] for n in names if plain(SUITES[suite].settings[n])}
+    baselines = {n: found["rows"][n] for n in names if plain(SUITES[FRONT].settings[n])}
     if not baselines or row is found["rows"][next(iter(found["rows"]))]:
         return "-"
     fast = {n: r for n, r in baselines.items() if r["speedup"] >= SAME_TIME * row["speedup"]}

@@ -40,7 +40,7 @@ class GpdJob(JobSpec):
         fields = {"guidance_start": guidance, "guidance_end": guidance, "trajectories": loaded.job.num_trajectories()}
         config = GpdConfig(**fields | self.ablations[loaded.job.ablation or self.method](guidance))
         context, nets = loaded.context(config.base_steps), loaded.networks(optim.seed)
-        if loaded.job.start:  # also that of an earlier base: its difference brings a part of the guidance
+        if loaded.goes_on:  # also that of an earlier base: its difference brings a part of the guidance
             origin["init_from"] = INITIAL_STUDENT
             initialize_from(nets.module, pipe.transformer, loaded.job.model_dir() / INITIAL_STUDENT)
         yield GpdTask(optim, config, nets, context, rank_and_world()), origin

@@ -50,7 +50,6 @@ class DistillJob:
     rank: int | None = None  # of the LoRA; 0: train all weights
     videos: Path | None = None  # a folder as `accel world sample` writes it, to start trajectories from; None: noise
     trajectories: int | None = None  # over all processes; None: one per process for large models
-    start: bool = False  # for gpd: go on from the first student that the model has
 
     def is_toy(self) -> bool:
         """Whether the model is of the toy world, whose captions are known."""
@@ -120,6 +119,7 @@ class LoadedJob:
     prompts: list[str]  # empty for the toy world
     device: str
     out: Path
+    goes_on: bool = False  # GPD: from the first student that the model has
 
     def context(self, base_steps: int) -> RolloutContext:
         """Rollouts over the training prompts of the file, or over captions of the toy world."""
@@ -204,8 +204,7 @@ def run_job(
     began = time.monotonic()
     spec.check(job)
     prompts = job.load_prompts()
-    job = replace(job, start=goes_on(job, resume, out))
-    loaded = _load(job, prompts, device, out)
+    loaded = replace(_load(job, prompts, device, out), goes_on=goes_on(job, resume, out))
     with spec.build(loaded, optim) as (task, origin):
         optims = share_minutes(spec.optim_configs(optim, task.config))
         record = {**origin, "config": task.config.model_dump(mode="json"), **job.identity(prompts)}

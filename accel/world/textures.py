@@ -44,20 +44,23 @@ def random_field(draw: Draw, time: Tensor, size: int, amplitude: Callable, turns
     spectrum = _waves(draw, size, amplitude)
     ky, kx = _wave_numbers()
     spectrum = spectrum * torch.polar(torch.ones(()), 2 * math.pi * turns(kx, ky) * time[:, None, None])
-    shown, rows = _shown_waves(size)
-    full = torch.zeros(len(time), size, size // 2 + 1, dtype=torch.complex64)
-    full[:, :, : shown + 1][:, ky[rows].flatten().long() % size] = spectrum[:, rows, : shown + 1]
-    return torch.fft.irfft2(full, s=(size, size), norm="forward")
+    return torch.fft.irfft2(_in_rows(spectrum, size), s=(size, size), norm="forward")
 
 
 def _wave_numbers() -> tuple[Tensor, Tensor]:
     return torch.arange(-MAX_WAVE, MAX_WAVE + 1.0)[:, None], torch.arange(0, MAX_WAVE + 1.0)[None, :]
 
 
-def _shown_waves(size: int) -> tuple[int, slice]:
-    """The largest wave number that so many pixels can show, and the rows of the waves up to it."""
+def _in_rows(waves: Tensor, size: int) -> Tensor:
+    """Waves (..., 2 MAX_WAVE + 1, MAX_WAVE + 1) in the rows (..., size, MAX_WAVE + 1) of a Fourier transform.
+
+    Those that are finer than so many pixels can show are left out.
+    """
     shown = min(MAX_WAVE, (size - 1) // 2)
-    return shown, slice(MAX_WAVE - shown, MAX_WAVE + shown + 1)
+    ky = torch.arange(-shown, shown + 1)
+    rows = waves.new_zeros(*waves.shape[:-2], size, MAX_WAVE + 1)
+    rows[..., ky % size, : shown + 1] = waves[..., ky + MAX_WAVE, : shown + 1]
+    return rows
 
 
 def _waves(draw: Draw, size: int, amplitude: Callable) -> Tensor:
@@ -129,11 +132,8 @@ def grassy(draw: Draw, time: Tensor, size: int) -> Tensor:
     blades = _waves(
         draw, size, lambda kx, ky: (-(((kx - width) / 6).square()) - ((ky - tilt * 3) / 2.6).square()).exp()
     )
-    ky, kx = _wave_numbers()
-    full = torch.zeros(size, MAX_WAVE + 1, dtype=torch.complex64)
-    _, shown = _shown_waves(size)
-    full[ky[shown].flatten().long() % size] = blades[shown]
-    rows = torch.fft.ifft(full, dim=0, norm="forward")  # (h, kx): each row can be moved by itself
+    _, kx = _wave_numbers()
+    rows = torch.fft.ifft(_in_rows(blades, size), dim=0, norm="forward")  # (h, kx): each row can be moved by itself
     y = (torch.arange(size) + 0.5) / size
     wind = 2 * math.pi * (rate * time[:, None] - 0.7 * y + phase)
     bend = sway * (wind.sin() + 0.25 * (2 * wind + 1).sin())  # (f, h), in frame widths

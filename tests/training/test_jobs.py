@@ -57,8 +57,8 @@ def test_the_bench_has_every_ablation_that_can_be_trained():
 
 def test_a_first_student_is_trained_on_from_its_difference(tiny_wan, tmp_path):
     (tmp_path / "accel.json").write_text('{"toy_world": true}')
-    base, job = tiny_wan.transformer, DistillJob(model=str(tmp_path), start=True)
-    loaded = LoadedJob(job, tiny_wan, model_defaults(tiny_wan, TINY), [], "cpu", tmp_path)
+    base, job = tiny_wan.transformer, DistillJob(model=str(tmp_path))
+    loaded = LoadedJob(job, tiny_wan, model_defaults(tiny_wan, TINY), [], "cpu", tmp_path, goes_on=True)
     nets = FullNetworks(base)
     nets.module.proj_out.bias.data += 0.1
     (folder := tmp_path / "gpd-N48").mkdir()
