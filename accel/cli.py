@@ -35,6 +35,7 @@ Size = Annotated[int, typer.Option(min=1, help="In pixels, or the number of fram
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
 RESULT_FILES = tuple("video.mp4 frames.npy a.mp4 b.mp4 a.npy b.npy a.jpg b.jpg run.json".split())  # of run and compare
 INTERRUPTED = 130  # exit code after Ctrl-C
+JUDGED_WIDTH = 96  # columns: in fewer, small shapes cannot be told apart, and more tell the judge nothing
 RUN_OPTIONS = ("steps", "guidance", "solver", "shift")  # settings of a run that a preset may hold
 
 
@@ -529,12 +530,12 @@ def judge(
     """Score the videos of a folder against their captions."""
     captions = read_captions(folder)
 
-    import imageio.v3 as iio
     import numpy as np
 
+    from .runtime.video import read_mp4
     from .world.judge import score
 
-    scores = {name: score(np.stack(list(iio.imiter(folder / name))), text) for name, text in captions.items()}
+    scores = {name: score(read_mp4(folder / name, JUDGED_WIDTH), text) for name, text in captions.items()}
     for name, values in scores.items():
         attributes = " ".join(f"{a} {v:.0f}" for a, v in values.items() if a != "mean")
         print(name, attributes, f"mean {values.get('mean', 0):.2f}")

@@ -34,6 +34,7 @@ def accel(monkeypatch, capsys, tiny_wan):
 
 def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
     args = ("--prompt", PROMPT, "--seed", "3", "--steps", "12", "--preset", "fastercache", "--repeats", "1")
+    args += ("--height", "64", "--width", "64", "--frames", "9")
     code, document, _ = accel("compare", *args, "--out", str(tmp_path))
     report = json.loads((tmp_path / "run.json").read_text())
     assert code == 0 and report == document
@@ -42,7 +43,7 @@ def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
     assert set(keys.split()) <= set(report)
     for pane in "ab":
         frames = np.load(tmp_path / f"{pane}.npy")
-        assert frames.dtype == np.uint8 and frames.shape == (17, 96, 96, 3)
+        assert frames.dtype == np.uint8 and frames.shape == (9, 64, 64, 3)
         assert set(report[pane]) == {"text", "denoise", "decode", "encode"} | ({"load"} if pane == "b" else set())
         assert (tmp_path / f"{pane}.jpg").read_bytes()[:2] == b"\xff\xd8"
         assert report["race"][pane]["steps"] == list(range(1, 13))
@@ -52,6 +53,7 @@ def test_compare_writes_both_videos_and_a_complete_report(accel, tmp_path):
 
 def test_a_student_runs_in_its_own_steps_and_the_baseline_in_the_given_ones(accel, tmp_path):
     args = ("--prompt", PROMPT, "--preset", "gpd", "--set", "fastercache.attention=true", "--steps", "4")
+    args += ("--height", "64", "--width", "64", "--frames", "9")
     code, report, _ = accel("compare", *args, "--repeats", "1", "--out", str(tmp_path))
     assert code == 0 and report["steps"] == 6 and report["steps_a"] == 4 and report["methods"]["gpd"]["steps"] == 6
     assert report["work_ratio"] == pytest.approx(6 / 8, abs=0.01)
@@ -69,8 +71,8 @@ def test_run_repeats_a_video_from_the_file_alone(accel, tmp_path):
 
 
 def test_world_sample_and_judge_agree(accel, tmp_path):
-    accel("world", "sample", "--n", "3", "--size", "64", "--frames", "17", "--out", str(tmp_path))
-    assert (tmp_path / "sheet.png").is_file() and len(list(tmp_path.glob("*.mp4"))) == 3
+    accel("world", "sample", "--n", "2", "--size", "96", "--frames", "17", "--out", str(tmp_path))
+    assert (tmp_path / "sheet.png").is_file() and len(list(tmp_path.glob("*.mp4"))) == 2
     assert accel("world", "judge", str(tmp_path))[1]["mean"] > 0.9
 
 

@@ -17,7 +17,7 @@ from ..methods.asymrnr.budget import PROFILE, Profile, Table
 from ..runtime.generate import Video, environment, grid
 from ..runtime.models import ModelDefaults, folders_of_results, load_pipeline, model_defaults
 from ..runtime.run import Run
-from .measure import calibration_cases, measure_in_turn, runs_of, settings_key
+from .measure import calibration_cases, measure_in_turn, runs_of, settings_keys
 from .metrics import METRICS, Pair, mean_of, metrics_of, ssim_frames
 from .report import markdown
 from .result_log import ResultLog
@@ -49,8 +49,8 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     common = {"model": model, "steps": steps}
     run = runs_of(BASELINE, cases[0], defaults, **common)["baseline"]
     out.mkdir(parents=True, exist_ok=True)
-    key = settings_key(settings, model, pipe, defaults, ignore=PROFILE, steps=steps)
-    log = ResultLog(out / "profile.jsonl", key)
+    keys = settings_keys(settings, model, pipe, defaults, ignore=PROFILE, steps=steps)
+    log = ResultLog(out / "profile.jsonl", keys)
     lines = measure_in_turn(settings, cases, common, log, pipe, defaults, _recorder(defaults), "profile")
     lines = [line for line in lines if line["setting"] not in BASELINE]
     costs = _costs(lines, layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -17,14 +17,16 @@ from ..errors import AccelError
 from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
-from .front import best_settings, front_table, plot_summary, with_front
-from .measure import Case, by_case, measure_in_turn, refused_peers, settings_key
+from .front import Groups, best_settings, finalists, front_table, plot_summary, with_front
+from .measure import Case, by_case, measure_in_turn, refused_peers, settings_keys
 from .metrics import METRICS, Metric, Pair, measure, metrics_of
 from .report import pairs_table, summarize, table
 from .result_log import ResultLog
 from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, OVERVIEW, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
 
-TUNING_PROMPTS = 3  # on which the best settings of a suite with groups are chosen
+TUNING_PROMPTS = 3  # on which all settings of a suite with groups are tried
+FINAL_PROMPTS = 6  # these and more, on which the best are chosen: one hard prompt among three would decide
+FINALISTS = 2  # of each group in each speed class
 
 
 def run_suite(
@@ -69,18 +71,14 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
 
     def measured(settings: dict[str, Setting], cases: Sequence[Case], metrics: list[Metric], file: str, title: str):
-        log = ResultLog(out / file, settings_key(settings, model, pipe, defaults), state)
+        log = ResultLog(out / file, settings_keys(settings, model, pipe, defaults), state)
         record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
         return measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, title)
 
-    groups, classes, about = SUITES[suite].groups, [], {}
+    groups = {group: [n for n in names if n in settings] for group, names in SUITES[suite].groups.items()}
+    classes, about = [], {}
     if groups:
-        tried = sum(name in settings for names in groups.values() for name in names)
-        about = {"tried": tried, "tuning_prompts": TUNING_PROMPTS}
-        tuning = [(prompt, 0) for prompt in held_out_prompts(TUNING_PROMPTS, TUNING_SEED)]
-        lines = measured(settings, tuning, [METRICS["ssim"]], "tuning.jsonl", "tuning prompts")
-        rows = summarize(by_case(lines))["rows"]
-        classes = best_settings(rows, {g: [n for n in names if n in rows] for g, names in groups.items()})
+        classes, about = _choose(measured, settings, groups)
         kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *OVERVIEW.values()}
         kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
@@ -91,6 +89,26 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     cases = by_case(lines)
     summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), **about, "refused": refused}
     return with_front(summary, cases, groups, classes) if groups else summary
+
+
+def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) -> tuple[list[dict], dict]:
+    """The best settings of each class, found on other prompts (see `best_settings`), and how many were tried on how
+    many: all of them on a few, and the best of these on more.
+    """
+    from ..world.scene import held_out_prompts
+
+    tuning = [(prompt, 0) for prompt in held_out_prompts(FINAL_PROMPTS, TUNING_SEED)]
+    rows_of = lambda settings, cases, title: summarize(
+        by_case(measured(settings, cases, [METRICS["ssim"]], "tuning.jsonl", title))
+    )["rows"]
+    best = finalists(rows_of(settings, tuning[:TUNING_PROMPTS], "tuning prompts"), groups, FINALISTS)
+    final = {name: setting for name, setting in settings.items() if name in {*BASELINE, *best}}
+    rows = rows_of(final, tuning, "finalists")
+    classes = best_settings(rows, {g: [n for n in names if n in best] for g, names in groups.items()})
+    tried = sum(map(len, groups.values()))
+    return classes, {
+        "tried": tried, "tuning_prompts": TUNING_PROMPTS, "finalists": len(best), "final_prompts": FINAL_PROMPTS,
+    }  # fmt: skip
 
 
 def _check_out(file: Path, settings: dict[str, Setting], n: int, model: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from .metrics import METRICS
 from .pareto_front import pareto_front
 from .report import SPEED, cell, conditions, markdown, paired_differences
+from .stats import interval
 from .suites import NEUTRAL, NOISE_FLOOR
 
 CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
@@ -27,14 +28,26 @@ def speed_of(row: dict) -> float:
     return 1 / row["work"]
 
 
-def best_settings(rows: dict[str, dict], groups: Groups) -> list[dict]:
-    """{"speed": 2.5, "best": {group: setting}} for each class: of those at least so fast, that of the highest SSIM."""
+def ranked_settings(rows: dict[str, dict], groups: Groups) -> list[dict]:
+    """{"speed": 2.5, "ranked": {group: settings}} for each class: all that are at least so fast, highest SSIM first."""
     found = []
     for speed in CLASSES:
         fast = {group: [n for n in names if speed_of(rows[n]) > speed - 1e-9] for group, names in groups.items()}
-        best = {group: max(names, key=lambda n: rows[n]["ssim"][0]) for group, names in fast.items() if names}
-        found.append({"speed": speed, "best": best})
+        ranked = {g: sorted(names, key=lambda n: -rows[n]["ssim"][0]) for g, names in fast.items() if names}
+        found.append({"speed": speed, "ranked": ranked})
     return found
+
+
+def finalists(rows: dict[str, dict], groups: Groups, count: int) -> set[str]:
+    """The first `count` settings of each class and group."""
+    ranked = [names for found in ranked_settings(rows, groups) for names in found["ranked"].values()]
+    return {name for names in ranked for name in names[:count]}
+
+
+def best_settings(rows: dict[str, dict], groups: Groups) -> list[dict]:
+    """{"speed": 2.5, "best": {group: setting}} for each class: of those at least so fast, that of the highest SSIM."""
+    ranked = ranked_settings(rows, groups)
+    return [{"speed": c["speed"], "best": {g: names[0] for g, names in c["ranked"].items()}} for c in ranked]
 
 
 def hypervolume(points: Sequence[tuple[float, float]]) -> float:
@@ -61,9 +74,11 @@ def with_front(summary: dict, cases: Sequence[dict], groups: Groups, classes: Se
     pairs = dict.fromkeys((best[OURS], name) for best in bests for group, name in best.items() if group != OURS)
     chosen = {name for found in classes for name in found["best"].values()}
     points = {g: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names if n in chosen] for g, names in groups.items()}
+    neutral = [case["rows"][NEUTRAL] for case in cases]
     return {
         **summary, "pairs": summary["pairs"] + paired_differences(cases, list(pairs)), "groups": groups,
         "classes": classes, "hypervolume": {group: hypervolume(found) for group, found in points.items()},
+        "overhead": interval([line["denoise"] / line["baseline_denoise"] - 1 for line in neutral]),
     }  # fmt: skip
 
 
@@ -73,12 +88,12 @@ def front_table(summary: dict) -> str:
     titles = ["at least (tuning prompts)", "best of", "setting", "speed by work", "speed-up"]
     titles += [METRICS[name].title for name in _shown(summary)]
     volumes = ", ".join(f"{group} {volume:.3f}" for group, volume in summary["hypervolume"].items())
-    floor, neutral = (summary["rows"][name] for name in (NOISE_FLOOR, NEUTRAL))
-    ssim, worst = (cell(METRICS[name], floor[name]) for name in SHOWN[:2])
-    overhead, low, high = (f"{1 / s - 1:+.1%}" for s in (neutral["speedup"], *reversed(neutral["speedup_range"])))
+    ssim, worst = (cell(METRICS[name], summary["rows"][NOISE_FLOOR][name]) for name in SHOWN[:2])
+    overhead, low, high = (f"{share:+.1%}" for share in summary["overhead"])
     return (
         f"{conditions(summary)}. The best of {summary['tried']} settings were chosen by their mean SSIM on "
-        f"{summary['tuning_prompts']} other prompts\n\n{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
+        f"other prompts: {summary['finalists']} of them on {summary['final_prompts']}, after all on "
+        f"{summary['tuning_prompts']} of these\n\n{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
         f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
         f"Overhead of methods at neutral settings, in turn with the baseline: {overhead} [{low}, {high}] of its time\n"

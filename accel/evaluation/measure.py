@@ -59,7 +59,8 @@ def measure_in_turn(
     """The log's lines of these cases, after generating what it lacks: one line for each case and setting.
 
     The settings of a case follow each other, so that a slow minute of the machine affects all of them. The first one is
-    the baseline that `record` sees with each video; it is generated again if another one of its case is missing.
+    the baseline that `record` sees with each video; it is generated again if another one of its case is missing, and
+    each line has the time of the baseline that its setting took turns with.
     Of several processes, each generates an equal part of what is missing, and all return all lines.
     """
     done = {(line["prompt"], line["seed"], line["setting"]) for line in log.lines}
@@ -79,9 +80,9 @@ def measure_in_turn(
                 video, peak_memory = _generate(settings[name], runs[name], pipe, defaults)
                 baseline = baseline or video
                 if name in names:
-                    facts = {**_speed(video), "peak_memory_bytes": peak_memory}
+                    facts = {**_speed(video, baseline), "peak_memory_bytes": peak_memory}
                     facts |= record(name, runs[name], baseline, video)
-                    log.add(prompt=case[0], seed=case[1], setting=name, **facts)
+                    log.add(name, prompt=case[0], seed=case[1], **facts)
                     bar.update()
     log.join()
     found = {(line["prompt"], line["seed"], line["setting"]): line for line in reversed(log.lines)}
@@ -132,11 +133,12 @@ def perturbed_noise(pipe, share: float) -> Iterator[None]:
         yield
 
 
-def _speed(video: Video) -> dict:
-    """Seconds and FLOPs of a video."""
+def _speed(video: Video, baseline: Video) -> dict:
+    """Seconds and FLOPs of a video, and the seconds of its baseline's denoising."""
     seconds = video.seconds
     return {
         "denoise": seconds["denoise"],
+        "baseline_denoise": baseline.seconds["denoise"],
         "total": sum(seconds.values()),
         "decode": seconds["decode"],
         "flops": video.trace.flops_computed_and_full()[0],
@@ -152,19 +154,20 @@ def by_case(lines: Sequence[dict]) -> list[dict]:
     return [{"prompt": prompt, "seed": seed, "rows": rows} for (prompt, seed), rows in cases.items()]
 
 
-def settings_key(
+def settings_keys(
     settings: dict[str, Setting], model: str, pipe, defaults: ModelDefaults, ignore: str = "", **common
-) -> str:
-    """The key of a log: it changes with the settings, all parameters of the methods, the weights and the machine.
+) -> dict[str, str]:
+    """The key of each setting in a log: it changes with all parameters of its methods, the weights and the machine.
 
-    `ignore` names a file of the model that does not matter. The key ignores the code: delete the log after changing
+    `ignore` names a file of the model that does not matter. The keys ignore the code: delete the log after changing
     what is computed.
     """
-    runs = runs_of(settings, ("-", 0), defaults, model=model, **common)
-    methods = [method for run in runs.values() for method in build_methods(run.methods)]
-    files = method_weights(methods, model)
     own_weights = [pair for pair in weights(model) if pair[0] != ignore]
-    return config_hash(
-        {name: run.model_dump() for name, run in runs.items()}, [method.model_dump() for method in methods],
-        [setting.noise for setting in settings.values()], files, own_weights, environment(pipe),
-    )  # fmt: skip
+    keys = {}
+    for name, run in runs_of(settings, ("-", 0), defaults, model=model, **common).items():
+        methods = build_methods(run.methods)
+        keys[name] = config_hash(
+            run.model_dump(), [method.model_dump() for method in methods], settings[name].noise,
+            method_weights(methods, model), own_weights, environment(pipe),
+        )  # fmt: skip
+    return keys

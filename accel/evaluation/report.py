@@ -77,9 +77,14 @@ def _difference(prompts: list[list[Case]], a: str, b: str, metric: Metric) -> tu
     return _interval(prompts, value)
 
 
+def _speedup(line: dict) -> float:
+    """How many times faster a line's video was than the baseline of its turn."""
+    return line["baseline_denoise"] / line["denoise"]
+
+
 def _setting(prompts: list[list[Case]], name: str, baseline: str) -> dict:
     lines, base = ([case[n] for cases in prompts for case in cases] for n in (name, baseline))
-    speedups = [b["denoise"] / r["denoise"] for r, b in zip(lines, base, strict=True)]
+    speedups = [_speedup(line) for line in lines]
     work = float(np.median([r["flops"] / b["flops"] for r, b in zip(lines, base, strict=True)]))
     row = {
         "seconds": float(np.median([r["denoise"] for r in lines])),
@@ -113,7 +118,7 @@ def _metric(prompts: list[list[Case]], name: str, baseline: str, metric: Metric)
 def _pair(prompts: list[list[Case]], a: str, b: str) -> dict:
     """The speed of setting a in parts of b's, and the difference a - b of each metric for pairs."""
     shown = [m for m in METRICS.values() if "pairs" in m.shown_in and m.name in prompts[0][0][a]]
-    speed = float(np.median([case[b]["denoise"] / case[a]["denoise"] for cases in prompts for case in cases]))
+    speed = float(np.median([_speedup(case[a]) / _speedup(case[b]) for cases in prompts for case in cases]))
     return {"a": a, "b": b, "speed": speed, **{m.name: _difference(prompts, a, b, m) for m in shown}}
 
 

@@ -12,13 +12,14 @@ from ..files import atomic_write
 
 
 class ResultLog:
-    """The lines of a file that have `key`. Lines with another key stay in the file and are ignored.
+    """The lines of a file that belong to `keys`, {setting: key}. Other lines stay in the file and are ignored.
 
-    Of several processes, each but the first writes to a file of its own beside it, until `join` puts all into one.
+    So a setting that is new or was changed is measured, and all others keep their lines. Of several processes, each but
+    the first writes to a file of its own beside it, until `join` puts all into one.
     """
 
-    def __init__(self, file: Path, key: str, state: PartialState | None = None):
-        self.file, self.key, self.state = file, key, state or PartialState()
+    def __init__(self, file: Path, keys: dict[str, str], state: PartialState | None = None):
+        self.file, self.keys, self.state = file, keys, state or PartialState()
         self.join()
 
     def join(self) -> None:
@@ -32,12 +33,12 @@ class ResultLog:
                 part.unlink()
         self.state.wait_for_everyone()
         lines = map(json.loads, self.file.read_text().splitlines())
-        self.lines = [line for line in lines if line["key"] == self.key]
+        self.lines = [line for line in lines if line["key"] == self.keys.get(line["setting"])]
         self.state.wait_for_everyone()  # the first process adds no line before all have read the same ones
 
-    def add(self, **line) -> None:
-        """Append a line to this process's file."""
-        self.lines.append({"key": self.key, **line})
+    def add(self, setting: str, **line) -> None:
+        """Append a line of a setting to this process's file."""
+        self.lines.append({"key": self.keys[setting], "setting": setting, **line})
         process = self.state.process_index
         file = self.file.with_stem(f"{self.file.stem}-{process}") if process else self.file
         with open(file, "a") as log:

@@ -191,12 +191,16 @@ def _training_free() -> dict[str, Setting]:
     stack = {"reuse": "stack", "extrapolation": "logsnr"}
     caches["fastercache, stack"] = Setting("fastercache", overrides={"fastercache": stack})
     found = _in_steps((50, 25), caches) | {"combined": Setting("combined")}
-    stepcache = {
-        f"stepcache {value}": Setting("stepcache", overrides={"stepcache": {"threshold": value}})
-        for value in (0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
-    }
-    found |= _in_steps((50,), stepcache)
+    for value in (0.1, 0.15, 0.2, 0.3, 0.45, 0.6):
+        found[f"stepcache {value}, 50 steps"] = _stepcache(value, steps=50)
+    for (steps, shift), thresholds in {(30, 4.0): (0.15, 0.2, 0.3), (25, 4.0): (0.2, 0.3, 0.45)}.items():
+        for value in thresholds:  # as SeaCache among the peers
+            found[f"stepcache {value}, {steps} steps, shift {shift:g}"] = _stepcache(value, steps=steps, shift=shift)
     return found | _fitted_steps(*get_args(METHODS["fittedsolver"].model_fields["steps"].annotation)[1:])
+
+
+def _stepcache(threshold: float, **run) -> Setting:
+    return Setting("stepcache", **run, overrides={"stepcache": {"threshold": threshold}})
 
 
 def _students() -> dict[str, Setting]:

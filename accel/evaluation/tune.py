@@ -42,7 +42,7 @@ def tune(
 ) -> list[dict]:
     """The front of `trials` tries as rows, slowest first, after writing front.json. A second call resumes the first.
 
-    The first tries are the students and fitted solvers of the model in each of their step counts.
+    The first tries are `known_settings`.
     A row has "preset" (its settings), "work", "speed" (the inverse), "ssim", and "adherence_loss" where the model's
     world is known. Raises AccelError if `out` holds a search of other prompts, weights or another seed.
     """
@@ -109,8 +109,14 @@ def finished(study: optuna.Study) -> list[dict]:
 
 
 def known_settings(own_steps: dict[str, list[int]], has_predictor: bool) -> list[dict]:
-    """What `suggest` chooses in the first tries: methods with their own noise levels, in all of their steps."""
-    found = []
+    """What `suggest` chooses in the first tries: methods with their own noise levels in all of their steps, and the
+    step cache in fewer steps at a larger shift, where a step changes as much.
+    """
+    cached = {"source": "base", "solver": "unipc", "stepcache": True, "guidance": False, "schedule": "change"}
+    found = [
+        {**cached, "steps": steps, "shift": shift, "threshold": threshold}
+        for steps, shift, threshold in ((50, 3.0, 0.1), (50, 3.0, 0.2), (32, 4.0, 0.2), (25, 4.0, 0.3))
+    ]
     for name, counts in own_steps.items():
         for n in counts:
             choice = {"source": name, f"{name}.steps": n}

@@ -1,4 +1,4 @@
-"""Writes mp4 files that hold the settings of their run, and reads the settings back."""
+"""Writes mp4 files that hold the settings of their run, and reads both back."""
 
 from __future__ import annotations
 
@@ -73,6 +73,20 @@ def warm_encoder() -> None:
             write_mp4(Path(folder) / "warm.mp4", np.zeros((1, 16, 16, 3), np.uint8), 1)
     except OSError as error:
         raise AccelError(f"temporary files cannot be written: {explain_os_error(error, 'their folder')}") from error
+
+
+def read_mp4(path: Path, width: int) -> np.ndarray:
+    """Frames uint8 (f, h, w, c) of an mp4, shrunk by the largest whole factor that leaves `width` columns or more.
+
+    So what `write_mp4` has enlarged has its own size again.
+    """
+    import imageio.v3 as iio
+
+    frames = np.stack(list(iio.imiter(path)))
+    f, h, w, c = frames.shape
+    k = max(1, min(w // width, h))
+    blocks = frames[:, : h // k * k, : w // k * k].reshape(f, h // k, k, w // k, k, c)
+    return blocks.mean((2, 4)).round().astype(np.uint8)
 
 
 def read_settings(path: Path) -> dict:

@@ -10,8 +10,10 @@ distance of about 1; blurred, frozen, flickering or wrongly patterned background
 from __future__ import annotations
 
 import functools
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AccelError
+from ..files import atomic_write
 from .render import render
 from .scene import LIVING, sample_scene
 from .segmentation import OBJECT_THRESHOLD, clean, distance_to_background, find_background, grow, texture_value
 
+FILE = Path(__file__).with_name("texture_references.json")  # of the shipped model's size of video
 BANDS = (0.5, 2, 4, 8, 16, 32)  # limits of the spatial bands, in cycles per frame width
 TIME_BANDS = (-0.5, 0.5, 2.5, 8.5)  # limits of the temporal bands, in cycles per clip
 FLOOR = 1e-4  # share of the power below which a band counts as empty: the rounding of the pixels has as much
@@ -115,7 +119,18 @@ def _bands(frames: int, height: int, width: int) -> Tensor:
 
 @functools.lru_cache(4)
 def references(frames: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation (n,) of the statistics of true renders, by living texture."""
+    """Mean and deviation (n,) of the statistics of true renders, by living texture.
+
+    Those of the shipped model's videos are in a file: to measure them takes some ten seconds.
+    """
+    stored = json.loads(FILE.read_text())
+    if [frames, size] != [stored["frames"], stored["size"]]:
+        return measure_references(frames, size)
+    return {pattern: tuple(map(torch.tensor, rows)) for pattern, rows in stored["references"].items()}
+
+
+def measure_references(frames: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `references` returns, from new renders."""
     rng, made = random.Random("texture references"), {}
     for pattern in LIVING:
         rows = []
@@ -127,3 +142,14 @@ def references(frames: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
         rows = torch.stack(rows)
         made[pattern] = rows.mean(0), rows.std(0).clamp(min=MIN_DEVIATION)
     return made
+
+
+def write_references(frames: int, size: int) -> None:
+    """Measure the references of a size of video, and write the file: `python -m accel.world.texture_stats`."""
+    found = {pattern: [row.tolist() for row in rows] for pattern, rows in measure_references(frames, size).items()}
+    with atomic_write(FILE) as part:
+        part.write_text(json.dumps({"frames": frames, "size": size, "references": found}) + "\n")
+
+
+if __name__ == "__main__":
+    write_references(17, 96)

@@ -11,7 +11,7 @@ import torch
 
 from accel.errors import AccelError
 from accel.evaluation import bench, measure
-from accel.evaluation.measure import settings_key
+from accel.evaluation.measure import settings_keys
 from accel.evaluation.metrics import METRICS
 from accel.evaluation.report import pairs_table, summarize, table
 from accel.evaluation.suites import NEUTRAL, NOISE_FLOOR, PROMPT_SEED, SUITES, TUNING_SEED, Setting, Suite
@@ -22,24 +22,25 @@ from accel.world.scene import held_out_prompts
 
 
 def test_results_of_another_model_or_machine_have_another_key(pipe, monkeypatch):
-    key = lambda model: settings_key(SUITES["fastercache"].settings, model, pipe, ModelDefaults())
+    key = lambda model: settings_keys(SUITES["fastercache"].settings, model, pipe, ModelDefaults())
     first = key("some/model")
-    assert first == key("some/model") and first != key("some/other")
+    assert first == key("some/model") and not {*first.values()} & {*key("some/other").values()}
     monkeypatch.setattr(measure, "environment", lambda _: {"device": "another"})
-    assert key("some/model") != first
+    assert not {*first.values()} & {*key("some/model").values()}
 
 
 def test_a_students_files_change_the_key_of_its_settings_alone(pipe, students, tmp_path):
-    key = lambda settings: settings_key(settings, str(tmp_path), pipe, ModelDefaults())
-    baseline, gpd = {"baseline": Setting()}, {"gpd": Setting("gpd")}
-    before = key(baseline), key(gpd)
+    settings = {"baseline": Setting(), "gpd": Setting("gpd")}
+    keys = lambda: settings_keys(settings, str(tmp_path), pipe, ModelDefaults())
+    before = keys()
     (tmp_path / "gpd-N6" / "gpd.json").write_text("{}")
-    assert key(baseline) == before[0] and key(gpd) != before[1]
+    assert keys()["baseline"] == before["baseline"] and keys()["gpd"] != before["gpd"]
 
 
 def test_solver_shift_and_noise_change_the_key(pipe):
-    key = lambda **solver: settings_key({"a": Setting(steps=8, **solver)}, "m", pipe, ModelDefaults())
-    assert len({key(), key(solver="euler"), key(shift=5.0), key(noise=0.01)}) == 4
+    settings = {i: Setting(steps=8, **solver) for i, solver in enumerate(({}, {"solver": "euler"}, {"shift": 5.0}))}
+    settings["noise"] = Setting(steps=8, noise=0.01)
+    assert len({*settings_keys(settings, "m", pipe, ModelDefaults()).values()}) == 4
 
 
 def test_a_share_of_the_initial_noise_is_replaced_inside_the_context_only(pipe):
@@ -104,13 +105,26 @@ def test_of_groups_only_the_best_on_the_tuning_prompts_are_measured_on_the_other
     settings = {"baseline": Setting(), NOISE_FLOOR: Setting(noise=0.01), NEUTRAL: Setting(guidance=1.0)}
     ours = {"half": Setting(steps=2), "as good and later": Setting(steps=2, guidance=2.0), "quarter": Setting(steps=1)}
     monkeypatch.setitem(SUITES, "small", Suite({**settings, **ours}, groups={"ours": tuple(ours)}))
+    monkeypatch.setattr(bench, "FINALISTS", 1)
     summary = bench.run_suite("small", 2, 1, "m", tmp_path)
     assert [*summary["rows"]] == [*settings, "half", "quarter"] and (summary["tried"], summary["prompts"]) == (3, 2)
     assert [found["best"].get("ours") for found in summary["classes"]] == ["half"] * 2 + ["quarter"] * 2 + [None] * 4
-    tuning, reported = (set(held_out_prompts(n, seed)) for n, seed in ((3, TUNING_SEED), (2, PROMPT_SEED)))
-    assert {prompt for prompt, *_ in generated} == tuning | reported and not tuning & reported
-    assert len(generated) == 3 * 6 + 2 * 5
-    assert bench.run_suite("small", 2, 1, "m", tmp_path) == summary and len(generated) == 28
+    few, final, reported = (held_out_prompts(*some) for some in ((3, TUNING_SEED), (6, TUNING_SEED), (2, PROMPT_SEED)))
+    assert {prompt for prompt, *_ in generated} == {*final, *reported} and not {*final} & {*reported}
+    assert few == final[:3] and (summary["finalists"], summary["final_prompts"]) == (2, 6)
+    count = 3 * 6 + 3 * 3 + 2 * 5  # all on three, the baseline and two finalists on three more, what is reported
+    assert len(generated) == count
+    assert bench.run_suite("small", 2, 1, "m", tmp_path) == summary and len(generated) == count
+
+
+def test_a_new_setting_of_a_suite_is_measured_and_the_others_keep_their_lines(generated, tmp_path, monkeypatch):
+    settings = {"baseline": Setting(), "fewer": Setting(steps=2)}
+    bench.run_suite("small", 1, 1, "m", tmp_path)
+    monkeypatch.setitem(SUITES, "small", Suite(settings | {"fewest": Setting(steps=1)}))
+    generated.clear()
+    summary = bench.run_suite("small", 1, 1, "m", tmp_path)
+    assert [steps for *_, steps in generated] == [4, 1]  # the baseline of its turn, and itself
+    assert summary["rows"]["fewest"]["speedup"] == 4.0 and summary["rows"]["fewer"]["speedup"] == 2.0
 
 
 def test_a_missing_setting_is_measured_against_a_baseline_that_is_generated_again(generated, tmp_path):
@@ -160,6 +174,7 @@ def test_a_peer_that_the_model_refuses_is_left_out_and_the_reason_is_kept(genera
 def _timed(prompt, **rows):
     """A case with seconds and FLOPs of each setting."""
     same = {"decode": 0.1, "psnr": None, "ssim": 1.0, "ssim_worst": 0.5}
+    same["baseline_denoise"] = next(iter(rows.values()))[0]
     return {"prompt": prompt, "rows": {name: {"denoise": s, "flops": f, **same} for name, (s, f) in rows.items()}}
 
 
@@ -171,8 +186,14 @@ def test_half_the_time_is_twice_the_speed_and_half_the_flops_half_the_work():
     assert summary["pairs"][0]["speed"] == 2.0
 
 
+def test_each_setting_is_as_fast_as_the_baseline_of_its_own_turn_says():
+    (case,) = [_timed("p", a=(4.0, 8), b=(2.0, 4))]
+    case["rows"]["b"]["baseline_denoise"] = 6.0  # measured on a slower day than a
+    assert summarize([case])["rows"]["b"]["speedup"] == 3.0
+
+
 def _case(prompt, **ssim):
-    same = {"decode": 0.1, "flops": 8, "psnr": None, "ssim_worst": 0.5}
+    same = {"decode": 0.1, "flops": 8, "psnr": None, "ssim_worst": 0.5, "baseline_denoise": 2.0}
     return {"prompt": prompt, "rows": {name: {"denoise": 2.0, "ssim": s, **same} for name, s in ssim.items()}}
 
 

@@ -3,7 +3,15 @@
 import pytest
 
 from accel.evaluation import suites
-from accel.evaluation.front import best_settings, front_overview, front_table, hypervolume, plot_summary, with_front
+from accel.evaluation.front import (
+    best_settings,
+    finalists,
+    front_overview,
+    front_table,
+    hypervolume,
+    plot_summary,
+    with_front,
+)  # fmt: skip
 from accel.evaluation.report import summarize
 from accel.methods import METHODS, StepCache
 
@@ -16,15 +24,16 @@ ROWS = {  # FLOPs and SSIM of two prompts; the baseline has 30 FLOPs
 
 @pytest.fixture
 def summary():
-    line = lambda flops, ssim: {"denoise": 1.0, "decode": 0.1, "flops": flops, "ssim": ssim, "ssim_worst": 0.5}
+    same = {"denoise": 1.0, "baseline_denoise": 1.0, "decode": 0.1, "ssim_worst": 0.5}
+    line = lambda flops, ssim: {**same, "flops": flops, "ssim": ssim}
     cases = [
         {"prompt": prompt, "rows": {name: line(row[0], row[1 + i]) for name, row in ROWS.items()}}
         for i, prompt in enumerate(("first", "second"))
     ]
     for case, seconds in zip(cases, (1.0, 1.1)):
         case["rows"][suites.NEUTRAL]["denoise"] = seconds
-    about = {"device": "cpu", "threads": 1, "dtype": "float32", "tried": 6, "tuning_prompts": 3}
-    about["refused"] = {"p3": "P3 cannot run here"}
+    about = {"device": "cpu", "threads": 1, "dtype": "float32", "refused": {"p3": "P3 cannot run here"}}
+    about |= {"tried": 6, "tuning_prompts": 3, "finalists": 4, "final_prompts": 8}
     found = summarize(cases)
     known = {group: [name for name in names if name in ROWS] for group, names in GROUPS.items()}
     return with_front({**about, **found}, cases, GROUPS, best_settings(found["rows"], known))
@@ -35,6 +44,11 @@ def test_the_best_of_a_class_is_at_least_so_fast_and_has_the_highest_ssim(summar
     assert best[1.5] == best[2] == {"ours": "o2", "peers": "p2", "plain": "s3"}  # 3 times as fast and still better
     assert best[2.5] == {"ours": "o5", "peers": "p2", "plain": "s3"}
     assert best[3.5] == best[5] == {"ours": "o5"} and best[8] == {}
+
+
+def test_the_finalists_are_the_first_of_each_class_and_group(summary):
+    assert finalists(summary["rows"], summary["groups"], 1) == {"o2", "o5", "p2", "s3"}
+    assert finalists(summary["rows"], summary["groups"], 2) == {"o2", "o5", "p2", "s2", "s3"}
 
 
 def test_ours_is_compared_with_the_others_prompt_by_prompt(summary):
@@ -48,9 +62,10 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     assert len(rows) == 8 * 3
     assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000] |"
     assert rows[10][1:3] == ["peers", "none is so fast"]
-    assert "The best of 6 settings were chosen by their mean SSIM on 3 other prompts" in front_table(summary)
+    how = "of 6 settings were chosen by their mean SSIM on other prompts: 4 of them on 8, after all on 3 of these\n"
+    assert how in front_table(summary)
     assert "is replaced: 0.9250 [0.9000, 0.9500], worst frame 0.500\n" in front_table(summary)
-    assert "in turn with the baseline: +4.8% [+0.5%, +9.5%] of its time\n" in front_table(summary)
+    assert "in turn with the baseline: +5.0% [+0.0%, +10.0%] of its time\n" in front_table(summary)
     assert front_table(summary).endswith("\nNot measured: P3 cannot run here\n")
     plot_summary(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

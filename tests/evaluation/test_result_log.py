@@ -2,22 +2,25 @@
 
 from accel.evaluation.result_log import ResultLog, config_hash
 
+KEYS = {"half": "mine"}
+
 
 def test_a_log_continues_after_its_first_line_was_cut_short(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text('{"key": "mi')
-    ResultLog(file, "mine").add(prompt="a")
-    assert [line["prompt"] for line in ResultLog(file, "mine").lines] == ["a"]
+    ResultLog(file, KEYS).add("half", prompt="a")
+    assert [line["prompt"] for line in ResultLog(file, KEYS).lines] == ["a"]
 
 
-def test_a_log_continues_after_a_line_that_was_cut_short_and_ignores_other_keys(tmp_path):
+def test_a_log_continues_after_a_line_that_was_cut_short_and_ignores_other_keys_and_settings(tmp_path):
     file = tmp_path / "results.jsonl"
-    ResultLog(file, "mine").add(prompt="a")
-    ResultLog(file, "other").add(prompt="b")
+    ResultLog(file, KEYS).add("half", prompt="a")
+    ResultLog(file, {"half": "other"}).add("half", prompt="b")
+    ResultLog(file, {"quarter": "mine"}).add("quarter", prompt="b")
     file.write_text(file.read_text() + '{"key": "mine", "pro')
-    log = ResultLog(file, "mine")
-    log.add(prompt="c")
-    assert [line["prompt"] for line in ResultLog(file, "mine").lines] == ["a", "c"]
+    log = ResultLog(file, KEYS)
+    log.add("half", prompt="c")
+    assert [line["prompt"] for line in ResultLog(file, KEYS).lines] == ["a", "c"]
 
 
 def test_a_hash_is_equal_for_equal_values_only():

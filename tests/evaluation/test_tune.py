@@ -74,18 +74,21 @@ def test_every_suggestion_is_a_run_that_is_allowed():
     assert {preset.methods["gpd"]["steps"] for preset in presets if "gpd" in preset.methods} == {6, 12}
 
 
-def test_students_and_solvers_are_tried_first_in_all_of_their_steps():
+def test_cached_runs_are_tried_first_and_then_students_and_solvers_in_all_of_their_steps():
     own_steps = {"fittedsolver": [8, 20], "meanflow": [6]}
     study = optuna.create_study(directions=["minimize", "minimize"])
     presets = []
     for choice in known_settings(own_steps, has_predictor=True):
         study.enqueue_trial(choice)
-        presets.append(suggest(study.ask(), own_steps, True).methods)
-    assert presets == [
+        presets.append(suggest(study.ask(), own_steps, True))
+    assert [(preset.steps, preset.shift, preset.methods["stepcache"]["threshold"]) for preset in presets[:4]] == [
+        (50, 3.0, 0.1), (50, 3.0, 0.2), (32, 4.0, 0.2), (25, 4.0, 0.3),
+    ]  # fmt: skip
+    assert [preset.methods for preset in presets[4:]] == [
         {"fittedsolver": {"steps": 8}}, {"fittedsolver": {"steps": 20}}, {"meanflow": {"steps": 6}},
         {"meanflow": {"steps": 6}, "disca": {"num_full_steps": 3}},
     ]  # fmt: skip
-    assert len(known_settings(own_steps, has_predictor=False)) == 3
+    assert len(known_settings(own_steps, has_predictor=False)) == 4 + 3
 
 
 def test_the_front_the_fastest_within_a_loss_and_the_best_at_a_speed():

@@ -25,7 +25,7 @@ from accel.world.scene import (
     vocabulary,
     words_of,
 )
-from accel.world.texture_stats import texture_distance
+from accel.world.texture_stats import measure_references, references, texture_distance
 
 PINNED = [
     "a big cyan hoop moves right slowly over a plain gray background",
@@ -152,43 +152,56 @@ def test_a_second_object_has_another_colour_and_is_read():
 def test_a_second_object_counts_only_where_the_caption_names_it():
     scene = textured("starry")
     text = "a small red star spins slowly over a starry navy background"
-    frames = render(scene, 17, 64).numpy()
+    frames = render(scene, 17, 96).numpy()
     assert score(frames, text)["mean"] == 1 and "second_shape" not in score(frames, text)
     assert score(frames, f"{text} while a small blue ring floats nearby")["mean"] == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("frames, size", [
-    (17, 64), pytest.param(33, 64, marks=pytest.mark.slow), pytest.param(17, 96, marks=pytest.mark.slow),
-])  # fmt: skip
-def test_judge_reads_true_renders(frames, size):
-    """At least 98 % on every attribute; half the scenes are of the held-out kind."""
-    rng, right, asked = random.Random(4), Counter(), Counter()
-    for i in range(70 if frames == 17 else 35):
-        scene = sample_scene(rng, held_out=i % 2 == 0)
-        seen = read(render(scene, frames, size).numpy())
+def read_back(count: int, frames: int, size: int) -> list[tuple[Scene, dict]]:
+    """Scenes, half of them of the held-out kind, each with what the judge reads in its render."""
+    rng = random.Random(4)
+    scenes = [sample_scene(rng, held_out=i % 2 == 0) for i in range(count)]
+    return [(scene, read(render(scene, frames, size).numpy())) for scene in scenes]
+
+
+def wrong_attributes(found: list[tuple[Scene, dict]]) -> dict[str, float]:
+    """The attributes that are right in less than 98 %, with their shares."""
+    right, asked = Counter(), Counter()
+    for scene, seen in found:
         asked.update(list(scene.attributes))
         right.update(a for a, value in scene.attributes.items() if seen[a] == value)
-    assert {a: right[a] / n for a, n in asked.items() if right[a] < 0.98 * n} == {}
+    return {a: right[a] / n for a, n in asked.items() if right[a] < 0.98 * n}
 
 
-def test_shuffled_captions_score_near_chance():
-    rng = random.Random(5)
-    scenes = [sample_scene(rng) for _ in range(60)]
-    asked = [read_caption(caption(scene, rng)) for scene in scenes]
-    seen = [read(render(scene, 17, 64).numpy()) for scene in scenes]
+def test_judge_reads_true_renders_and_shuffled_captions_score_near_chance():
+    found = read_back(70, 17, 64)
+    assert wrong_attributes(found) == {}
+    captions = [read_caption(caption(scene, random.Random(5))) for scene, _ in found]
     for attribute in PHRASES:
-        right = [seen[i][attribute] == asked[j][attribute] for i in range(60) for j in range(60) if i != j]
+        right = [found[i][1][attribute] == captions[j][attribute] for i in range(70) for j in range(70) if i != j]
         assert abs(np.mean(right) - chance(attribute)) < 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames, size, count", [(33, 64, 35), (17, 96, 70)])
+def test_judge_reads_true_renders_of_other_sizes(frames, size, count):
+    assert wrong_attributes(read_back(count, frames, size)) == {}
+
+
+@pytest.mark.slow
+def test_the_stored_references_are_those_of_true_renders():
+    for pattern, rows in measure_references(17, 96).items():
+        assert all(map(torch.equal, rows, references(17, 96)[pattern]))
 
 
 @pytest.mark.parametrize("pattern", LIVING)
 def test_texture_distance_is_one_for_true_renders_and_more_for_others(pattern):
-    video = render(textured(pattern), 17, 64)
+    video = render(textured(pattern), 17, 96)
     frozen = video[:1].repeat(17, 1, 1, 1)
     blurred = torch.nn.functional.avg_pool2d(video.permute(0, 3, 1, 2).float(), 5, 1, 2).permute(0, 2, 3, 1).byte()
     true = texture_distance(video.numpy(), pattern)
     assert true < 2
-    for worse in (frozen, blurred, render(textured(LIVING[LIVING.index(pattern) - 1]), 17, 64)):
+    for worse in (frozen, blurred, render(textured(LIVING[LIVING.index(pattern) - 1]), 17, 96)):
         assert texture_distance(worse.numpy(), pattern) > 1.3 * true
 
 
@@ -219,11 +232,11 @@ def test_flicker_behind_an_object_makes_no_living_texture(pattern):
 def test_noise_black_and_frozen_video_score_low():
     rng = random.Random(6)
     prompts = [caption(sample_scene(rng), rng) for _ in range(30)]
-    noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)
-    black = np.zeros((17, 64, 64, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (17, 96, 96, 3), dtype=np.uint8)
+    black = np.zeros((17, 96, 96, 3), dtype=np.uint8)
     assert np.mean([score(noise, p)["mean"] for p in prompts]) < 0.05
     assert np.mean([score(black, p)["mean"] for p in prompts]) < 0.15
-    frozen = render(still(), 17, 64)[:1].repeat(17, 1, 1, 1).numpy()
+    frozen = render(still(), 17, 96)[:1].repeat(17, 1, 1, 1).numpy()
     scores = score(frozen, "a large red star spins quickly over a plain gray background")
     assert scores["motion"] == scores["speed"] == 0 and scores["colour"] == scores["shape"] == 1
 
