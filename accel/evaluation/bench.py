@@ -25,7 +25,7 @@ from .result_log import ResultLog
 from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, OVERVIEW, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
 
 TUNING_PROMPTS = 3  # on which all settings of a suite with groups are tried
-FINAL_PROMPTS = 6  # these and more, on which the best are chosen: one hard prompt among three would decide
+FINAL_PROMPTS = 6  # those and more, on which the finalists are compared: of three, one hard prompt would decide
 FINALISTS = 2  # of each group in each speed class
 
 
@@ -35,7 +35,8 @@ def run_suite(
     """The summary of a suite, after writing results.json, report.md and pareto.png. A second call resumes the first.
 
     Of several processes, each measures a part, and only the first writes the results; the others return {}.
-    Raises AccelError for an unknown suite, or if `out` holds results of more prompts or of other settings.
+    Raises AccelError for an unknown suite, or if `out` holds results of more prompts, of another model, or of settings
+    that this suite does not have here.
     """
     check_suite(suite)
     # without `cpu`, those that torchrun starts on a CPU stay apart; the first to finish waits as long as it takes
@@ -69,9 +70,10 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
     refused = refused_peers(settings, cases[0], pipe, defaults, model=model)
     settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
+    keys = settings_keys(settings, model, pipe, defaults)
 
     def measured(settings: dict[str, Setting], cases: Sequence[Case], metrics: list[Metric], file: str, title: str):
-        log = ResultLog(out / file, settings_keys(settings, model, pipe, defaults), state)
+        log = ResultLog(out / file, keys, state)
         record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
         return measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, title)
 
@@ -82,7 +84,6 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *OVERVIEW.values()}
         kept = kept.union(*(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
-        _check_out(out / "results.json", settings, prompts * seeds, model)
     lines = measured(settings, cases, metrics_of(defaults), "results.jsonl", suite)
     if not state.is_main_process:
         return {}
@@ -92,8 +93,9 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
 
 
 def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) -> tuple[list[dict], dict]:
-    """The best settings of each class, found on other prompts (see `best_settings`), and how many were tried on how
-    many: all of them on a few, and the best of these on more.
+    """The classes of `best_settings`, and how many settings were tried on how many prompts, which are not reported on.
+
+    All settings are tried on `TUNING_PROMPTS` prompts, the finalists on `FINAL_PROMPTS`.
     """
     from ..world.scene import held_out_prompts
 

@@ -10,8 +10,8 @@ from math import log2
 from pathlib import Path
 
 from .metrics import METRICS
-from .pareto_front import pareto_front
-from .report import SPEED, cell, conditions, markdown, paired_differences
+from .pareto_front import is_as_fast, pareto_front
+from .report import SPEED, cell, conditions, markdown, paired_differences, per_prompt
 from .stats import interval
 from .suites import NEUTRAL, NOISE_FLOOR
 
@@ -32,7 +32,7 @@ def ranked_settings(rows: dict[str, dict], groups: Groups) -> list[dict]:
     """{"speed": 2.5, "ranked": {group: settings}} for each class: all that are at least so fast, highest SSIM first."""
     found = []
     for speed in CLASSES:
-        fast = {group: [n for n in names if speed_of(rows[n]) > speed - 1e-9] for group, names in groups.items()}
+        fast = {group: [n for n in names if is_as_fast(speed_of(rows[n]), speed)] for group, names in groups.items()}
         ranked = {g: sorted(names, key=lambda n: -rows[n]["ssim"][0]) for g, names in fast.items() if names}
         found.append({"speed": speed, "ranked": ranked})
     return found
@@ -74,11 +74,11 @@ def with_front(summary: dict, cases: Sequence[dict], groups: Groups, classes: Se
     pairs = dict.fromkeys((best[OURS], name) for best in bests for group, name in best.items() if group != OURS)
     chosen = {name for found in classes for name in found["best"].values()}
     points = {g: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names if n in chosen] for g, names in groups.items()}
-    neutral = [case["rows"][NEUTRAL] for case in cases]
+    overhead = per_prompt(cases, lambda rows: rows[NEUTRAL]["denoise"] / rows[NEUTRAL]["baseline_denoise"] - 1)
     return {
         **summary, "pairs": summary["pairs"] + paired_differences(cases, list(pairs)), "groups": groups,
         "classes": classes, "hypervolume": {group: hypervolume(found) for group, found in points.items()},
-        "overhead": interval([line["denoise"] / line["baseline_denoise"] - 1 for line in neutral]),
+        "overhead": interval(overhead),
     }  # fmt: skip
 
 
@@ -91,9 +91,9 @@ def front_table(summary: dict) -> str:
     ssim, worst = (cell(METRICS[name], summary["rows"][NOISE_FLOOR][name]) for name in SHOWN[:2])
     overhead, low, high = (f"{share:+.1%}" for share in summary["overhead"])
     return (
-        f"{conditions(summary)}. The best of {summary['tried']} settings were chosen by their mean SSIM on "
-        f"other prompts: {summary['finalists']} of them on {summary['final_prompts']}, after all on "
-        f"{summary['tuning_prompts']} of these\n\n{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
+        f"{conditions(summary)}. Chosen by mean SSIM on other prompts: all {summary['tried']} settings on "
+        f"{summary['tuning_prompts']}, then {summary['finalists']} finalists on {summary['final_prompts']}\n\n"
+        f"{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
         f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
         f"Overhead of methods at neutral settings, in turn with the baseline: {overhead} [{low}, {high}] of its time\n"

@@ -157,17 +157,16 @@ def by_case(lines: Sequence[dict]) -> list[dict]:
 def settings_keys(
     settings: dict[str, Setting], model: str, pipe, defaults: ModelDefaults, ignore: str = "", **common
 ) -> dict[str, str]:
-    """The key of each setting in a log: it changes with all parameters of its methods, the weights and the machine.
+    """The key of each setting in a log: it changes with all parameters of its methods and of the first setting's, the
+    baseline, with the weights and the machine.
 
     `ignore` names a file of the model that does not matter. The keys ignore the code: delete the log after changing
     what is computed.
     """
-    own_weights = [pair for pair in weights(model) if pair[0] != ignore]
-    keys = {}
+    about, shared = {}, [[pair for pair in weights(model) if pair[0] != ignore], environment(pipe)]
     for name, run in runs_of(settings, ("-", 0), defaults, model=model, **common).items():
         methods = build_methods(run.methods)
-        keys[name] = config_hash(
-            run.model_dump(), [method.model_dump() for method in methods], settings[name].noise,
-            method_weights(methods, model), own_weights, environment(pipe),
-        )  # fmt: skip
-    return keys
+        parameters = [method.model_dump() for method in methods]
+        about[name] = [run.model_dump(), parameters, settings[name].noise, method_weights(methods, model)]
+    baseline = next(iter(about.values()))
+    return {name: config_hash(baseline, own, *shared) for name, own in about.items()}

@@ -21,6 +21,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(front, key=lambda i: (points[i][0], i))
 
 
+def is_as_fast(speed: float, wanted: float) -> bool:
+    """Whether a speed is the wanted one or more; one over a counted share may miss a whole number by its rounding."""
+    return speed > wanted - 1e-9
+
+
 def loss(row: dict, metric: str = "ssim") -> float | None:
     """How much of a metric a row has lost against its reference; None if that is not defined."""
     best, value = PERFECT.get(metric, row.get(f"{metric}_a")), row.get(metric, row.get(f"{metric}_b"))

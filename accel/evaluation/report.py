@@ -49,6 +49,11 @@ def paired_differences(cases: Sequence[dict], pairs: Sequence[tuple[str, str]]) 
     return [_pair(prompts, a, b) for a, b in pairs if a in known and b in known]
 
 
+def per_prompt(cases: Sequence[dict], value: Callable[[Case], float | None]) -> list[float]:
+    """A value of each prompt: the mean over its seeds, without those for which the value is not defined."""
+    return _per_prompt(_by_prompt(cases), value)
+
+
 def _by_prompt(cases: Sequence[dict]) -> list[list[Case]]:
     found: dict[str, list[Case]] = {}
     for case in cases:
@@ -57,7 +62,6 @@ def _by_prompt(cases: Sequence[dict]) -> list[list[Case]]:
 
 
 def _per_prompt(prompts: list[list[Case]], value: Callable[[Case], float | None]) -> list[float]:
-    """A value of each prompt: the mean over its seeds, without those for which the value is not defined."""
     found = [[v for case in cases if (v := value(case)) is not None] for cases in prompts]
     return [float(np.mean(values)) for values in found if values]
 
@@ -95,7 +99,7 @@ def _setting(prompts: list[list[Case]], name: str, baseline: str) -> dict:
         "efficiency": float(np.median(speedups)) * work,
     }
     for metric in METRICS.values():
-        if all(metric.name in r for r in lines):
+        if all(metric.name in line for line in (*lines, *base)):
             row |= _metric(prompts, name, baseline, metric)
     return row
 
@@ -117,7 +121,10 @@ def _metric(prompts: list[list[Case]], name: str, baseline: str, metric: Metric)
 
 def _pair(prompts: list[list[Case]], a: str, b: str) -> dict:
     """The speed of setting a in parts of b's, and the difference a - b of each metric for pairs."""
-    shown = [m for m in METRICS.values() if "pairs" in m.shown_in and m.name in prompts[0][0][a]]
+    is_measured = lambda metric: all(
+        metric.name in case[name] for cases in prompts for case in cases for name in (a, b)
+    )
+    shown = [m for m in METRICS.values() if "pairs" in m.shown_in and is_measured(m)]
     speed = float(np.median([_speedup(case[a]) / _speedup(case[b]) for cases in prompts for case in cases]))
     return {"a": a, "b": b, "speed": speed, **{m.name: _difference(prompts, a, b, m) for m in shown}}
 

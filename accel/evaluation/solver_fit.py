@@ -34,7 +34,6 @@ from ..students.weights import fingerprint
 from .measure import calibration_cases
 
 PROMPT_SEED = 77  # other prompts than those of searches and reports
-SEARCH_PROMPTS = 6  # the first of them: lists of steps differ by much more than what the others would add
 SPACINGS = ((0.12, 0.2, 1), (0.12, 0.35, 1), (0.2, 0.5, 6), (0.35, 0.5, 6), (0.35, 1.0, 6))  # see `spacing`
 RIDGE = 1e-5  # of a mean squared element; outputs of neighbouring steps are nearly equal
 ROUNDS = 8  # of least squares, each with new weights of the prompts
@@ -153,13 +152,11 @@ def fit(
 ) -> tuple[Solver, dict[str, float]]:  # fmt: skip
     """The solver of the best list of steps, and the errors: of each spacing by its numbers, and after the search.
 
-    From the best spacing, `tries` lists are tried (see `search`), all on the first `SEARCH_PROMPTS` trajectories. The
-    weights of the best list come from all trajectories: with few, more other videos become another scene. Raises
-    AccelError if the numbers of the model are not finite.
+    From the best spacing, `tries` lists are tried (see `search`). Raises AccelError if the numbers of the model are not
+    finite.
     """
     guided = len(paths[0].calls[0]) > 1
-    uncond = uncond_steps(count, share) if guided else []
-    rollouts = Rollouts(denoiser, paths[:SEARCH_PROMPTS], uncond)
+    rollouts = Rollouts(denoiser, paths, uncond_steps(count, share) if guided else [])
     errors, tried = {}, {}
     for shape in SPACINGS:
         if (nodes := spacing(len(times), count, *shape)) not in tried:
@@ -169,12 +166,9 @@ def fit(
     if tries:
         nodes = search(rollouts, nodes, tries)
         errors["after the search"] = round(rollouts.error(nodes), 3)
-    if len(paths) > SEARCH_PROMPTS:
-        rollouts = Rollouts(denoiser, paths, uncond)
-        errors[f"all {len(paths)} prompts"] = round(rollouts.error(nodes), 3)
     solver = Solver(
         steps=count, guidance=guidance, sigmas=[levels[i] for i in nodes], timesteps=[times[i] for i in nodes[:-1]],
-        uncond_steps=uncond, weights=rollouts.after(nodes).weights, base_fingerprint=fingerprint(denoiser),
+        uncond_steps=rollouts.uncond, weights=rollouts.after(nodes).weights, base_fingerprint=fingerprint(denoiser),
     )  # fmt: skip
     return solver, errors
 

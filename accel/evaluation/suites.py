@@ -226,8 +226,8 @@ def _meanflow_steps(*counts: int) -> dict[str, Setting]:
 def _peers() -> dict[str, Setting]:
     """diffusers' caches at half of the default, the default and twice the default of what makes each faster.
 
-    SeaCache also on fewer steps with a larger shift, which nobody offers as such: on the tuning prompts of tiny-wan-64
-    it was the best peer at every speed, at a larger threshold where there are fewer steps.
+    SeaCache also on fewer steps with a larger shift, which nobody offers as such: on the tuning prompts it is the best
+    peer from 2.5 times the speed on, at a larger threshold where there are fewer steps.
     """
     found = {}
     few, some, many = (0.1, 0.2, 0.3, 0.5), (0.2, 0.3, 0.5, 0.7), (0.3, 0.5, 0.7, 1.0)

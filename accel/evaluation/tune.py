@@ -27,7 +27,7 @@ from ..runtime.models import ModelDefaults, method_weights, resolve, weights
 from ..runtime.presets import Preset
 from ..runtime.run import Run, build_run
 from .metrics import METRICS, Pair, mean_of
-from .pareto_front import pareto_front, tuned_within
+from .pareto_front import is_as_fast, pareto_front, tuned_within
 from .report import markdown
 from .result_log import config_hash
 
@@ -88,7 +88,9 @@ def open_study(out: Path, key: str) -> optuna.Study:
             directions=("minimize", "minimize"), load_if_exists=True,
         )  # fmt: skip
     if study.user_attrs.get("key", key) != key:
-        raise AccelError(f"{out} holds a search of other prompts, weights or another seed: give another --out")
+        raise AccelError(
+            f"{out} holds a search of other prompts, weights or first tries, or another seed: give another --out"
+        )
     study.set_user_attr("key", key)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):  # it was broken off
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -109,8 +111,8 @@ def finished(study: optuna.Study) -> list[dict]:
 
 
 def known_settings(own_steps: dict[str, list[int]], has_predictor: bool) -> list[dict]:
-    """What `suggest` chooses in the first tries: methods with their own noise levels in all of their steps, and the
-    step cache in fewer steps at a larger shift, where a step changes as much.
+    """What `suggest` chooses in the first tries: the step cache in many steps, and in fewer at a larger shift, where a
+    step changes as much; and methods with their own noise levels in all of their steps.
     """
     cached = {"source": "base", "solver": "unipc", "stepcache": True, "guidance": False, "schedule": "change"}
     found = [
@@ -209,7 +211,7 @@ def fastest(rows: Sequence[dict], max_loss: float) -> dict:
 
 def at_least(rows: Sequence[dict], speed: float) -> dict | None:
     """The row with the best SSIM among those of a speed or more; None if there is none."""
-    return max((row for row in rows if row["speed"] >= speed), key=lambda row: row["ssim"], default=None)
+    return max((row for row in rows if is_as_fast(row["speed"], speed)), key=lambda row: row["ssim"], default=None)
 
 
 def front_table(rows: dict[str, dict]) -> str:

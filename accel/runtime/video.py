@@ -78,7 +78,7 @@ def warm_encoder() -> None:
 def read_mp4(path: Path, width: int) -> np.ndarray:
     """Frames uint8 (f, h, w, c) of an mp4, shrunk by the largest whole factor that leaves `width` columns or more.
 
-    So what `write_mp4` has enlarged has its own size again.
+    So a video of that width has its own size again, which `write_mp4` has enlarged.
     """
     import imageio.v3 as iio
 

@@ -26,7 +26,7 @@ from .render import render
 from .scene import LIVING, sample_scene
 from .segmentation import OBJECT_THRESHOLD, clean, distance_to_background, find_background, grow, texture_value
 
-FILE = Path(__file__).with_name("texture_references.json")  # of the shipped model's size of video
+STORED = Path(__file__).with_name("texture_references.json")  # of the shipped model's size of video
 BANDS = (0.5, 2, 4, 8, 16, 32)  # limits of the spatial bands, in cycles per frame width
 TIME_BANDS = (-0.5, 0.5, 2.5, 8.5)  # limits of the temporal bands, in cycles per clip
 FLOOR = 1e-4  # share of the power below which a band counts as empty: the rounding of the pixels has as much
@@ -123,7 +123,7 @@ def references(frames: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
 
     Those of the shipped model's videos are in a file: to measure them takes some ten seconds.
     """
-    stored = json.loads(FILE.read_text())
+    stored = json.loads(STORED.read_text())
     if [frames, size] != [stored["frames"], stored["size"]]:
         return measure_references(frames, size)
     return {pattern: tuple(map(torch.tensor, rows)) for pattern, rows in stored["references"].items()}
@@ -147,7 +147,7 @@ def measure_references(frames: int, size: int) -> dict[str, tuple[Tensor, Tensor
 def write_references(frames: int, size: int) -> None:
     """Measure the references of a size of video, and write the file: `python -m accel.world.texture_stats`."""
     found = {pattern: [row.tolist() for row in rows] for pattern, rows in measure_references(frames, size).items()}
-    with atomic_write(FILE) as part:
+    with atomic_write(STORED) as part:
         part.write_text(json.dumps({"frames": frames, "size": size, "references": found}) + "\n")
 
 

@@ -127,6 +127,26 @@ def test_a_new_setting_of_a_suite_is_measured_and_the_others_keep_their_lines(ge
     assert summary["rows"]["fewest"]["speedup"] == 4.0 and summary["rows"]["fewer"]["speedup"] == 2.0
 
 
+def test_with_another_baseline_all_settings_are_measured_again(generated, tmp_path, monkeypatch):
+    bench.run_suite("small", 1, 1, "m", tmp_path)
+    monkeypatch.setitem(SUITES, "small", Suite({"baseline": Setting(steps=8), "fewer": Setting(steps=2)}))
+    generated.clear()
+    assert bench.run_suite("small", 1, 1, "m", tmp_path)["rows"]["fewer"]["speedup"] == 4.0
+    assert [steps for *_, steps in generated] == [8, 2]
+
+
+def test_a_new_choice_replaces_the_results_of_the_one_before(generated, tmp_path, monkeypatch):
+    settings = {"baseline": Setting(), NOISE_FLOOR: Setting(noise=0.01), NEUTRAL: Setting(guidance=1.0)}
+    suite = lambda **ours: Suite({**settings, **ours}, groups={"ours": tuple(ours)})
+    half = Setting(steps=2)
+    monkeypatch.setitem(SUITES, "small", suite(half=half))
+    assert [*bench.run_suite("small", 1, 1, "m", tmp_path)["rows"]] == [*settings, "half"]
+    monkeypatch.setitem(
+        SUITES, "small", suite(first=Setting(steps=2, shift=2.0), half=half)
+    )  # as good, and named first
+    assert [*bench.run_suite("small", 1, 1, "m", tmp_path)["rows"]] == [*settings, "first"]
+
+
 def test_a_missing_setting_is_measured_against_a_baseline_that_is_generated_again(generated, tmp_path):
     bench.run_suite("small", 1, 1, "m", tmp_path)
     log = tmp_path / "results.jsonl"

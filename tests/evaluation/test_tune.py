@@ -60,7 +60,7 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_result(search, tmp_path, 
 
 def test_a_folder_of_another_search_is_refused(search):
     search("folder", 1)
-    with pytest.raises(ValueError, match="holds a search of other prompts, weights or another seed"):
+    with pytest.raises(ValueError, match="holds a search of other prompts, weights or first tries, or another seed"):
         search("folder", 1, prompts=("b",))
 
 
@@ -95,6 +95,8 @@ def test_the_front_the_fastest_within_a_loss_and_the_best_at_a_speed():
     assert front([*ROWS, dict(ROWS[1])]) == [ROWS[0], ROWS[1], ROWS[3]]  # a try that came again counts once
     assert fastest(ROWS, 0.01) == fastest(ROWS, 0.1) == ROWS[1]  # the fastest row has lost what the prompt says
     assert at_least(ROWS, 2) == ROWS[1] and at_least(ROWS, 6) is None
+    rounded = {"work": 0.4000000000000001, "speed": 1 / 0.4000000000000001, "ssim": 0.99}  # 20 of 50 steps
+    assert rounded["speed"] < 2.5 and at_least([rounded], 2.5) == rounded
     with pytest.raises(ValueError, match="no try loses at most 0.0001; the least is 0.001"):
         fastest(ROWS, 0.0001)
 
