@@ -17,6 +17,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..ops.noise import log_snr
@@ -50,7 +51,7 @@ class Corrector:
     state: dict[str, Any] | None = None  # the scheduler's, before its step with the last computed output
     sample: Tensor | None = None  # and its sample there
     output: Tensor | None = None
-    source: tuple[int, int] = (0, 0)  # which model's output it is, and of which text
+    source: tuple[int, int, bool] = (0, 0, False)  # which model's output it is, of which text, and whether guided
     taken: list[Taken] | None = None  # since then; None: nothing can be corrected
     following: Tensor | None = None  # a copy of the sample that the last step returned
     draws_noise: bool = False  # found out in the first step
@@ -64,7 +65,7 @@ class Corrector:
         if self.following is None or not self._is_following(sample, host.latents.dtype):
             self.taken = None
         if is_computed:
-            source = host.active_index, host.text_id
+            source = host.active_index, host.text_id, host.is_guided
             if self.taken and len(self.taken) > 1 and self.source == source:
                 corrected = self._retake(scheduler, position, output)
                 rises = scheduler.config.get("invert_sigmas") or named.get("per_token_timesteps") is not None
@@ -119,7 +120,11 @@ def corrected(host: Host, is_computed: Callable[[], bool]) -> Iterator[None]:
     scheduler = host.pipe.scheduler
     inner = scheduler.step
     names = list(inspect.signature(inner).parameters)[:3]
-    if names != ["model_output", "timestep", "sample"] or getattr(scheduler, "combines_outputs", False):
+    has_another = any(
+        isinstance(value, SchedulerMixin) for value in vars(scheduler).values()
+    )  # with a state of its own
+    known = names == ["model_output", "timestep", "sample"]
+    if not known or has_another or getattr(scheduler, "combines_outputs", False):
         yield
         return
     run = host.per_run(lambda: Corrector(inner))

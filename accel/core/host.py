@@ -90,15 +90,16 @@ class Host:
         self._look()
 
     def _look(self) -> None:
-        """Look up the pipeline's transformers and what is in them."""
-        self.denoisers = self.family.denoisers(self.pipe)
-        if any(hasattr(model, "_orig_mod") or model._compiled_call_impl for model in self.denoisers):
+        """Look up the pipeline's transformers and what is in them; nothing changes if one is refused."""
+        denoisers = self.family.denoisers(self.pipe)
+        if any(hasattr(model, "_orig_mod") or model._compiled_call_impl for model in denoisers):
             raise AccelError(
                 "a transformer that is compiled as a whole cannot be wrapped inside: compile its blocks, by "
                 "pipe.transformer.compile_repeated_blocks()"
             )
         if self.has_methods and not self.caches:
-            check_foreign(self.denoisers)
+            check_foreign(denoisers)
+        self.denoisers = denoisers
         self.signatures = [inspect.signature(type(model).forward) for model in self.denoisers]
         self.attentions = [self.family.attentions(model) for model in self.denoisers]
 
@@ -213,11 +214,14 @@ class Host:
         self._take()
 
     def _renew(self, check_inputs: Callable, *args, **named) -> Any:
-        """Before a run: look at the pipeline anew, and take the places again if somebody has changed one."""
+        """Before a run: look at the pipeline anew, and take the places again if somebody has changed one.
+
+        None are held after a refusal, for the next run may be one that is possible.
+        """
         before = self.denoisers
         self._look()
         same = len(before) == len(self.denoisers) and all(a is b for a, b in zip(before, self.denoisers))
-        if not same or not all(place.is_held for place in self._places):
+        if not same or not self._places or not all(place.is_held for place in self._places):
             self._retake()
         return check_inputs(*args, **named)
 

@@ -46,6 +46,7 @@ class State:
     step: int = -1  # the last one that was decided
     position: float = 0.0  # of the last full step
     signal: Tensor | None = None  # (b, c, f, h, w) estimated in the last step's latents
+    is_guided: bool = False  # in the last step that was decided
     shares: dict[str, float] = field(default_factory=dict)  # how far the trend continues, by branch
 
     @property
@@ -145,7 +146,10 @@ class StepCache(Method):
                 record_prediction(host, trace)
                 return hidden + cache.extrapolate(position, run.shares.get(step.branch, FIRST_SHARE))
             out = inner(hidden, *inputs, **named)
-            if step.index < step.count - 1 and run.planned != list(range(step.count)):
+            if step.index == step.count - 1:
+                caches().pop((host.active_index, step.branch))  # it would take memory while the video is decoded
+                run.signal = None
+            elif run.planned != list(range(step.count)):
                 share = cache.best_share(position, out - hidden)
                 if share is not None:
                     run.shares[step.branch] = min(max(CAUTION * share, 0.0), 1.0)
@@ -175,6 +179,8 @@ class StepCache(Method):
         run.step = step.index
         is_due = self._has_changed(host, run) if run.planned is None else step.index in run.planned
         is_edge = step.index < 2 or step.index == step.count - 1
+        is_edge = is_edge or host.is_guided != run.is_guided  # some guiders are on for a part of the steps
+        run.is_guided = host.is_guided
         if is_due or is_edge or not is_fresh or step.index in host.exact_steps:
             run.full_steps.append(step.index)
             run.accumulated, run.position = 0.0, log_snr(host.signal, step.sigma)
@@ -186,6 +192,8 @@ class StepCache(Method):
         from ..ops.spectrum import estimate_signal
 
         before, latents = run.signal, host.family.to_video(host.latents, host.grid)
+        channels = getattr(host.denoisers[host.active_index].config, "out_channels", None)
+        latents = latents[:, :channels]  # behind those of the video, a given image may have some that stay as they are
         is_flat = host.grid[:2] == (1, 1)  # a family that does not know its grid
         run.signal = latents.float() if is_flat else estimate_signal(latents, host.signal, host.step.sigma)
         if before is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.calls import running_call
 from ..core.hooks import patched_method
 from ..core.host import Host
 from ..core.trace import Trace
@@ -106,15 +107,17 @@ def _compared(preset: Preset, host: Host, trace: Trace) -> AbstractContextManage
 
     def lacking() -> str:
         scheduler, solver = host.pipe.scheduler, SCHEDULERS.get(preset.solver)
+        guidance = getattr(running_call(host.pipe)[0], "guidance_scale", None)
         lacks = {
             "steps": preset.steps not in (None, host.step.count),
+            "guidance": guidance is not None and preset.guidance not in (None, guidance),
             "solver": bool(solver) and not isinstance(scheduler, solver),
             "shift": preset.shift not in (None, schedule_shift(scheduler)),
         }
         names = [f"{name} = {getattr(preset, name)}" for name, lacking in lacks.items() if lacking]
         return f"this run does not have the preset's {', '.join(names)}: apply sets methods alone" if names else ""
 
-    if (preset.steps, preset.solver, preset.shift) == (None, "default", None):
+    if (preset.steps, preset.guidance, preset.solver, preset.shift) == (None, None, "default", None):
         return nullcontext()
     return _told_in_each_run(lacking, host, trace)
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffusers import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from ..errors import AccelError
 from ..students.euler_scheduler import FixedSigmaEuler, use_scheduler
 from .run import Run
 
 SCHEDULERS = {
+    "euler": FlowMatchEulerDiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
     "dpm++2m": DPMSolverMultistepScheduler,
     "dpm++2s": DPMSolverSinglestepScheduler,
@@ -36,15 +42,20 @@ def build_scheduler(run: Run, own):
 
     Its noise levels are those of `own`; DPM++ starts at a sigma that is .0002 to .005 lower.
 
-    Raises AccelError for a pipeline that is not made for flow matching, or whose shift depends on the size.
+    Raises AccelError for a pipeline that is not made for flow matching, whose shift depends on the size, or that counts
+    its noise levels upwards.
     """
     key = _shift_key(own)
     shift = own.config[key] if run.shift is None else run.shift
     if run.shift is None and own.config.get("use_dynamic_shifting"):
         raise AccelError("this model's flow shift depends on the size, so another solver needs one: set shift")
     shifted = {key: shift} if run.shift is None else {key: shift, "use_dynamic_shifting": False}
-    if run.solver == "default" or isinstance(own, SCHEDULERS.get(run.solver, ())):
+    if run.solver == "default" or isinstance(own, SCHEDULERS[run.solver]):
         return type(own).from_config(own.config, **shifted)
+    if own.config.get("invert_sigmas"):
+        raise AccelError(
+            "this model counts its noise levels upwards, as no other solver does: leave solver at its default"
+        )
     if run.solver == "euler":
         same = type(own).from_config(own.config, **shifted)
         same.set_timesteps(run.steps)

@@ -184,3 +184,17 @@ def test_a_prompt_that_a_callback_changes_renews_what_depends_on_it(named, metho
         e.step for e in trace.events.values() if e.branch == "cond" and e.action in ("reuse", "reduce", "predict")
     ]
     assert 10 not in skipped and min(skipped) < 10 < max(skipped)
+
+
+def test_after_a_refusal_the_next_run_has_the_methods_again(pipe, sample):
+    class Unknown(torch.nn.Module):
+        """A processor that is not known."""
+
+    with accel.apply(pipe, ASYMRNR) as trace:
+        first, share = sample(pipe), trace.summary()["flops_ratio"]
+        for attn in (block.attn1 for block in pipe.transformer.blocks):
+            attn.set_processor(Unknown())
+        with pytest.raises(AccelError):
+            sample(pipe)
+        set_processor(pipe)
+        assert torch.equal(sample(pipe), first) and trace.summary()["flops_ratio"] == share < 1

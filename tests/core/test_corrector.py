@@ -26,7 +26,8 @@ FULL = "0 1 4 7 11"
 def host_of(scheduler, dtype=torch.float32):
     """As much of a host as the corrector needs; no run has begun."""
     pipe, latents = SimpleNamespace(scheduler=scheduler), torch.ones(1, dtype=dtype)
-    return SimpleNamespace(pipe=pipe, active_index=0, text_id=1, latents=latents, step=None, per_run=cache)
+    about = {"active_index": 0, "text_id": 1, "is_guided": True, "step": None}
+    return SimpleNamespace(pipe=pipe, latents=latents, per_run=cache, **about)
 
 
 def sampled(scheduler, full_steps, corrects: bool, steps: int = 24, after=None, call=None, dtype=torch.float32):

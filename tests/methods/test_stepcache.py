@@ -1,13 +1,16 @@
 """StepCache: which steps are full, what is cached and predicted, and what it says when it does nothing."""
 
+import gc
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import accel
 from accel.families.wan import Wan
-from accel.methods import AsymRnR, FasterCache, MeanFlow, StepCache
+from accel.methods import AsymRnR, DisCa, FasterCache, MeanFlow, StepCache
 from accel.methods.base import RunSpec
-from accel.methods.stepcache import CAUTION, spread
+from accel.methods.stepcache import CAUTION, State, spread
 from accel.ops.noise import log_snr
 from accel.ops.taylor import TaylorCache
 
@@ -72,6 +75,31 @@ def test_predictions_are_never_cached(pipe, sample, monkeypatch):
     assert cached == [
         log_snr(1 - trace.sigmas[i], trace.sigmas[i]) for i in (0, 1, 4)
     ]  # after the last step nothing is predicted
+
+
+@pytest.mark.parametrize("method", [StepCache(full_steps="0 1 4 11"), DisCa(predictor="taylor-1")])
+def test_nothing_is_cached_any_more_while_the_video_is_decoded(method, pipe, sample):
+    with accel.apply(pipe, [method]) as trace:
+        sample(pipe, steps=12)
+        assert trace.summary()["flops_ratio"] < 1
+        assert not [found for found in gc.get_objects() if type(found) is TaylorCache]
+
+
+def test_the_change_is_that_of_the_video_and_not_of_a_given_image():
+    noise = torch.Generator().manual_seed(0)
+    videos, image = torch.randn(2, 1, 4, 3, 8, 8, generator=noise), torch.full((1, 5, 3, 8, 8), 9.0)
+    changes = []
+    for condition in (image[:, :0], image):
+        host = SimpleNamespace(
+            family=Wan(), grid=(3, 4, 4), signal=0.5, step=SimpleNamespace(sigma=0.5), active_index=0,
+            denoisers=[SimpleNamespace(config=SimpleNamespace(out_channels=4))],
+        )  # fmt: skip
+        state = State(None)
+        for video in videos:
+            host.latents = torch.cat([video, condition], 1)
+            StepCache()._has_changed(host, state)
+        changes += state.changes
+    assert len(changes) == 2 and changes[0] == pytest.approx(changes[1])
 
 
 @pytest.mark.parametrize("threshold, fewest, most", [(0.3, 4, 11), (0.6, 4, 9)])

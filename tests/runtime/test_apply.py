@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import accel
 from accel.errors import AccelError
@@ -65,9 +66,16 @@ def test_a_run_says_which_settings_of_a_preset_it_lacks(pipe, sample):
         sample(pipe, steps=12)
     expected = "this run does not have the preset's steps = 20, solver = dpm++2m, shift = 5.0: apply sets methods alone"
     assert expected in trace.messages
-    with accel.apply(pipe, Preset(steps=12, solver="unipc", methods={"fastercache": {}})) as trace:
+    with accel.apply(pipe, Preset(guidance=7, solver="euler", methods={"fastercache": {}})) as trace:
         sample(pipe, steps=12)
-    assert not any("preset" in message for message in trace.messages)
+    assert (
+        "this run does not have the preset's guidance = 7.0, solver = euler: apply sets methods alone" in trace.messages
+    )
+    for solver, own in (("unipc", pipe.scheduler), ("euler", FlowMatchEulerDiscreteScheduler(shift=3.0))):
+        pipe.scheduler = own
+        with accel.apply(pipe, Preset(steps=12, guidance=4, solver=solver, methods={"fastercache": {}})) as trace:
+            sample(pipe, steps=12)
+        assert not any("preset" in message for message in trace.messages)
 
 
 def test_a_decorated_function_runs_with_the_methods_every_time(pipe, sample):

@@ -64,6 +64,14 @@ def test_a_solver_works_on_a_pipeline_with_an_euler_scheduler(solver, pipe, samp
     assert latents(pipe, sample, run_of(solver)).isfinite().all()
 
 
+def test_an_euler_scheduler_is_its_own_euler_and_one_with_rising_noise_levels_has_no_other_solver():
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)  # as Mochi's
+    assert type(build_scheduler(run_of("euler"), own)) is FlowMatchEulerDiscreteScheduler
+    for solver in ("unipc", "dpm++2m", "dpm++2s"):
+        with pytest.raises(AccelError, match="counts its noise levels upwards"):
+            build_scheduler(run_of(solver), own)
+
+
 def test_the_shift_moves_the_noise_levels(pipe):
     low, high = (build_scheduler(run_of(shift=shift), pipe.scheduler) for shift in (1.0, 9.0))
     low.set_timesteps(8)

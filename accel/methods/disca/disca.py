@@ -158,7 +158,9 @@ class DisCa(Method):
                 if step.index == step.count - 1:
                     self._report_speedup(trace, full_steps())
                 out = inner(hidden, *inputs, **named)
-                if len(full_steps()) < step.count:
+                if step.index == step.count - 1:
+                    caches().pop((host.active_index, step.branch))  # it would take memory while the video is decoded
+                elif len(full_steps()) < step.count:
                     cache.refresh(step.index, out, order)
                     trace.set_memory("disca", weights + sum(c.nbytes for c in caches().values()))
                 return out
