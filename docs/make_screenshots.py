@@ -17,6 +17,7 @@ from browser import CHROMIUM, FLAGS
 
 FOLDER = Path(__file__).parent / "images"
 FRAME = 8  # of the recorded videos
+ESTIMATED = "/\\d/.test(document.querySelector('#estimate').innerText)"  # in seconds, once the model is loaded
 SETTLED = "[...document.querySelectorAll('#player video')].slice(0, 2).every(v => v.readyState > 1 && !v.seeking)"
 
 
@@ -67,7 +68,7 @@ def main() -> None:
             page.goto(f"{server.url}?__theme={theme}")
             page.wait_for_function(SETTLED)
             page.wait_for_selector("#estimate", state="attached")
-            page.wait_for_function("!document.querySelector('#estimate').innerText.includes('loaded')", timeout=120_000)
+            page.wait_for_function(ESTIMATED, timeout=120_000)
             show(page)
             page.wait_for_function(f"document.fonts.status === 'loaded' && {SETTLED}")
             page.wait_for_timeout(800)  # until the frames are painted
