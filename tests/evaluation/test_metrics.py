@@ -135,7 +135,7 @@ def test_a_new_metric_is_one_entry(brightness):
     report = report_metrics(Pair(baseline, brighter, "-"), metrics_of(ModelDefaults()))
     assert (report["brightness_a"], report["brightness_b"]) == (100, 130)  # run.json
     assert ("130", "mean grey level, baseline 100") in metric_texts(report)  # the page
-    speed = {"denoise": 1.0, "decode": 0.1, "flops": 8}
+    speed = {"denoise": 1.0, "baseline_denoise": 1.0, "decode": 0.1, "flops": 8}
     row = lambda shown: {**speed, **measure(Pair(baseline, shown, "-"), metrics_of(ModelDefaults()))}
     rows = {"baseline": row(baseline), "brighter": row(brighter)}  # results.jsonl
     assert rows["brighter"]["brightness"] == 130

@@ -98,7 +98,8 @@ def test_a_report_from_before_references_had_settings_is_repeated():
 )
 def test_the_code_makes_the_same_video(settings, tiny_wan, monkeypatch):
     monkeypatch.setattr(accel, "load_pipeline", lambda model: copy(tiny_wan))
-    report = pair({"fastercache": {"attention_interval": 3}}, "a 'red' star spins", steps=4, **settings)
+    small = {"height": 48, "width": 48, "frames": 5, "steps": 4}
+    report = pair({"fastercache": {"attention_interval": 3}}, "a 'red' star spins", **small, **settings)
     names: dict = {}
     exec(python_code(report), names)
     run = build_run(DEFAULTS, **{key: report[key] for key in Run.model_fields})

@@ -181,7 +181,7 @@ def test_the_page_is_used_by_keyboard_alone(browser, server):
 
 def test_a_live_pair_shows_previews_videos_figures_and_map_and_its_reference_is_kept(page):
     choose_preset(page, "fastercache", "fastercache")
-    set_steps(page, 6, 12)
+    set_steps(page, 4, 10)
     page.fill("#prompt textarea", "a large green cross orbits slowly over a dotted brown background")
     page.click("#run")
     page.wait_for_selector(".live-pane.side-a img", timeout=60_000)
