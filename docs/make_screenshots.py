@@ -17,7 +17,7 @@ from browser import CHROMIUM, FLAGS
 
 FOLDER = Path(__file__).parent / "images"
 FRAME = 8  # of the recorded videos
-ESTIMATED = "/\\d/.test(document.querySelector('#estimate').innerText)"  # in seconds, once the model is loaded
+ESTIMATED = "document.querySelector('#estimate').innerText.includes(' · B: ')"  # once the model is loaded
 SETTLED = "[...document.querySelectorAll('#player video')].slice(0, 2).every(v => v.readyState > 1 && !v.seeking)"
 
 
