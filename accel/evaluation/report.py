@@ -34,9 +34,9 @@ SPEED_OF = {"brief": ("denoise s", "speed-up", "efficiency"), "report": tuple(SP
 def summarize(cases: Sequence[dict], pairs: Sequence[tuple[str, str]] = ()) -> dict:
     """Summary of cases {"prompt", "rows": {setting: line}}, the first setting being the baseline.
 
-    Per setting: medians of speed-up and work, the baseline's median time over the speed-up, and means of the metrics with 95 % bootstrap intervals. `pairs`:
-    settings whose difference is computed prompt by prompt. Seeds of one prompt are averaged first, as they are not
-    independent.
+    Per setting: medians of speed-up and work, the baseline's median time over the speed-up, and means of the metrics with
+    95 % bootstrap intervals. `pairs`: settings whose difference is computed prompt by prompt. Seeds of one prompt are
+    averaged first, as they are not independent.
     """
     prompts, names = _by_prompt(cases), list(cases[0]["rows"])
     rows = {name: _setting(prompts, name, names[0]) for name in names}
