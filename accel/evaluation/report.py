@@ -34,7 +34,7 @@ SPEED_OF = {"brief": ("denoise s", "speed-up", "efficiency"), "report": tuple(SP
 def summarize(cases: Sequence[dict], pairs: Sequence[tuple[str, str]] = ()) -> dict:
     """Summary of cases {"prompt", "rows": {setting: line}}, the first setting being the baseline.
 
-    Per setting: medians of speed-up and work, the baseline's median time over the speed-up, and means of the metrics with
+    Per setting: medians of speed-up and work, the baseline's median time over the speed-up, means of the metrics with
     95 % bootstrap intervals. `pairs`: settings whose difference is computed prompt by prompt. Seeds of one prompt are
     averaged first, as they are not independent.
     """
