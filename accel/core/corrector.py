@@ -120,11 +120,10 @@ def corrected(host: Host, is_computed: Callable[[], bool]) -> Iterator[None]:
     scheduler = host.pipe.scheduler
     inner = scheduler.step
     names = list(inspect.signature(inner).parameters)[:3]
-    has_another = any(
-        isinstance(value, SchedulerMixin) for value in vars(scheduler).values()
-    )  # with a state of its own
-    known = names == ["model_output", "timestep", "sample"]
-    if not known or has_another or getattr(scheduler, "combines_outputs", False):
+    is_known = names == ["model_output", "timestep", "sample"]
+    # a scheduler inside this one has a state of its own, which would not go back
+    has_another = any(isinstance(value, SchedulerMixin) for value in vars(scheduler).values())
+    if not is_known or has_another or getattr(scheduler, "combines_outputs", False):
         yield
         return
     run = host.per_run(lambda: Corrector(inner))

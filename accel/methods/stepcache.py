@@ -179,9 +179,9 @@ class StepCache(Method):
         run.step = step.index
         is_due = self._has_changed(host, run) if run.planned is None else step.index in run.planned
         is_edge = step.index < 2 or step.index == step.count - 1
-        is_edge = is_edge or host.is_guided != run.is_guided  # some guiders are on for a part of the steps
+        has_turned = host.is_guided != run.is_guided  # some guiders are on for a part of the steps
         run.is_guided = host.is_guided
-        if is_due or is_edge or not is_fresh or step.index in host.exact_steps:
+        if is_due or is_edge or has_turned or not is_fresh or step.index in host.exact_steps:
             run.full_steps.append(step.index)
             run.accumulated, run.position = 0.0, log_snr(host.signal, step.sigma)
         if run.planned is None and step.index == step.count - 1:

@@ -141,9 +141,8 @@ def test_a_new_choice_replaces_the_results_of_the_one_before(generated, tmp_path
     half = Setting(steps=2)
     monkeypatch.setitem(SUITES, "small", suite(half=half))
     assert [*bench.run_suite("small", 1, 1, "m", tmp_path)["rows"]] == [*settings, "half"]
-    monkeypatch.setitem(
-        SUITES, "small", suite(first=Setting(steps=2, shift=2.0), half=half)
-    )  # as good, and named first
+    first = Setting(steps=2, shift=2.0)  # as good, and named first
+    monkeypatch.setitem(SUITES, "small", suite(first=first, half=half))
     assert [*bench.run_suite("small", 1, 1, "m", tmp_path)["rows"]] == [*settings, "first"]
 
 
