@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 class BlockStack(nn.ModuleList):
     """A model's own blocks under their own names; iterating over it yields other functions than the blocks.
 
-    The blocks themselves carry no hook, so compiled blocks stay as they were compiled.
+    The blocks themselves carry no hook, so compiled blocks stay as they were compiled, and a block that is replaced
+    here, as in `blocks[0] = torch.compile(blocks[0])`, is replaced in the model's own list.
     """
 
     def __init__(self, blocks: nn.ModuleList, functions: tuple[Callable, ...]):
-        super().__init__(blocks)
+        super().__init__()
+        self._modules = blocks._modules
         self._functions = functions
 
     def __iter__(self) -> Iterator[Callable]:
         return iter(self._functions)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A block, or some of them as a plain list, as for offloading in groups."""
+        return nn.ModuleList(self._modules.values())[index] if isinstance(index, slice) else super().__getitem__(index)
 
 
 class StackedBlocks:

@@ -17,9 +17,11 @@ from ..errors import AccelError
 from ..files import atomic_write, only_writer
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
+from ..runtime.presets import build_methods
 from .front import Groups, best_settings, finalists, front_table, plot_summary, with_front
 from .measure import Case, by_case, measure_in_turn, refused_peers, settings_keys
 from .metrics import METRICS, Metric, Pair, measure, metrics_of
+from .overhead import PAIRS, overheads
 from .report import pairs_table, summarize, table
 from .result_log import ResultLog
 from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, OVERVIEW, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
@@ -89,7 +91,14 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         return {}
     cases = by_case(lines)
     summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), **about, "refused": refused}
-    return with_front(summary, cases, groups, classes) if groups else summary
+    if not groups:
+        return summary
+    neutral = build_methods(settings[NEUTRAL].settings()["methods"])
+    call = {
+        "prompt": texts[0], "height": defaults.height, "width": defaults.width, "num_frames": defaults.frames,
+        "guidance_scale": defaults.guidance, "max_sequence_length": defaults.text_length,
+    }  # fmt: skip
+    return with_front(summary, cases, groups, classes, overheads(pipe, call, neutral, PAIRS))
 
 
 def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) -> tuple[list[dict], dict]:

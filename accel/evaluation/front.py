@@ -10,10 +10,11 @@ from math import log2
 from pathlib import Path
 
 from .metrics import METRICS
+from .overhead import STEPS
 from .pareto_front import is_as_fast, pareto_front
-from .report import SPEED, cell, conditions, markdown, paired_differences, per_prompt
+from .report import SPEED, cell, conditions, markdown, paired_differences
 from .stats import interval
-from .suites import NEUTRAL, NOISE_FLOOR
+from .suites import NOISE_FLOOR
 
 CLASSES = (1.5, 2, 2.5, 3.5, 5, 8, 12, 16)
 OURS = "ours"  # the group that the others are compared with
@@ -63,10 +64,13 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area / log2(CLASSES[-1])
 
 
-def with_front(summary: dict, cases: Sequence[dict], groups: Groups, classes: Sequence[dict]) -> dict:
+def with_front(
+    summary: dict, cases: Sequence[dict], groups: Groups, classes: Sequence[dict], overhead: Sequence[float]
+) -> dict:  # fmt: skip
     """A summary of `report.summarize` and, of its groups, the best of each class, their pairs and the hypervolumes.
 
-    `classes` are those of `best_settings`. The pairs are ours with the best of each other group.
+    `classes` are those of `best_settings`, `overhead` that of each pair of runs (see overhead.py). The pairs are ours
+    with the best of each other group.
     """
     rows = summary["rows"]
     groups = {group: known for group, names in groups.items() if (known := [n for n in names if n in rows])}
@@ -74,11 +78,10 @@ def with_front(summary: dict, cases: Sequence[dict], groups: Groups, classes: Se
     pairs = dict.fromkeys((best[OURS], name) for best in bests for group, name in best.items() if group != OURS)
     chosen = {name for found in classes for name in found["best"].values()}
     points = {g: [(speed_of(rows[n]), rows[n]["ssim"][0]) for n in names if n in chosen] for g, names in groups.items()}
-    overhead = per_prompt(cases, lambda rows: rows[NEUTRAL]["denoise"] / rows[NEUTRAL]["baseline_denoise"] - 1)
     return {
         **summary, "pairs": summary["pairs"] + paired_differences(cases, list(pairs)), "groups": groups,
         "classes": classes, "hypervolume": {group: hypervolume(found) for group, found in points.items()},
-        "overhead": interval(overhead),
+        "overhead": interval(overhead), "overhead_pairs": len(overhead),
     }  # fmt: skip
 
 
@@ -96,7 +99,8 @@ def front_table(summary: dict) -> str:
         f"{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
         f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
-        f"Overhead of methods at neutral settings, in turn with the baseline: {overhead} [{low}, {high}] of its time\n"
+        f"Overhead of methods at neutral settings: {overhead} [{low}, {high}] of the stock pipeline's time, in "
+        f"{summary['overhead_pairs']} pairs of runs of {STEPS} steps in turn\n"
     ) + "".join(f"\nNot measured: {why}\n" for why in summary["refused"].values())
 
 

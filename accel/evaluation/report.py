@@ -49,11 +49,6 @@ def paired_differences(cases: Sequence[dict], pairs: Sequence[tuple[str, str]]) 
     return [_pair(prompts, a, b) for a, b in pairs if a in known and b in known]
 
 
-def per_prompt(cases: Sequence[dict], value: Callable[[Case], float | None]) -> list[float]:
-    """A value of each prompt: the mean over its seeds, without those for which the value is not defined."""
-    return _per_prompt(_by_prompt(cases), value)
-
-
 def _by_prompt(cases: Sequence[dict]) -> list[list[Case]]:
     found: dict[str, list[Case]] = {}
     for case in cases:
@@ -62,6 +57,7 @@ def _by_prompt(cases: Sequence[dict]) -> list[list[Case]]:
 
 
 def _per_prompt(prompts: list[list[Case]], value: Callable[[Case], float | None]) -> list[float]:
+    """A value of each prompt: the mean over its seeds, without those for which the value is not defined."""
     found = [[v for case in cases if (v := value(case)) is not None] for cases in prompts]
     return [float(np.mean(values)) for values in found if values]
 

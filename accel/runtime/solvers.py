@@ -11,10 +11,31 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import AccelError
 from ..students.euler_scheduler import FixedSigmaEuler, use_scheduler
 from .run import Run
+
+
+class LinearSigmas(SchedulerMixin):
+    """Lets DPM++ run where the pipeline gives it sigmas, as LTX and HunyuanVideo do.
+
+    They are linear, to be shifted by the scheduler, and so are those that DPM++ begins with itself: only their number
+    is of use.
+    """
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
+        super().set_timesteps(num_inference_steps if sigmas is None else len(sigmas), device=device)
+
+
+class MultistepDPM(LinearSigmas, DPMSolverMultistepScheduler):
+    """DPM++ 2M."""
+
+
+class SinglestepDPM(LinearSigmas, DPMSolverSinglestepScheduler):
+    """DPM++ 2S."""
+
 
 SCHEDULERS = {
     "euler": FlowMatchEulerDiscreteScheduler,
@@ -22,6 +43,7 @@ SCHEDULERS = {
     "dpm++2m": DPMSolverMultistepScheduler,
     "dpm++2s": DPMSolverSinglestepScheduler,
 }
+TAKING_SIGMAS = {DPMSolverMultistepScheduler: MultistepDPM, DPMSolverSinglestepScheduler: SinglestepDPM}
 
 
 @contextmanager
@@ -42,8 +64,8 @@ def build_scheduler(run: Run, own):
 
     Its noise levels are those of `own`; DPM++ starts at a sigma that is .0002 to .005 lower.
 
-    Raises AccelError for a pipeline that is not made for flow matching, whose shift depends on the size, or that counts
-    its noise levels upwards.
+    Raises AccelError for a pipeline that is not made for flow matching, whose shift depends on the size, or whose noise
+    levels rise or end above 0 as no other solver's do.
     """
     key = _shift_key(own)
     shift = own.config[key] if run.shift is None else run.shift
@@ -56,11 +78,17 @@ def build_scheduler(run: Run, own):
         raise AccelError(
             "this model counts its noise levels upwards, as no other solver does: leave solver at its default"
         )
+    if run.solver != "euler" and (end := own.config.get("shift_terminal")):
+        raise AccelError(
+            f"this model's last step is at a noise level of {end:g}, as only euler and its own solver have it: choose "
+            "one of them"
+        )
     if run.solver == "euler":
         same = type(own).from_config(own.config, **shifted)
         same.set_timesteps(run.steps)
         return FixedSigmaEuler(same.sigmas.tolist(), same.timesteps.tolist())
-    return SCHEDULERS[run.solver](
+    solver = SCHEDULERS[run.solver]
+    return TAKING_SIGMAS.get(solver, solver)(
         num_train_timesteps=own.config.num_train_timesteps, prediction_type="flow_prediction", use_flow_sigmas=True,
         flow_shift=shift, lower_order_final=True,
     )  # fmt: skip

@@ -63,6 +63,25 @@ def test_a_change_between_two_runs_leaves_the_method_acting(method, change, pipe
         assert torch.equal(sample(pipe), second)
 
 
+def offload_in_groups(model) -> None:
+    cpu = torch.device("cpu")
+    model.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+
+
+def compile_a_block(model) -> None:
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+
+
+@pytest.mark.parametrize("change", [offload_in_groups, compile_a_block])
+def test_while_the_stack_is_predicted_its_blocks_can_be_offloaded_and_compiled(change, pipe, sample):
+    with accel.apply(pipe, DisCa(predictor="taylor-1")):
+        first = sample(pipe)
+        change(pipe.transformer)
+        changed = list(pipe.transformer.blocks.children())
+        assert torch.equal(sample(pipe), first)
+    assert list(pipe.transformer.blocks) == changed
+
+
 def forwards(model) -> set[str]:
     """The functions that a call of the model goes through."""
     found, forward = set(), model.forward

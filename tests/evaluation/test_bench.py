@@ -74,6 +74,7 @@ def generated(pipe, monkeypatch):
     monkeypatch.setattr(bench, "plot_summary", lambda *_: None)
     monkeypatch.setattr(measure, "generate", generate)
     monkeypatch.setattr(measure, "warm_up", lambda *_: None)
+    monkeypatch.setattr(bench, "overheads", lambda *_: [0.0])
     monkeypatch.setitem(SUITES, "small", Suite({"baseline": Setting(), "fewer": Setting(steps=2)}))
     return seen
 

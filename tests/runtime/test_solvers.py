@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from families.tiny import TINY
 
 from accel.errors import AccelError
 from accel.runtime.models import ModelDefaults
@@ -70,6 +71,28 @@ def test_an_euler_scheduler_is_its_own_euler_and_one_with_rising_noise_levels_ha
     for solver in ("unipc", "dpm++2m", "dpm++2s"):
         with pytest.raises(AccelError, match="counts its noise levels upwards"):
             build_scheduler(run_of(solver), own)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++2m", "dpm++2s"])
+@pytest.mark.parametrize("family", ["ltx", "hunyuan_video"])
+def test_solvers_agree_on_a_pipeline_that_gives_its_scheduler_sigmas(family, solver):
+    pipe, inputs = TINY[family]()
+
+    def latents(solver: str):
+        with solver_of(run_of(solver, 3.0), pipe):
+            noise = torch.Generator().manual_seed(0)
+            return pipe(**inputs, num_inference_steps=40, generator=noise, output_type="latent").frames
+
+    best = latents("euler")
+    assert (latents(solver) - best).norm() < 0.05 * best.norm()
+
+
+def test_a_solver_that_would_end_at_another_noise_level_is_refused():
+    own = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)  # as LTX's
+    for solver in ("unipc", "dpm++2m", "dpm++2s"):
+        with pytest.raises(AccelError, match="last step is at a noise level of 0.1"):
+            build_scheduler(run_of(solver, 3.0), own)
+    assert build_scheduler(run_of("euler", 3.0), own).config.shift_terminal == 0.1
 
 
 def test_the_shift_moves_the_noise_levels(pipe):

@@ -1,0 +1,41 @@
+"""How much longer a pipeline takes with methods that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from ..core.calls import synchronized_time
+from ..methods.base import Method
+from ..runtime.apply import apply
+
+STEPS, PAIRS = 2, 100  # many short runs in turn: a slow minute of the machine affects both sides
+
+
+def overheads(pipe, inputs: dict, methods: Sequence[Method], pairs: int) -> list[float]:
+    """The extra time of a run with `methods`, relative to a run of the stock pipeline, of each of `pairs` pairs.
+
+    `inputs` are those of the pipeline's call. Nothing is decoded. Which run of a pair comes first alternates.
+    """
+    device = next(pipe.transformer.parameters()).device
+
+    def seconds() -> float:
+        noise, began = torch.Generator("cpu").manual_seed(0), synchronized_time(device)
+        pipe(**inputs, num_inference_steps=STEPS, generator=noise, output_type="latent")
+        return synchronized_time(device) - began
+
+    def with_methods() -> float:
+        with apply(pipe, list(methods)):
+            return seconds()
+
+    with_methods()  # counts the FLOPs of this shape, once
+    found = []
+    for i in tqdm(range(pairs), desc="overhead"):
+        if i % 2:
+            stock, ours = seconds(), with_methods()
+        else:
+            ours, stock = with_methods(), seconds()
+        found.append(ours / stock - 1)
+    return found

@@ -1,0 +1,24 @@
+"""The overhead of neutral methods: pairs of a run of the stock pipeline and one inside `accel.apply`."""
+
+import pytest
+from families.tiny import TINY
+
+from accel.evaluation import overhead
+from accel.methods import METHODS
+
+
+def test_which_run_comes_first_alternates_and_the_extra_time_is_relative_to_the_stock_run(monkeypatch):
+    pipe, inputs = TINY["wan"]()
+    order, times = [], iter([0, 9, 10, 14, 20, 22, 30, 35, 40, 50])  # a run to begin with, and two pairs
+    stock = type(pipe).__call__
+
+    def call(self, *args, **named):
+        hook = getattr(pipe.transformer, "_diffusers_hook", None)
+        order.append("ours" if hook and hook.hooks else "stock")
+        return stock(self, *args, **named)
+
+    monkeypatch.setattr(type(pipe), "__call__", call)
+    monkeypatch.setattr(overhead, "synchronized_time", lambda device: next(times))
+    neutral = [METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "stepcache")]
+    assert overhead.overheads(pipe, inputs, neutral, 2) == pytest.approx([4 / 2 - 1, 10 / 5 - 1])
+    assert order == ["ours", "ours", "stock", "stock", "ours"]
