@@ -3,6 +3,9 @@
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe(prompt, num_inference_steps=50).frames[0]
 print(trace.summary())
+
+`generate(run, pipe, defaults)` and `compare(a, b, pipe, defaults)` make and measure videos of a `Run`, which
+`accel.runtime.run.build_run` builds from `defaults = accel.runtime.models.model_defaults(pipe, model)`.
 """
 
 from importlib import import_module

@@ -13,10 +13,11 @@ from typing import Any
 import gradio as gr
 
 from accel.errors import AccelError
-from accel.runtime.presets import Preset, load_preset, preset_names
+from accel.runtime.presets import Preset, load_preset, preset_names, with_parameter
 from ui.context import Context, compare_work
 from ui.endpoints import add_endpoint
 from ui.preset_cards import PLAIN
+from ui.share import refuse_hidden
 from ui.side_settings import Side, preset_side
 
 SIDE_KEYS = ("preset", "changes", "steps", "guidance", "solver", "shift")
@@ -100,13 +101,13 @@ def side_from(values: Any) -> Side:
     if unknown := [key for key in values if key not in SIDE_KEYS]:
         raise AccelError(f"unknown setting {unknown[0]!r} of a side; known are {', '.join(SIDE_KEYS)}")
     side = preset_side(known_preset(values.get("preset") or PLAIN))
-    side["methods"] = {name: dict(parameters or {}) for name, parameters in side["methods"].items()}
     changes = values.get("changes") or {}
     if not isinstance(changes, dict):
         raise AccelError('changes is a JSON object: {"METHOD.PARAMETER": VALUE}')
     for target, value in changes.items():
         method, _, parameter = str(target).partition(".")
-        side["methods"].setdefault(method, {})[parameter] = value
+        refuse_hidden({method: {parameter: value}})
+        side["methods"] = with_parameter(side["methods"], method, parameter, value)
     return {**side, **{key: values[key] for key in SIDE_KEYS[2:] if values.get(key) is not None}}
 
 

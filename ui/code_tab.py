@@ -75,9 +75,11 @@ class CodeTab:
         self.page = page
         quick = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         page.compare.shown.change(self.show, page.compare.shown, self.views, **quick)
+        for event in page.compare.shows:
+            event.then(self.show, page.compare.shown, self.views, **quick)
         outputs = [self.message, *page.compare.outputs]
-        self.use.click(self.use_preset, [self.preset, page.model], outputs, **quick)
-        self.upload.upload(self.use_preset, [self.upload, page.model], outputs, **quick)
+        page.compare.follow(self.use.click(self.use_preset, [self.preset, page.model], outputs, **quick))
+        page.compare.follow(self.upload.upload(self.use_preset, [self.upload, page.model], outputs, **quick))
         self.copy.click(None, self.link, self.link, js=COPY, **quick)
 
     def show(self, shown: str | None) -> Update:
@@ -136,7 +138,7 @@ class CodeTab:
         updates = self.page.compare.load_settings(shared.preset, shared.run, shared.model or self.context.model)
         compare, model = self.page.compare, {}
         if shared.model:
-            model = {self.page.model: shared.model, **compare.views_of(shared.model, None)}
+            model = {self.page.model: shared.model, **compare.views_of(shared.model, updates[compare.preset])}
         return {**updates, **model, self.page.compare.message: note(text)}
 
     def _models(self) -> dict[str, str]:

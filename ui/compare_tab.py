@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 from markupsafe import escape
 
 from accel.errors import AccelError, sentence
 from accel.runtime.example_prompts import example_prompts, is_example
 from accel.runtime.models import ModelDefaults, read_defaults
 from accel.runtime.presets import Preset, load_preset, preset_names
-from accel.runtime.repeat import reference_of
+from accel.runtime.repeat import preset_of, reference_of
 from ui.clickable import ClickableHTML
 from ui.context import Context, compare_work
 from ui.controls import Change, MethodControls, Update, changes_from, is_usable, missing_parts, words
 from ui.estimates import estimate_text
+from ui.job_queue import Job
 from ui.live import Live
 from ui.pair_view import PairView
 from ui.panels import READ_ALOUD, note
-from ui.preset_cards import card_choices
+from ui.preset_cards import PLAIN, card_choices
 from ui.recorded import recorded_pairs
 from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, preset_side, side_of
 from ui.templating import render
@@ -54,6 +56,7 @@ class CompareTab:
                 self.message = gr.HTML(elem_id="message", html_template=READ_ALOUD)
                 self.live = gr.HTML(elem_id="live")
                 self.view = PairView(context)
+        self.running: dict[str, set[str]] = {}  # by visitor: ids of the jobs of this tab
         self.until_loaded = gr.Timer(2)
         self.shown = gr.State(None)  # id of the stored pair, or name of the recorded pair, that is shown
         self.panes = gr.State([])  # ids of the stored pairs whose candidates are in the player
@@ -119,22 +122,31 @@ class CompareTab:
     def wire(self, page) -> None:
         """Connect the events; `page` has the model selector, the visitor and the tabs."""
         self.page = page
-        inputs = [page.model, page.visitor, self.preset, *self.setting_components]
+        self.inputs = inputs = [page.model, page.visitor, self.preset, *self.setting_components]
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        quick = {**private, "queue": False}
-        gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs], self.outputs,
-              concurrency_limit=None, **private)  # fmt: skip
+        self.quick = quick = {**private, "queue": False}
+        finished = gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs], self.outputs,
+                         concurrency_limit=None, **private)  # fmt: skip
         self.stop.click(self.stop_jobs, page.visitor, self.message, **quick)
-        chosen = self.preset.input(self.choose_preset, [self.shown, *inputs[:3]], self.outputs, **quick)
+        chosen = self.preset.input(
+            self.choose_preset, [self.shown, *inputs[:3]], self.outputs, trigger_mode="always_last", **quick
+        )
         self.examples.click(chosen_example, None, self.prompt, **quick)
         reset = self.changed.click(self.reset, inputs, self.outputs, **quick)
-        self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
+        pinned = self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.outputs, trigger_mode="always_last", **quick)
-        switched = page.model.input(self.switch_model, [*inputs[:3], self.prompt], self.outputs, **quick)
-        for loaded in (chosen, switched, reset):
-            loaded.then(self.settings_changed, inputs, self.outputs, **quick)
+        switched = page.model.input(
+            self.switch_model, [*inputs[:3], self.prompt], self.outputs, trigger_mode="always_last", **quick
+        )
+        self.shows = [chosen]  # events after which `shown` may be another: outside the queue a State has no change
+        for loaded in (finished, chosen, switched, reset, pinned):
+            self.follow(loaded)
         self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded], **quick)
+
+    def follow(self, event: Dependency) -> None:
+        """After an event that sets widgets: show what belongs to the new settings, and what a run will take."""
+        event.then(self.settings_changed, self.inputs, self.outputs, **self.quick)
 
     # Running
 
@@ -146,7 +158,19 @@ class CompareTab:
             yield self._refused(str(error))
             return
         work = compare_work(self.context, visitor, settings.run, settings.reference, settings.candidate)
-        job, live = self.context.workers.submit(work, visitor, model), None
+        job = self.context.workers.submit(work, visitor, model)
+        jobs = self.running.setdefault(visitor, set())
+        jobs.add(job.id)
+        try:
+            yield from self._follow_job(job, panes, settings.keep)
+        finally:
+            jobs.discard(job.id)
+            if not jobs:
+                self.running.pop(visitor, None)
+
+    def _follow_job(self, job: Job, panes: list[str], keep: bool) -> Iterator[Update]:
+        """What the page shows at each event of a pair's job."""
+        live = None
         for kind, data in self.context.workers.stream(job):
             if kind == "started":
                 live = self._live(**data)
@@ -154,8 +178,7 @@ class CompareTab:
             elif kind == "step":
                 yield {self.live: live.step(**data)}
             elif kind == "pair":
-                shown = self._finished(data["run_id"], data["message"], panes, settings.keep)
-                yield {**shown, self.estimate: self.estimate_text(model, values)}
+                yield self._finished(data["run_id"], data["message"], panes, keep)
             elif kind == "waiting":
                 yield {self.message: note(waiting_text(**data)), **self._running(True)}
             elif kind == "stopping":
@@ -166,8 +189,10 @@ class CompareTab:
                 yield self._refused(data["reason"])
 
     def stop_jobs(self, visitor: str):
-        """Stop the visitor's runs after their current step. The runs themselves report that they have stopped."""
-        return gr.skip() if self.context.workers.stop(visitor) else note("Nothing is running.")
+        """Stop the visitor's pairs after their current step, and no sweep. The runs report that they have stopped."""
+        jobs = list(self.running.get(visitor, ()))
+        stopped = sum(self.context.workers.stop(visitor, job) for job in jobs)
+        return gr.skip() if stopped else note("Nothing is running.")
 
     def _running(self, running: bool) -> Update:
         """The buttons while a pair is generated, and afterwards; the panes go with it."""
@@ -220,7 +245,7 @@ class CompareTab:
         text = "Two results from the history, each measured at its own time, so no speed-up is told."
         text = f"{text} {self._what_run_does(stored[1].report)}"
         return {
-            self.page.tabs: gr.Tabs(selected="compare"), **self.view.show_candidates(stored), self.shown: None,
+            self.page.tabs: gr.Tabs(selected="compare"), **self.view.show_candidates(stored), self.shown: second,
             self.panes: [], self.message: note(text), self.live: "", **self._settings_of(stored[1].report),
             **self._reference_updates(side_of(stored[0].report)),
         }  # fmt: skip
@@ -254,10 +279,9 @@ class CompareTab:
         controls, _ = self.controls.preset_values(preset, model)
         own = {self.preset: report.get("preset")}
         if self._is_offered(report):
-            views = self.views_of(model, report.get("preset"))
-            own = {self.page.model: model, **self.controls.model_ranges(model), **views}
+            own = {self.page.model: model, **self.views_of(model, report.get("preset"))}
         return {
-            self.prompt: report["prompt"], self.seed: report["seed"], **own, **controls,
+            self.prompt: report["prompt"], self.seed: report["seed"], **own, **controls, self.preset_note: "",
             **self.side.updates(side_of(report)), **self._reference_updates(side_of(reference_of(report))),
         }  # fmt: skip
 
@@ -268,7 +292,7 @@ class CompareTab:
         preset = load_preset(name) if name in preset_names() else Preset()
         reason = next((choice.reason for choice in self.context.models if choice.id == model), "")
         missing = f"This model cannot run here: {reason}." if reason else ""
-        return {**self.load_settings(preset, {}, model), self.message: note(missing, bad=True)}
+        return {**self.load_settings(preset, {}, model), self.preset: name, self.message: note(missing, bad=True)}
 
     def switch_model(self, model: str, visitor: str, name: str | None, prompt: str) -> Update:
         """The preset on another model, or its first one if that model lacks weights, with the model's own examples.
@@ -307,7 +331,8 @@ class CompareTab:
         typed = {self.prompt: run.get("prompt"), self.seed: run.get("seed")}
         reference = run.get("reference")
         return {
-            **self.controls.model_ranges(model), **controls, **self.side.updates(side), self.changed: "",
+            **controls, **self.side.updates(side), self.changed: "",
+            self.preset: preset_of(preset.methods) if preset.methods else PLAIN,
             **{widget: value for widget, value in typed.items() if value is not None},
             **(self._reference_updates({"solver": "default", "shift": None, **reference}) if reference else {}),
             self.preset_note: note(text, bad=True) if missing else "",

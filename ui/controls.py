@@ -81,27 +81,18 @@ class MethodControls:
         return settings
 
     def preset_values(self, preset: Preset, model: str) -> tuple[Update, list[str]]:
-        """The value of every component for a preset, and what of the preset is not there, in words."""
+        """Value and range of every component for a preset on a model, and what the model lacks of it, in words."""
         updates, active = {}, preset_methods(preset)
         for name, method in METHODS.items():
             wanted, usable, available = active.get(name), is_usable(name, model), available_values(name, model)
+            ranges = {key: range_of(method.parameters()[key], choices) for key, choices in available.items()}
             updates[self.switches[name]] = gr.update(value=wanted is not None and usable, interactive=usable)
             updates[self.groups[name]] = gr.update(visible=wanted is not None and usable)
             for parameter, component in self.parameters[name].items():
                 value = getattr(wanted or method(), parameter)
                 nearest = nearest_available(value, available.get(parameter))
-                updates[component] = gr.update(value=nearest, elem_classes=_classes(component, changed=False))
+                updates[component] = gr.update(value=nearest, elem_classes=["knob"], **ranges.get(parameter, {}))
         return updates, missing_parts(preset, model)
-
-    def model_ranges(self, model: str) -> Update:
-        """The values that every restricted parameter can take with a model."""
-        updates = {}
-        for name in METHODS:
-            for parameter, choices in available_values(name, model).items():
-                ends = isinstance(choices, tuple)
-                new = {"minimum": choices[0], "maximum": choices[1]} if ends else {"choices": choices}
-                updates[self.parameters[name][parameter]] = gr.update(**new)
-        return updates
 
     def visibility(self, values: list[Any]) -> Update:
         """Which methods' parameters are shown, from the values of `components`."""
@@ -111,7 +102,7 @@ class MethodControls:
         """Marks of the widgets: those of `changes` get the class "changed"."""
         changed = {(change.method, change.parameter) for change in changes}
         return {
-            component: gr.update(elem_classes=_classes(component, (name, parameter) in changed))
+            component: gr.update(elem_classes=["knob", "changed"] if (name, parameter) in changed else ["knob"])
             for name, widgets in self.parameters.items() for parameter, component in widgets.items()
         }  # fmt: skip
 
@@ -170,6 +161,13 @@ def widget(name: str, method: Method, available: AvailableValues) -> gr.componen
     return gr.Slider(low, high, step=step, buttons=[], **common)
 
 
+def range_of(schema: dict[str, Any], choices: Choices) -> dict[str, Any]:
+    """What a widget may take of a parameter that depends on the model: of an empty list, all that the field lists."""
+    if isinstance(choices, tuple):
+        return {"minimum": choices[0], "maximum": choices[1]}
+    return {"choices": choices or schema["enum"]}
+
+
 def nearest_available(value: Any, choices: Choices | None) -> Any:
     """A parameter's value, or the nearest value that the model at hand offers."""
     if isinstance(choices, tuple):
@@ -195,7 +193,3 @@ def preset_methods(preset: Preset) -> dict[str, Method]:
 def words(name: str) -> str:
     """A parameter's name in words."""
     return name.replace("_", " ")
-
-
-def _classes(component: gr.components.Component, changed: bool) -> list[str]:
-    return ["knob", "changed"] if changed else ["knob"]

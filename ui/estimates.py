@@ -8,10 +8,11 @@ from ui.side_settings import Side
 
 
 def estimate_text(context: Context, settings: dict, reference: Side, candidate: Side) -> str:
-    """Time and memory of both sides; why the settings cannot run; or that the model is still being loaded."""
+    """Time and memory of both sides; why the settings cannot run; or whether the model is being loaded."""
     loaded = context.workers.pipeline(settings["model"])
     if loaded is None:
-        return "The model is being loaded."
+        loading = context.workers.is_loading(settings["model"])
+        return "The model is being loaded." if loading else "The model is loaded when you press Run."
     from accel.runtime.estimate import estimate
     from ui.compare_job import build_side
 

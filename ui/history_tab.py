@@ -88,8 +88,11 @@ class HistoryTab:
         self.gallery.click(
             self.select, self.pressed, self.selection_outputs, js=PRESSED, trigger_mode="always_last", **quick
         )
-        self.open.click(self.open_selected, own, page.compare.outputs, **quick)
-        self.compare.click(self.compare_selected, self.selected, page.compare.outputs, **quick)
+        opened = self.open.click(self.open_selected, own, page.compare.outputs, **quick)
+        compared = self.compare.click(self.compare_selected, self.selected, page.compare.outputs, **quick)
+        for event in (opened, compared):
+            page.compare.follow(event)
+            page.compare.shows.append(event)
         self.delete.click(self.delete_selected, own, self.outputs, **quick)
         self.delete_all.click(self.ask, page.visitor, [self.confirmation, self.question], **quick)
         self.confirm.click(self.delete_everything, page.visitor, self.outputs, **quick)

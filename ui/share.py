@@ -32,7 +32,7 @@ MAX_MESSAGE = 300  # characters
 SIDE = ("steps", "guidance", *SOLVER)
 RUN = ("prompt", "seed", *SIDE)  # what a link can say of the candidate beside its methods
 LINK = ("preset", "methods", "model", "reference", *RUN)
-NOT_OURS = ("owner", "deep_link", "logs")  # query parameters that others read
+NOT_OURS = ("owner", "deep_link", "logs", "view")  # query parameters that others read
 
 
 @dataclass(frozen=True)
@@ -168,18 +168,18 @@ def _preset(values: dict[str, Any]) -> Preset:
     try:
         preset = checked(Preset, values)
         methods = normalize_methods(preset.methods)
-        _refuse_hidden(methods)
+        refuse_hidden(methods)
         build_methods(methods)
     except ValueError as error:  # a method's own check may raise one
         raise AccelError(_short(str(error))) from None
     return preset.model_copy(update={"methods": methods})
 
 
-def _refuse_hidden(methods: dict[str, dict]) -> None:
+def refuse_hidden(methods: dict[str, dict]) -> None:
     """Raise AccelError for a parameter that the page does not show; most of them are paths."""
     for name, parameters in methods.items():
-        shown = METHODS[name].parameters()
-        if hidden := [key for key in parameters if key not in shown]:
+        fields = METHODS[name].model_fields.keys() - METHODS[name].parameters().keys() if name in METHODS else ()
+        if hidden := [key for key in parameters if key in fields]:
             raise AccelError(f"{name}.{hidden[0]} is for Python and the command line only, not for the page")
 
 

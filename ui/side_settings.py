@@ -13,6 +13,7 @@ from accel.runtime.run import SOLVERS
 SOURCES = {
     "The stock pipeline": "plain", "A preset": "preset", "The last candidate": "last", "The pinned result": "pinned"
 }  # fmt: skip
+MAX_STEPS, MAX_GUIDANCE = 100, 12  # of the sliders; a run may have more
 Side = dict[str, Any]  # steps, guidance, solver, shift, methods
 
 
@@ -23,12 +24,12 @@ class SideSettings:
         """`side` ("a" or "b") makes the names of the widgets unique; `methods` are those that it begins with."""
         name, decided = {"a": "reference", "b": "candidate"}[side], decided_by(methods or {})
         self.steps = gr.Slider(
-            1, 100, steps, step=1, label=f"steps of the {name}", elem_id=f"steps-{side}", buttons=[],
+            1, MAX_STEPS, steps, step=1, label=f"steps of the {name}", elem_id=f"steps-{side}", buttons=[],
             visible="steps" not in decided,
         )  # fmt: skip
         self.guidance = gr.Slider(
-            0, 12, guidance, step=0.5, label=f"guidance of the {name}", elem_id=f"guidance-{side}", buttons=[],
-            visible="guidance" not in decided,
+            0, MAX_GUIDANCE, guidance, step=0.5, label=f"guidance of the {name}", elem_id=f"guidance-{side}",
+            buttons=[], visible="guidance" not in decided,
         )  # fmt: skip
         with gr.Accordion("Solver", open=False, elem_classes="advanced"):
             self.solver = gr.Dropdown(SOLVERS, value="default", label=f"solver of the {name}", elem_id=f"solver-{side}")
@@ -53,11 +54,14 @@ class SideSettings:
         return {slider: gr.update(visible=name not in decided) for name, slider in sliders.items()}
 
     def updates(self, side: Side) -> dict:
-        """The widgets' values for the settings of a side; what is None stays as it is."""
+        """The widgets' values for the settings of a side; what is None stays as it is.
+
+        A slider grows for a value above its end: it would refuse every later event of the page.
+        """
         new = self.visibility(side.get("methods", {}))
-        for slider, name in ((self.steps, "steps"), (self.guidance, "guidance")):
+        for slider, name, end in ((self.steps, "steps", MAX_STEPS), (self.guidance, "guidance", MAX_GUIDANCE)):
             if side.get(name) is not None:
-                new[slider]["value"] = side[name]
+                new[slider] |= {"value": side[name], "maximum": max(end, side[name])}
         return {**new, self.solver: side.get("solver") or "default", self.shift: side.get("shift")}
 
 

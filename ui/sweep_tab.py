@@ -18,6 +18,7 @@ from accel.evaluation.sweep import axis_names, axis_range, parse_axis, value_lab
 from accel.evaluation.sweep_rows import figures
 from accel.runtime.presets import Preset, load_preset, preset_names
 from ui.clickable import ClickableHTML
+from ui.compare_tab import first_preset
 from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CANDIDATE = "the candidate of the Compare tab"
-FIRST_AXIS, FIRST_VALUES = "fastercache.attention_interval", "2..4"
+FIRST_AXES = {  # the preset that the page begins with -> what is varied, and its values
+    "balanced": ("fittedsolver.steps", "6,8,10,14,20"),
+    "stepcache": ("stepcache.threshold", "0.1,0.2,0.3"),
+    "fastercache": ("fastercache.attention_interval", "2..4"),
+}
 PLAIN_STEPS = "10,15,20,25,30,40"
 PLAIN_SERIES, EARLIER_SERIES = "plain steps", "earlier results"
 PLOTTED = {m.name: m for m in METRICS.values() if "page" in m.shown_in and m.higher_is_better}
@@ -57,6 +62,7 @@ class SweepTab:
     def __init__(self, context: Context):
         self.context = context
         self.running: dict[str, Sweep] = {}  # by visitor
+        self.chosen: dict[str, tuple] = {}  # by visitor whose sweep runs: quality, speed, earlier results, loss
         self.state, self.proposed = gr.State(None), gr.State("")  # the sweep shown; see `show_proposal`
         self.opened = gr.State("")  # id of the pair that was clicked
         with gr.Row():
@@ -74,7 +80,10 @@ class SweepTab:
                 info="Whole numbers or a range.", scale=2,
             )  # fmt: skip
         with gr.Row():
-            self.axes = [self._add_axis("first", FIRST_AXIS, FIRST_VALUES), self._add_axis("second", "", "")]
+            self.axes = [
+                self._add_axis("first", *FIRST_AXES[first_preset(context.model)]),
+                self._add_axis("second", "", ""),
+            ]
         with gr.Row():
             with gr.Column(min_width=260):
                 self.size = gr.HTML(elem_id="sweep-size", html_template=READ_ALOUD)
@@ -145,20 +154,18 @@ class SweepTab:
         for knob, _ in self.axes:
             knob.input(lambda name: gr.update(info=range_words(name)), knob, knob, **quick)
         gr.on([self.metric.change, self.speed.change, self.earlier.change], self.show_plot, views, self.plot, **quick)
+        choices = [self.metric, self.speed, self.earlier, self.allowed]
+        gr.on([choice.change for choice in choices], self.remember_choices, [page.visitor, *choices], None, **quick)
         gr.on(
             [page.tabs.select, page.model.change, self.allowed.change, self.speed.change], self.show_proposal,
             [self.state, self.speed, self.allowed, page.model], [self.proposal, self.proposed, self.use], **quick,
         )  # fmt: skip
         opening = {"inputs": [self.opened, page.visitor], "outputs": page.compare.outputs, "api_visibility": "private"}
         for clickable in (self.grid, self.plot):
-            clickable.click(clicked_id, None, self.opened, **quick).then(page.compare.show_stored, **opening)
-        compare = page.compare
-        self.use.click(
-            self.use_proposal, [self.proposed, page.model, page.visitor], compare.outputs, api_visibility="private"
-        ).then(
-            compare.settings_changed, [page.model, page.visitor, compare.preset, *compare.setting_components],
-            compare.outputs, **quick,
-        )  # fmt: skip
+            clicked = clickable.click(clicked_id, None, self.opened, **quick)
+            page.compare.follow(clicked.then(page.compare.show_stored, **opening))
+        proposed = [self.proposed, page.model, page.visitor]
+        page.compare.follow(self.use.click(self.use_proposal, proposed, page.compare.outputs, api_visibility="private"))
 
     def add_endpoints(self) -> None:
         """Register the endpoint for programs; call it inside the page's `gr.Blocks`."""
@@ -219,22 +226,28 @@ class SweepTab:
         except AccelError as error:
             yield self._refused(str(error))
             return
-        self.running[visitor] = sweep
-        state, shown = sweep.state, (metric, speed, earlier, allowed, visitor)
+        self.running[visitor], self.chosen[visitor] = sweep, (metric, speed, earlier, allowed)
+        state = sweep.state
         texts = Progress(state)
         try:
-            yield {**self._views(state, *shown, running=0), **self._buttons(True), self.message: note(texts.result())}
+            yield {**self._views(state, visitor, running=0), **self._buttons(True), self.message: note(texts.result())}
             for kind, data in sweep.events():
                 if kind == "waiting":
                     yield {self.message: note(texts.waiting(**data))}
                 elif kind == "step":
                     yield {self.message: note(texts.step(**data))}
                 elif kind == "result":
-                    yield {**self._views(state, *shown, running=state.ended), self.message: note(texts.result())}
+                    yield {**self._views(state, visitor, running=state.ended), self.message: note(texts.result())}
                 elif kind == "ended":
                     yield {self.grid: sweep_grid(state), **self._buttons(False), self.message: texts.ended(**data)}
         finally:
             self.running.pop(visitor, None)
+            self.chosen.pop(visitor, None)
+
+    def remember_choices(self, visitor: str, *choices) -> None:
+        """What a running sweep of the visitor shows from the next result on."""
+        if visitor in self.running:
+            self.chosen[visitor] = choices
 
     def stop_sweep(self, visitor: str):
         """Stop the visitor's sweep after the current step; what is measured stays."""
@@ -252,7 +265,8 @@ class SweepTab:
         return {self.start: gr.update(interactive=not running),
                 self.stop: gr.update(variant="stop" if running else "secondary")}  # fmt: skip
 
-    def _views(self, state: SweepState, metric, speed, earlier, allowed, visitor, running: int | None) -> Update:
+    def _views(self, state: SweepState, visitor: str, running: int | None) -> Update:
+        metric, speed, earlier, allowed = self.chosen[visitor]
         proposal = zip(
             [self.proposal, self.proposed, self.use],
             self.show_proposal(state, speed, allowed, state.plan.common["model"]),
@@ -298,7 +312,7 @@ class SweepTab:
             return compare.show_stored(proposed, visitor)
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **compare.load_settings(Preset(**proposed), {}, model),
-            compare.preset: None, compare.message: note("The setting is chosen. Press Run to generate with it."),
+            compare.message: note("The setting is chosen. Press Run to generate with it."),
         }  # fmt: skip
 
 

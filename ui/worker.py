@@ -41,6 +41,7 @@ class Workers:
         self._queue, self._changed = FairQueue(), threading.Condition()
         self._running: dict[str | None, tuple[Job, float]] = {}  # by device: job, when it was taken
         self._closed = False
+        self._being_loaded = {model}  # the first one from the start on
         self._loading = threading.Lock()  # two threads must not import diffusers at once
 
     def start(self) -> None:
@@ -95,6 +96,10 @@ class Workers:
     def is_ready(self, model: str) -> bool:
         """Whether a device has a model loaded."""
         return self.pipeline(model) is not None
+
+    def is_loading(self, model: str) -> bool:
+        """Whether a device is loading a model, or is going to without a job."""
+        return model in self._being_loaded
 
     def pipeline(self, model: str) -> tuple[Any, Any] | None:
         """A pipeline of a model and its defaults, to read sizes from, never to run; None if none is loaded."""
@@ -201,6 +206,18 @@ class Workers:
         loaded = None
         with self._changed:
             self.loaded.pop(device, None)
+            self._being_loaded.add(model)
+        try:
+            pipe, defaults = self._load_anew(model, device)
+            with self._changed:
+                self.loaded[device] = model, pipe, defaults
+        finally:
+            with self._changed:
+                self._being_loaded.discard(model)
+                self._changed.notify_all()
+        return pipe, defaults
+
+    def _load_anew(self, model: str, device: str | None) -> tuple[Any, Any]:
         with self._loading:
             from accel.runtime import models
 
@@ -211,9 +228,6 @@ class Workers:
         quick = defaults.toy_world or pipe.device.type == "cuda"  # elsewhere a step may take minutes
         if quick and not zero_gpu.ACTIVE:  # there, only a visitor has the GPU
             self._measure_step(model, pipe, defaults)
-        with self._changed:
-            self.loaded[device] = model, pipe, defaults
-            self._changed.notify_all()
         return pipe, defaults
 
     def _measure_step(self, model: str, pipe, defaults) -> None:
@@ -238,7 +252,7 @@ def _explain(error: Exception, job: Job) -> tuple[str, dict]:
         return "refused", {"reason": explain_os_error(error, "a file of this run")}
     if _is_out_of_memory(error):
         log.error("job %s failed", job.id, exc_info=error)
-        return "refused", {"reason": "there is not enough memory: choose a smaller model, or methods that hold less"}
+        return "failed", {"reason": "there is not enough memory: choose a smaller model, or methods that hold less"}
     log.error("job %s failed, error %s", job.id, job.id[:8], exc_info=error)
     return "failed", {"reason": unexpected(job.id[:8])}
 

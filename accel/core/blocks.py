@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class BlockStack(nn.ModuleList):
-    """A model's own blocks under their own names; iterating over it yields other functions than the blocks.
+    """A model's own blocks under their own names; while it is wrapped, iterating over it yields other functions.
 
     The blocks themselves carry no hook, so compiled blocks stay as they were compiled, and a block that is replaced
     here, as in `blocks[0] = torch.compile(blocks[0])`, is replaced in the model's own list.
     """
 
-    def __init__(self, blocks: nn.ModuleList, functions: tuple[Callable, ...]):
+    def __init__(self, blocks: nn.ModuleList, functions: tuple[Callable, ...], is_wrapped: Callable[[], bool]):
         super().__init__()
         self._modules = blocks._modules
-        self._functions = functions
+        self._functions, self._is_wrapped = functions, is_wrapped
 
     def __iter__(self) -> Iterator[Callable]:
-        return iter(self._functions)
+        return iter(self._functions) if self._is_wrapped() else super().__iter__()
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         """A block, or some of them as a plain list, as for offloading in groups."""
@@ -37,12 +37,13 @@ class StackedBlocks:
     """A place of the host: all blocks of a model, in one list or in several, become one call.
 
     `run(stack, hidden, *inputs, **named)` gets the function that runs them all and what the model gives its first
-    block; it returns hidden states (b, n, d). In a joint model the blocks pass on text beside them; after the last
+    block; it returns hidden states (b, n, d). Where `is_wrapped()` is false, the blocks are what they are: others look
+    at them, too. In a joint model the blocks pass on text beside them; after the last
     block the text is not used.
     """
 
-    def __init__(self, model: nn.Module, family: Family, run: Callable):
-        self.model, self.family, self.run = model, family, run
+    def __init__(self, model: nn.Module, family: Family, run: Callable, is_wrapped: Callable[[], bool]):
+        self.model, self.family, self.run, self.is_wrapped = model, family, run, is_wrapped
         self.stacks: dict[str, tuple[nn.ModuleList, BlockStack]] = {}  # by attribute: what was there, what is
 
     def take(self) -> None:
@@ -57,7 +58,7 @@ class StackedBlocks:
         functions = [self._call]  # the first list runs all blocks, the others none
         for name in lists:
             before = getattr(model, name)
-            self.stacks[name] = before, BlockStack(before, tuple(functions))
+            self.stacks[name] = before, BlockStack(before, tuple(functions), self.is_wrapped)
             setattr(model, name, self.stacks[name][1])
             functions = []
 

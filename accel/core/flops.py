@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
 _COUNTED: dict[tuple, dict[str, int] | None] = {}  # None where only a call can be counted
+MAX_COUNTED = 64  # calls that are remembered: with masks, each length of a prompt is another one
 
 
 def count_flops(
@@ -28,25 +31,40 @@ def count_flops(
     """FLOPs of one call on latents x with these inputs: of the full call under "denoiser", and by module name.
 
     Counted once per architecture and shapes, without running the model; where its operations depend on a mask's values,
-    once for each mask by `call`, which runs it. A multiply-add counts as two; element-wise operations are not counted.
-    Raises AccelError if there is no `call` then.
+    once for each number of tokens that the mask keeps, by `call`, which runs it. A multiply-add counts as two;
+    element-wise operations are not counted. Raises AccelError if there is no `call` then.
     """
     inputs = {"hidden_states": x, **inputs}
     shapes = tree_map(lambda v: tuple(v.shape) if isinstance(v, Tensor) else v, inputs)
     key = (type(model), str(sorted(dict(model.config).items(), key=str)), str(sorted(shapes.items())))
     if key not in _COUNTED:
         try:
-            _COUNTED[key] = _count(_meta_call(model, inputs))
+            _remember(key, _count(_meta_call(model, inputs)))
         except (NotImplementedError, RuntimeError):
-            _COUNTED[key] = None
+            _remember(key, None)
     if (flops := _COUNTED[key]) is not None:
         return flops
     if call is None:
         raise AccelError(f"the FLOPs of {type(model).__name__} can be counted only by running it")
-    masks = {name: v.tolist() for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name}
-    if (key := (*key, str(masks))) not in _COUNTED:
-        _COUNTED[key] = _count(call)
+    kept = {
+        name: v.count_nonzero(-1).tolist() for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name
+    }
+    if (key := (*key, str(kept))) not in _COUNTED:
+        with _uncompiled():
+            _remember(key, _count(call))
     return _COUNTED[key]
+
+
+def _remember(key: tuple, flops: dict[str, int] | None) -> None:
+    _COUNTED[key] = flops
+    while len(_COUNTED) > MAX_COUNTED:
+        del _COUNTED[next(iter(_COUNTED))]
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Inside, compiled blocks run as they were written: under a counter, torch refuses to compile, then and later."""
+    is_used = "torch._dynamo" in sys.modules  # its import takes seconds
+    return torch.compiler.set_stance("force_eager") if is_used else nullcontext()
 
 
 def _meta_call(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:

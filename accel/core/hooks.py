@@ -59,11 +59,15 @@ class HookedForward:
         registry = HookRegistry.check_if_exists_or_initialize(module)
         registry.register_hook(self.hook, NAME)
         registry.invalidate_child_registries_cache()
-        self._forward = module.forward
+        self._forward, self._own = module.forward, self.hook.fn_ref.forward
 
     @property
     def is_held(self) -> bool:
         """Whether a call of the module still comes to the hook."""
+        if (
+            self.hook.fn_ref.forward is not self._own
+        ):  # diffusers took off a hook below, as group offloading's with a LoRA
+            return False
         forward = self.module.forward
         while forward is not None and forward is not self._forward:
             forward = getattr(forward, "__wrapped__", None)
@@ -75,6 +79,8 @@ class HookedForward:
         registry = getattr(module, "_diffusers_hook", None)
         if registry is None or registry.get_hook(NAME) is not self.hook:
             return
+        if (ref := self.hook.fn_ref).forward is not self._own:
+            ref.original_forward = ref.forward  # not that of the hook that is gone
         registry.remove_hook(NAME, recurse=False)  # sets the forward, whatever it is now
         registry._child_registries_cache = None
         if not self._had_registry and not registry.hooks:

@@ -202,8 +202,12 @@ class Host:
                     output = partial(self._run_attention, layer) if self._attention_wrappers else None
                     yield InterceptedProcessor.of(attn, self.family, self._num_video_tokens, core, output)
             if self._block_wrappers:
-                yield StackedBlocks(model, self.family, self._run_blocks)
+                yield StackedBlocks(model, self.family, self._run_blocks, self._wraps_blocks)
             yield HookedForward(model, partial(self._denoise, i))
+
+    def _wraps_blocks(self) -> bool:
+        """Whether what now goes over the blocks is a call of the model: the host's, or one past it, to be refused."""
+        return self._in_call or not all(place.is_held for place in self._places)
 
     def _leave(self) -> None:
         while self._places:

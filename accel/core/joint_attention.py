@@ -60,6 +60,11 @@ def with_softmax(core: Callable, video_tokens: Callable[[int], slice | None], or
     return out
 
 
+def runs_flash(q: Tensor) -> bool:
+    """Whether a softmax without a mask is a flash kernel, which takes none."""
+    return q.is_cuda
+
+
 class JointSoftmax:
     """One softmax over video and text, whose video tokens a method may reduce."""
 
@@ -89,8 +94,9 @@ class JointSoftmax:
         video = [x.transpose(1, 2) for x in (qkv.query(), qkv.key(), qkv.value())]
         q, k, v = (self._insert(x, self._text_of(whole)) for x, whole in zip(video, self.tensors))
         bias, options = qkv.bias, self.options
-        if bias is not None and self.mask is None and q.is_cuda:  # flash kernels take no mask
-            options = {"scale": q.shape[-1] ** -0.5, **options}
+        if bias is not None and self.mask is None and runs_flash(q):
+            scale = options.get("scale") or q.shape[-1] ** -0.5  # processors may give None
+            options = {**options, "scale": scale}
             whole_bias = F.pad(bias, (self.start, k.shape[2] - self.start - video[1].shape[2]))
             folded = fold_bias_into_channels(*(x.transpose(1, 2) for x in (q, k, v)), whole_bias)
             (q, k, v), bias = (x.transpose(1, 2) for x in folded), None

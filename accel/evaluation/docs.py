@@ -48,7 +48,7 @@ def overview() -> str:
 
 
 def methods(peers: bool = False) -> str:
-    """One row for each of our methods, or for each peer, from its class."""
+    """One row for each of our methods with a link to its page, for the README, or for each peer; from its class."""
     rows = []
     for name, method in METHODS.items():
         if method.peer != peers:
@@ -56,7 +56,8 @@ def methods(peers: bool = False) -> str:
         arxiv = method.paper.removeprefix("arXiv ")
         paper = f"[{method.paper}](https://arxiv.org/abs/{arxiv})" if arxiv else "-" if method.peer else "ours"
         about = inspect.getdoc(method).split("\n\n")[0].replace("\n", " ")
-        rows.append([f"`{name}`", method.title, paper, about, "yes" if needs_training(name) else FITS.get(name, "no")])
+        title = method.title if method.peer else f"[{method.title}](docs/methods/{name}.md)"
+        rows.append([f"`{name}`", title, paper, about, "yes" if needs_training(name) else FITS.get(name, "no")])
     return markdown(["name", "method", "paper", "what it does", "needs training"], rows)
 
 

@@ -11,7 +11,7 @@ from ..core.calls import synchronized_time
 from ..methods.base import Method
 from ..runtime.apply import apply
 
-STEPS, PAIRS = 2, 100  # many short runs in turn: a slow minute of the machine affects both sides
+STEPS, PAIRS = 2, 60  # many short runs in turn: a slow minute of the machine affects both sides
 
 
 def overheads(pipe, inputs: dict, methods: Sequence[Method], pairs: int) -> list[float]:

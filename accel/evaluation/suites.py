@@ -172,6 +172,21 @@ def _disca() -> Suite:
     return Suite(settings, pairs + (("turbo", "meanflow, 6 steps"),))
 
 
+def _disca_base() -> Suite:
+    """DisCa on the base model itself: its predictor, and what needs none, at the same number of full steps."""
+    settings, pairs = {}, ()
+    for full in (16, 8):
+        forms = {
+            f"{form}, {full} of 50 steps": Setting(overrides={"disca": {"num_full_steps": full, "predictor": form}})
+            for form in ("guided-base", "reuse", "taylor-1")
+        }
+        share = {"schedule": "spread", "full_share": full / 50}
+        forms[f"stepcache, {full} of 50 steps"] = Setting(overrides={"stepcache": share})
+        first, *others = forms
+        settings, pairs = settings | forms, pairs + against(first, *others)
+    return Suite(BASELINE | settings, pairs)
+
+
 def _front() -> Suite:
     groups = {"ours": _training_free() | _students(), "peers": _peers(), "plain solvers": _plain_solvers()}
     neutral = {name: method.neutral for name, method in METHODS.items() if method.neutral and not method.peer}
@@ -329,6 +344,7 @@ SUITES: dict[str, Suite] = {
         }
     ),
     "disca": _disca(),
+    "disca-base": _disca_base(),
 }
 
 

@@ -18,7 +18,15 @@ from pydantic import BaseModel
 from ..errors import AccelError
 from ..methods import METHODS
 from ..runtime.models import ModelDefaults, resolve
-from ..runtime.presets import Preset, build_methods, describe_range, load_preset, preset_names, required_settings
+from ..runtime.presets import (
+    Preset,
+    build_methods,
+    describe_range,
+    load_preset,
+    preset_names,
+    required_settings,
+    with_parameter,
+)
 from ..runtime.run import Run, build_run
 
 MAX_CELLS = 64
@@ -171,7 +179,7 @@ def _settings(base: dict, place: dict[str, Any]) -> dict:
     for name, value in place.items():
         method, _, parameter = name.rpartition(".")
         if method:
-            settings["methods"].setdefault(method, {})[parameter] = value
+            settings["methods"] = with_parameter(settings["methods"], method, parameter, value)
         elif name != "preset":
             settings[name] = value
     return with_student(settings, place)

@@ -25,10 +25,12 @@ from .solvers import SCHEDULERS, schedule_shift
 def apply(pipe, methods: Any = None) -> Application:
     """A context inside which the pipeline runs with the methods, inner to outer; it gives the trace of the last run.
 
-    `methods` is a preset, a preset's name or file, a method, a method's class (its defaults), or a list of these. With
-    None or [], the output is bitwise the baseline's. The methods act inside `with` or in a function that `apply`
-    decorates, and not before. On exit the pipeline is as it was, also after an error or a cancelled run. Raises
-    AccelError for anything else, and on entering for a pipeline that is not supported or has methods already.
+    `methods` is a preset, a preset's name or file, a method, a method's class (its defaults), or a list of these, the
+    innermost first: a student before the caches that act on it. With None or [], the output is bitwise the baseline's.
+    Steps, guidance, solver and shift of a preset are not set; the trace's messages name those that a run lacks. The
+    methods act inside `with` or in a function that `apply` decorates, and not before. On exit the pipeline is as it
+    was, also after an error or a cancelled run. Raises AccelError for anything else, and on entering for a pipeline
+    that is not supported or has methods already.
     """
     return Application(pipe, tuple(_parts_of(methods)))
 

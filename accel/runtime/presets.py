@@ -60,6 +60,23 @@ def normalize_methods(settings: Any) -> dict[str, dict]:
     return methods
 
 
+def with_parameter(methods: dict[str, dict | None], method: str, parameter: str, value: Any) -> dict[str, dict]:
+    """Methods with a parameter of one of them changed.
+
+    A method that is new among them comes before those that stand behind it in `METHODS`: a fitted solver has to be
+    outside of what skips calls.
+    """
+    changed = {name: dict(values or {}) for name, values in methods.items()}
+    if method not in changed:
+        order = list(METHODS)
+        behind = order[order.index(method) :] if method in METHODS else []
+        first = next((name for name in changed if name in behind), None)
+        before = dict(list(changed.items())[: list(changed).index(first)] if first else changed)
+        changed = {**before, method: {}, **changed}
+    changed[method][parameter] = value
+    return changed
+
+
 def checked(model: type[M], values: dict[str, Any], prefix: str = "") -> M:
     """A model of untrusted values. Raises AccelError in one sentence; `prefix` comes before the names in it."""
     try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, WanPipeline
 from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import accel
@@ -80,6 +81,27 @@ def test_while_the_stack_is_predicted_its_blocks_can_be_offloaded_and_compiled(c
         changed = list(pipe.transformer.blocks.children())
         assert torch.equal(sample(pipe), first)
     assert list(pipe.transformer.blocks) == changed
+
+
+def test_inside_others_see_the_blocks_of_a_stack_that_is_predicted(pipe, sample):
+    blocks = list(pipe.transformer.blocks)
+    with accel.apply(pipe, DisCa(predictor="taylor-1")):
+        sample(pipe, steps=3)
+        assert list(pipe.transformer.blocks) == blocks == list(pipe.transformer.blocks[:])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_a_method_acts_after_group_offloading_was_set_up_anew_inside_as_for_a_lora(method, pipe, sample):
+    offload_in_groups(pipe.transformer)
+    baseline = sample(pipe)
+    with accel.apply(pipe, method) as trace:
+        first, share = sample(pipe), trace.summary()["flops_ratio"]
+        _maybe_remove_and_reapply_group_offloading(pipe.transformer)
+        assert torch.equal(sample(pipe), first) and trace.summary()["flops_ratio"] == share < 1
+        _maybe_remove_and_reapply_group_offloading(pipe.transformer)  # and no run afterwards
+    assert torch.equal(sample(pipe), baseline)
+    assert forwards(pipe.transformer) == {"WanTransformer3DModel.forward"}
+    assert "accel" not in pipe.transformer._diffusers_hook.hooks
 
 
 def forwards(model) -> set[str]:

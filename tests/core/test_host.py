@@ -213,6 +213,14 @@ def test_flops_are_counted_under_any_attention_backend(pipe, monkeypatch):
     assert flops["blocks.0.attn1"] == 4 * 2 * 48 * 24 * 24 + 2 * 2 * 48 * 48 * 24
 
 
+def test_of_the_calls_that_were_counted_the_last_are_remembered(pipe, monkeypatch):
+    monkeypatch.setattr("accel.core.flops._COUNTED", counted := {})
+    monkeypatch.setattr("accel.core.flops.MAX_COUNTED", 2)
+    given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}
+    found = [count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, width), given)["denoiser"] for width in (8, 16, 24)]
+    assert list(counted.values())[0]["denoiser"] == found[1] and len(counted) == 2
+
+
 def test_flops_are_counted_for_each_mask_where_they_depend_on_it():
     """Mochi's joint attention leaves out the masked tokens of the text."""
     pipe, inputs = TINY["mochi"]()

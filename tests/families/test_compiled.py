@@ -6,7 +6,7 @@ from families.tiny import TINY
 from torch._dynamo.utils import counters
 
 import accel
-from accel.methods import AsymRnR, DisCa, FasterCache
+from accel.methods import AsymRnR, DisCa, FasterCache, StepCache
 
 METHODS = [
     FasterCache(), AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, correction="none"), DisCa(predictor="reuse"),
@@ -33,3 +33,13 @@ def test_compiled_blocks_are_compiled_once(name):
         graphs = counters["stats"]["unique_graphs"]
         run(pipe, inputs, 16)
     assert 0 < graphs == counters["stats"]["unique_graphs"]
+
+
+def test_blocks_stay_compiled_where_flops_are_counted_by_a_call():
+    pipe, inputs = TINY["hunyuan_video_15"]()
+    torch._dynamo.reset()
+    counters.clear()
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with accel.apply(pipe, StepCache(full_steps="0 1 4 11")):
+        run(pipe, inputs, 12)
+    assert counters["stats"]["unique_graphs"] > 0

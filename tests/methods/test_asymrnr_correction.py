@@ -1,5 +1,7 @@
 """The correction of reduced attentions: when residuals are measured, how they are extrapolated, what they cost."""
 
+import gc
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from accel.core.trace import Step
 from accel.families import family_of
 from accel.families.wan import Wan
 from accel.methods import METHODS
-from accel.methods.asymrnr.correction import ResidualCache
+from accel.methods.asymrnr.correction import Residual, ResidualCache
 from accel.methods.base import RunSpec
 from accel.ops.token_matching import match, partition
 
@@ -170,3 +172,10 @@ def test_the_memory_estimate_is_not_exceeded(correction, pipe, sample):
         RunSpec(pipe.transformer, family_of(pipe), latents, (3, 4, 4), 20, True, 2)
     )
     assert expected - bare == tensors * 2 * 2 * 48 * 24 * 4
+
+
+def test_no_residual_is_kept_while_the_video_is_decoded(pipe, sample):
+    with accel.apply(pipe, METHODS["asymrnr"](schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.1)) as trace:
+        sample(pipe)
+        assert trace.summary()["flops_ratio"] < 1
+        assert not [found for found in gc.get_objects() if type(found) is Residual]

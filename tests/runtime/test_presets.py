@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from accel.runtime.presets import Preset, build_methods, load_preset, preset_names
+from accel.runtime.presets import Preset, build_methods, load_preset, preset_names, with_parameter
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -30,6 +30,23 @@ def test_a_bad_file_is_refused_in_one_line(text, tmp_path):
 def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown method 'magic'; known are fastercache"):
         build_methods({"magic": {}})
+
+
+def test_a_method_that_a_parameter_adds_stands_inside_of_those_that_need_its_calls():
+    balanced = load_preset("balanced").methods
+    changed = with_parameter(balanced, "fastercache", "attention_interval", 3)
+    assert list(changed.items()) == [("fastercache", {"attention_interval": 3}), *balanced.items()]
+    assert list(with_parameter(changed, "stepcache", "threshold", 0.1)) == ["fastercache", "stepcache", "fittedsolver"]
+    assert list(with_parameter(balanced, "seacache", "threshold", 0.1)) == ["fittedsolver", "seacache"]
+    assert list(with_parameter(balanced, "warp", "speed", 9)) == ["fittedsolver", "warp"]  # refused where it is built
+
+
+def test_a_changed_parameter_leaves_the_preset_as_it_was():
+    preset = load_preset("fastercache")
+    assert (
+        with_parameter(preset.methods, "fastercache", "attention_interval", 5)["fastercache"]["attention_interval"] == 5
+    )
+    assert preset.methods["fastercache"]["attention_interval"] == 2
 
 
 def test_iterating_over_a_preset_gives_its_methods():

@@ -336,20 +336,29 @@ def test_a_stored_pair_is_opened_from_the_history_with_its_settings(page):
     page.wait_for_selector("#message >> text=from the history")
     assert page.input_value("#prompt textarea").startswith("a large pink triangle")
     assert page.input_value("#steps-b input[type=number]") == "7" and page.is_checked("#use-fastercache input")
+    open_tab(page, "Code")
+    page.wait_for_function("document.querySelector('#code').innerText.includes('num_inference_steps=7')")
 
 
 def test_a_sweep_fills_its_grid_and_a_point_of_its_plot_opens_a_pair(page):
     open_tab(page, "Compare")
-    choose_preset(page, "fastercache", "fastercache")
-    set_steps(page, 3, 3)
+    choose_preset(page, "balanced", "fittedsolver")
+    set_number(page, "steps-a", 3)
     open_tab(page, "Sweep")
     page.uncheck("#sweep-plain input")
-    page.fill("#sweep-values-first :is(input, textarea)", "2,3")
+    page.fill("#sweep-values-first :is(input, textarea)", "4,6")
     page.click("#sweep-start")
     page.wait_for_function("document.querySelectorAll('#sweep-grid video').length === 2", timeout=120_000)
     page.locator("#sweep-plot [data-id]").first.click()
     page.wait_for_selector("#message >> text=from the history", timeout=30_000)
-    assert page.input_value("#steps-b input[type=number]") in ("2", "3")
+    assert page.is_checked("#use-fittedsolver input") and not page.is_checked("#use-fastercache input")
+
+
+def test_the_code_tab_is_of_the_recorded_pair_that_a_card_shows(browser, server):
+    with visit(browser, server) as page:
+        choose_preset(page, "fastercache", "fastercache")
+        open_tab(page, "Code")
+        page.wait_for_function("document.querySelector('#code').innerText.includes('fastercache')")
 
 
 @pytest.mark.slow

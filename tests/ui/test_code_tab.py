@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from accel.errors import AccelError
 from accel.runtime.models import TINY
+from accel.runtime.repeat import preset_of
 from ui.code_tab import RECORDED, CodeTab, recorded_file
 
 RUN_ID = "0" * 32
@@ -20,7 +21,8 @@ class Compare:
     """As much of the Compare tab as the Code tab uses; `loaded` holds the settings that it was given."""
 
     def __init__(self):
-        self.shown, self.message, self.loaded = gr.State(None), gr.HTML(), []
+        self.shown, self.message, self.preset = gr.State(None), gr.HTML(), gr.Radio()
+        self.loaded, self.shows = [], []
 
     @property
     def outputs(self) -> list:
@@ -28,7 +30,10 @@ class Compare:
 
     def load_settings(self, preset, run, model) -> dict:
         self.loaded.append((preset, run, model))
-        return {}
+        return {self.preset: preset_of(preset.methods)}
+
+    def follow(self, event) -> None:
+        """Nothing here depends on the settings."""
 
     def views_of(self, model, name) -> dict:
         return {"views": (model, name)}

@@ -80,6 +80,16 @@ def test_only_students_that_exist_are_offered(pipe, students, tmp_path):
     assert METHODS["gpd"].available_values(tmp_path / "none") == {"steps": []}
 
 
+def test_with_a_preset_the_widgets_get_the_values_of_the_model(pipe, students, tmp_path):
+    (tmp_path / "gpd-N8" / "gpd.json").unlink()
+    with gr.Blocks():
+        controls = MethodControls(TINY, load_preset("fastercache"))
+    steps = controls.parameters["gpd"]["steps"]
+    assert controls.preset_values(load_preset("gpd"), str(tmp_path))[0][steps]["choices"] == [0, 6, 12, 16, 24, 48]
+    without = controls.preset_values(load_preset("gpd"), str(tmp_path / "none"))[0][steps]
+    assert without["value"] in without["choices"]  # or every event of the page would be refused
+
+
 def test_a_slider_has_the_range_that_the_student_was_trained_for():
     assert METHODS["meanflow"].available_values(ROOT / TINY)["guidance"] == (2.5, 6.25)
     with gr.Blocks():

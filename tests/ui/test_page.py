@@ -149,8 +149,14 @@ def test_sliders_of_what_a_method_decides_are_hidden(page):
         assert [changed[slider]["visible"] for slider in sliders] == expected
 
 
-def test_stop_without_a_run_says_so(page):
-    assert "Nothing is running" in page.compare.stop_jobs("nobody")
+def test_stop_without_a_run_says_so_and_stops_no_sweep(page):
+    sweep = page.context.workers.submit(lambda *_: None, "me")
+    assert "Nothing is running" in page.compare.stop_jobs("me") and not sweep.stop.is_set()
+    run = page.compare.run_pair([], TINY, "me", "plain", *values_of(page, {}))
+    assert page.compare.message in next(run) and list(page.compare.running) == ["me"]
+    page.compare.stop_jobs("me")
+    assert "Stopped" in list(run)[-1][page.compare.message] and not page.compare.running
+    assert not sweep.stop.is_set() and page.context.workers.stop("me") == 1
 
 
 def test_a_new_visitor_gets_an_id_and_a_known_one_keeps_it(page):
@@ -163,6 +169,7 @@ def test_a_new_visitor_gets_an_id_and_a_known_one_keeps_it(page):
     ([], "a side is a JSON object"), ({"speed": 1}, "unknown setting 'speed' of a side"),
     ({"preset": "../../etc/passwd"}, "no preset '../../etc/passwd'"), ({"preset": "x.yaml"}, "no preset 'x.yaml'"),
     ({"changes": "fast"}, "changes is a JSON object"),
+    ({"changes": {"gpd.student": "/etc"}}, "gpd.student is for Python"),
 ])  # fmt: skip
 def test_a_wrong_side_over_the_api_is_refused_in_a_sentence(side, sentence):
     with pytest.raises(AccelError, match=sentence):
@@ -186,6 +193,25 @@ def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_
     assert page.compare.switch_model(model, "me", "turbo", "a cat")[page.compare.preset]["value"] == "stepcache"
     assert page.compare.switch_model(TINY, "me", "quick", "a cat")[page.compare.preset]["value"] == "quick"
     assert page.compare.prompt not in page.compare.switch_model(model, "me", "balanced", "a cat")
+
+
+def test_settings_choose_the_card_of_the_preset_that_they_are(page):
+    cards = lambda preset: page.compare.load_settings(preset, {}, TINY)[page.compare.preset]
+    assert cards(load_preset("stepcache")) == "stepcache" and cards(Preset()) == PLAIN
+    assert cards(Preset(methods={"stepcache": {"threshold": 0.33}})) is None
+
+
+def test_a_slider_grows_for_a_value_above_its_end(page):
+    side = page.compare.side
+    updates = page.compare.load_settings(Preset(steps=500, guidance=20.0), {}, TINY)
+    assert (updates[side.steps]["maximum"], updates[side.guidance]["maximum"]) == (500, 20.0)
+    assert page.compare.load_settings(Preset(steps=50), {}, TINY)[side.steps]["maximum"] == 100
+
+
+def test_a_model_that_nobody_loads_is_not_said_to_be_loading(page):
+    estimate = lambda model: page.compare.estimate_text(model, values_of(page, {}))
+    assert estimate(TINY) == "The model is being loaded."
+    assert estimate("another") == "The model is loaded when you press Run."
 
 
 def test_a_preset_brings_its_solver_and_shift(page):

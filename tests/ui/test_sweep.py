@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 
 from accel.errors import AccelError
-from accel.evaluation.sweep import parse_axis_option
+from accel.evaluation.sweep import check_available, expand, parse_axis, parse_axis_option
 from accel.methods import METHODS
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.presets import Preset, load_preset
@@ -21,7 +21,7 @@ from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
 from ui.sweep_job import Result, Sweep, SweepState
 from ui.sweep_plan import make_plan, plan_words
-from ui.sweep_tab import CANDIDATE, SweepTab
+from ui.sweep_tab import CANDIDATE, FIRST_AXES, SPEEDS, SweepTab, preset_settings
 
 RUN = {"model": TINY, "prompt": "a red star", "seed": 3}
 REFERENCE = {"steps": 20, "guidance": 4.0, "methods": {}}
@@ -273,8 +273,7 @@ class Page:
             self.compare = SimpleNamespace(
                 setting_components=[prompt], outputs=[opened], settings=settings, message=message,
                 show_stored=lambda run_id, visitor: {opened: run_id},
-                load_settings=lambda preset, run, model: {opened: preset},
-                preset=gr.Radio(), settings_changed=lambda *values: {},
+                load_settings=lambda preset, run, model: {opened: preset}, follow=lambda event: None,
             )  # fmt: skip
             with gr.Tabs() as self.tabs, gr.Tab("Sweep"):
                 self.sweep = SweepTab(context)
@@ -326,6 +325,25 @@ def test_before_a_sweep_the_fastest_setting_of_the_search_for_the_model_is_propo
     assert "loses at most 0.001" in tab.show_proposal(None, "measured", 0.001, TINY)[0]
     text, proposed, use = tab.show_proposal(None, "measured", 0.1, "another/model")
     assert "is proposed here" in text and not proposed and not use["interactive"]
+
+
+def test_what_is_plotted_may_change_during_a_sweep(tab):
+    updates = tab.run_sweep(*SHOWN, TINY, "ann", *values())
+    assert "SSIM to the baseline" in next(updates)[tab.plot]
+    tab.remember_choices("ann", "ssim", "by work", False, 0.1)
+    assert SPEEDS["by work"] in next(update for update in updates if tab.plot in update)[tab.plot]
+    list(updates)
+    assert not tab.chosen
+
+
+@pytest.mark.parametrize("preset", FIRST_AXES)
+def test_the_sweep_that_a_page_begins_with_is_possible(preset):
+    base = {**preset_settings(preset), "model": TINY, "prompt": "a red star", "seed": 1}
+    found = expand(base, [parse_axis(*FIRST_AXES[preset])])
+    assert len(found) > 2
+    for cell in found:
+        check_available(cell, TINY)
+        assert list(cell.settings["methods"]) == list(load_preset(preset).methods)
 
 
 def test_the_base_can_be_a_preset(tab):

@@ -26,11 +26,14 @@ class Compare:
 
     def __init__(self, tabs: gr.Tabs):
         self.shown, self.message, self.given = gr.State(None), gr.HTML(elem_id="message"), gr.HTML(elem_id="given")
-        self.outputs = [tabs, self.message, self.given]
+        self.outputs, self.shows = [tabs, self.message, self.given], []
         gr.HTML(timeline(REPORT["trace"]), js_on_load=READ_OUT, elem_id="timeline")
 
     def load_settings(self, preset, run, model) -> dict:
         return {self.given: f"{list(preset.methods)} {run.get('seed')}"}
+
+    def follow(self, event) -> None:
+        """Nothing here depends on the settings."""
 
 
 @pytest.fixture(scope="module")

@@ -246,17 +246,17 @@ def test_refused_input_is_reported_in_full_and_an_unexpected_error_by_its_id(wor
     assert kind == "failed" and re.fullmatch("[0-9a-f]{8}", error_id) and error_id in caplog.text
 
 
-@pytest.mark.parametrize("error, sentence", [
-    (MemoryError(), "not enough memory"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
-    (OSError(errno.ENOSPC, "No space left", "/secret/path"), "the disk is full"),
+@pytest.mark.parametrize("error, final, sentence", [
+    (MemoryError(), "failed", "not enough memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "failed", "not enough memory"),
+    (OSError(errno.ENOSPC, "No space left", "/secret/path"), "refused", "the disk is full"),
 ])  # fmt: skip
-def test_a_full_memory_or_disk_is_explained_and_the_next_job_runs(workers, error, sentence):
+def test_a_full_memory_or_disk_is_explained_and_the_next_job_runs(workers, error, final, sentence):
     def fail(*_):
         raise error
 
     kind, data = list(workers.stream(workers.submit(fail)))[-1]
-    assert kind == "refused" and sentence in data["reason"] and "/secret" not in data["reason"]
+    assert kind == final and sentence in data["reason"] and "/secret" not in data["reason"]
     assert kinds(workers, workers.submit(lambda *_: None)) == ["done"]
 
 
@@ -266,7 +266,9 @@ def test_every_visitor_reads_why_a_model_cannot_be_loaded(load_model):
 
     load_model(missing)
     workers = Workers("none")
+    assert workers.is_loading("none")  # from the start on
     workers.start()
     for _ in range(2):
         job = workers.submit(lambda *_: None)
         assert list(workers.stream(job))[-1] == ("refused", {"reason": "no model folder 'none'"})
+    assert not workers.is_loading("none")

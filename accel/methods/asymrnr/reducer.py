@@ -68,6 +68,12 @@ class Reducer:
 
     def attend(self, inner: Callable[[QKV], Tensor], qkv: QKV, layer: str) -> Tensor:
         """A core's output (b, n, k, d), full or restored; (b, m, k, d) if it is restored after its projection."""
+        y, step = self._attend(inner, qkv, layer), self.host.step
+        if self.residuals and step.index == step.count - 1:  # they would take memory while the video is decoded
+            self.residuals.entries.pop((layer, step.branch, qkv.sample), None)
+        return y
+
+    def _attend(self, inner: Callable[[QKV], Tensor], qkv: QKV, layer: str) -> Tensor:
         host, trace, step = self.host, self.host.trace, self.host.step
         if not self.enabled or qkv.bias is not None:  # a bias is another method's, made for just these keys
             return inner(qkv)
