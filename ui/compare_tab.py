@@ -56,7 +56,7 @@ class CompareTab:
                 self.message = gr.HTML(elem_id="message", html_template=READ_ALOUD)
                 self.live = gr.HTML(elem_id="live")
                 self.view = PairView(context)
-        self.running: dict[str, set[str]] = {}  # by visitor: ids of the jobs of this tab
+        self.running: set[tuple[str, str]] = set()  # visitor and id of each job of this tab
         self.until_loaded = gr.Timer(2)
         self.shown = gr.State(None)  # id of the stored pair, or name of the recorded pair, that is shown
         self.panes = gr.State([])  # ids of the stored pairs whose candidates are in the player
@@ -159,14 +159,11 @@ class CompareTab:
             return
         work = compare_work(self.context, visitor, settings.run, settings.reference, settings.candidate)
         job = self.context.workers.submit(work, visitor, model)
-        jobs = self.running.setdefault(visitor, set())
-        jobs.add(job.id)
+        self.running.add((visitor, job.id))
         try:
             yield from self._follow_job(job, panes, settings.keep)
         finally:
-            jobs.discard(job.id)
-            if not jobs:
-                self.running.pop(visitor, None)
+            self.running.discard((visitor, job.id))
 
     def _follow_job(self, job: Job, panes: list[str], keep: bool) -> Iterator[Update]:
         """What the page shows at each event of a pair's job."""
@@ -190,8 +187,7 @@ class CompareTab:
 
     def stop_jobs(self, visitor: str):
         """Stop the visitor's pairs after their current step, and no sweep. The runs report that they have stopped."""
-        jobs = list(self.running.get(visitor, ()))
-        stopped = sum(self.context.workers.stop(visitor, job) for job in jobs)
+        stopped = sum(self.context.workers.stop(*running) for running in list(self.running) if running[0] == visitor)
         return gr.skip() if stopped else note("Nothing is running.")
 
     def _running(self, running: bool) -> Update:
@@ -277,9 +273,9 @@ class CompareTab:
         """The widgets for a stored pair, and its model with its cards and ranges if the page still offers it."""
         model, preset = report["model"], Preset(methods=report["methods"])
         controls, _ = self.controls.preset_values(preset, model)
-        own = {self.preset: report.get("preset")}
+        own = {self.preset: card_of(preset)}
         if self._is_offered(report):
-            own = {self.page.model: model, **self.views_of(model, report.get("preset"))}
+            own = {self.page.model: model, **self.views_of(model, card_of(preset))}
         return {
             self.prompt: report["prompt"], self.seed: report["seed"], **own, **controls, self.preset_note: "",
             **self.side.updates(side_of(report)), **self._reference_updates(side_of(reference_of(report))),
@@ -332,7 +328,7 @@ class CompareTab:
         reference = run.get("reference")
         return {
             **controls, **self.side.updates(side), self.changed: "",
-            self.preset: preset_of(preset.methods) if preset.methods else PLAIN,
+            self.preset: card_of(preset),
             **{widget: value for widget, value in typed.items() if value is not None},
             **(self._reference_updates({"solver": "default", "shift": None, **reference}) if reference else {}),
             self.preset_note: note(text, bad=True) if missing else "",
@@ -381,6 +377,11 @@ class CompareTab:
 def first_preset(model: str) -> str:
     """The preset that the page begins with."""
     return next(name for name in FIRST_PRESETS if not missing_parts(load_preset(name), model))
+
+
+def card_of(preset: Preset) -> str | None:
+    """The card whose methods these are, if there is one."""
+    return preset_of(preset.methods) if preset.methods else PLAIN
 
 
 def chosen_example(event: gr.EventData) -> str:

@@ -85,13 +85,13 @@ class MethodControls:
         updates, active = {}, preset_methods(preset)
         for name, method in METHODS.items():
             wanted, usable, available = active.get(name), is_usable(name, model), available_values(name, model)
-            ranges = {key: range_of(method.parameters()[key], choices) for key, choices in available.items()}
+            ranges = {key: range_of(schema, available.get(key)) for key, schema in method.parameters().items()}
             updates[self.switches[name]] = gr.update(value=wanted is not None and usable, interactive=usable)
             updates[self.groups[name]] = gr.update(visible=wanted is not None and usable)
             for parameter, component in self.parameters[name].items():
                 value = getattr(wanted or method(), parameter)
                 nearest = nearest_available(value, available.get(parameter))
-                updates[component] = gr.update(value=nearest, elem_classes=["knob"], **ranges.get(parameter, {}))
+                updates[component] = gr.update(value=nearest, elem_classes=["knob"], **ranges[parameter])
         return updates, missing_parts(preset, model)
 
     def visibility(self, values: list[Any]) -> Update:
@@ -161,11 +161,13 @@ def widget(name: str, method: Method, available: AvailableValues) -> gr.componen
     return gr.Slider(low, high, step=step, buttons=[], **common)
 
 
-def range_of(schema: dict[str, Any], choices: Choices) -> dict[str, Any]:
-    """What a widget may take of a parameter that depends on the model: of an empty list, all that the field lists."""
+def range_of(schema: dict[str, Any], choices: Choices | None) -> dict[str, Any]:
+    """What a parameter's widget may take: what the model has, or where it has nothing, all that the field allows."""
     if isinstance(choices, tuple):
         return {"minimum": choices[0], "maximum": choices[1]}
-    return {"choices": choices or schema["enum"]}
+    if choices or "enum" in schema:
+        return {"choices": choices or schema["enum"]}
+    return {end: schema[end] for end in ("minimum", "maximum") if end in schema}
 
 
 def nearest_available(value: Any, choices: Choices | None) -> Any:

@@ -94,6 +94,7 @@ class Sweep:
 
     def __init__(self, context: Context, visitor: str, plan: Plan):
         self.context, self.visitor, self.state = context, visitor, SweepState.of(plan)
+        self.choices: tuple = ()  # quality, speed, earlier results and loss, as the page shows it
         self._stopped = threading.Event()
         self._job: Job | None = None
 

@@ -62,7 +62,6 @@ class SweepTab:
     def __init__(self, context: Context):
         self.context = context
         self.running: dict[str, Sweep] = {}  # by visitor
-        self.chosen: dict[str, tuple] = {}  # by visitor whose sweep runs: quality, speed, earlier results, loss
         self.state, self.proposed = gr.State(None), gr.State("")  # the sweep shown; see `show_proposal`
         self.opened = gr.State("")  # id of the pair that was clicked
         with gr.Row():
@@ -226,28 +225,27 @@ class SweepTab:
         except AccelError as error:
             yield self._refused(str(error))
             return
-        self.running[visitor], self.chosen[visitor] = sweep, (metric, speed, earlier, allowed)
+        self.running[visitor], sweep.choices = sweep, (metric, speed, earlier, allowed)
         state = sweep.state
         texts = Progress(state)
         try:
-            yield {**self._views(state, visitor, running=0), **self._buttons(True), self.message: note(texts.result())}
+            yield {**self._views(sweep, running=0), **self._buttons(True), self.message: note(texts.result())}
             for kind, data in sweep.events():
                 if kind == "waiting":
                     yield {self.message: note(texts.waiting(**data))}
                 elif kind == "step":
                     yield {self.message: note(texts.step(**data))}
                 elif kind == "result":
-                    yield {**self._views(state, visitor, running=state.ended), self.message: note(texts.result())}
+                    yield {**self._views(sweep, running=state.ended), self.message: note(texts.result())}
                 elif kind == "ended":
                     yield {self.grid: sweep_grid(state), **self._buttons(False), self.message: texts.ended(**data)}
         finally:
             self.running.pop(visitor, None)
-            self.chosen.pop(visitor, None)
 
     def remember_choices(self, visitor: str, *choices) -> None:
         """What a running sweep of the visitor shows from the next result on."""
-        if visitor in self.running:
-            self.chosen[visitor] = choices
+        if sweep := self.running.get(visitor):
+            sweep.choices = choices
 
     def stop_sweep(self, visitor: str):
         """Stop the visitor's sweep after the current step; what is measured stays."""
@@ -265,13 +263,13 @@ class SweepTab:
         return {self.start: gr.update(interactive=not running),
                 self.stop: gr.update(variant="stop" if running else "secondary")}  # fmt: skip
 
-    def _views(self, state: SweepState, visitor: str, running: int | None) -> Update:
-        metric, speed, earlier, allowed = self.chosen[visitor]
+    def _views(self, sweep: Sweep, running: int | None) -> Update:
+        state, (metric, speed, earlier, allowed) = sweep.state, sweep.choices
         proposal = zip(
             [self.proposal, self.proposed, self.use],
             self.show_proposal(state, speed, allowed, state.plan.common["model"]),
         )
-        plot = self.show_plot(state, metric, speed, earlier, allowed, visitor)
+        plot = self.show_plot(state, metric, speed, earlier, allowed, sweep.visitor)
         return {self.state: state, self.grid: sweep_grid(state, running), self.plot: plot, **dict(proposal)}
 
     # The plot and the proposal

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from tqdm import tqdm
 
-from ..core.calls import synchronized_time
 from ..methods.base import Method
-from ..runtime.apply import apply
 
 STEPS, PAIRS = 2, 60  # many short runs in turn: a slow minute of the machine affects both sides
 
@@ -19,6 +16,11 @@ def overheads(pipe, inputs: dict, methods: Sequence[Method], pairs: int) -> list
 
     `inputs` are those of the pipeline's call. Nothing is decoded. Which run of a pair comes first alternates.
     """
+    import torch
+
+    from ..core.calls import synchronized_time
+    from ..runtime.apply import apply
+
     device = next(pipe.transformer.parameters()).device
 
     def seconds() -> float:

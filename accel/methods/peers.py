@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..core.calls import running_call
 from ..core.trace import Action
 from ..errors import AccelError
 from .base import Peer, RunSpec, model_path
@@ -260,7 +259,7 @@ class PyramidAttentionBroadcast(DiffusersPeer):
             spatial_attention_block_skip_range=self.spatial_attention_block_skip_range,
             cross_attention_block_skip_range=cross if cross > 1 else None,
             spatial_attention_timestep_skip_range=span, cross_attention_timestep_skip_range=span,
-            current_timestep_callback=lambda: running_call(host.pipe)[0].current_timestep,
+            current_timestep_callback=lambda: _timestep(host),
         )  # fmt: skip
 
     def cached_states(self, spec: RunSpec) -> float:
@@ -294,7 +293,7 @@ class DiffusersFasterCache(DiffusersPeer):
             unconditional_batch_timestep_skip_range=(-1, self.unconditional_timestep),
             attention_weight_callback=lambda module: 0.5, tensor_format=host.family.latent_format,
             is_guidance_distilled=not host.family.batches_guidance,
-            current_timestep_callback=lambda: running_call(host.pipe)[0].current_timestep,
+            current_timestep_callback=lambda: _timestep(host),
         )  # fmt: skip
 
     def cached_states(self, spec: RunSpec) -> float:
@@ -312,6 +311,13 @@ class DiffusersFasterCache(DiffusersPeer):
         super().check_run(host)
         if host.family.batches_guidance and not host.is_guided:
             self.refuse("it halves the batch of guidance, and this run has none: choose a guidance above 1")
+
+
+def _timestep(host: Host) -> int:
+    """That of the pipeline that runs, which may be another one with this transformer."""
+    from ..core.calls import running_call
+
+    return running_call(host.pipe)[0].current_timestep
 
 
 class Ratios(BaseModel):

@@ -60,13 +60,13 @@ def normalize_methods(settings: Any) -> dict[str, dict]:
     return methods
 
 
-def with_parameter(methods: dict[str, dict | None], method: str, parameter: str, value: Any) -> dict[str, dict]:
+def with_parameter(methods: dict[str, dict], method: str, parameter: str, value: Any) -> dict[str, dict]:
     """Methods with a parameter of one of them changed.
 
     A method that is new among them comes before those that stand behind it in `METHODS`: a fitted solver has to be
     outside of what skips calls.
     """
-    changed = {name: dict(values or {}) for name, values in methods.items()}
+    changed = {name: dict(values) for name, values in methods.items()}
     if method not in changed:
         order = list(METHODS)
         behind = order[order.index(method) :] if method in METHODS else []

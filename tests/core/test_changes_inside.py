@@ -93,14 +93,14 @@ def test_inside_others_see_the_blocks_of_a_stack_that_is_predicted(pipe, sample)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_a_method_acts_after_group_offloading_was_set_up_anew_inside_as_for_a_lora(method, pipe, sample):
     offload_in_groups(pipe.transformer)
-    baseline = sample(pipe)
+    baseline, before = sample(pipe), forwards(pipe.transformer)
     with accel.apply(pipe, method) as trace:
         first, share = sample(pipe), trace.summary()["flops_ratio"]
         _maybe_remove_and_reapply_group_offloading(pipe.transformer)
         assert torch.equal(sample(pipe), first) and trace.summary()["flops_ratio"] == share < 1
         _maybe_remove_and_reapply_group_offloading(pipe.transformer)  # and no run afterwards
     assert torch.equal(sample(pipe), baseline)
-    assert forwards(pipe.transformer) == {"WanTransformer3DModel.forward"}
+    assert forwards(pipe.transformer) == before
     assert "accel" not in pipe.transformer._diffusers_hook.hooks
 
 

@@ -18,7 +18,7 @@ def test_which_run_comes_first_alternates_and_the_extra_time_is_relative_to_the_
         return stock(self, *args, **named)
 
     monkeypatch.setattr(type(pipe), "__call__", call)
-    monkeypatch.setattr(overhead, "synchronized_time", lambda device: next(times))
+    monkeypatch.setattr("accel.core.calls.synchronized_time", lambda device: next(times))
     neutral = [METHODS[name](**METHODS[name].neutral) for name in ("fastercache", "stepcache")]
     assert overhead.overheads(pipe, inputs, neutral, 2) == pytest.approx([4 / 2 - 1, 10 / 5 - 1])
     assert order == ["ours", "ours", "stock", "stock", "ours"]

@@ -35,7 +35,8 @@ def test_compiled_blocks_are_compiled_once(name):
     assert 0 < graphs == counters["stats"]["unique_graphs"]
 
 
-def test_blocks_stay_compiled_where_flops_are_counted_by_a_call():
+def test_blocks_stay_compiled_where_flops_are_counted_by_a_call(monkeypatch):
+    monkeypatch.setattr("accel.core.flops._COUNTED", {})
     pipe, inputs = TINY["hunyuan_video_15"]()
     torch._dynamo.reset()
     counters.clear()

@@ -175,7 +175,10 @@ def test_the_memory_estimate_is_not_exceeded(correction, pipe, sample):
 
 
 def test_no_residual_is_kept_while_the_video_is_decoded(pipe, sample):
+    residuals = lambda: {id(found) for found in gc.get_objects() if type(found) is Residual}
+    gc.collect()
+    before = residuals()
     with accel.apply(pipe, METHODS["asymrnr"](schedule="fixed", query_rate=0.5, kv_rate=0.5, start=0.1)) as trace:
         sample(pipe)
         assert trace.summary()["flops_ratio"] < 1
-        assert not [found for found in gc.get_objects() if type(found) is Residual]
+        assert residuals() <= before

@@ -30,7 +30,10 @@ class CompareStub:
 
     def __init__(self):
         self.shown = gr.Textbox(elem_id="shown")
-        self.outputs = [self.shown]
+        self.outputs, self.shows = [self.shown], []
+
+    def follow(self, event) -> None:
+        """Nothing here depends on the settings."""
 
     def show_stored(self, run_id: str, visitor: str) -> dict:
         return {self.shown: f"{run_id} of {visitor}"}

@@ -153,7 +153,7 @@ def test_stop_without_a_run_says_so_and_stops_no_sweep(page):
     sweep = page.context.workers.submit(lambda *_: None, "me")
     assert "Nothing is running" in page.compare.stop_jobs("me") and not sweep.stop.is_set()
     run = page.compare.run_pair([], TINY, "me", "plain", *values_of(page, {}))
-    assert page.compare.message in next(run) and list(page.compare.running) == ["me"]
+    assert page.compare.message in next(run) and [who for who, _ in page.compare.running] == ["me"]
     page.compare.stop_jobs("me")
     assert "Stopped" in list(run)[-1][page.compare.message] and not page.compare.running
     assert not sweep.stop.is_set() and page.context.workers.stop("me") == 1
