@@ -70,17 +70,17 @@ def print_json(document: dict) -> None:
 
 def parse_settings(preset: str, changes: list[str] | None) -> dict:
     """Methods and run settings of a preset, with the `--set` changes applied and checked."""
-    from .runtime.presets import Preset, build_methods, load_preset, with_parameter
+    from .runtime.presets import Preset, build_methods, load_preset
 
     loaded = load_preset(preset) if preset != "none" else Preset()
-    methods = loaded.methods
+    methods = {name: dict(parameters or {}) for name, parameters in loaded.methods.items()}
     for change in changes or []:
         target, _, value = change.partition("=")
         name, _, parameter = target.partition(".")
         if not (parameter and value):
             raise AccelError(f"--set {change!r} is not understood: write method.parameter=value")
         try:
-            methods = with_parameter(methods, name, parameter, yaml.safe_load(value))
+            methods.setdefault(name, {})[parameter] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise AccelError(f"--set {change!r} is not understood: put the value into quotes") from None
     build_methods(methods)

@@ -119,6 +119,14 @@ class CompareTab:
             self.reference.plain, *self.controls.groups.values(), *self.setting_components,
         ]  # fmt: skip
 
+    @property
+    def dependent_outputs(self) -> list[gr.components.Component]:
+        """What `settings_changed` changes."""
+        widgets = (widget for widgets in self.controls.parameters.values() for widget in widgets.values())
+        return [
+            *self.controls.groups.values(), *widgets, self.side.steps, self.side.guidance, self.changed, self.estimate,
+        ]  # fmt: skip
+
     def wire(self, page) -> None:
         """Connect the events; `page` has the model selector, the visitor and the tabs."""
         self.page = page
@@ -135,7 +143,7 @@ class CompareTab:
         reset = self.changed.click(self.reset, inputs, self.outputs, **quick)
         pinned = self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
-        gr.on(edited, self.settings_changed, inputs, self.outputs, trigger_mode="always_last", **quick)
+        gr.on(edited, self.settings_changed, inputs, self.dependent_outputs, trigger_mode="always_last", **quick)
         switched = page.model.input(
             self.switch_model, [*inputs[:3], self.prompt], self.outputs, trigger_mode="always_last", **quick
         )
@@ -146,7 +154,7 @@ class CompareTab:
 
     def follow(self, event: Dependency) -> None:
         """After an event that sets widgets: show what belongs to the new settings, and what a run will take."""
-        event.then(self.settings_changed, self.inputs, self.outputs, **self.quick)
+        event.then(self.settings_changed, self.inputs, self.dependent_outputs, **self.quick)
 
     # Running
 

@@ -96,7 +96,7 @@ def front_table(summary: dict) -> str:
     return (
         f"{conditions(summary)}. Chosen by mean SSIM on other prompts: all {summary['tried']} settings on "
         f"{summary['tuning_prompts']}, then {summary['finalists']} finalists on {summary['final_prompts']}\n\n"
-        f"{markdown([*titles, 'SSIM, ours - it'], rows)}\n"
+        f"{markdown([*titles, 'SSIM, ours - it; ours is closer for'], rows)}\n"
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
         f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
         f"Overhead of methods at neutral settings: {overhead} [{low}, {high}] of the stock pipeline's time, in "
@@ -115,7 +115,8 @@ def front_overview(summary: dict) -> str:
             for group in summary["groups"]
         ]
         rows.append([f"{found['speed']}x", *cells, *(_cells(summary, best, group)[-1] for group in others)])
-    titles = ["speed by work, at least", *summary["groups"], *(f"{OURS} - {group}" for group in others)]
+    titles = ["speed by work, at least", *summary["groups"]]
+    titles += [f"{OURS} - {group}; {OURS} is closer for" for group in others]
     return f"{conditions(summary)}\n\n{markdown(titles, rows)}"
 
 
@@ -126,6 +127,7 @@ def _cells(summary: dict, best: dict[str, str], group: str) -> list[str]:
     pair = next((p for p in summary["pairs"] if (p["a"], p["b"]) == (best.get(OURS), best[group])), {})
     metrics = [cell(METRICS[name], row.get(name)) for name in _shown(summary)]
     ahead = cell(METRICS["ssim"], pair.get("ssim"))
+    ahead += "; {} of {}".format(*pair["closer"]) if "closer" in pair else ""
     return [group, best[group], f"{speed_of(row):.2f}", SPEED["speed-up"](row), *metrics, ahead]
 
 

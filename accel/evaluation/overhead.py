@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 
 from tqdm import tqdm
 
 from ..methods.base import Method
 
-STEPS, PAIRS = 2, 60  # many short runs in turn: a slow minute of the machine affects both sides
+STEPS, PAIRS = 2, 100  # many short runs in turn: a slow minute of the machine affects both sides
 
 
 def overheads(pipe, inputs: dict, methods: Sequence[Method], pairs: int) -> list[float]:
-    """The extra time of a run with `methods`, relative to a run of the stock pipeline, of each of `pairs` pairs.
+    """The logarithm of a run's time with `methods` over that of the stock pipeline, of each of `pairs` pairs of runs.
 
+    Near 0 it is the relative extra time, and noise, which may slow either run, does not move its mean.
     `inputs` are those of the pipeline's call. Nothing is decoded. Which run of a pair comes first alternates.
     """
     import torch
@@ -39,5 +41,5 @@ def overheads(pipe, inputs: dict, methods: Sequence[Method], pairs: int) -> list
             stock, ours = seconds(), with_methods()
         else:
             ours, stock = with_methods(), seconds()
-        found.append(ours / stock - 1)
+        found.append(log(ours / stock))
     return found

@@ -116,13 +116,21 @@ def _metric(prompts: list[list[Case]], name: str, baseline: str, metric: Metric)
 
 
 def _pair(prompts: list[list[Case]], a: str, b: str) -> dict:
-    """The speed of setting a in parts of b's, and the difference a - b of each metric for pairs."""
+    """The speed of setting a in parts of b's, the difference a - b of each metric for pairs, and how often a is closer.
+
+    "closer": the prompts for which the SSIM of a is higher, and all of them. A few that become another scene decide a
+    mean, but not this number.
+    """
     is_measured = lambda metric: all(
         metric.name in case[name] for cases in prompts for case in cases for name in (a, b)
     )
     shown = [m for m in METRICS.values() if "pairs" in m.shown_in and is_measured(m)]
     speed = float(np.median([_speedup(case[a]) / _speedup(case[b]) for cases in prompts for case in cases]))
-    return {"a": a, "b": b, "speed": speed, **{m.name: _difference(prompts, a, b, m) for m in shown}}
+    differences = {m.name: _difference(prompts, a, b, m) for m in shown}
+    if "ssim" in differences:
+        ahead = [d > 0 for d in _per_prompt(prompts, lambda case: case[a]["ssim"] - case[b]["ssim"])]
+        differences["closer"] = sum(ahead), len(ahead)
+    return {"a": a, "b": b, "speed": speed, **differences}
 
 
 def columns(kind: str, rows: dict[str, dict]) -> list[Column]:

@@ -58,7 +58,7 @@ def test_ours_is_compared_with_the_others_prompt_by_prompt(summary):
 def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     rows = [line.split(" | ") for line in front_table(summary).splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 8 * 3
-    assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000] |"
+    assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000]; 2 of 2 |"
     assert rows[10][1:3] == ["peers", "none is so fast"]
     assert "by mean SSIM on other prompts: all 6 settings on 3, then 4 finalists on 8\n" in front_table(summary)
     assert "is replaced: 0.9250 [0.9000, 0.9500], worst frame 0.500\n" in front_table(summary)
@@ -70,10 +70,16 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
 
 def test_the_overview_has_a_row_for_each_class_and_says_how_much_ours_is_ahead(summary):
     rows = [line.strip("| ").split(" | ") for line in front_overview(summary).splitlines() if line.startswith("| ")]
-    assert rows[0] == ["speed by work, at least", "ours", "peers", "plain", "ours - peers", "ours - plain"]
+    assert rows[0] == [
+        "speed by work, at least",
+        "ours",
+        "peers",
+        "plain",
+        *(f"ours - {g}; ours is closer for" for g in ("peers", "plain")),
+    ]
     assert len(rows) == 1 + 8
     assert rows[1][:2] == ["1.5x", "o2: 0.8500 [0.8000, 0.9000]"]
-    assert rows[1][4:] == ["0.0000 [-0.1000, 0.1000]", "0.1000 [0.1000, 0.1000]"]
+    assert rows[1][4:] == ["0.0000 [-0.1000, 0.1000]; 1 of 2", "0.1000 [0.1000, 0.1000]; 2 of 2"]
     assert rows[5] == ["5x", "o5: 0.6500 [0.6000, 0.7000]", "-", "-", "-", "-"]
 
 
