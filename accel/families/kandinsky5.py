@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import AccelError
 from .base import Family, Grid
 
 
@@ -18,6 +19,16 @@ class Kandinsky5(Family):
     attention = "self_attention"
     latent_format = "BFHWC"
     remarks = {"fittedsolver": "no; its model takes more than the sample"}
+
+    def denoisers(self, pipe) -> list[nn.Module]:
+        """The pipeline's transformer. Raises AccelError if it has none, or one with sparse attention."""
+        found = super().denoisers(pipe)
+        if found[0].config.get("attention_type") == "nabla":
+            raise AccelError(
+                "Kandinsky 5 with sparse attention (attention_type nabla, the checkpoints of 10 seconds) is not "
+                "supported: take one with regular attention"
+            )
+        return found
 
     def to_video(self, y: Tensor, grid: Grid) -> Tensor:
         """A velocity as a view (b, c, f, h, w)."""

@@ -204,6 +204,13 @@ def test_the_attention_backend_can_still_be_set(pipe, sample):
     pipe.transformer.reset_attention_backend()
 
 
+def test_sparse_attention_is_refused_by_name():
+    pipe, _ = TINY["kandinsky5"]()
+    pipe.transformer.register_to_config(attention_type="nabla")
+    with pytest.raises(ValueError, match="attention_type nabla"), accel.apply(pipe, []):
+        pass
+
+
 def test_flops_are_counted_under_any_attention_backend(pipe, monkeypatch):
     """Some backends refuse meta tensors and some are not counted: this one would raise."""
     monkeypatch.setattr("accel.core.flops._COUNTED", {})

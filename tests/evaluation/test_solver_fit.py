@@ -30,7 +30,9 @@ from accel.runtime.run import build_run
 sys.path.append(str(Path(__file__).parents[1] / "families"))
 from tiny import TINY, encoding  # noqa: E402
 
-FITTED = ["wan", "hunyuan_video", "skyreels_v2", "ltx", "mochi"]
+FITTED = [
+    "wan", "hunyuan_video", *(pytest.param(name, marks=pytest.mark.slow) for name in ("skyreels_v2", "ltx", "mochi"))
+]  # fmt: skip
 STEPS = 12
 
 

@@ -17,6 +17,7 @@ def load_model(monkeypatch):
         pipe = SimpleNamespace(device=SimpleNamespace(type="cpu"))
         monkeypatch.setattr("accel.runtime.models.load_pipeline", lambda model, device: function(model) or pipe)
         monkeypatch.setattr("accel.runtime.models.model_defaults", lambda pipe, model: defaults)
+        monkeypatch.setattr("ui.worker._free_memory", lambda: None)  # with all that tests import it takes seconds
 
     return replace
 
