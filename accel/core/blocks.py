@@ -37,9 +37,8 @@ class StackedBlocks:
     """A place of the host: all blocks of a model, in one list or in several, become one call.
 
     `run(stack, hidden, *inputs, **named)` gets the function that runs them all and what the model gives its first
-    block; it returns hidden states (b, n, d). Where `is_wrapped()` is false, the blocks are what they are: others look
-    at them, too. In a joint model the blocks pass on text beside them; after the last
-    block the text is not used.
+    block; it returns hidden states (b, n, d). In a joint model the blocks pass on text beside them; after the last
+    block the text is not used. Where `is_wrapped()` is false, the blocks are what they are: others look at them, too.
     """
 
     def __init__(self, model: nn.Module, family: Family, run: Callable, is_wrapped: Callable[[], bool]):

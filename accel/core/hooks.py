@@ -64,9 +64,7 @@ class HookedForward:
     @property
     def is_held(self) -> bool:
         """Whether a call of the module still comes to the hook."""
-        if (
-            self.hook.fn_ref.forward is not self._own
-        ):  # diffusers took off a hook below, as group offloading's with a LoRA
+        if self.hook.fn_ref.forward is not self._own:  # a hook below is gone, as group offloading's for a LoRA
             return False
         forward = self.module.forward
         while forward is not None and forward is not self._forward:

@@ -206,7 +206,7 @@ def _training_free() -> dict[str, Setting]:
     stack = {"reuse": "stack", "extrapolation": "logsnr"}
     caches["fastercache, stack"] = Setting("fastercache", overrides={"fastercache": stack})
     found = _in_steps((50, 25), caches) | {"combined": Setting("combined")}
-    for value in (0.1, 0.15, 0.2, 0.3, 0.45, 0.6):
+    for value in (0.1, 0.15, 0.2, 0.22, 0.3, 0.45, 0.6):
         found[f"stepcache {value}, 50 steps"] = _stepcache(value, steps=50)
     for (steps, shift), thresholds in {(30, 4.0): (0.15, 0.2, 0.3), (25, 4.0): (0.2, 0.3, 0.45)}.items():
         for value in thresholds:  # as SeaCache among the peers

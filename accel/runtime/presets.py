@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,8 +71,7 @@ def with_parameter(methods: dict[str, dict], method: str, parameter: str, value:
     if method not in changed:
         order = list(METHODS)
         behind = order[order.index(method) :] if method in METHODS else []
-        first = next((name for name in changed if name in behind), None)
-        before = dict(list(changed.items())[: list(changed).index(first)] if first else changed)
+        before = dict(takewhile(lambda item: item[0] not in behind, changed.items()))
         changed = {**before, method: {}, **changed}
     changed[method][parameter] = value
     return changed
