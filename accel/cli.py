@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,10 @@ app.add_typer(world, name="world")
 
 Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows examples/prompts/toy.txt.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise, or of the sampled scenes.")]
-PresetName = Annotated[str, typer.Option("--preset", help="A name in presets/ or a YAML file; 'none' for no method.")]
+PresetName = Annotated[
+    str,
+    typer.Option("--preset", help="A name in presets/, a YAML file or none; default: none with --set, else stepcache."),
+]
 Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps; default: the preset's, else the model's.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale; default: the preset's, else the model's.")]
@@ -36,6 +39,7 @@ Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing
 RESULT_FILES = tuple("video.mp4 frames.npy a.mp4 b.mp4 a.npy b.npy a.jpg b.jpg run.json".split())  # of run and compare
 INTERRUPTED = 130  # exit code after Ctrl-C
 JUDGED_WIDTH = 96  # columns: in fewer, small shapes cannot be told apart, and more tell the judge nothing
+DEFAULT_PRESET = "stepcache"
 RUN_OPTIONS = ("steps", "guidance", "solver", "shift")  # settings of a run that a preset may hold
 
 
@@ -68,10 +72,15 @@ def print_json(document: dict) -> None:
     print(json.dumps(document))
 
 
-def parse_settings(preset: str, changes: list[str] | None) -> dict:
-    """Methods and run settings of a preset, with the `--set` changes applied and checked."""
-    from .runtime.presets import Preset, build_methods, load_preset
+def parse_settings(preset: str | None, changes: list[str] | None, axes: Sequence[str] = ()) -> dict:
+    """Methods and run settings of a preset, with the `--set` changes applied and checked.
 
+    Without a preset it is the default one, but none where `changes` or the names of `axes` say which methods run.
+    """
+    from .runtime.presets import Preset, build_methods, load_preset, with_parameter
+
+    named = {text.partition(".")[0] for text in (*(changes or ()), *axes) if "." in text.partition("=")[0]}
+    preset = preset or ("none" if named - {DEFAULT_PRESET} or "preset" in axes else DEFAULT_PRESET)
     loaded = load_preset(preset) if preset != "none" else Preset()
     methods = {name: dict(parameters or {}) for name, parameters in loaded.methods.items()}
     for change in changes or []:
@@ -80,9 +89,13 @@ def parse_settings(preset: str, changes: list[str] | None) -> dict:
         if not (parameter and value):
             raise AccelError(f"--set {change!r} is not understood: write method.parameter=value")
         try:
-            methods.setdefault(name, {})[parameter] = yaml.safe_load(value)
+            parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             raise AccelError(f"--set {change!r} is not understood: put the value into quotes") from None
+        if loaded.methods:
+            methods = with_parameter(methods, name, parameter, parsed)
+        else:  # the order in which they are written
+            methods.setdefault(name, {})[parameter] = parsed
     build_methods(methods)
     return {"methods": methods, **loaded.model_dump(include=set(RUN_OPTIONS))}
 
@@ -145,7 +158,7 @@ def print_messages(messages: list[str], printed: list[str]) -> None:
 @app.command()
 def run(
     context: typer.Context,
-    prompt: Prompt = None, seed: Seed = 0, preset: PresetName = "stepcache", set_: Sets = None,
+    prompt: Prompt = None, seed: Seed = 0, preset: PresetName = None, set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     source: Annotated[Path, typer.Option("--from", help="Repeat the run stored in a video made here.")] = None,
@@ -158,7 +171,7 @@ def run(
         given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
         if more := [name.rstrip("_") for name in given if name not in ("source", "out")]:
             raise AccelError(f"--from repeats a video as it was made: leave --{', --'.join(more)} out")
-        if source.resolve() == (out / "video.mp4").resolve():
+        if source.parent.resolve() == out.resolve() and source.name in RESULT_FILES:
             raise AccelError(f"{source} would be replaced by what is made from it: give another --out")
         stored = read_run(source)
         model, make_runs = stored["model"], lambda defaults: (build_run(defaults, **stored),)
@@ -203,7 +216,7 @@ def read_run(source: Path) -> dict:
 
 @app.command()
 def compare(
-    prompt: Prompt, seed: Seed = 0, preset: PresetName = "stepcache", set_: Sets = None,
+    prompt: Prompt, seed: Seed = 0, preset: PresetName = None, set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Times that a and b are generated in turn.")] = 3,
@@ -316,6 +329,7 @@ def tune(
 
     Work is counted, not timed, so nothing has to be quiet. Ctrl-C keeps the tries; the same command goes on.
     """
+    texts = read_prompts(prompt_file, model) if prompt_file else []
     pipe, defaults, _ = load_for(model, lambda defaults: [])
     from .evaluation.front import CLASSES
     from .evaluation.suites import TUNING_SEED
@@ -323,8 +337,7 @@ def tune(
     from .files import only_writer
     from .world.scene import held_out_prompts
 
-    lines = prompt_file.read_text().split("\n") if prompt_file else []
-    texts = [line for line in lines if line.strip()] or held_out_prompts(prompts, TUNING_SEED)
+    texts = texts or held_out_prompts(prompts, TUNING_SEED)
     with only_writer(out):
         rows = tune(model, pipe, defaults, texts, trials, seed, out)
         chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in CLASSES}
@@ -337,11 +350,27 @@ def tune(
     print_json({"out": str(out), "presets": {name: str(out / f"{name}.yaml") for name in chosen}, "rows": rows})
 
 
+def read_prompts(file: Path, model: str) -> list[str]:
+    """The prompts of a text file, one a line. Raises AccelError if there are none, or if one is not allowed."""
+    from .runtime.models import ModelDefaults
+    from .runtime.run import build_run
+
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise AccelError(f"{file} is not a text in UTF-8") from None
+    if not lines:
+        raise AccelError(f"{file} has no prompt: write one a line")
+    for line in lines:
+        build_run(ModelDefaults(), model=model, prompt=line)
+    return lines
+
+
 @app.command()
 def sweep(
     axis: Annotated[list[str], typer.Option(help="steps=20,30,50 or gpd.steps=6..16; once or twice.")],
     prompt: Annotated[str, typer.Option(help="What to generate; default: the first example of the model.")] = None,
-    seed: Seed = 0, preset: PresetName = "stepcache", set_: Sets = None,
+    seed: Seed = 0, preset: PresetName = None, set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
     height: Size = None, width: Size = None, frames: Size = None,
     plain_steps: Annotated[str, typer.Option(help="Also measure the baseline in these steps: 10,20,30.")] = "",
@@ -354,9 +383,10 @@ def sweep(
     prompt = prompt or first_example(model)
     common = dict(model=model, prompt=prompt, height=height, width=width, frames=frames)
     reference = {"seed": seed, **dict(zip(RUN_OPTIONS, (steps, guidance, solver, shift)))}
-    base = {**parse_settings(preset, set_), "seed": seed}
+    axes = [parse_axis_option(option) for option in axis]
+    base = {**parse_settings(preset, set_, [each.name for each in axes]), "seed": seed}
     base |= {key: value for key, value in reference.items() if value is not None}
-    cells = expand(base, [parse_axis_option(option) for option in axis], reference, parse_steps(plain_steps))
+    cells = expand(base, axes, reference, parse_steps(plain_steps))
     for cell in cells:
         check_available(cell, model)
     make_runs = lambda defaults: [
@@ -465,7 +495,9 @@ def docs() -> None:
 def train(
     what: Annotated[str, typer.Argument(help="vae, base, gpd, meanflow, predictor or all.")],
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, or the model's weights.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the last checkpoint; without one, vae, base and gpd from their weights.")
+    ] = False,
     out: Out = Path("checkpoints"),
     setting: Annotated[str, typer.Option(help="small (for a CPU) or large (for a GPU); default: by device.")] = None,
     export: Annotated[bool, typer.Option(help="With base: only write the EMA weights of its last checkpoint.")] = False,
@@ -528,8 +560,9 @@ def judge(
     folder: Annotated[Path, typer.Argument(help="Folder of mp4s with captions.json, as `sample` makes it.")],
 ) -> None:
     """Score the videos of a folder against their captions."""
-    captions = read_captions(folder)
+    from .world.captions import read_captions
 
+    captions = read_captions(folder)
     import numpy as np
 
     from .runtime.video import read_mp4
@@ -542,16 +575,3 @@ def judge(
     names = sorted({attribute for values in scores.values() for attribute in values})
     means = {a: float(np.mean([values[a] for values in scores.values() if a in values])) for a in names}
     print_json({"n": len(scores), **means})
-
-
-def read_captions(folder: Path) -> dict[str, str]:
-    """{file name: caption} of a folder of mp4s. Raises AccelError if captions.json or a video is missing."""
-    file = folder / "captions.json"
-    if not file.is_file():
-        raise AccelError(f"{file} is missing: it maps each mp4 of the folder to its caption")
-    captions = json.loads(file.read_text())
-    if not isinstance(captions, dict):
-        raise AccelError(f"{file} does not map each mp4 of its folder to a caption: it is not a JSON object")
-    if missing := [name for name in captions if not (folder / name).is_file()]:
-        raise AccelError(f"{file} does not map each mp4 of its folder to a caption: {missing[0]} is missing")
-    return captions

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
+from pathlib import Path
 from typing import get_args
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests run on the CPU, also where there is a GPU
@@ -44,10 +47,10 @@ def two_models() -> WanPipeline:
     return build_pipe(transformer_2=random_wan(1), boundary_ratio=0.7)
 
 
-@pytest.fixture
-def students(pipe, tmp_path):
-    """Random students of all kinds in the folder of the pipeline's model, and predictors of the model itself."""
-    pipe.register_to_config(_name_or_path=str(tmp_path))
+@pytest.fixture(scope="session")
+def student_files(tmp_path_factory) -> Path:
+    """A folder with random students of all kinds for the pipeline `pipe`, and predictors of the model itself."""
+    pipe, folder = build_pipe(), tmp_path_factory.mktemp("students")
     nets = FullNetworks(pipe.transformer)
     nets.module.proj_out.weight.data.mul_(0.5)
     for n in (6, 8, 12, 16, 24, 48):
@@ -57,14 +60,22 @@ def students(pipe, tmp_path):
             "timesteps": [1000 * s for s in sigmas[:-1]],
             "base_fingerprint": fingerprint(pipe.transformer),
         }
-        store(nets, tmp_path / f"gpd-N{n}", "gpd.json", {"steps": n, **facts})
+        store(nets, folder / f"gpd-N{n}", "gpd.json", {"steps": n, **facts})
     for n in get_args(FittedSolver.model_fields["steps"].annotation)[1:]:
-        file = tmp_path / "fittedsolver" / f"{n}.json"
+        file = folder / "fittedsolver" / f"{n}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(euler_as_fitted_solver(pipe, n, uncond_steps=range(0, n, 2)).model_dump_json())
-    make_meanflow(pipe, tmp_path / "meanflow")
+    make_meanflow(pipe, folder / "meanflow")
     for form in ("residual", "paper", "guided-base"):
-        make_predictor(pipe, tmp_path / "predictor" / form, form)
+        make_predictor(pipe, folder / "predictor" / form, form)
+    return folder
+
+
+@pytest.fixture
+def students(pipe, tmp_path, student_files):
+    """The same in the folder of the pipeline's model; a test may change its files."""
+    shutil.copytree(student_files, tmp_path, dirs_exist_ok=True)
+    pipe.register_to_config(_name_or_path=str(tmp_path))
 
 
 @pytest.fixture
@@ -89,3 +100,9 @@ def sample():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the groups that stay in one process: at the end, the other process would wait for them."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take all imported modules out of the garbage collector's rounds, each of which took a second with them."""
+    gc.collect()
+    gc.freeze()

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from accel.cli import main
+from accel.cli import main, parse_settings
 from accel.evaluation import compare as compare_module
 from accel.files import only_writer
 from accel.runtime import models
@@ -111,10 +111,42 @@ def test_bad_input_ends_with_one_line_and_exit_code_two(args, sentence, accel, t
     assert errors == [err.strip().splitlines()[-1]] and not (tmp_path / "out").exists()
 
 
-def test_a_video_is_not_replaced_by_its_repetition(accel, tmp_path):
-    write_mp4(tmp_path / "video.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8, {"model": "m"})
-    code, _, err = accel("run", "--from", str(tmp_path / "video.mp4"), "--out", str(tmp_path))
+@pytest.mark.parametrize("name", ["video.mp4", "b.mp4"])  # a run deletes what `compare` left in its folder
+def test_a_video_is_not_replaced_by_its_repetition(name, accel, tmp_path):
+    write_mp4(tmp_path / name, np.zeros((3, 16, 16, 3), np.uint8), 8, {"model": "m"})
+    code, _, err = accel("run", "--from", str(tmp_path / name), "--out", str(tmp_path))
     assert code == 2 and "would be replaced by what is made from it: give another --out" in err
+
+
+@pytest.mark.parametrize(
+    "text, sentence", [(b" \n\n", "has no prompt"), (b"\xff", "not a text in UTF-8"), (b"x" * 2001, "at most 2000")]
+)
+def test_a_file_of_prompts_is_checked_before_the_model_is_loaded(text, sentence, accel, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_pipeline", None)
+    (file := tmp_path / "prompts.txt").write_bytes(text)
+    code, _, err = accel("tune", "--prompt-file", str(file), "--out", str(tmp_path / "out"))
+    assert code == 2 and sentence in err
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"a.mp4": 1}'])
+def test_damaged_captions_are_refused(text, accel, tmp_path):
+    (tmp_path / "captions.json").write_bytes(text)
+    code, _, err = accel("world", "judge", str(tmp_path))
+    assert code == 2 and "captions.json" in err
+
+
+@pytest.mark.parametrize(
+    "preset, changes, axes, methods",
+    [
+        (None, [], ["steps"], ["stepcache"]), (None, ["stepcache.threshold=0.3"], [], ["stepcache"]),
+        (None, ["fastercache.attention=true"], [], ["fastercache"]), (None, [], ["gpd.steps"], []),
+        ("stepcache", ["gpd.steps=24"], [], ["gpd", "stepcache"]),  # the order in which they go together
+        ("balanced", ["fastercache.attention=false"], [], ["fastercache", "fittedsolver"]),
+        ("none", ["meanflow.steps=8", "fastercache.attention=true"], [], ["meanflow", "fastercache"]),
+    ],
+)  # fmt: skip
+def test_methods_that_are_named_take_the_place_of_the_default_preset_alone(preset, changes, axes, methods):
+    assert list(parse_settings(preset, changes, axes)["methods"]) == methods
 
 
 SMALL = ("--prompt", PROMPT, "--height", "48", "--width", "48", "--frames", "5", "--steps", "2", "--preset", "none")
@@ -185,7 +217,7 @@ def test_solver_and_shift_belong_to_the_run_and_are_repeated_from_the_file(accel
 
 @pytest.mark.parametrize(
     "captions, sentence",
-    [({"a.mp4": "a red star spins"}, "a.mp4 is missing"), (["a"], "it is not a JSON object")],
+    [({"a.mp4": "a red star spins"}, "has no a.mp4"), (["a"], "it is not an object of texts")],
 )
 def test_captions_without_their_videos_are_bad_input(captions, sentence, accel, tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(captions))

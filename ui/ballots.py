@@ -58,7 +58,9 @@ class Ballots:
         if not pairs:
             return None
         token, swapped = secrets.token_hex(16), self._rng.random() < 0.5
-        ballot = Ballot(token, *self._rng.choice(pairs), swapped)
+        name, folder, report = self._rng.choice(pairs)
+        kept = {key: value for key, value in report.items() if key != "trace"}  # which is nearly all of its size
+        ballot = Ballot(token, name, folder, kept, swapped)
         with self._lock:
             self._open[token] = ballot
             while len(self._open) > MAX_BALLOTS:

@@ -56,7 +56,7 @@ class CompareTab:
                 self.message = gr.HTML(elem_id="message", html_template=READ_ALOUD)
                 self.live = gr.HTML(elem_id="live")
                 self.view = PairView(context)
-        self.running: set[tuple[str, str]] = set()  # visitor and id of each job of this tab
+        self.running: set[tuple[str | None, str, str]] = set()  # browser tab, visitor and id of each job of this tab
         self.until_loaded = gr.Timer(2)
         self.shown = gr.State(None)  # id of the stored pair, or name of the recorded pair, that is shown
         self.panes = gr.State([])  # ids of the stored pairs whose candidates are in the player
@@ -89,7 +89,7 @@ class CompareTab:
             self.seed = gr.Number(1, label="Seed", precision=None, scale=1, min_width=84, elem_id="seed")
             with gr.Row(elem_id="run-bar", scale=2):
                 self.run = gr.Button("▶ Run", variant="primary", min_width=88, elem_id="run")
-                self.stop = gr.Button("■ Stop", min_width=72, elem_id="stop")
+                self.stop = gr.Button("■ Stop", min_width=72, elem_id="stop", interactive=False)
         with gr.Row(elem_id="under-prompt"):
             self.examples = ClickableHTML(render("examples", prompts=prompts[1:4]), elem_id="examples")
             self.estimate = gr.HTML(elem_id="estimate", html_template=READ_ALOUD)
@@ -135,7 +135,7 @@ class CompareTab:
         self.quick = quick = {**private, "queue": False}
         finished = gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs], self.outputs,
                          concurrency_limit=None, **private)  # fmt: skip
-        self.stop.click(self.stop_jobs, page.visitor, self.message, **quick)
+        self.stop.click(self.stop_jobs, None, self.message, **quick)
         chosen = self.preset.input(
             self.choose_preset, [self.shown, *inputs[:3]], self.outputs, trigger_mode="always_last", **quick
         )
@@ -158,7 +158,9 @@ class CompareTab:
 
     # Running
 
-    def run_pair(self, panes: list[str], model: str, visitor: str, preset: str, *values) -> Iterator[Update]:
+    def run_pair(
+        self, request: gr.Request, panes: list[str], model: str, visitor: str, preset: str, *values
+    ) -> Iterator[Update]:
         """Generate a pair from what the widgets say, and report its progress."""
         try:
             settings = self.settings(model, values)
@@ -167,11 +169,12 @@ class CompareTab:
             return
         work = compare_work(self.context, visitor, settings.run, settings.reference, settings.candidate)
         job = self.context.workers.submit(work, visitor, model)
-        self.running.add((visitor, job.id))
+        running = request.session_hash, visitor, job.id
+        self.running.add(running)
         try:
             yield from self._follow_job(job, panes, settings.keep)
         finally:
-            self.running.discard((visitor, job.id))
+            self.running.discard(running)
 
     def _follow_job(self, job: Job, panes: list[str], keep: bool) -> Iterator[Update]:
         """What the page shows at each event of a pair's job."""
@@ -179,7 +182,9 @@ class CompareTab:
         for kind, data in self.context.workers.stream(job):
             if kind == "started":
                 live = self._live(**data)
-                yield {self.message: note(data["message"]), self.live: live.html(), **self._running(True)}
+                begun = "Generating B; A was generated before." if data["cached"] else "Generating A, then B."
+                panes_now = gr.update(value=live.html(), elem_classes=[])
+                yield {self.message: note(data["message"] or begun), self.live: panes_now, **self._running(True)}
             elif kind == "step":
                 yield {self.live: live.step(**data)}
             elif kind == "pair":
@@ -193,16 +198,21 @@ class CompareTab:
             elif kind in ("refused", "failed"):
                 yield self._refused(data["reason"])
 
-    def stop_jobs(self, visitor: str):
-        """Stop the visitor's pairs after their current step, and no sweep. The runs report that they have stopped."""
-        stopped = sum(self.context.workers.stop(*running) for running in list(self.running) if running[0] == visitor)
-        return gr.skip() if stopped else note("Nothing is running.")
+    def stop_jobs(self, request: gr.Request):
+        """Stop the pairs of this browser tab after their current step. The runs report that they have stopped."""
+        own = [job for session, *job in list(self.running) if session == request.session_hash]
+        return gr.skip() if sum(self.context.workers.stop(*job) for job in own) else note("Nothing is running.")
 
     def _running(self, running: bool) -> Update:
         """The buttons while a pair is generated, and afterwards; the panes go with it."""
         buttons = {self.run: gr.update(interactive=not running),
                    self.stop: gr.update(interactive=running, variant="stop" if running else "secondary")}  # fmt: skip
         return buttons if running else {**buttons, self.live: ""}
+
+    @property
+    def _set_aside(self) -> Update:
+        """The panes of a running pair as a strip above the player, which shows something else now."""
+        return {self.live: gr.update(elem_classes=["aside"])}
 
     def _refused(self, reason: str) -> Update:
         gr.Warning(str(escape(reason)))
@@ -237,7 +247,7 @@ class CompareTab:
             return {self.message: note("That result is no longer stored.", bad=True)}
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show([stored]), self.shown: run_id,
-            self.panes: [run_id], self.live: "", **self._settings_of(stored.report),
+            self.panes: [run_id], **self._settings_of(stored.report), **self._set_aside,
             self.message: note(f"Shown from the history. {self._what_run_does(stored.report)}"),
         }  # fmt: skip
 
@@ -250,7 +260,7 @@ class CompareTab:
         text = f"{text} {self._what_run_does(stored[1].report)}"
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show_candidates(stored), self.shown: second,
-            self.panes: [], self.message: note(text), self.live: "", **self._settings_of(stored[1].report),
+            self.panes: [], self.message: note(text), **self._settings_of(stored[1].report), **self._set_aside,
             **self._reference_updates(side_of(stored[0].report)),
         }  # fmt: skip
 
@@ -321,7 +331,7 @@ class CompareTab:
         recorded = {pair.name: pair for pair in recorded_pairs()}
         updates = self.load_preset(model, visitor, name)
         if name in recorded and (shown is None or shown in recorded):
-            updates |= {**self.view.show_recorded(recorded[name]), self.shown: name}
+            updates |= {**self.view.show_recorded(recorded[name]), self.shown: name, **self._set_aside}
         return updates
 
     def load_settings(self, preset: Preset, run: dict[str, Any], model: str) -> Update:
@@ -354,8 +364,8 @@ class CompareTab:
 
     def first_estimate(self, model: str, visitor: str, preset: str, *values) -> Update:
         """What a run will take, as soon as the model is loaded."""
-        ready = self.context.workers.is_ready(model)
-        return {self.estimate: self.estimate_text(model, values), self.until_loaded: gr.Timer(active=not ready)}
+        loading = self.context.workers.is_loading(model)
+        return {self.estimate: self.estimate_text(model, values), self.until_loaded: gr.Timer(active=loading)}
 
     def reset(self, event: gr.EventData, model: str, visitor: str, preset: str, *values) -> Update:
         """Set one changed parameter, or all, back to the preset's value."""
@@ -407,5 +417,5 @@ def waiting_text(ahead: int, loading: bool, seconds: float | None = None) -> str
     """Why a job has not started."""
     if loading:
         return "Loading the model…"
-    about = f", about {seconds:.0f} s" if seconds else ""
+    about = f", about {max(10, round(seconds, -1)):.0f} s" if seconds else ""  # a text that is read aloud: calm
     return f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you{about}."

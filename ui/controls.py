@@ -11,6 +11,7 @@ from accel.methods import METHODS, Method
 from accel.methods.base import Choices
 from accel.runtime.models import resolve
 from accel.runtime.presets import Preset
+from ui.slider import ClampedSlider
 
 AvailableValues = dict[str, Choices]  # values of some parameters, where the model at hand does not have all
 Update = dict[gr.blocks.Block, Any]
@@ -158,7 +159,7 @@ def widget(name: str, method: Method, available: AvailableValues) -> gr.componen
         return gr.Dropdown(choices or schema["enum"], **common)
     step = schema.get("multipleOf", 1 if schema["type"] == "integer" else 0.01)
     low, high = choices or (schema["minimum"], schema["maximum"])
-    return gr.Slider(low, high, step=step, buttons=[], **common)
+    return ClampedSlider(low, high, step=step, buttons=[], **common)
 
 
 def range_of(schema: dict[str, Any], choices: Choices | None) -> dict[str, Any]:

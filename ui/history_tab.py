@@ -19,8 +19,8 @@ from ui.side_settings import describe_side
 from ui.store import Stored
 from ui.templating import render
 
-SHOWN = 60  # pairs
-MAX_LIMIT = 400  # pairs that a program gets at once
+SHOWN = 60  # pairs at first, and more with each "Show older results"
+MAX_LIMIT = 400  # pairs that are shown, or that a program gets, at once
 PLAYING = 12  # of them; a browser slows down with many videos at once
 CSS = (Path(__file__).parent / "history.css").read_text()
 DIFFERENCES_CSS = (Path(__file__).parent / "differences.css").read_text()
@@ -40,10 +40,12 @@ class HistoryTab:
                 self._add_panel()
             with gr.Column(scale=3, min_width=320):
                 self.gallery = ClickableHTML(gallery([], 0), css_template=CSS, elem_id="history-gallery")
+                self.older = gr.Button("Show older results", size="sm", visible=False, elem_id="history-older")
         self.tab = row.parent
         self.pressed = gr.JSON([], visible=False)  # ids, newest first
         self.selected = gr.State([])  # ids, oldest first
         self.seen = gr.State("")  # fingerprint of the gallery
+        self.limit = gr.State(SHOWN)  # pairs in the gallery
 
     def _add_panel(self) -> None:
         with gr.Row():
@@ -71,7 +73,7 @@ class HistoryTab:
     @property
     def outputs(self) -> list[gr.blocks.Block]:
         """What changes with the stored pairs."""
-        return [self.delete_all, self.confirmation, self.message, self.gallery, self.seen]
+        return [self.delete_all, self.confirmation, self.message, self.gallery, self.seen, self.older]
 
     @property
     def selection_outputs(self) -> list[gr.blocks.Block]:
@@ -82,9 +84,11 @@ class HistoryTab:
         """Connect the events; `page` has the visitor and the Compare tab."""
         self.page = page
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        own = [self.selected, page.visitor]
+        own, shown = [self.selected, page.visitor], [page.visitor, self.seen, self.limit]
         for event in (self.tab.select, page.visitor.change):
-            event(self.refresh, [page.visitor, self.seen], self.outputs, **quick)
+            event(self.refresh, shown, self.outputs, **quick)
+        more = self.older.click(lambda limit: min(limit + SHOWN, MAX_LIMIT), self.limit, self.limit, **quick)
+        more.then(self.refresh, shown, self.outputs, **quick)
         self.gallery.click(
             self.select, self.pressed, self.selection_outputs, js=PRESSED, trigger_mode="always_last", **quick
         )
@@ -93,7 +97,7 @@ class HistoryTab:
         for event in (opened, compared):
             page.compare.follow(event)
             page.compare.shows.append(event)
-        self.delete.click(self.delete_selected, own, self.outputs, **quick)
+        self.delete.click(self.delete_selected, [*own, self.limit], self.outputs, **quick)
         self.delete_all.click(self.ask, page.visitor, [self.confirmation, self.question], **quick)
         self.confirm.click(self.delete_everything, page.visitor, self.outputs, **quick)
         self.keep.click(lambda: gr.update(visible=False), None, self.confirmation, **quick)
@@ -125,9 +129,9 @@ class HistoryTab:
 
     # Events
 
-    def refresh(self, visitor: str, seen: str, request: gr.Request) -> Update:
+    def refresh(self, visitor: str, seen: str, limit: int, request: gr.Request) -> Update:
         """The gallery as it is stored now; one that has not changed is left alone, so that its clips play on."""
-        shown = self._shown(self._whose(visitor, request))
+        shown = self._shown(self._whose(visitor, request), limit)
         return {self.message: ""} if shown[self.seen] == seen else {**shown, self.message: ""}
 
     def select(self, pressed: list[str]) -> Update:
@@ -142,10 +146,10 @@ class HistoryTab:
         """The candidates of the two selected pairs in the Compare tab, the older one on the left."""
         return self.page.compare.show_two(*selected[:2])
 
-    def delete_selected(self, selected: list[str], visitor: str, request: gr.Request) -> Update:
+    def delete_selected(self, selected: list[str], visitor: str, limit: int, request: gr.Request) -> Update:
         """Delete the selected pairs."""
         owner = self._whose(visitor, request)
-        return self._deleted(self.context.store.delete(selected, owner), owner)
+        return self._deleted(self.context.store.delete(selected, owner), owner, limit)
 
     def ask(self, visitor: str, request: gr.Request) -> Update:
         """Ask before everything is deleted."""
@@ -160,20 +164,21 @@ class HistoryTab:
     def delete_everything(self, visitor: str, request: gr.Request) -> Update:
         """Delete all pairs of the visitor; of all visitors for the owner."""
         owner = self._whose(visitor, request)
-        return self._deleted(self.context.store.delete_all(owner), owner)
+        return self._deleted(self.context.store.delete_all(owner), owner, SHOWN)
 
     def _whose(self, visitor: str, request: gr.Request) -> str | None:
         """Whose pairs are shown: the visitor's; None (all) for who has the server's key in the address."""
         return None if self.context.is_owner(request) else visitor or ""
 
-    def _deleted(self, count: int, owner: str | None) -> Update:
-        return {**self._shown(owner), self.message: note(f"{_results(count)} deleted.")}
+    def _deleted(self, count: int, owner: str | None, limit: int) -> Update:
+        return {**self._shown(owner, limit), self.message: note(f"{_results(count)} deleted.")}
 
-    def _shown(self, owner: str | None) -> Update:
-        pairs, total = self.context.store.list(owner, SHOWN), self.context.store.count(owner)
+    def _shown(self, owner: str | None, limit: int) -> Update:
+        pairs, total = self.context.store.list(owner, limit), self.context.store.count(owner)
         html = gallery(pairs, total, of_all=owner is None)
         return {
             self.gallery: html, self.seen: sha256(html.encode()).hexdigest(),
+            self.older: gr.update(visible=len(pairs) < min(total, MAX_LIMIT)),
             self.confirmation: gr.update(visible=False), self.delete_all: gr.update(interactive=bool(pairs)),
         }  # fmt: skip
 

@@ -45,10 +45,10 @@ class Live:
         """`cached_seconds`: denoising time of a reference that was generated before, or None."""
         self.panes = {"a": Pane(label_a, steps_a), "b": Pane(label_b, steps_b)}
         if cached_seconds is None:
-            self.panes["a"].status, self.panes["b"].status = "starting", "after the reference"
+            self.panes["a"].status, self.panes["b"].status = "warming up", "after the reference"
         else:
             self.panes["a"].done, self.panes["a"].seconds = steps_a, cached_seconds
-            self.panes["b"].status = "starting; the reference was generated before"
+            self.panes["b"].status = "warming up; the reference was generated before"
 
     def step(self, which: str, done: int, seconds: float, work: float, image: str | None) -> Markup:
         """The panes after a step of one side."""
@@ -61,8 +61,10 @@ class Live:
         return render("live", panes=self.panes, line=self.line())
 
     def line(self) -> str:
-        """The speed-up so far, once enough steps of both sides are done."""
+        """The speed-up so far, once enough steps of both sides are done; then what is still to do."""
         a, b = self.panes["a"], self.panes["b"]
+        if b.done == b.steps:
+            return "decoding and comparing…"
         if a.done < a.steps or b.done < MIN_STEPS_FOR_SPEED:
             return ""
         return f"{a.seconds / (b.seconds + b.seconds_left):.2f}× as fast so far"

@@ -10,7 +10,7 @@ from accel.evaluation.stage_bars import stage_bars
 from accel.evaluation.verdict import verdict
 from accel.runtime.repeat import reference_of
 from ui.context import Context
-from ui.panels import headline, metric_cards, note
+from ui.panels import READ_ALOUD, headline, metric_cards, note
 from ui.player import Player, pane_value
 from ui.recorded import Recorded, recorded_pairs
 from ui.side_settings import describe_side, side_of
@@ -30,7 +30,8 @@ class PairView:
         report = recorded.report if recorded else None
         self.headline = gr.HTML(headline(report) if report else "", elem_id="headline")
         self.player = Player({**recorded.player, "mode": "race"} if recorded else None, elem_id="player")
-        self.verdict = gr.HTML(note(recorded.banner) if recorded else "", elem_id="verdict")
+        banner = note(recorded.banner) if recorded else ""
+        self.verdict = gr.HTML(banner, elem_id="verdict", html_template=READ_ALOUD)
         details = [part(report) for part in DETAILS.values()] if report else [""] * len(DETAILS)
         read_out = {"timeline": READ_OUT, "token-maps": READ_OUT}
         self.details = [

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import difflib
 import json
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
@@ -63,7 +64,7 @@ def link_query(report: dict) -> str:
     stock = {**SOLVER, **(read_defaults(report["model"]) or ModelDefaults()).model_dump(), "methods": {}}
     plain = all(reference.get(key, stock[key]) == stock[key] for key in (*SOLVER, "steps", "guidance", "methods"))
     if name and plain and report["model"] == TINY:
-        readable = urlencode({"preset": name, **_given(report, RUN)})
+        readable = urlencode({"preset": name, "model": TINY, **_given(report, RUN)})
         if len(readable) <= MAX_READABLE:
             return readable
     return f"p={link_parameter(report)}"
@@ -76,7 +77,8 @@ def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSett
 
     Raises AccelError in one sentence.
     """
-    given = {key: value for key, value in query.items() if not key.startswith("__") and key not in NOT_OURS}
+    given = {key: value for key, value in query.items() if key in ("p", *LINK)}
+    refuse_misspelt(key for key in query if key not in given and key not in NOT_OURS)
     if not given:
         return None
     if "p" in given:
@@ -88,6 +90,13 @@ def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSett
     else:
         given = {key: _typed(key, value) for key, value in given.items()}
     return check_settings(given, models)
+
+
+def refuse_misspelt(keys: Iterable[str]) -> None:
+    """Raise AccelError for a query parameter that looks like one of ours; others were added to the link on its way."""
+    for key in keys:
+        if close := difflib.get_close_matches(key[:40], LINK, 1, cutoff=0.75):
+            raise AccelError(f"unknown setting {key[:40]!r} in the link: did you mean {close[0]}?")
 
 
 def check_settings(given: dict[str, Any], models: Mapping[str, str]) -> SharedSettings:

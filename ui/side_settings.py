@@ -9,6 +9,7 @@ import gradio as gr
 from accel.errors import AccelError
 from accel.runtime.presets import Preset, load_preset, preset_names, required_settings
 from accel.runtime.run import SOLVERS
+from ui.slider import ClampedSlider
 
 SOURCES = {
     "The stock pipeline": "plain", "A preset": "preset", "The last candidate": "last", "The pinned result": "pinned"
@@ -23,18 +24,18 @@ class SideSettings:
     def __init__(self, side: str, steps: int, guidance: float, methods: dict[str, dict] | None = None):
         """`side` ("a" or "b") makes the names of the widgets unique; `methods` are those that it begins with."""
         name, decided = {"a": "reference", "b": "candidate"}[side], decided_by(methods or {})
-        self.steps = gr.Slider(
+        self.steps = ClampedSlider(
             1, MAX_STEPS, steps, step=1, label=f"steps of the {name}", elem_id=f"steps-{side}", buttons=[],
             visible="steps" not in decided,
         )  # fmt: skip
-        self.guidance = gr.Slider(
+        self.guidance = ClampedSlider(
             0, MAX_GUIDANCE, guidance, step=0.5, label=f"guidance of the {name}", elem_id=f"guidance-{side}",
             buttons=[], visible="guidance" not in decided,
         )  # fmt: skip
         with gr.Accordion("Solver", open=False, elem_classes="advanced"):
             self.solver = gr.Dropdown(SOLVERS, value="default", label=f"solver of the {name}", elem_id=f"solver-{side}")
             self.shift = gr.Number(
-                None, label=f"flow shift of the {name}", elem_id=f"shift-{side}", minimum=0.1, maximum=20,
+                None, label=f"flow shift of the {name}", elem_id=f"shift-{side}",
                 info="Higher spends more steps on coarse structure; empty: the model's own.",
             )  # fmt: skip
 

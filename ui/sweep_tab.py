@@ -25,6 +25,7 @@ from ui.panels import READ_ALOUD, note
 from ui.pareto import Point, pareto_plot
 from ui.run_words import SIDE_KEYS, preset_words, run_of
 from ui.side_settings import describe_side
+from ui.slider import ClampedSlider
 from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
 from ui.sweep_job import Sweep, SweepState
@@ -89,6 +90,7 @@ class SweepTab:
             self.start = gr.Button("▶ Start", variant="primary", scale=0, min_width=110, elem_id="sweep-start")
             self.stop = gr.Button("■ Stop", scale=0, min_width=90, elem_id="sweep-stop")
         self.message = gr.HTML(note(EMPTY), elem_id="sweep-message", html_template=READ_ALOUD)
+        self.step = gr.HTML(elem_id="sweep-step")  # changes too often to be read aloud
         with gr.Row(elem_id="sweep-results"):
             with gr.Column(min_width=320):
                 self.grid = ClickableHTML(elem_id="sweep-grid", **_plain_html("sweep"))
@@ -122,7 +124,7 @@ class SweepTab:
                     info="Of the same model and prompt.",
                 )  # fmt: skip
         with gr.Row():
-            self.allowed = gr.Slider(
+            self.allowed = ClampedSlider(
                 0,
                 0.2,
                 0.02,
@@ -176,6 +178,7 @@ class SweepTab:
         return [
             self.state,
             self.message,
+            self.step,
             self.grid,
             self.plot,
             self.start,
@@ -232,13 +235,14 @@ class SweepTab:
             yield {**self._views(sweep, running=0), **self._buttons(True), self.message: note(texts.result())}
             for kind, data in sweep.events():
                 if kind == "waiting":
-                    yield {self.message: note(texts.waiting(**data))}
+                    yield {self.step: texts.waiting(**data)}
                 elif kind == "step":
-                    yield {self.message: note(texts.step(**data))}
+                    yield {self.step: texts.step(**data)}
                 elif kind == "result":
                     yield {**self._views(sweep, running=state.ended), self.message: note(texts.result())}
                 elif kind == "ended":
-                    yield {self.grid: sweep_grid(state), **self._buttons(False), self.message: texts.ended(**data)}
+                    ended = {self.message: texts.ended(**data), self.step: ""}
+                    yield {self.grid: sweep_grid(state), **self._buttons(False), **ended}
         finally:
             self.running.pop(visitor, None)
 
@@ -332,14 +336,11 @@ class Progress:
     def step(self, index: int, pane: str, done: int, steps: int) -> str:
         """During a run."""
         what = "the reference" if pane == "a" else self.state.plan.cells[index].label
-        return (
-            f"{self.state.ended} of {len(self.state.results)} results{self.left}. Now {what}: step {done} of {steps}."
-        )
+        return str(escape(f"Now {what}: step {done} of {steps}."))
 
     def waiting(self, index: int, ahead: int, loading: bool, seconds: float | None = None) -> str:
         """While other runs come first."""
-        text = "Loading the model…" if loading else f"Waiting: {ahead} run{'s' * (ahead != 1)} ahead of you."
-        return f"{self.state.ended} of {len(self.state.results)} results{self.left}. {text}"
+        return "Loading the model…" if loading else f"Waiting: {ahead} run{'s' * (ahead != 1)} ahead of you."
 
     def ended(self, reason: str, stopped: bool):
         """At the end."""

@@ -35,7 +35,7 @@ class Workers:
         `devices`: such as ("cuda:0", "cuda:1"); None is the GPU if there is one, else the CPU.
         """
         self.model, self.models, self.devices = model, (model, *models), tuple(devices)
-        self.loaded: dict[str | None, tuple[str, Any, Any]] = {}  # by device: model, pipeline, defaults
+        self.loaded: dict[tuple[str | None, str], tuple[Any, Any]] = {}  # by device and model: pipeline, defaults
         self._step_seconds: dict[tuple, deque[float]] = {}
         self._durations: deque[float] = deque(maxlen=20)  # seconds of jobs that ended by themselves
         self._queue, self._changed = FairQueue(), threading.Condition()
@@ -103,8 +103,7 @@ class Workers:
 
     def pipeline(self, model: str) -> tuple[Any, Any] | None:
         """A pipeline of a model and its defaults, to read sizes from, never to run; None if none is loaded."""
-        loaded = list(self.loaded.values())
-        return next(((pipe, defaults) for name, pipe, defaults in loaded if name == model), None)
+        return next((loaded for (_, name), loaded in list(self.loaded.items()) if name == model), None)
 
     def note_step_seconds(self, run, seconds: float) -> None:
         """Remember what a full step of a run's size took on this machine."""
@@ -175,7 +174,7 @@ class Workers:
         job = self._queue.next()
         if job is None:
             return False
-        having = [other for other, (model, *_) in self.loaded.items() if model == job.model]
+        having = [other for other, model in self.loaded if model == job.model]
         return device in having or all(other in self._running for other in having)
 
     def _guard(self, job: Job, device: str | None) -> str:
@@ -200,17 +199,18 @@ class Workers:
         return final[0]
 
     def _load(self, model: str, device: str | None) -> tuple[Any, Any]:
-        """The pipeline of a model on a device, and the model's defaults; another model is freed first."""
-        if (loaded := self.loaded.get(device)) and loaded[0] == model:
-            return loaded[1:]
-        loaded = None
+        """The pipeline of a model on a device, and the model's defaults; another large model is freed first."""
+        if loaded := self.loaded.get((device, model)):
+            return loaded
         with self._changed:
-            self.loaded.pop(device, None)
+            for other in [] if zero_gpu.is_small(model) else [*self.loaded]:
+                if other[0] == device and not zero_gpu.is_small(other[1]):
+                    del self.loaded[other]
             self._being_loaded.add(model)
         try:
             pipe, defaults = self._load_anew(model, device)
             with self._changed:
-                self.loaded[device] = model, pipe, defaults
+                self.loaded[device, model] = pipe, defaults
         finally:
             with self._changed:
                 self._being_loaded.discard(model)

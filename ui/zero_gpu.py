@@ -38,7 +38,7 @@ START_SECONDS = 15  # for the weights' way to the GPU, decoding, metrics and fil
 MARGIN = 1.25  # on the seconds of denoising: a run that takes longer than was asked for is killed
 FLOPS_PER_SECOND = 1e14  # until a step was measured; half of what an H200 reaches, as the GPU is half of a card
 POLL_SECONDS = 0.1
-_loaded: dict[str, Any] = {}  # the pipeline of the last model; a forked process has it as it was at the fork
+_loaded: dict[str, Any] = {}  # pipelines of small models and the last large one, as they were at a process's fork
 
 
 class Task(Protocol):
@@ -58,11 +58,20 @@ def load_pipeline(model: str, device: str | None):
         return models.load_pipeline(model, device)
     import torch
 
-    own = models.read_defaults(model)
-    _loaded.clear()
-    dtype = torch.float32 if own and own.toy_world else torch.bfloat16
+    for other in [] if is_small(model) else [*_loaded]:
+        if not is_small(other):
+            del _loaded[other]
+    dtype = torch.float32 if is_small(model) else torch.bfloat16
     _loaded[model] = models.load_pipeline(model, "cpu", dtype)
     return _loaded[model]
+
+
+def is_small(model: str) -> bool:
+    """Whether a model is one of the toy world, of a few megabytes: it stays loaded beside a large one."""
+    from accel.runtime.models import read_defaults
+
+    own = read_defaults(model)
+    return own is not None and own.toy_world
 
 
 def compute(task: Task, job: Job, pipe, defaults, step_seconds: StepSeconds) -> Any:

@@ -19,7 +19,7 @@ from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
 from ..runtime.presets import build_methods
 from .front import Groups, best_settings, finalists, front_table, plot_summary, with_front
-from .measure import Case, by_case, measure_in_turn, refused_peers, settings_keys
+from .measure import Case, by_case, measure_in_turn, refused_peers, refused_settings, settings_keys
 from .metrics import METRICS, Metric, Pair, measure, metrics_of
 from .overhead import PAIRS, overheads
 from .report import pairs_table, summarize, table
@@ -70,7 +70,9 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     defaults = model_defaults(pipe, model)
     texts = held_out_prompts(prompts, PROMPT_SEED)
     cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
-    refused = refused_peers(settings, cases[0], pipe, defaults, model=model)
+    refused = refused_settings(settings, pipe, defaults, model=model)
+    settings = {name: setting for name, setting in settings.items() if name not in refused}
+    refused |= refused_peers(settings, cases[0], pipe, defaults, model=model)
     settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
     keys = settings_keys(settings, model, pipe, defaults)
 
@@ -127,6 +129,8 @@ def _check_out(file: Path, settings: dict[str, Setting], n: int, model: str) -> 
     found = json.loads(file.read_text()) if file.is_file() else {"n": 0, "rows": {}}
     if (other := found.get("model", model)) != model:
         raise AccelError(f"{file.parent} holds results of {other}: give another --out, or delete it first")
+    if not isinstance(found.get("rows"), dict):
+        raise AccelError(f"{file} was not written by `accel bench`: give another --out")
     lost = [name for name in found["rows"] if name not in settings]
     if found["n"] > n or lost:
         more = f"the settings {', '.join(lost)}" if lost else f"{found['n']} prompts and seeds, more than {n}"

@@ -101,7 +101,7 @@ def front_table(summary: dict) -> str:
         f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
         f"Overhead of methods at neutral settings: {overhead} [{low}, {high}] of the stock pipeline's time, in "
         f"{summary['overhead_pairs']} pairs of runs of {STEPS} steps in turn\n"
-    ) + "".join(f"\nNot measured: {why}\n" for why in summary["refused"].values())
+    ) + "".join(f"\nNot measured: {why}\n" for why in dict.fromkeys(summary["refused"].values()))
 
 
 def front_overview(summary: dict) -> str:

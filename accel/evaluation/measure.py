@@ -14,7 +14,7 @@ from ..core.hooks import patched_method
 from ..errors import AccelError
 from ..methods import METHODS
 from ..runtime.example_prompts import example_prompts
-from ..runtime.generate import Video, environment, generate, warm_up
+from ..runtime.generate import Video, environment, generate, preflight, warm_up
 from ..runtime.models import ModelDefaults, method_weights, weights
 from ..runtime.presets import build_methods
 from ..runtime.run import Run, build_run
@@ -102,6 +102,17 @@ def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tupl
         torch.cuda.reset_peak_memory_stats()
     with perturbed_noise(pipe, setting.noise):
         return generate(run, pipe, defaults, on_step), peak
+
+
+def refused_settings(settings: dict[str, Setting], pipe, defaults: ModelDefaults, **common) -> dict[str, str]:
+    """{setting: why not} of those whose solver or methods a model cannot take, as far as that is known beforehand."""
+    refused = {}
+    for name, run in runs_of(settings, ("-", 0), defaults, **common).items():
+        try:
+            preflight(run, pipe)
+        except AccelError as error:
+            refused[name] = str(error)
+    return refused
 
 
 def refused_peers(settings: dict[str, Setting], case: Case, pipe, defaults: ModelDefaults, **common) -> dict[str, str]:

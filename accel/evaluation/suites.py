@@ -99,10 +99,6 @@ def _asymrnr(**parameters) -> Setting:
     return Setting("asymrnr", overrides={"asymrnr": parameters})
 
 
-def _fastercache() -> Suite:
-    return Suite(BASELINE | {"fastercache": Setting("fastercache")} | fewer_steps(30))
-
-
 def _asymrnr_suite() -> Suite:
     ablations = {
         "asymrnr, schedule by similarity": _asymrnr(schedule="similarity"),
@@ -115,27 +111,6 @@ def _asymrnr_suite() -> Suite:
     peers = {name: Setting(name) for name in ("asymrnr-official", "tome", "todo")}
     others = peers | ablations | fewer_steps(38)
     return Suite(BASELINE | {"asymrnr": Setting("asymrnr")} | others, against("asymrnr", *others))
-
-
-def _combined() -> Suite:
-    matched = {"attention_interval": 3, "guidance_interval": 9, "guidance_start": 0.2}  # as fast as both together
-    others = {"fastercache, matched time": Setting("fastercache", overrides={"fastercache": matched})} | fewer_steps(24)
-    settings = BASELINE | {"fastercache + asymrnr": Setting("combined")} | others
-    return Suite(settings, against("fastercache + asymrnr", *others))
-
-
-def _gpd() -> Suite:
-    students = _gpd_steps(6, 8, 12, 16, 24)
-    baselines = fewer_steps(24, 12, 6) | {
-        "Euler, 48 steps": Setting(steps=48, solver="euler"),
-        "Euler, 6 steps": Setting(steps=6, solver="euler"),
-        "baseline, 3 steps (equal NFE)": Setting(steps=3),
-        "baseline, 6 steps, no guidance": Setting(steps=6, guidance=1.0),
-    }
-    rivals = ("Euler, 6 steps", "baseline, 6 steps", "baseline, 3 steps (equal NFE)", "baseline, 6 steps, no guidance")
-    pairs = against("gpd, 6 steps", *rivals)
-    pairs += (("gpd, 12 steps", "baseline, 6 steps"), ("gpd, 24 steps", "baseline, 12 steps"))
-    return Suite(BASELINE_48 | students | baselines, pairs)
 
 
 def _gpd_ablations(*names: str) -> Suite:
@@ -329,13 +304,9 @@ SUITES: dict[str, Suite] = {
     "paper": _papers(),
     "base": Suite(BASELINE),
     "steps": _steps(),
-    "fastercache": _fastercache(),
     "asymrnr": _asymrnr_suite(),
-    "combined": _combined(),
-    "gpd": _gpd(),
     "gpd-ablations": _gpd_ablations("halving", "direct"),  # other ways from 48 steps to 6
     "gpd-guidance": _gpd_ablations("annealed", "guidance-only", "no-constraint"),  # other ways to distil the guidance
-    "meanflow": _meanflow(),
     "meanflow-ablations": _meanflow(
         **{
             "even intervals": "checkpoints/even/meanflow",

@@ -125,7 +125,7 @@ def _files(run: Run) -> list[str]:
 
 def _check_out(out: Path, key: str) -> None:
     file = out / "results.json"
-    if file.is_file() and json.loads(file.read_text())["key"] != key:
+    if file.is_file() and json.loads(file.read_text()).get("key") != key:
         raise AccelError(f"{out} holds a sweep of another reference, model or machine: give another --out")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..runtime.generate import Video, environment, generate
 from ..runtime.models import ModelDefaults, method_weights, resolve, weights
 from ..runtime.presets import Preset
 from ..runtime.run import Run, build_run
+from ..runtime.solvers import schedule_shift
 from .metrics import METRICS, Pair, mean_of
 from .pareto_front import is_as_fast, pareto_front, tuned_within
 from .report import markdown
@@ -33,6 +35,7 @@ from .result_log import config_hash
 
 STEPS = (50, 40, 32, 25, 20, 16, 13, 10, 8, 6, 5, 4)
 WITH_OWN_STEPS = ("fittedsolver", "gpd", "meanflow")  # methods that bring their noise levels
+SHIFTS = (2.0, 7.0)  # the smallest and the largest that are tried
 RANDOM_TRIES = 10  # after the known settings, before the sampler learns from all of them
 SMALLEST_LOSS = 1e-6  # below it, losses count as equal
 
@@ -52,29 +55,43 @@ def tune(
     has_predictor = "meanflow" in own_steps and METHODS["disca"]().is_available(resolve(model))
     tried += [METHODS["disca"]()] if has_predictor else []
     files = method_weights(tried, model)
-    known = known_settings(own_steps, has_predictor)
+    known = known_settings(own_steps, has_predictor, schedule_shift(pipe.scheduler))
     key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), known, files)
     study, judge = open_study(out, key), Judge(model, pipe, defaults, prompts)
     found = finished(study)
     with tqdm(total=trials, initial=min(trials, len(found)), desc="tries") as bar:
         while len(found) < trials:
             # a sampler of its own for each try: the choices of a resumed search are those of an unbroken one
-            study.sampler = sampler(seed * 100_003 + len(found), len(known) + RANDOM_TRIES)
+            study.sampler = sampler((seed * 100_003 + len(found)) % 2**32, len(known) + RANDOM_TRIES)
             if len(found) < len(known):
                 study.enqueue_trial(known[len(found)])
             trial = study.ask()
             preset = suggest(trial, own_steps, has_predictor)
             same = [row for row in found if row["preset"] == preset.model_dump(exclude_defaults=True)]
-            row = same[0] if same else judge(preset)
+            row = same[0] if same else _judged(judge, preset)
             trial.set_user_attr("row", row)
             study.tell(trial, (math.log(row["work"]), math.log(max(SMALLEST_LOSS, 1 - row["ssim"]))))
             found = finished(study)
             bar.update()
-    rows = front(found[:trials])
+    refused = [row["refused"] for row in found[:trials] if "refused" in row]
+    if len(refused) == trials:
+        raise AccelError(f"all {trials} tries were refused; the first one: {refused[0]}")
+    if refused:
+        print(f"{len(refused)} of {trials} tries were refused; the first one: {refused[0]}", file=sys.stderr)
+    rows = front([row for row in found[:trials] if "refused" not in row])
     document = {"model": model, "prompts": list(prompts), "tries": trials, "seed": seed, **environment(pipe)}
     with atomic_write(out / "front.json") as part:
         part.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
     return rows
+
+
+def _judged(judge: Judge, preset: Preset) -> dict:
+    """The row of a preset, or where the model refuses it, one that is worse than the baseline, with the reason."""
+    try:
+        return judge(preset)
+    except AccelError as error:
+        settings = preset.model_dump(exclude_defaults=True)
+        return {"preset": settings, "work": 1.0, "speed": 1.0, "ssim": 0.0, "refused": str(error)}
 
 
 def open_study(out: Path, key: str) -> optuna.Study:
@@ -110,14 +127,18 @@ def finished(study: optuna.Study) -> list[dict]:
     return [trial.user_attrs["row"] for trial in complete]
 
 
-def known_settings(own_steps: dict[str, list[int]], has_predictor: bool) -> list[dict]:
+def known_settings(own_steps: dict[str, list[int]], has_predictor: bool, own_shift: float | None) -> list[dict]:
     """What `suggest` chooses in the first tries: the step cache in many steps, and in fewer at a larger shift, where a
     step changes as much; and methods with their own noise levels in all of their steps.
+
+    `own_shift`: the model's own, as near to it as `suggest` has one.
     """
     cached = {"source": "base", "solver": "unipc", "stepcache": True, "guidance": False, "schedule": "change"}
+    own = min(max(round(2 * (own_shift or 3)) / 2, SHIFTS[0]), SHIFTS[1])
+    more = min(own + 1, SHIFTS[1])
     found = [
         {**cached, "steps": steps, "shift": shift, "threshold": threshold}
-        for steps, shift, threshold in ((50, 3.0, 0.1), (50, 3.0, 0.2), (32, 4.0, 0.2), (25, 4.0, 0.3))
+        for steps, shift, threshold in ((50, own, 0.1), (50, own, 0.2), (32, more, 0.2), (25, more, 0.3))
     ]
     for name, counts in own_steps.items():
         for n in counts:
@@ -150,7 +171,7 @@ def suggest(trial: optuna.Trial, own_steps: dict[str, list[int]], has_predictor:
             "guidance_interval": trial.suggest_int("guidance_interval", 2, 8),
             "guidance_start": round(trial.suggest_float("guidance_start", 0.1, 0.8, step=0.05), 2),
         }
-    return Preset(steps=steps, solver=solver, shift=trial.suggest_float("shift", 2, 7, step=0.5), methods=methods)
+    return Preset(steps=steps, solver=solver, shift=trial.suggest_float("shift", *SHIFTS, step=0.5), methods=methods)
 
 
 def _stepcache(trial: optuna.Trial) -> dict:
@@ -174,13 +195,15 @@ class Judge:
         work = sum(own / full for own, full in flops) / len(pairs)
         row = {"preset": preset.model_dump(exclude_defaults=True), "work": work, "speed": 1 / work}
         row["ssim"] = self._mean("ssim", pairs)
-        if "adherence" in self.defaults.metrics:
-            of_baselines = [Pair(pair.baseline, pair.baseline, pair.prompt) for pair in pairs]
-            row["adherence_loss"] = self._mean("adherence", of_baselines) - self._mean("adherence", pairs)
+        of_baselines = [Pair(pair.baseline, pair.baseline, pair.prompt) for pair in pairs]
+        if "adherence" in self.defaults.metrics and (read := self._mean("adherence", of_baselines)) is not None:
+            row["adherence_loss"] = read - self._mean("adherence", pairs)
         return row
 
-    def _mean(self, metric: str, pairs: Sequence[Pair]) -> float:
-        return sum(mean_of(METRICS[metric].measure(pair)) for pair in pairs) / len(pairs)
+    def _mean(self, metric: str, pairs: Sequence[Pair]) -> float | None:
+        """The mean over the pairs for which the metric is defined: adherence is for prompts of the toy world alone."""
+        values = [value for pair in pairs if (value := mean_of(METRICS[metric].measure(pair))) is not None]
+        return sum(values) / len(values) if values else None
 
     def _baseline(self, prompt: str) -> Video:
         if prompt not in self._baselines:

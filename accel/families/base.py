@@ -28,6 +28,7 @@ class Family:
     embeds_guidance: ClassVar[bool] = False  # guidance is an input of the one branch
     compiles_attention: ClassVar[bool] = False  # the attention can be intercepted inside a compiled block
     trains_students: ClassVar[bool] = False  # students and predictors can be trained for it
+    fps: ClassVar[int] = 16  # frames per second of its videos, as in the examples of diffusers
     remarks: ClassVar[dict[str, str]] = {}  # by method, where it does not simply run
 
     def denoisers(self, pipe) -> list[nn.Module]:
@@ -35,6 +36,10 @@ class Family:
         if getattr(pipe, "transformer", None) is None:
             raise AccelError(f"this {type(pipe).__name__} has no transformer: there is nothing to accelerate")
         return [pipe.transformer]
+
+    def denoiser(self, pipe) -> nn.Module:
+        """The first of them, whose sizes are those of all."""
+        return self.denoisers(pipe)[0]
 
     def block_lists(self, model: nn.Module) -> dict[str, nn.ModuleList]:
         """The lists of blocks by the attribute that holds them, in the order of use."""

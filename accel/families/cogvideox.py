@@ -14,6 +14,7 @@ class CogVideoX(Family):
     """The family of `CogVideoXTransformer3DModel`; its latents are (b, f, c, h, w)."""
 
     pipelines = ("CogVideoX",)
+    fps = 8
     blocks = ("transformer_blocks",)
     attention = "attn1"
     latent_format = "BFCHW"

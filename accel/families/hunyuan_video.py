@@ -12,6 +12,7 @@ class HunyuanVideo(Family):
     """The family of `HunyuanVideoTransformer3DModel`: blocks of two kinds, one after the other."""
 
     pipelines = ("HunyuanVideo", "HunyuanSkyreels")
+    fps = 15
     blocks = ("transformer_blocks", "single_transformer_blocks")
     attention = "attn"
     is_joint = True
@@ -27,6 +28,7 @@ class HunyuanVideo15(Family):
     """The family of `HunyuanVideo15Transformer3DModel`, whose guidance is a guider's."""
 
     pipelines = ("HunyuanVideo15",)
+    fps = 24
     blocks = ("transformer_blocks",)
     attention = "attn"
     is_joint = True

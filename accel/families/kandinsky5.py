@@ -15,6 +15,7 @@ class Kandinsky5(Family):
     """The family of `Kandinsky5Transformer3DModel`; its latents are (b, f, h, w, c)."""
 
     pipelines = ("Kandinsky5",)
+    fps = 24
     blocks = ("visual_transformer_blocks",)
     attention = "self_attention"
     latent_format = "BFHWC"

@@ -15,6 +15,7 @@ class LTX(Family):
     """The family of `LTXVideoTransformer3DModel`; its latents are (b, n, c)."""
 
     pipelines = ("LTXPipeline", "LTXImageToVideo", "LTXCondition")  # LTX-2 has other transformers, with sound
+    fps = 24
     blocks = ("transformer_blocks",)
     attention = "attn1"
     latent_format = "BSC"

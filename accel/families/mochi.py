@@ -9,6 +9,7 @@ class Mochi(Family):
     """The family of `MochiTransformer3DModel`."""
 
     pipelines = ("Mochi",)
+    fps = 30
     blocks = ("transformer_blocks",)
     attention = "attn1"
     is_joint = True

@@ -9,5 +9,6 @@ class SkyReelsV2(Family):
     """The family of `SkyReelsV2Transformer3DModel`."""
 
     pipelines = ("SkyReelsV2",)
+    fps = 24
     blocks = ("blocks",)
     attention = "attn1"

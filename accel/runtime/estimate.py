@@ -30,7 +30,8 @@ class Estimate:
     def words(self) -> str:
         """Time and memory, as "at most about 4 s of denoising, up to 6.9 MiB cached"."""
         bound = "at most about" if self.at_most else "about"
-        time = f"{bound} {duration(self.seconds)} of denoising" if self.seconds is not None else ""
+        known = self.seconds is not None
+        time = f"{bound} {duration(self.seconds)} of denoising" if known else "time not known before the first run"
         memory = f"up to {self.memory_bytes / 2**20:.1f} MiB cached" if self.memory_bytes else ""
         return ", ".join(filter(None, (time, memory)))
 

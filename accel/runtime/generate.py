@@ -30,20 +30,23 @@ StepCallback = Callable[[int, Trace, torch.Tensor], None]  # steps done, trace, 
 
 def latent_spec(run: Run, pipe) -> torch.Tensor:
     """Latents (1, c, f, h, w) of a run on the meta device: a shape and a dtype."""
-    model, (space, time) = pipe.transformer, family_of(pipe).compression(pipe)
+    family = family_of(pipe)
+    model, (space, time) = family.denoiser(pipe), family.compression(pipe)
     shape = (1, model.config.in_channels, (run.frames - 1) // time + 1, run.height // space, run.width // space)
     return torch.empty(shape, device="meta", dtype=model.dtype)
 
 
 def grid(pipe, run: Run) -> tuple[int, int, int]:
     """The grid (f, h, w) of a run's tokens."""
-    patch = family_of(pipe).patch(pipe.transformer)
+    family = family_of(pipe)
+    patch = family.patch(family.denoiser(pipe))
     return tuple(-(-n // p) for n, p in zip(latent_spec(run, pipe).shape[2:], patch))
 
 
 def run_spec(run: Run, pipe) -> RunSpec:
     """What methods may know of a run before it starts."""
-    family, model = family_of(pipe), pipe.transformer
+    family = family_of(pipe)
+    model = family.denoiser(pipe)
     num_layers = len(family.attentions(model))
     text = model_defaults(pipe, run.model).text_length if family.is_joint else 0
     guided = run.guidance > 1 and not family.embeds_guidance
@@ -75,7 +78,7 @@ def preflight(run: Run, pipe) -> list[str]:
 
 def environment(pipe) -> dict:
     """Where a pipeline runs: device, threads, dtype."""
-    model = pipe.transformer  # its dtype is not that of the layers which stay in float32
+    model = family_of(pipe).denoiser(pipe)  # its dtype is not that of the layers which stay in float32
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
     return {"device": device, "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
 
@@ -113,8 +116,9 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
     its numbers become infinite or undefined.
     """
     check_size(run, pipe)
-    to_video = partial(family_of(pipe).to_video, grid=grid(pipe, run))
-    device = next(pipe.transformer.parameters()).device
+    family = family_of(pipe)
+    to_video = partial(family.to_video, grid=grid(pipe, run))
+    device = next(family.denoiser(pipe).parameters()).device
     paused, denoised, final = 0.0, 0.0, torch.empty(0)
 
     def step_end(_, index: int, t, tensors: dict[str, Any]) -> dict:

@@ -215,8 +215,9 @@ def model_defaults(pipe, model: str) -> ModelDefaults:
     values |= {
         name: getattr(pipe, f"default_{name}") for name in ("height", "width") if hasattr(pipe, f"default_{name}")
     }
-    config, (space, _) = pipe.transformer.config, family_of(pipe).compression(pipe)
+    family = family_of(pipe)
+    config, (space, _) = family.denoiser(pipe).config, family.compression(pipe)
     if values["height"] is None and "sample_height" in config:  # CogVideoX: its size is the model's
         sample = {"height": space * config.sample_height, "width": space * config.sample_width}
         values |= {**sample, "frames": config.sample_frames}
-    return ModelDefaults(**{name: value for name, value in values.items() if value is not None})
+    return ModelDefaults(**{name: value for name, value in values.items() if value is not None}, fps=family.fps)

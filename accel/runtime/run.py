@@ -101,7 +101,7 @@ def check_size(run: Run, pipe) -> None:
 
     family = family_of(pipe)
     space, time = family.compression(pipe)
-    _check_multiples(run, space * family.patch(pipe.transformer)[-1], time)
+    _check_multiples(run, space * family.patch(family.denoiser(pipe))[-1], time)
 
 
 def check_size_from_files(run: Run) -> None:

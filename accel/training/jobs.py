@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import AccelError, amount
 from ..evaluation.result_log import config_hash
 from ..families import family_of
+from ..files import atomic_write
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..students.interval_embedding import unwrapped
 from ..students.weights import load_int8_delta
@@ -76,7 +77,11 @@ class DistillJob:
             return []
         if self.prompts is None or not self.prompts.is_file():
             raise AccelError("this model needs prompts to train on: give --prompts FILE, a text file with one per line")
-        prompts = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
+        try:
+            text = self.prompts.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise AccelError(f"{self.prompts} is not a text in UTF-8") from None
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
         if len(prompts) <= VALIDATION_PROMPTS:
             raise AccelError(
                 f"{self.prompts} has {amount(len(prompts), 'prompt')}: at least {VALIDATION_PROMPTS + 1} are needed, "
@@ -269,7 +274,8 @@ def prepare_dir(out: Path, resume: bool, optims: Sequence[OptimConfig], record: 
         for stage in [] if resume else {file.parent for file in (*out.glob("*/state.pt"), *out.glob("*/done.json"))}:
             shutil.rmtree(stage)
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record) + "\n")
+        with atomic_write(file) as part:
+            part.write_text(json.dumps(record) + "\n")
     PartialState().wait_for_everyone()
 
 

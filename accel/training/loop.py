@@ -194,10 +194,10 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     seed = (optim.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
     with accelerator.autocast():
         loss, logs = task.loss(model, step, seed)
-    if not math.isfinite(loss.item()):
-        raise AccelError(f"the loss became {loss.item()} at step {step}: lower the learning rate and resume")
+    _check_finite("loss", loss.item(), step)
     accelerator.backward(loss)
     logs["grad"] = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip))
+    _check_finite("gradient", logs["grad"], step)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -205,6 +205,15 @@ def _step(task, accelerator, model, optimizers, ema, step: int) -> dict[str, flo
     if accelerator.num_processes > 1:
         loss = accelerator.reduce(loss.detach(), "mean")
     return {"loss": loss.item(), **logs}
+
+
+def _check_finite(what: str, value: float, step: int) -> None:
+    """Raise AccelError for an infinite or undefined number, before it is in the weights."""
+    if not math.isfinite(value):
+        raise AccelError(
+            f"the {what} became {value} at step {step}: resume from the last checkpoint; if it happens again, start "
+            "anew with lower learning rates, in accel/training/settings.py"
+        )
 
 
 def _save(folder: Path, module: nn.Module, optimizers, ema: EMAModel, task_state, progress: dict) -> None:

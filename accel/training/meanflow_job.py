@@ -39,7 +39,8 @@ class MeanFlowJob(JobSpec):
 
     @contextmanager
     def build(self, loaded: LoadedJob, optim: OptimConfig) -> Iterator[tuple[MeanFlowTask, dict]]:
-        job, transformer, guidance = loaded.job, loaded.pipe.transformer, loaded.defaults.guidance
+        job, guidance = loaded.job, loaded.defaults.guidance
+        transformer = loaded.pipe.transformer.float()  # du/dt is a small difference, which bfloat16 would drown
         origin = {"base_fingerprint": fingerprint(transformer), "init_from": None}
         fields = {"max_interval": max_step_width(loaded.pipe.scheduler, STEPS), "steps": STEPS}
         fields |= {"guidance": (max(1.0, 0.5 * guidance), 1.25 * guidance), "trajectories": job.num_trajectories()}

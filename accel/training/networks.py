@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops.flow import expand_like
 from ..students.interval_embedding import save_interval_embedder, unwrapped
 from ..students.weights import save_int8_delta
-from .fast_blocks import optimize_blocks
+from .fast_blocks import has_fast_bfloat16, optimize_blocks
 
 
 class Networks(Protocol):
@@ -66,13 +66,14 @@ class FullNetworks:
 
 
 def velocity(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, full_precision: bool = False) -> Tensor:
-    """Velocity (b, c, f, h, w) of one transformer call in bfloat16 autocast; x and the result stay float32.
+    """Velocity (b, c, f, h, w) of one transformer call, in bfloat16 autocast where that is fast; x stays float32.
 
     `full_precision` runs in the dtype of the model's weights, for differences between calls that bfloat16 would drown.
     It takes the forward of the class, because accelerate wraps that of the instance in an autocast.
     """
     call = partial(type(model).forward, model) if full_precision else model
-    autocast = not full_precision or model.patch_embedding.weight.dtype != x.dtype
+    fast = not full_precision and has_fast_bfloat16(str(x.device))
+    autocast = fast or model.patch_embedding.weight.dtype != x.dtype
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         return call(x, t, text, return_dict=False)[0].float()
 

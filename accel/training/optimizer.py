@@ -21,7 +21,7 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     minutes: float | None = Field(None, gt=0)
     batch: int = Field(1, ge=1)  # times as many clips in a batch as the curriculum says
     lr: float = Field(gt=0)  # of AdamW
-    matrix_lr: float = Field(6e-3, gt=0)  # of Muon, which trains the task's `matrices`
+    matrix_lr: float = Field(6e-3, gt=0)  # of Muon, which trains the task's `matrices`; its updates are AdamW's in size
     warmup: int = 100  # steps
     decay_from: float = 0.4  # share of the steps after which the rate falls linearly to zero
     weight_decay: float = 0.01

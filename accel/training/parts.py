@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,19 +23,23 @@ from .stages import remaining
 
 DONE = "part.json"  # in the folder of a finished run: its record
 PARENT = "parent.json"  # in the folder of a run: the record of the run that it starts from
+RUN = "run.json"  # in the folder of a run: its settings
 STUDENTS = ("gpd", "meanflow", "predictor")  # trained from a finished base model
 PARTS = ("vae", "base", *STUDENTS)
+MADE_FROM = {"base": STUDENTS, "meanflow": ("predictor",)}  # part: those that are worthless once it is a new one
 
 
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
     """Train a part, or all of them in order, into the shipped model; returns the record of how each was made.
 
-    A part that is stopped before its last step stays in `out`, for `resume`; where nothing is there to resume, it goes
-    on from the weights of the model. `minutes` limits all parts together. The default setting is small on a CPU, large
-    on a GPU. `job` holds fields of `DistillJob`, for students only; such a job is not recorded in the shipped model.
-    Raises AccelError for an unknown part or setting, or one that has no optimizer settings for the part.
+    A part that is stopped before its last step stays in `out`, for `resume` (of GPD, students of finished stages are in
+    the model); where nothing is there to resume, the autoencoder, the base and GPD go on from the weights of the model.
+    `minutes` limits all parts together. The default setting is small on a CPU, large on a GPU. `job` holds fields of
+    `DistillJob`, for students only; such a job is not recorded in the shipped model. Raises AccelError for an unknown
+    part or setting, one that has no optimizer settings for the part, or if a run of other settings is to be resumed.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else torchrun's processes on a CPU stay apart
+    # without `cpu`, torchrun's processes on a CPU stay apart; they wait while the first one encodes the clips
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     if job := _job_fields(what, job):
         if setting:
             raise AccelError("--setting is for the shipped model: leave it out with --model or --ablation")
@@ -47,7 +54,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
     record = json.loads(file.read_text()) if file.is_file() else {}
     began = time.monotonic()
     parts = [part for part in PARTS if part in optims] if what == "all" else [what]
-    for old in () if resume else (PARENT, DONE, "state.pt"):
+    for old in () if resume else (PARENT, DONE, RUN, "state.pt"):
         for part in parts:
             (out / part / old).unlink(missing_ok=True)
     for part in parts:
@@ -58,6 +65,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
             break
         parent = parent_run(record.get(part), out / part) if resume and part in TRAINERS else None
         if part in TRAINERS:
+            check_run(out / part, setting, optim)
             done = TRAINERS[part](optim, model, device, left, resume, out / part)
         else:
             done = train_student(part, left, resume, out / part, setting)
@@ -67,7 +75,8 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
             record[part]["parent_run"] = parent
         if state.is_main_process and finished:
             _write_record(file, record)
-            done_file.write_text(json.dumps(record[part]) + "\n")
+            _write_record(done_file, record[part])
+            _clear_finished(part, out)
         if stopped or not finished:  # the next part needs this one
             break
     return record
@@ -121,6 +130,27 @@ def parent_run(record: dict | None, folder: Path) -> dict | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
+def check_run(folder: Path, setting: str, optim: OptimConfig) -> None:
+    """Note the settings of a new run beside its checkpoints. Raises AccelError if a run of other ones is there."""
+    file, about = folder / RUN, json.loads(json.dumps({"setting": setting, "optim": optim.model_dump()}))
+    if not (folder / "state.pt").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_record(file, about)
+    elif file.is_file() and (begun := json.loads(file.read_text())) != about:
+        other = f"--setting {begun['setting']}" if begun["setting"] != setting else "other settings of its optimizer"
+        raise AccelError(f"{folder} was begun with {other}: go on with these, or start without --resume")
+
+
+def _clear_finished(part: str, out: Path) -> None:
+    """Remove the checkpoint of a finished part, which must not replace later weights, and what older ones made."""
+    for file in ("state.pt", PARENT, RUN) if part in TRAINERS else ():
+        (out / part / file).unlink(missing_ok=True)
+    for later in MADE_FROM.get(part, ()):
+        if (out / later).is_dir():
+            print(f"{out / later} belonged to the earlier {part}: it is removed", file=sys.stderr)
+            shutil.rmtree(out / later)
+
+
 def _train_vae(
     optim: OptimConfig, model: ModelSetting, device: str, minutes: float | None, resume: bool, out: Path
 ) -> dict:
@@ -148,6 +178,8 @@ def _train_base(
 
     began = time.monotonic()
     target, task = ROOT / TINY, _base_task(optim, model, device, out)
+    with PartialState().main_process_first():  # which encodes the clips that the others load
+        _ = task.dataset
     if resume and not (out / "state.pt").is_file() and (target / "transformer").is_dir():
         task.start_from(target)
     left = remaining(minutes, began)  # after the clips have been encoded
@@ -173,11 +205,10 @@ def _base_task(optim: OptimConfig, model: ModelSetting, device: str, out: Path):
     if not (target / "vae" / "config.json").is_file():
         raise AccelError("the autoencoder comes first: python -m accel train vae")
     autoencoder = AutoencoderKLWan.from_pretrained(target / "vae")
-    with PartialState().main_process_first():  # which encodes the clips that the others load
-        return base.BaseTask(
-            optim, autoencoder, model.size, model.frames, model.clips, out, device, can_compile(device),
-            start=target if (target / "tokenizer").is_dir() else None,
-        )  # fmt: skip
+    return base.BaseTask(
+        optim, autoencoder, model.size, model.frames, model.clips, out, device, can_compile(device),
+        start=target if (target / "tokenizer").is_dir() else None,
+    )  # fmt: skip
 
 
 def export_base(what: str, setting: str | None, out: Path) -> dict:

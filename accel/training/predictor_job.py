@@ -35,6 +35,7 @@ GUIDED_RUNS = {
     "strides": (1,),
     "full": (8, 16),
     "guidance": None,
+    "adversarial": 0,  # on the student, a second stage gained nothing that was shown
 }  # of the base model: wider gaps than a student's
 SECOND_STAGE_DIVISOR = 3  # the second stage has this many times fewer iterations, at half the rates
 VALIDATION_FULL_STEPS = 8
@@ -60,7 +61,10 @@ class PredictorJob(JobSpec):
         form, pipe = loaded.job.ablation or self.ablations[0], loaded.pipe
         with ExitStack() as stack:
             if form == "guided-base":
-                config = PredictorConfig(**GUIDED_RUNS, trajectories=loaded.job.num_trajectories())
+                trajectories = loaded.job.num_trajectories()
+                if loaded.job.is_toy():  # both branches of guidance run: as much work as an iteration for a student
+                    trajectories //= GuidedProbe.branches
+                config = PredictorConfig(**GUIDED_RUNS, trajectories=trajectories)
                 context = loaded.context(config.steps)
             else:
                 config, context = self._student(loaded, stack)
@@ -102,16 +106,19 @@ class PredictorJob(JobSpec):
 
     def validator(self, task: PredictorTask, loaded: LoadedJob) -> CachedRolloutValidator:
         full_steps = select_full_steps(VALIDATION_FULL_STEPS, task.config.steps)
-        return CachedRolloutValidator(task, loaded.validation_prompts(), full_steps)
+        return CachedRolloutValidator(task, loaded.validation_prompts()[:: task.student.branches], full_steps)
 
     def optim_configs(self, optim: OptimConfig, config: PredictorConfig) -> list[OptimConfig]:
+        if not config.adversarial:
+            return [optim]
         steps = max(1, optim.steps // SECOND_STAGE_DIVISOR)
         second = {"steps": steps, "lr": optim.lr / 2, "matrix_lr": optim.matrix_lr / 2}
         return [optim, optim.model_copy(update=second)]
 
     def save_stage(self, task: PredictorTask, origin: dict, results: dict, target: Path, out: Path) -> None:
-        """Store the predictor after a stage: the second one as the result, the first one for comparison."""
-        folder = target / "predictor" / origin["form"] if task.stage else out / "regression-only"
+        """Store the predictor after a stage: the last one as the result, an earlier one for comparison."""
+        is_last = task.stage == len(task.stages) - 1
+        folder = target / "predictor" / origin["form"] if is_last else out / "regression-only"
         before = out / "regression" / "done.json"
         stages = {"regression": json.loads(before.read_text())} if task.stage else {}
         stages[list(task.stages)[task.stage]] = results

@@ -6,6 +6,7 @@ N base steps. A base step is an index 0..N into the base schedule.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import torch
+from accelerate import PartialState
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import AccelError
 from ..ops.flow import euler
@@ -83,6 +86,11 @@ def rollout_context(
     return RolloutContext(encode, draw_prompt, sigmas, timesteps, shape, decode)
 
 
+def progress(total: int, title: str) -> tqdm:
+    """A progress bar of one of the rollouts before the first iteration, which take minutes on a CPU."""
+    return tqdm(total=total, desc=title, disable=not PartialState().is_main_process, leave=False)
+
+
 def rollout(model: nn.Module, context: RolloutContext, x: Tensor, text: Tensor, k: int) -> Tensor:
     """Final latents (b, c, f, h, w) that a student makes of noise x (b, c, f, h, w) in jumps of k base steps."""
     n = len(context.timesteps)
@@ -118,7 +126,9 @@ class TrajectoryPool:
         """`total` counts the trajectories of all processes. Raises AccelError if they cannot be shared equally."""
         rank, world = rank_and_world
         if total % world:
-            raise AccelError(f"{total} trajectories cannot be shared by {world} processes: give --trajectories")
+            raise AccelError(
+                f"{total} trajectories cannot be shared by {world} processes: start a number that divides it"
+            )
         count = total // world
         self.context, self.first, self.seed = context, rank * count, seed
         empty = context.encode([""])
@@ -159,10 +169,12 @@ class TrajectoryPool:
         n = len(self.context.timesteps)
         goal = torch.tensor([random.Random(f"{self.seed} {i}").randrange(n) for i in self.numbers])
         goal = torch.maximum(goal, self.index)  # a trajectory that starts at a video may be further already
-        while (self.index < goal).any():  # always the full batch, which is the shape that compiled blocks know
-            start, end = self.index, torch.minimum(goal, self.index + max_stride)
-            self.x = euler(self.x, velocity(start), self.context.sigmas[start], self.context.sigmas[end])
-            self.index = end
+        with progress(math.ceil(int((goal - self.index).max()) / max_stride), "trajectories") as bar:
+            while (self.index < goal).any():  # always the full batch, which is the shape that compiled blocks know
+                start, end = self.index, torch.minimum(goal, self.index + max_stride)
+                self.x = euler(self.x, velocity(start), self.context.sigmas[start], self.context.sigmas[end])
+                self.index = end
+                bar.update()
 
     def _restart(self, finished: Tensor) -> None:
         prompts: dict[int, str] = {}
@@ -178,6 +190,7 @@ class TrajectoryPool:
                 self.x[i].lerp_(video.to(self.x), 1 - float(self.context.sigmas[self.index[i]]))
             prompts[i] = prompt or self.context.draw_prompt(rng)
         if prompts:
+            self.text = self.text.clone()  # a loss that is still to be differentiated may hold the old one
             self.text[list(prompts)] = self.context.encode(list(prompts.values()))
 
     def state_dict(self) -> dict[str, Tensor]:

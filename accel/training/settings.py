@@ -39,8 +39,8 @@ OPTIM_CONFIGS = {  # by setting, then by part; "others" are models outside the t
         "predictor": {"steps": 240, "minutes": 0.5, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
     "others": {
-        "gpd": {"steps": 75, "lr": 5e-5} | _STUDENT,
-        "meanflow": {"steps": 1000, "lr": 5e-5} | _STUDENT | {"ema": 0.98},
-        "predictor": {"steps": 1000, "lr": 1e-4} | _STUDENT | {"ema": 0.98},
+        "gpd": {"steps": 75, "lr": 5e-5, "matrix_lr": 5e-5} | _STUDENT,
+        "meanflow": {"steps": 1000, "lr": 5e-5, "matrix_lr": 5e-5} | _STUDENT | {"ema": 0.98},
+        "predictor": {"steps": 1000, "lr": 1e-4, "matrix_lr": 3e-4} | _STUDENT | {"ema": 0.98},
     },
 }  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..files import atomic_write
 from .loop import any_process, fit, trainable
 from .networks import Networks
 from .optimizer import OptimConfig
@@ -45,7 +46,8 @@ def distil(
             stages[name] = results
             if PartialState().is_main_process:
                 save_stage(results)
-                done.write_text(json.dumps(results) + "\n")
+                with atomic_write(done) as part:
+                    part.write_text(json.dumps(results) + "\n")
         task.nets.next_stage()
         if stopped:
             break
@@ -107,4 +109,5 @@ def store(nets: Networks, folder: Path, name: str, facts: dict) -> None:
     for old in folder.glob("*.safetensors"):  # LoRA and full weights have different names
         old.unlink()
     nets.save(folder)
-    (folder / name).write_text(json.dumps(facts, indent=1) + "\n")
+    with atomic_write(folder / name) as part:
+        part.write_text(json.dumps(facts, indent=1) + "\n")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from .loop import save_atomically, trainable
 from .networks import velocity
-from .rollouts import rollout
+from .rollouts import progress, rollout
 from .tasks.predictor_fit import PredictorTask
 from .tasks.student_task import StudentTask
 
+VALIDATION = "rollouts of the validation prompts"
 MAX_POINTS = 6  # base steps at which the student's jump is compared with the teacher's
 DIVERGENCE_FACTOR = 2.0  # a stage ends when its error exceeds its first error this many times
 
@@ -38,10 +39,12 @@ class TrajectoryValidator:
         self.task, self.text = task, context.encode(prompts)
         x = _noise(len(prompts), context.shape, seed).to(self.text.device)
         states = [x]
-        for i, t in enumerate(context.timesteps):
-            v = task.nets.teacher(x, t.expand(len(x)).to(x.device), self.text, task.empty, guidance)
-            x = context.step(x, v, i, i + 1)
-            states.append(x)
+        with progress(len(context.timesteps), VALIDATION) as bar:
+            for i, t in enumerate(context.timesteps):
+                v = task.nets.teacher(x, t.expand(len(x)).to(x.device), self.text, task.empty, guidance)
+                x = context.step(x, v, i, i + 1)
+                states.append(x)
+                bar.update()
         self.states = torch.stack(states, 1)
 
     def describe(self, k: int) -> str:
@@ -77,9 +80,11 @@ class CachedRolloutValidator:
         self.text = task.context.encode(prompts)
         x = _noise(len(prompts), task.context.shape, seed).to(self.text.device)
         self.states = [x]
-        for i in range(self.steps):
-            x = task.context.step(x, self._full_forward(x, i)[0], i, i + 1)
-            self.states.append(x)
+        with progress(self.steps, VALIDATION) as bar:
+            for i in range(self.steps):
+                x = task.context.step(x, self._full_forward(x, i)[0], i, i + 1)
+                self.states.append(x)
+                bar.update()
 
     def describe(self, _: int) -> str:
         """What `error` measures, in words."""

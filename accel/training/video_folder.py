@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
+from itertools import islice
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import AccelError, amount
 from ..runtime.latents import normalize
 from ..runtime.models import ModelDefaults
+from ..world.captions import read_captions
 from .tasks.vae import to_unit
 
 
@@ -21,15 +23,8 @@ class VideoFolder:
     """Videos of a folder with `captions.json`, {file: caption}, as written by `accel world sample`."""
 
     def __init__(self, folder: Path, pipe, defaults: ModelDefaults):
-        """Raises AccelError if there are no captions, or a video that they name is missing."""
-        file = folder / "captions.json"
-        if not file.is_file():
-            raise AccelError(f"{file} is missing: it maps each video of the folder to its caption")
-        self.captions: dict[str, str] = json.loads(file.read_text())
-        if missing := [name for name in self.captions if not (folder / name).is_file()]:
-            raise AccelError(f"{folder} has no {missing[0]}, which captions.json names")
-        if not self.captions:
-            raise AccelError(f"{file} names no videos")
+        """Raises AccelError if there are no captions, or if a video that they name is missing."""
+        self.captions = read_captions(folder)
         self.folder, self.vae = folder, pipe.vae
         self.shape = (defaults.frames, defaults.height, defaults.width)
 
@@ -40,7 +35,8 @@ class VideoFolder:
         """
         name = rng.choice(sorted(self.captions))
         f, *size = self.shape
-        frames = torch.from_numpy(iio.imread(self.folder / name))[:f, ..., :3]
+        first = list(islice(iio.imiter(self.folder / name), f))  # a whole video may take gigabytes
+        frames = torch.from_numpy(np.stack(first))[..., :3]
         if len(frames) < f:
             raise AccelError(f"{self.folder / name} has {amount(len(frames), 'frame')}, {f} are needed")
         x = F.interpolate(to_unit(frames).transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)

@@ -1,6 +1,7 @@
 """What users change between two runs inside one `accel.apply`: the host looks at the model before every run."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -40,6 +41,12 @@ def offload_twice(pipe) -> None:
 
 def replace_blocks(pipe) -> None:
     pipe.transformer.blocks = torch.nn.ModuleList(pipe.transformer.blocks.children())
+
+
+@pytest.fixture
+def sample(sample):
+    """In as few steps as all methods act in."""
+    return partial(sample, steps=12)
 
 
 CHANGES = [set_processor, offload, offload_twice, replace_blocks, add_lora]
@@ -217,7 +224,7 @@ def test_a_prompt_that_a_callback_changes_renews_what_depends_on_it(named, metho
     if not named:
         monkeypatch.setattr(type(pipe.transformer), "cache_context", lambda *_, **__: nullcontext())
     with accel.apply(pipe, method) as trace:
-        sample(pipe, on_step=travel, inputs=["latents", "prompt_embeds"])
+        sample(pipe, steps=20, on_step=travel, inputs=["latents", "prompt_embeds"])
     branches = {event.branch for event in trace.events.values()}
     assert trace.summary()["steps"] == 20 and branches == {"cond", "uncond"}
     assert "the text changed at step 11: what depends on it was computed anew" in trace.messages

@@ -110,7 +110,10 @@ def test_readme_commands_work_on_the_shipped_model(tmp_path, monkeypatch, tiny_w
     assert (tmp_path / "runs/x/b.mp4").is_file() and (tmp_path / "runs/run/video.mp4").is_file()
 
 
-@CASES
+WITH_SNIPPETS = [name for name in TEXTS if blocks(TEXTS[name], "python")]
+
+
+@pytest.mark.parametrize("name", WITH_SNIPPETS)
 def test_every_python_snippet_runs(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for code in blocks(TEXTS[name], "python"):
@@ -118,6 +121,10 @@ def test_every_python_snippet_runs(name, monkeypatch, capsys):
         variables = {}
         exec(compile(code.replace(STEPS, "num_inference_steps=2"), name, "exec"), variables)
         assert variables["video"].shape == (17, 96, 96, 3)
+
+
+def test_the_first_page_and_the_model_card_show_code():
+    assert {"README.md", "models/tiny-wan/README.md"} <= {*WITH_SNIPPETS}
 
 
 @CASES

@@ -22,7 +22,8 @@ from accel.world.scene import held_out_prompts
 
 
 def test_results_of_another_model_or_machine_have_another_key(pipe, monkeypatch):
-    key = lambda model: settings_keys(SUITES["fastercache"].settings, model, pipe, ModelDefaults())
+    settings = {"baseline": Setting(), "fastercache": Setting("fastercache")}
+    key = lambda model: settings_keys(settings, model, pipe, ModelDefaults())
     first = key("some/model")
     assert first == key("some/model") and not {*first.values()} & {*key("some/other").values()}
     monkeypatch.setattr(measure, "environment", lambda _: {"device": "another"})
@@ -181,6 +182,15 @@ def test_two_processes_share_the_work_and_give_the_table_of_one(generated, tmp_p
     half = [(second, 0, 4)]  # the baseline of the prompt that both have a part of
     assert measured[0] == sorted([(prompt, 0, n) for prompt in (first, second, third) for n in (4, 2)] + half)
     assert measured[1] == sorted([(first, 0, 4), (first, 0, 2), (second, 0, 4)])
+
+
+def test_a_setting_that_the_model_refuses_is_left_out_and_the_reason_is_kept(generated, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "preflight", lambda run, pipe: refuse() if run.solver == "euler" else None)
+    refuse = lambda: (_ for _ in ()).throw(AccelError("no Euler here"))
+    suite = Suite({"baseline": Setting(), "euler": Setting(solver="euler")}, (("baseline", "euler"),))
+    monkeypatch.setitem(SUITES, "small", suite)
+    summary = bench.run_suite("small", 1, 1, "m", tmp_path)
+    assert summary["refused"] == {"euler": "no Euler here"} and list(summary["rows"]) == ["baseline"]
 
 
 def test_a_peer_that_the_model_refuses_is_left_out_and_the_reason_is_kept(generated, tmp_path, monkeypatch):

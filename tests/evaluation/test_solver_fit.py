@@ -37,7 +37,7 @@ STEPS = 12
 
 
 def run_of(pipe, **settings):
-    settings = {"prompt": "a cat", "height": 64, "width": 64, "frames": 25, **settings}
+    settings = {"prompt": "a cat", "height": 64, "width": 64, "frames": 13, **settings}
     return build_run(model_defaults(pipe, "-"), model="-", **settings)
 
 

@@ -1,10 +1,12 @@
 """`accel tune`: the same tries for the same seed, also after a stop; what is chosen; presets that load again."""
 
 import json
+from types import SimpleNamespace
 
 import optuna
 import pytest
 
+from accel.errors import AccelError
 from accel.evaluation import tune as tune_module
 from accel.evaluation.tune import Judge, at_least, fastest, front, known_settings, suggest, tune, write_preset
 from accel.methods import METHODS
@@ -39,8 +41,9 @@ def search(monkeypatch, tmp_path):
     monkeypatch.setattr(tune_module, "RANDOM_TRIES", 4)
     monkeypatch.setattr(tune_module, "weights", lambda model: [])
     monkeypatch.setattr(tune_module, "environment", lambda pipe: {"device": "none"})
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(config={"flow_shift": 3.0}))
     return lambda folder, trials, prompts=("a",), seed=0: tune(
-        "none", None, DEFAULTS, prompts, trials, seed, tmp_path / folder
+        "none", pipe, DEFAULTS, prompts, trials, seed, tmp_path / folder
     )
 
 
@@ -64,6 +67,30 @@ def test_a_folder_of_another_search_is_refused(search):
         search("folder", 1, prompts=("b",))
 
 
+def test_tries_that_the_model_refuses_are_left_out_and_a_search_without_any_other_ends(search, monkeypatch, capsys):
+    def refuse_unipc(judge, preset):
+        if preset.solver == "unipc":
+            raise AccelError("no unipc here")
+        return judged(judge, preset)
+
+    judged = Counted.__call__
+    monkeypatch.setattr(Counted, "__call__", refuse_unipc)
+    with pytest.raises(AccelError, match="all 4 tries were refused; the first one: no unipc here"):
+        search("known alone", 4)  # all of them take UniPC
+    rows = search("more", 12)
+    assert rows and all("refused" not in row for row in rows)
+    assert "tries were refused; the first one: no unipc here" in capsys.readouterr().err
+
+
+def test_any_seed_can_be_searched_with(search):
+    assert search("large", 1, seed=2**40) and search("negative", 1, seed=-1)
+
+
+def test_the_first_tries_take_the_models_own_shift():
+    shifts = lambda own: {choice["shift"] for choice in known_settings({}, False, own) if choice["steps"] == 50}
+    assert shifts(5.0) == {5.0} and shifts(None) == {3.0} and shifts(12.0) == {7.0} and shifts(1.15) == {2.0}
+
+
 def test_every_suggestion_is_a_run_that_is_allowed():
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
     presets = [suggest(study.ask(), {"gpd": [6, 12], "meanflow": [10]}, True) for _ in range(200)]
@@ -78,7 +105,7 @@ def test_cached_runs_are_tried_first_and_then_students_and_solvers_in_all_of_the
     own_steps = {"fittedsolver": [8, 20], "meanflow": [6]}
     study = optuna.create_study(directions=["minimize", "minimize"])
     presets = []
-    for choice in known_settings(own_steps, has_predictor=True):
+    for choice in known_settings(own_steps, True, 3.0):
         study.enqueue_trial(choice)
         presets.append(suggest(study.ask(), own_steps, True))
     assert [(preset.steps, preset.shift, preset.methods["stepcache"]["threshold"]) for preset in presets[:4]] == [
@@ -88,7 +115,7 @@ def test_cached_runs_are_tried_first_and_then_students_and_solvers_in_all_of_the
         {"fittedsolver": {"steps": 8}}, {"fittedsolver": {"steps": 20}}, {"meanflow": {"steps": 6}},
         {"meanflow": {"steps": 6}, "disca": {"num_full_steps": 3}},
     ]  # fmt: skip
-    assert len(known_settings(own_steps, has_predictor=False)) == 4 + 3
+    assert len(known_settings(own_steps, False, 3.0)) == 4 + 3
 
 
 def test_the_front_the_fastest_within_a_loss_and_the_best_at_a_speed():

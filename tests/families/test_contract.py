@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from families import tiny
-from families.tiny import FLOW, TINY
+from families.tiny import EACH_FAMILY, FLOW, TINY
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,7 +22,6 @@ from accel.families import family_of
 from accel.methods import METHODS
 
 NAMES = list(TINY)
-EACH_FAMILY = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2", "kandinsky5"]
 FROM_VIDEO = ["wan_video", "cogvideox_video"]  # they leave out the first fifth of the schedule
 UNGUIDED = ["hunyuan_video"]
 VIDEO_TOKENS = {"wan_vace": 64, "hunyuan_video_15": 192, "ltx": 64, "ltx_image": 64, "ltx_condition": 80}  # others: 48
@@ -295,16 +294,17 @@ def velocities(pipe, inputs: dict, name: str) -> Tensor:
     return torch.stack(seen)
 
 
-GUIDED = [
-    "wan",
-    "cogvideox_2b",
-    "hunyuan_video_true_cfg",
-    "hunyuan_video_15",
-    "ltx",
-    "mochi",
-    "skyreels_v2",
-    "kandinsky5",
-]
+def some(cases: list, *slow) -> list:
+    """Cases as parameters of a test, after which come those that are slow, as their kind is among the others."""
+    return [
+        *cases,
+        *(pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow) for case in slow),
+    ]
+
+
+GUIDED = some(
+    ["wan", "cogvideox_2b", "ltx", "mochi", "kandinsky5"], "hunyuan_video_true_cfg", "hunyuan_video_15", "skyreels_v2"
+)
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -329,11 +329,17 @@ SOLVERS = {
     "DDIM": lambda: diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"),
     "DPM": lambda: diffusers.CogVideoXDPMScheduler(prediction_type="v_prediction"),
 }
-NOT_THEIR_OWN = [
-    *(("wan", "Euler"), ("wan", "DPM++"), ("wan_22", "Euler"), ("wan_22_5b", "DPM++"), ("skyreels_v2", "Euler")),
-    *(("hunyuan_video_true_cfg", "UniPC"), ("hunyuan_video_15", "UniPC"), ("ltx", "UniPC")),
-    *(("cogvideox", "DDIM"), ("cogvideox_2b", "DPM"), ("cogvideox_video", "DDIM")),
-]
+NOT_THEIR_OWN = some(
+    [
+        ("wan", "Euler"),
+        ("wan_22_5b", "DPM++"),
+        ("hunyuan_video_true_cfg", "UniPC"),
+        ("ltx", "UniPC"),
+        ("cogvideox", "DDIM"),
+    ],
+    *(("wan", "DPM++"), ("wan_22", "Euler"), ("skyreels_v2", "Euler"), ("hunyuan_video_15", "UniPC")),
+    *(("cogvideox_2b", "DPM"), ("cogvideox_video", "DDIM")),
+)
 
 
 @pytest.mark.parametrize("name, solver", NOT_THEIR_OWN)

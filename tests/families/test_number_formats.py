@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families.tiny import TINY
+from families.tiny import EACH_FAMILY, TINY
 
 import accel
 from accel.methods import AsymRnR, DisCa, FasterCache
@@ -10,7 +10,6 @@ from accel.methods import AsymRnR, DisCa, FasterCache
 REDUCING = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5, correction="none")
 METHODS = [FasterCache(), REDUCING, DisCa(predictor="taylor-1")]
 NEUTRAL = [type(method)(**method.neutral) for method in METHODS]
-EACH_FAMILY = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2", "kandinsky5"]
 
 ALWAYS_RUN = ["wan", "cogvideox", "ltx"]
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from families.tiny import TINY
+from families.tiny import EACH_FAMILY, TINY
+
+CASES = [pytest.param(name, marks=() if name in EACH_FAMILY else pytest.mark.slow) for name in TINY]
 
 
 def is_embedding(name: str) -> bool:
     return name.startswith("prompt_embeds") and "mask" not in name
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CASES)
 def test_stock_pipeline_gives_finite_latents_that_depend_on_the_text(name):
     pipe, inputs = TINY[name]()
 

@@ -385,6 +385,7 @@ TINY: dict[str, Callable[..., Tiny]] = {
         ltx, ltx_image, ltx_condition, mochi, kandinsky5,
     )
 }  # fmt: skip
+EACH_FAMILY = ["wan", "cogvideox", "hunyuan_video", "hunyuan_video_15", "ltx", "mochi", "skyreels_v2", "kandinsky5"]
 
 
 ENCODED = {

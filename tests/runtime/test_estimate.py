@@ -69,7 +69,7 @@ def test_where_guidance_is_an_input_an_unguided_step_takes_as_long_as_a_guided_o
 
 
 def test_without_a_measured_step_there_is_no_time(pipe):
-    assert estimate(run_of(), pipe, lambda run: None).words == ""
+    assert estimate(run_of(), pipe, lambda run: None).words == "time not known before the first run"
 
 
 def test_a_student_computes_its_steps_in_full():

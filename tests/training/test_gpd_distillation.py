@@ -144,16 +144,18 @@ def test_trajectories_are_spread_over_the_schedule_and_restart_at_its_end():
     gpd.spread_timesteps()
     before = gpd.trajectories.index.clone()
     assert len(before.unique()) > 5
-    timesteps = []
-    loss, logs = gpd.loss(lambda x, t, text, return_dict: (timesteps.append(t), torch.zeros_like(x))[1:], 0, 0)
+    timesteps, student = [], torch.nn.Module()
+    student.patch_embedding = torch.nn.Linear(1, 1)
+    student.forward = lambda x, t, text, return_dict: (timesteps.append(t), torch.zeros_like(x))[1:]
+    loss, logs = gpd.loss(student, 0, 0)
     assert torch.equal(timesteps[0], 1000 * SIGMAS[before])  # of the start of the jump
     assert gpd.trajectories.index.tolist() == [(i + 1) % 48 for i in before.tolist()] and logs["nfe"] == 2
 
 
 def test_before_the_last_stage_some_moves_end_a_piece_early_and_others_go_further():
-    def ends(stage, **config):
+    def ends(stage, start=8, **config):
         gpd = task(KnownNetworks(), horizons=(2, 4, 8), trajectories=16, **config)
-        gpd.stage, gpd.trajectories.index = stage, torch.full((16,), 8)
+        gpd.stage, gpd.trajectories.index = stage, torch.full((16,), start)
         stops = [gpd.trajectories.index, gpd.trajectories.index + gpd.horizon - 1, gpd.trajectories.index + gpd.horizon]
         gpd._move(torch.zeros_like(gpd.trajectories.x), stops, 0)
         return set(gpd.trajectories.index.tolist())
@@ -162,6 +164,7 @@ def test_before_the_last_stage_some_moves_end_a_piece_early_and_others_go_furthe
     assert 12 in ends(1, off_grid=0, max_stride=6) <= {12, 13, 14}
     assert ends(1, off_grid=0.5, max_stride=1) == {11, 12}
     assert ends(2, off_grid=1, max_stride=16) == {16}
+    assert ends(2, start=11) == {16}  # to the grid, which an earlier stage has left
 
 
 def test_the_trajectories_do_not_depend_on_the_number_of_processes():

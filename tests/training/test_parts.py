@@ -9,7 +9,8 @@ import torch
 from transformers import UMT5EncoderModel
 
 from accel.runtime.models import TINY
-from accel.training.parts import export_base, parent_run, train_parts
+from accel.training.optimizer import OptimConfig
+from accel.training.parts import check_run, export_base, parent_run, train_parts
 from accel.training.settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
 from accel.training.tasks import base_model as base
 from accel.training.tasks.vae import Autoencoder, build_vae
@@ -64,8 +65,10 @@ def test_an_export_writes_the_ema_weights_of_an_unfinished_base(tmp_path, monkey
     with pytest.raises(ValueError, match="holds no checkpoint"):
         export_base("base", "small", tmp_path / "out")
     train_parts("base", 0, False, tmp_path / "out")
+    (tmp_path / "out" / "base" / "pool.safetensors").unlink()
     assert not (tmp_path / TINY / "transformer").exists()
     assert export_base("base", "small", tmp_path / "out")["step"] == 1
+    assert not (tmp_path / "out" / "base" / "pool.safetensors").exists()  # no clips are encoded for it
     weights = torch.load(tmp_path / "out" / "base" / "state.pt", weights_only=True)["ema"]["shadow_params"]
     written = UMT5EncoderModel.from_pretrained(tmp_path / TINY / "text_encoder").shared.weight
     assert torch.equal(written, weights[0])
@@ -92,6 +95,35 @@ def test_a_resumed_training_of_all_parts_begins_with_the_first_that_is_not_finis
     record = train_parts("all", None, True, tmp_path / "out", "small")
     assert trained == ["vae", "base", "base"] and record["base"]["step"] == 1
     assert json.loads((tmp_path / TINY / "training.json").read_text()).keys() == {"vae", "base"}
+
+
+def test_a_run_of_other_settings_is_not_resumed(tmp_path):
+    optim = OptimConfig(steps=9, lr=1e-3)
+    check_run(tmp_path, "small", optim)
+    check_run(tmp_path, "large", optim)  # nothing was trained yet
+    (tmp_path / "state.pt").touch()
+    check_run(tmp_path, "large", optim)
+    with pytest.raises(ValueError, match="was begun with --setting large: go on with these"):
+        check_run(tmp_path, "small", optim)
+    with pytest.raises(ValueError, match="was begun with other settings of its optimizer"):
+        check_run(tmp_path, "large", OptimConfig(steps=8, lr=1e-3))
+
+
+def test_a_finished_base_leaves_no_checkpoint_and_removes_students_of_the_earlier_one(tmp_path, monkeypatch):
+    def train(optim, model, device, minutes, resume, out):
+        (out / "state.pt").touch()
+        return {"step": 1, "steps": 1, "seconds": 1.0}
+
+    out = tmp_path / "out"
+    for part in ("vae", "gpd", "meanflow", "predictor"):
+        (out / part).mkdir(parents=True)
+        (out / part / "part.json").touch()
+    (tmp_path / TINY).mkdir(parents=True)
+    monkeypatch.setattr("accel.training.parts.ROOT", tmp_path)
+    monkeypatch.setattr("accel.training.parts.TRAINERS", {"base": train})
+    monkeypatch.setitem(OPTIM_CONFIGS, "small", {"base": {"steps": 1, "lr": 1e-3}})
+    train_parts("base", None, True, out, "small")
+    assert sorted(file.relative_to(out).as_posix() for file in out.rglob("*.*")) == ["base/part.json", "vae/part.json"]
 
 
 def test_the_record_of_a_run_includes_the_run_whose_weights_it_started_from(tmp_path):

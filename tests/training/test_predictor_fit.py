@@ -134,14 +134,14 @@ def test_between_full_steps_x_follows_the_prediction_and_the_reference_full_forw
 
 
 @pytest.mark.parametrize("short", [0.0, 0.1])
-def test_the_target_leads_to_where_full_forward_passes_lead(short, pipe, monkeypatch):
+def test_the_target_leads_by_the_next_full_step_to_where_full_forward_passes_lead(short, pipe, monkeypatch):
     """A prediction that falls short of it by a fraction of the full pass has that fraction squared as its error."""
-    task = predictor_task(pipe)
+    task = predictor_task(pipe)  # the full steps are 0, 1 and 5
     task.trajectories.index[:] = 2
-    t, r, *_ = task._interval()
+    t, end = task._interval()[0], task.context.sigmas[5].float().expand(4)
     task.trajectories.x = task.reference + 0.1 * torch.randn_like(task.reference)  # astray
     v, feature = task._full_forward()
-    u = (euler(task.reference, v, t, r) - task.trajectories.x) / (r - t).view(-1, 1, 1, 1, 1) - short * v
+    u = (euler(task.reference, v, t, end) - task.trajectories.x) / (end - t).view(-1, 1, 1, 1, 1) - short * v
     monkeypatch.setattr(task.student, "predicted_forward", lambda *_: (u, feature))
     task._loss(task.module, logs := {})
     assert logs["velocity"] == pytest.approx(short**2, abs=1e-5)
@@ -223,8 +223,11 @@ def test_a_resumed_stage_ends_with_the_weights_of_an_unbroken_one(stage, tmp_pat
 
 
 def test_the_second_stage_is_shorter_with_lower_rates():
-    first, second = PredictorJob().optim_configs(OptimConfig(steps=90, lr=1e-3, matrix_lr=2e-3), None)
+    optim, config = OptimConfig(steps=90, lr=1e-3, matrix_lr=2e-3), PredictorConfig(guidance=None)
+    first, second = PredictorJob().optim_configs(optim, config)
     assert (first.steps, second.steps, second.lr, second.matrix_lr) == (90, 30, 5e-4, 1e-3)
+    alone = config.model_copy(update={"adversarial": 0})
+    assert PredictorJob().optim_configs(optim, alone) == [first]
 
 
 @pytest.fixture
@@ -294,12 +297,13 @@ def test_a_guided_probe_combines_two_branches_and_keeps_the_features_of_both(pip
 
 
 def test_a_predictor_of_the_base_model_itself_is_trained_and_runs(toy_job, pipe, sample, tmp_path, monkeypatch):
-    runs = {"steps": 6, "strides": (1,), "full": (3, 3), "guidance": None}
+    runs = {"steps": 6, "strides": (1,), "full": (3, 3), "guidance": None, "adversarial": 0}
     monkeypatch.setattr("accel.training.predictor_job.GUIDED_RUNS", runs)
     optim, job = OptimConfig(steps=3, lr=1e-3, warmup=1), replace(toy_job, ablation="guided-base")
     assert run_job(PredictorJob(), optim, job, "cpu", None, False, tmp_path / "out")["finished"]
     facts = json.loads((tmp_path / "predictor" / "guided-base" / "predictor.json").read_text())
     assert facts["depth"] == 2 and facts["config"]["supported_runs"] == {"6": 4}
+    assert list(facts["stages"]) == ["regression"]
     del pipe.encode_prompt  # the stand-in of the training
     pipe.register_to_config(_name_or_path=str(tmp_path))
     with accel.apply(pipe, DisCa(predictor="guided-base", num_full_steps=3)) as trace:

@@ -1,5 +1,6 @@
 """Workers whose pipeline costs nothing to load."""
 
+import ui.quick_gradio  # noqa: F401, I001  before what imports Gradio
 from types import SimpleNamespace
 
 import pytest

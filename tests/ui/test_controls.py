@@ -12,12 +12,19 @@ from ui.controls import Change, MethodControls, available_values, changes_from, 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_field_has_a_widget_with_its_range_and_help(name):
+    with gr.Blocks():
+        made = {field: widget(field, METHODS[name](), {}) for field in METHODS[name].parameters()}
     for field, schema in METHODS[name].parameters().items():
-        with gr.Blocks():
-            made = widget(field, METHODS[name](), {})
-        assert made.info == schema["description"] and made.value == schema["default"]
+        assert made[field].info == schema["description"] and made[field].value == schema["default"]
         if "maximum" in schema and "enum" not in schema:
-            assert (made.minimum, made.maximum) == (schema["minimum"], schema["maximum"])
+            assert (made[field].minimum, made[field].maximum) == (schema["minimum"], schema["maximum"])
+
+
+def test_a_number_that_was_typed_out_of_range_is_the_nearest_end_as_in_the_browser():
+    with gr.Blocks():
+        interval = widget("attention_interval", METHODS["fastercache"](), {})
+    assert [interval.preprocess(typed) for typed in (9, 1, None, 3)] == [6, 2, 2, 3]
+    assert interval.get_block_name() == "slider"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,7 +8,7 @@ import gradio as gr
 import pytest
 
 from ui.context import Context
-from ui.history_tab import HistoryTab, age, figures, gallery, still
+from ui.history_tab import SHOWN, HistoryTab, age, figures, gallery, still
 from ui.run_words import differences, run_of
 from ui.store import Store
 
@@ -47,7 +47,7 @@ def ids(html: str) -> list[str]:
 
 def test_a_visitor_sees_the_own_pairs_newest_first_and_the_owner_all(tab, store):
     mine, other, newest = (store.add(visitor, REPORT, FILES) for visitor in ("me", "other", "me"))
-    shown = lambda visitor, **query: ids(tab.refresh(visitor, "", request(**query))[tab.gallery])
+    shown = lambda visitor, **query: ids(tab.refresh(visitor, "", SHOWN, request(**query))[tab.gallery])
     assert shown("me") == [newest, mine] and shown("me", owner="wrong") == [newest, mine]
     assert shown("me", owner="key") == [newest, other, mine]
     assert shown("") == [] and shown(None) == []
@@ -58,7 +58,7 @@ def test_without_an_owner_key_nobody_is_the_owner(store):
 
 
 def test_an_empty_history_says_what_to_do(tab):
-    assert "Press Run in the Compare tab" in tab.refresh("me", "", request())[tab.gallery]
+    assert "Press Run in the Compare tab" in tab.refresh("me", "", SHOWN, request())[tab.gallery]
 
 
 def test_a_tile_has_prompt_settings_figures_and_clip_and_nothing_in_it_is_html(store):
@@ -108,15 +108,22 @@ def test_a_selection_that_was_deleted_elsewhere_is_told(tab, store):
 
 def test_a_gallery_that_has_not_changed_is_left_alone(tab, store):
     store.add("me", REPORT, FILES)
-    seen = tab.refresh("me", "", request())[tab.seen]
-    assert set(tab.refresh("me", seen, request())) == {tab.message}
+    seen = tab.refresh("me", "", SHOWN, request())[tab.seen]
+    assert set(tab.refresh("me", seen, SHOWN, request())) == {tab.message}
     store.add("me", REPORT, FILES)
-    assert tab.gallery in tab.refresh("me", seen, request())
+    assert tab.gallery in tab.refresh("me", seen, SHOWN, request())
+
+
+def test_older_results_are_shown_on_request(tab, store):
+    ids_of_three = [store.add("me", REPORT, FILES) for _ in range(3)]
+    few, all_of_them = (tab.refresh("me", "", limit, request()) for limit in (2, 3))
+    assert ids(few[tab.gallery]) == ids_of_three[:0:-1] and few[tab.older]["visible"]
+    assert ids(all_of_them[tab.gallery]) == ids_of_three[::-1] and not all_of_them[tab.older]["visible"]
 
 
 def test_deleting_takes_the_own_selection_and_all_only_what_is_ones_own(tab, store):
     first, second, other = (store.add(visitor, REPORT, FILES) for visitor in ("me", "me", "other"))
-    update = tab.delete_selected([first, other], "me", request())
+    update = tab.delete_selected([first, other], "me", SHOWN, request())
     assert ids(update[tab.gallery]) == [second] and "1 result deleted" in update[tab.message]
     assert "Delete all of your results (1)?" in tab.ask("me", request())[tab.question]
     tab.delete_everything("me", request())

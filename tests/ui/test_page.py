@@ -151,10 +151,12 @@ def test_sliders_of_what_a_method_decides_are_hidden(page):
 
 def test_stop_without_a_run_says_so_and_stops_no_sweep(page):
     sweep = page.context.workers.submit(lambda *_: None, "me")
-    assert "Nothing is running" in page.compare.stop_jobs("me") and not sweep.stop.is_set()
-    run = page.compare.run_pair([], TINY, "me", "plain", *values_of(page, {}))
-    assert page.compare.message in next(run) and [who for who, _ in page.compare.running] == ["me"]
-    page.compare.stop_jobs("me")
+    tab, other_tab = (gr.Request(session_hash=name) for name in ("tab", "other tab"))
+    assert "Nothing is running" in page.compare.stop_jobs(tab) and not sweep.stop.is_set()
+    run = page.compare.run_pair(tab, [], TINY, "me", "plain", *values_of(page, {}))
+    assert page.compare.message in next(run) and [who for _, who, _ in page.compare.running] == ["me"]
+    assert "Nothing is running" in page.compare.stop_jobs(other_tab)  # of the same visitor
+    page.compare.stop_jobs(tab)
     assert "Stopped" in list(run)[-1][page.compare.message] and not page.compare.running
     assert not sweep.stop.is_set() and page.context.workers.stop("me") == 1
 

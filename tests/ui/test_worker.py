@@ -171,6 +171,17 @@ def test_a_job_gets_the_model_that_it_names_and_the_other_one_is_freed_first(loa
     assert workers.is_ready("first") and not workers.is_ready("second")
 
 
+def test_a_small_model_stays_beside_a_large_one(load_model, monkeypatch):
+    asked = []
+    load_model(asked.append)
+    monkeypatch.setattr("ui.zero_gpu.is_small", lambda model: model == "small")
+    workers = Workers("large", models=["small", "other"])
+    workers.start()
+    for model in ("small", "large", "other", "small"):
+        assert kinds(workers, workers.submit(lambda *_: None, "me", model)) == ["done"]
+    assert asked == ["large", "small", "other"] and not workers.is_ready("large")
+
+
 def test_a_model_that_is_not_offered_is_refused_and_never_loaded(load_model):
     asked = []
     load_model(asked.append)

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -217,7 +218,13 @@ class BaseTask:
         self.module = Denoiser(*build_models(len(self.tokenizer), vae.config.z_dim), device)
         if compiled:
             self.module.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.dataset = LatentDataset(vae, clips, frames, size, optim.seed, folder / "pool.safetensors", device)
+        self.clips, self.folder, self.device = clips, folder, device
+
+    @cached_property
+    def dataset(self) -> LatentDataset:
+        """The clips, encoded when they are first needed; an export needs none."""
+        file = self.folder / "pool.safetensors"
+        return LatentDataset(self.vae, self.clips, self.frames, self.size, self.optim.seed, file, self.device)
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of the blocks' linear layers, for Muon."""
@@ -274,7 +281,7 @@ class BaseTask:
         )
         return WanPipeline(
             tokenizer=self.tokenizer, text_encoder=self.module.text, vae=self.vae, scheduler=scheduler,
-            transformer=transformer.to(self.dataset.latents.device),
+            transformer=transformer.to(self.device),
         )  # fmt: skip
 
     def sample_grid(self, path: Path) -> None:

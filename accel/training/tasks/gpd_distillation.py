@@ -125,14 +125,16 @@ class GpdTask(StudentTask):
     def _move(self, v: Tensor, stops: list[Tensor], step: int) -> None:
         """Move the trajectories to the end of their jump or beyond; some stop one piece early, off the jump's grid.
 
-        In the last stage all stay on the student's grid, unless its horizon is 1.
+        In the last stage all go to the student's grid and stay there, unless its horizon is 1.
         """
-        pool, n = self.trajectories, self.config.base_steps
+        pool, n, k = self.trajectories, self.config.base_steps, self.horizon
         end = stops[-1].clone()
-        for i, number in enumerate(() if self.is_last and self.horizon > 1 else pool.numbers):
+        if self.is_last and k > 1:
+            return pool.move(v, ((pool.index // k + 1) * k).clamp(max=n))
+        for i, number in enumerate(pool.numbers):
             rng = random.Random(f"{self.optim.seed} {self.stage} {step} {number}")
             early = rng.random() < self.config.off_grid
-            extra = rng.randint(0, max(0, self.config.max_stride - self.horizon))
+            extra = rng.randint(0, max(0, self.config.max_stride - k))
             end[i] = stops[-2][i] if early and stops[-2][i] > pool.index[i] else min(n, int(end[i]) + extra)
         pool.move(v, end)
 

@@ -2,10 +2,10 @@
 
 Trajectories are rolled out exactly as at inference: full forward passes at a few steps, spread as at inference, refresh
 the cached output of the student's blocks; at the other steps the predictor replaces the blocks, and the trajectory
-follows its prediction. The target at a predicted step leads to where full forward passes since the last full step
-would have led, so the predictor also learns to correct its own errors. First stage: squared error. Second stage: also a
-discriminator (hinge loss) on the frozen student's features one step later. The paper, as far as it says, compares
-predictions with the student on the student's own trajectory.
+follows its prediction. The target at a predicted step leads, by the next full step, to where full forward passes since
+the last one would have led, so the predictor also learns to correct its own errors. First stage: squared error. Second
+stage, where it has a weight: also a discriminator (hinge loss) on the frozen student's features one step later. The
+paper, as far as it says, compares predictions with the student on the student's own trajectory.
 
 A `GuidedProbe` in the student's place trains a predictor of the base model itself, under guidance: not in the paper.
 It takes Euler steps, whatever the pipeline's solver is.
@@ -32,7 +32,7 @@ from ...students.interval_embedding import pack_timestep
 from ..discriminator import Discriminator, accuracy, hinge
 from ..feature_probe import FeatureProbe, GuidedProbe
 from ..optimizer import OptimConfig
-from ..rollouts import RolloutContext, TrajectoryPool
+from ..rollouts import RolloutContext, TrajectoryPool, progress
 
 
 class PredictorConfig(BaseModel, frozen=True, extra="forbid"):
@@ -43,7 +43,7 @@ class PredictorConfig(BaseModel, frozen=True, extra="forbid"):
     full: tuple[int, int] = (7, 12)  # fewest and most full steps in a run of all steps; proportionally in shorter ones
     guidance: tuple[float, float] | None  # that the student is given; None for the base model
     feature: float = Field(0.1, ge=0)  # loss weight of the feature's squared error, relative to its variance
-    adversarial: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage
+    adversarial: float = Field(0.1, ge=0)  # weight of the discriminator in the second stage; 0: no such stage
     trajectories: int = Field(16, ge=1)  # over all processes
 
     @model_validator(mode="after")
@@ -78,6 +78,7 @@ class Runs(NamedTuple):
     stride: Tensor  # base steps in a step
     is_full: Tensor  # whether the present step is a full one
     full: Tensor  # base step of the last full step, the present one included
+    next_full: Tensor  # base step of the next one, or of the end
 
 
 class PredictorWithDiscriminator(nn.Module):
@@ -99,7 +100,6 @@ class PredictorTask:
     """
 
     diverged = False  # only the validation error ends a stage
-    stages = {"regression": 1, "adversarial": 1}
 
     def __init__(
         self, optim: OptimConfig, config: PredictorConfig, student: FeatureProbe | GuidedProbe, predictor: Predictor,
@@ -117,6 +117,11 @@ class PredictorTask:
         discriminator = Discriminator(width, len(student.layers))
         self.module = PredictorWithDiscriminator(predictor, discriminator).to(device)
         self.stage = 0
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The stages by name; the horizon of both is 1."""
+        return {"regression": 1, "adversarial": 1} if self.config.adversarial else {"regression": 1}
 
     @property
     def stage(self) -> int:
@@ -159,7 +164,7 @@ class PredictorTask:
         # The mean over processes, like that of the gradients: each predicted step has the same weight.
         weights = predicted / reduce(predicted.sum(), "mean")
         mean_square = lambda y: y.flatten(1).square().mean(1)
-        target = v + (self.reference - x) / expand_like(r - t, x)  # leads from x to the end of the full forward pass
+        target = v + (self.reference - x) / expand_like(self._until_full(), x)
         error = (weights * mean_square(u - target) / mean_square(v)).sum()
         feature_error = (weights * mean_square(predicted_feature - feature) / feature.flatten(1).var(1)).sum()
         logs |= {"velocity": error.item(), "feature": feature_error.item()}
@@ -198,10 +203,12 @@ class PredictorTask:
     def runs(self) -> Runs:
         """The run of each trajectory, and where it is in it."""
         runs = [self.config.draw_run(rng) for rng in self.trajectories.rngs("run")]
-        indices = self.trajectories.index.tolist()
-        full = [max(step for step in steps if step <= index) for index, (_, steps) in zip(indices, runs, strict=True)]
-        full = torch.tensor(full)
-        return Runs(torch.tensor([stride for stride, _ in runs]), full == self.trajectories.index, full)
+        places = [
+            (index, [*steps, self.config.steps]) for index, (_, steps) in zip(self.trajectories.index.tolist(), runs)
+        ]
+        full = torch.tensor([max(step for step in steps if step <= index) for index, steps in places])
+        next_full = torch.tensor([min(step for step in steps if step > index) for index, steps in places])
+        return Runs(torch.tensor([stride for stride, _ in runs]), full == self.trajectories.index, full, next_full)
 
     def _interval(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sigmas (s,) at start t and end r of each step; the student's timestep inputs for the step and at its end."""
@@ -218,9 +225,18 @@ class PredictorTask:
         sigmas, index = self.context.sigmas, self.trajectories.index
         return (sigmas[self.runs().full] - sigmas[index]).to(self.trajectories.x)
 
+    def _until_full(self) -> Tensor:
+        """How much sigma will change until the next full step (s,), a negative number.
+
+        Over this stretch a trajectory that is astray is to be led back. Within one step, which at high noise is a
+        hundredth of it, the correction would be many times the velocity.
+        """
+        sigmas, index = self.context.sigmas, self.trajectories.index
+        return (sigmas[self.runs().next_full] - sigmas[index]).to(self.trajectories.x)
+
     def _move(self, u: Tensor, v: Tensor, feature: Tensor) -> None:
         """Move trajectories by v and refresh their caches at full steps; move them by the prediction u elsewhere."""
-        pool, (stride, is_full, _) = self.trajectories, self.runs()
+        pool, (stride, is_full, *_) = self.trajectories, self.runs()
         self._refresh(is_full, feature)
         sigmas = (self.context.sigmas[index] for index in (pool.index, pool.index + stride))
         reference = euler(self.reference, v, *sigmas)
@@ -236,11 +252,13 @@ class PredictorTask:
         """Let the student move each trajectory to a random step, with the last full step's feature in its cache."""
         pool, stride = self.trajectories, self.runs().stride
         goal = torch.tensor([rng.randrange(self.config.steps) for rng in pool.rngs("goal")]) // stride * stride
-        while (moving := pool.index < goal).any():
-            v, feature = self._full_forward()
-            self._refresh(moving & self.runs().is_full, feature)
-            pool.move(v, pool.index + moving * stride)
-            self.reference = pool.x.clone()
+        with progress(int((goal // stride).max()), "trajectories") as bar:
+            while (moving := pool.index < goal).any():
+                v, feature = self._full_forward()
+                self._refresh(moving & self.runs().is_full, feature)
+                pool.move(v, pool.index + moving * stride)
+                self.reference = pool.x.clone()
+                bar.update()
 
     def next_stage(self) -> None:
         """Nothing: the second stage continues with the same predictor."""
