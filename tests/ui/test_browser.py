@@ -265,6 +265,7 @@ def test_stop_ends_the_run_within_a_step_and_keeps_the_last_pair(page):
 
 def test_a_card_that_is_chosen_during_a_run_shows_its_recorded_pair_beside_it(browser, server):
     with visit(browser, server) as page:
+        choose_preset(page, "plain")
         set_steps(page, 100, 100)
         page.click("#run")
         page.wait_for_selector(".live-text >> text=step", timeout=60_000)

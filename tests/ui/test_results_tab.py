@@ -44,23 +44,23 @@ def test_all_presets_are_shown_with_the_baseline_of_the_same_time():
 
 def test_a_column_is_sorted_by_its_numbers_best_first_and_then_the_other_way(tab):
     click = SimpleNamespace(_data={"id": "2"})  # speed-up
-    update = tab.sort("gpd", Order(), click)
-    speeds = [read("gpd")["rows"][name]["speedup"] for name in names(update[tab.table])]
+    update = tab.sort("gpd-guidance", Order(), click)
+    speeds = [read("gpd-guidance")["rows"][name]["speedup"] for name in names(update[tab.table])]
     assert speeds == pytest.approx(sorted(speeds, reverse=True), abs=0.01) and speeds[0] > 10
     assert 'aria-sort="descending"' in update[tab.table]
-    again = tab.sort("gpd", list(update[tab.order]), click)
+    again = tab.sort("gpd-guidance", list(update[tab.order]), click)
     assert names(again[tab.table])[0] == "baseline, 48 steps" and 'aria-sort="ascending"' in again[tab.table]
 
 
 def test_equal_videos_are_sorted_above_every_number():
     assert names(table(read("base"), Order(7)))[0] == "baseline"
-    assert names(table(read("gpd"), Order(7)))[0] == "baseline, 48 steps"  # PSNR: bit-equal
+    assert names(table(read("gpd-guidance"), Order(7)))[0] == "baseline, 48 steps"  # PSNR: bit-equal
 
 
 def test_the_plot_has_a_point_for_each_setting_that_was_measured():
-    found = read("fastercache")
+    found = read("disca")
     assert plot(found, "ssim").count('class="mark"') == len(found["rows"])
-    assert "fastercache\n1.66×, SSIM 0.9958 [0.9943, 0.9970]" in plot(found, "ssim")
+    assert "turbo\n17.04×, SSIM 0.8984 [0.8766, 0.9198]" in plot(found, "ssim")
     assert plot(read("wan-1.3b"), "ssim") == ""
 
 
@@ -76,7 +76,7 @@ def test_the_results_are_read_when_the_tab_is_opened(tab):
     assert names(tab.open(ALL, "ssim", SimpleNamespace(value=LABEL))[tab.table]) == list(OVERVIEW)
 
 
-@pytest.mark.parametrize("suite", ["../results/gpd", "/etc", "", EVIL, None])
+@pytest.mark.parametrize("suite", ["../results/disca", "/etc", "", EVIL, None])
 def test_a_name_that_is_not_offered_is_never_a_path(suite):
     assert list(read(suite)["rows"]) == list(OVERVIEW)
 
@@ -106,5 +106,5 @@ def test_every_suite_of_bench_that_was_measured_is_offered():
 
 
 def test_showing_results_loads_no_torch():
-    code = "import sys, ui.measured as m; m.table(m.read('gpd'), m.Order()); sys.exit('torch' in sys.modules)"
+    code = "import sys, ui.measured as m; m.table(m.read('disca'), m.Order()); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -26,11 +26,16 @@ class Compare:
 
     def __init__(self, tabs: gr.Tabs):
         self.shown, self.message, self.given = gr.State(None), gr.HTML(elem_id="message"), gr.HTML(elem_id="given")
-        self.outputs, self.shows = [tabs, self.message, self.given], []
+        self.preset = gr.State(None)
+        self.outputs, self.shows = [tabs, self.message, self.given, self.preset], []
         gr.HTML(timeline(REPORT["trace"]), js_on_load=READ_OUT, elem_id="timeline")
 
     def load_settings(self, preset, run, model) -> dict:
-        return {self.given: f"{list(preset.methods)} {run.get('seed')}"}
+        return {self.given: f"{list(preset.methods)} {run.get('seed')}", self.preset: None}
+
+    def views_of(self, model, name) -> dict:
+        """Nothing here depends on the model."""
+        return {}
 
     def follow(self, event) -> None:
         """Nothing here depends on the settings."""
@@ -45,6 +50,7 @@ def url():
         with gr.Tabs(selected="compare") as page.tabs:
             with gr.Tab("Compare", id="compare"):
                 page.compare = Compare(page.tabs)
+                page.compare.outputs.append(page.model)
             with gr.Tab(LABEL, id="results"):
                 results = ResultsTab(context)
             with gr.Tab("Code", id="code"):
