@@ -167,11 +167,12 @@ def test_every_control_has_a_name(browser, server):
 @pytest.mark.slow
 def test_the_page_is_used_by_keyboard_alone(browser, server):
     with visit(browser, server) as page:
-        page.locator("#preset input[value=balanced]").focus()
+        page.wait_for_function("document.querySelector('#estimate').innerText")  # events are bound by then
+        page.locator("#preset input[value=stepcache]").focus()
         page.keyboard.press("Tab")  # Gradio's radio buttons are a stop each
         page.keyboard.press("Space")
         page.wait_for_function("document.querySelector('#preset input[value=fastercache]').checked")
-        page.wait_for_function("!document.querySelector('#use-asymrnr input').checked")
+        page.wait_for_function("document.querySelector('#use-fastercache input').checked")
         set_steps(page, 2, 2)
         page.locator("#prompt textarea").focus()
         page.keyboard.press("Tab")
