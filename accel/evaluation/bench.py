@@ -72,8 +72,9 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
     refused = refused_settings(settings, pipe, defaults, model=model)
     settings = {name: setting for name, setting in settings.items() if name not in refused}
-    refused |= refused_peers(settings, cases[0], pipe, defaults, model=model)
-    settings = {name: s for name, s in settings.items() if not refused.keys() & s.settings()["methods"].keys()}
+    peers = refused_peers(settings, cases[0], pipe, defaults, model=model)
+    settings = {name: s for name, s in settings.items() if not peers.keys() & s.settings()["methods"].keys()}
+    refused |= peers
     keys = settings_keys(settings, model, pipe, defaults)
 
     def measured(settings: dict[str, Setting], cases: Sequence[Case], metrics: list[Metric], file: str, title: str):

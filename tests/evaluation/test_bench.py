@@ -193,6 +193,17 @@ def test_a_setting_that_the_model_refuses_is_left_out_and_the_reason_is_kept(gen
     assert summary["refused"] == {"euler": "no Euler here"} and list(summary["rows"]) == ["baseline"]
 
 
+def test_a_refused_setting_that_is_called_like_a_method_takes_no_other_with_it(generated, tmp_path, monkeypatch):
+    def refuse_euler(run, pipe):
+        if run.solver == "euler":
+            raise AccelError("no Euler here")
+
+    monkeypatch.setattr(measure, "preflight", refuse_euler)
+    settings = {"baseline": Setting(), "stepcache": Setting(solver="euler"), "fewer": Setting("stepcache", steps=2)}
+    monkeypatch.setitem(SUITES, "small", Suite(settings))
+    assert list(bench.run_suite("small", 1, 1, "m", tmp_path)["rows"]) == ["baseline", "fewer"]
+
+
 def test_a_peer_that_the_model_refuses_is_left_out_and_the_reason_is_kept(generated, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "peer", type("Peer", (StepCache,), {"peer": True}))
     peers = {name: Setting(overrides={"peer": {}}, steps=n) for name, n in (("peer", 4), ("peer, fewer", 2))}
