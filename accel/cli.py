@@ -352,13 +352,11 @@ def tune(
 
 def read_prompts(file: Path, model: str) -> list[str]:
     """The prompts of a text file, one a line. Raises AccelError if there are none, or if one is not allowed."""
+    from .files import read_utf8
     from .runtime.models import ModelDefaults
     from .runtime.run import build_run
 
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError:
-        raise AccelError(f"{file} is not a text in UTF-8") from None
+    lines = [line.strip() for line in read_utf8(file).split("\n") if line.strip()]
     if not lines:
         raise AccelError(f"{file} has no prompt: write one a line")
     for line in lines:

@@ -32,6 +32,14 @@ def atomic_write(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def read_utf8(file: Path) -> str:
+    """The text of a file. Raises AccelError if it is not one in UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise AccelError(f"{file} is not a text in UTF-8") from None
+
+
 def unique_part(file: Path) -> Path:
     """A path beside a file, with its ending, that no other writer has."""
     return file.with_name(f".{file.stem[:100]}-{uuid.uuid4().hex}.part{file.suffix}")

@@ -93,10 +93,6 @@ class Workers:
             with self._changed:
                 self._stop(job)
 
-    def is_ready(self, model: str) -> bool:
-        """Whether a device has a model loaded."""
-        return self.pipeline(model) is not None
-
     def is_loading(self, model: str) -> bool:
         """Whether a device is loading a model, or is going to without a job."""
         return model in self._being_loaded
@@ -203,9 +199,8 @@ class Workers:
         if loaded := self.loaded.get((device, model)):
             return loaded
         with self._changed:
-            for other in [] if zero_gpu.is_small(model) else [*self.loaded]:
-                if other[0] == device and not zero_gpu.is_small(other[1]):
-                    del self.loaded[other]
+            for other in zero_gpu.replaced_by(model, [name for place, name in self.loaded if place == device]):
+                del self.loaded[device, other]
             self._being_loaded.add(model)
         try:
             pipe, defaults = self._load_anew(model, device)

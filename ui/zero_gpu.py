@@ -58,9 +58,8 @@ def load_pipeline(model: str, device: str | None):
         return models.load_pipeline(model, device)
     import torch
 
-    for other in [] if is_small(model) else [*_loaded]:
-        if not is_small(other):
-            del _loaded[other]
+    for other in replaced_by(model, [*_loaded]):
+        del _loaded[other]
     dtype = torch.float32 if is_small(model) else torch.bfloat16
     _loaded[model] = models.load_pipeline(model, "cpu", dtype)
     return _loaded[model]
@@ -72,6 +71,11 @@ def is_small(model: str) -> bool:
 
     own = read_defaults(model)
     return own is not None and own.toy_world
+
+
+def replaced_by(model: str, loaded: Sequence[str]) -> list[str]:
+    """Those of the loaded models that are freed before another one is loaded: large ones, for a large one."""
+    return [] if is_small(model) else [other for other in loaded if not is_small(other)]
 
 
 def compute(task: Task, job: Job, pipe, defaults, step_seconds: StepSeconds) -> Any:

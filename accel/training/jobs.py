@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import AccelError, amount
 from ..evaluation.result_log import config_hash
 from ..families import family_of
-from ..files import atomic_write
+from ..files import atomic_write, read_utf8
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..students.interval_embedding import unwrapped
 from ..students.weights import load_int8_delta
@@ -77,11 +77,7 @@ class DistillJob:
             return []
         if self.prompts is None or not self.prompts.is_file():
             raise AccelError("this model needs prompts to train on: give --prompts FILE, a text file with one per line")
-        try:
-            text = self.prompts.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise AccelError(f"{self.prompts} is not a text in UTF-8") from None
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_utf8(self.prompts).splitlines() if line.strip()]
         if len(prompts) <= VALIDATION_PROMPTS:
             raise AccelError(
                 f"{self.prompts} has {amount(len(prompts), 'prompt')}: at least {VALIDATION_PROMPTS + 1} are needed, "

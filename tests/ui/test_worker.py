@@ -168,7 +168,7 @@ def test_a_job_gets_the_model_that_it_names_and_the_other_one_is_freed_first(loa
     for model in ("second", "second", "first"):
         assert kinds(workers, workers.submit(lambda *_: None, "me", model)) == ["done"]
     assert held == [("first", {}), ("second", {}), ("first", {})]
-    assert workers.is_ready("first") and not workers.is_ready("second")
+    assert workers.pipeline("first") and workers.pipeline("second") is None
 
 
 def test_a_small_model_stays_beside_a_large_one(load_model, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_small_model_stays_beside_a_large_one(load_model, monkeypatch):
     workers.start()
     for model in ("small", "large", "other", "small"):
         assert kinds(workers, workers.submit(lambda *_: None, "me", model)) == ["done"]
-    assert asked == ["large", "small", "other"] and not workers.is_ready("large")
+    assert asked == ["large", "small", "other"] and workers.pipeline("large") is None
 
 
 def test_a_model_that_is_not_offered_is_refused_and_never_loaded(load_model):

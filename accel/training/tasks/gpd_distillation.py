@@ -128,9 +128,9 @@ class GpdTask(StudentTask):
         In the last stage all go to the student's grid and stay there, unless its horizon is 1.
         """
         pool, n, k = self.trajectories, self.config.base_steps, self.horizon
-        end = stops[-1].clone()
         if self.is_last and k > 1:
             return pool.move(v, ((pool.index // k + 1) * k).clamp(max=n))
+        end = stops[-1].clone()
         for i, number in enumerate(pool.numbers):
             rng = random.Random(f"{self.optim.seed} {self.stage} {step} {number}")
             early = rng.random() < self.config.off_grid
