@@ -66,10 +66,11 @@ class FullNetworks:
 
 
 def velocity(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, full_precision: bool = False) -> Tensor:
-    """Velocity (b, c, f, h, w) of one transformer call, in bfloat16 autocast where that is fast; x stays float32.
+    """Velocity (b, c, f, h, w) of one transformer call, in bfloat16 autocast where that is fast.
 
-    `full_precision` runs in the dtype of the model's weights, for differences between calls that bfloat16 would drown.
-    It takes the forward of the class, because accelerate wraps that of the instance in an autocast.
+    x and the result stay float32. `full_precision` runs in the dtype of the model's weights, for differences between
+    calls that bfloat16 would drown. It takes the forward of the class, because accelerate wraps that of the instance in
+    an autocast.
     """
     call = partial(type(model).forward, model) if full_precision else model
     fast = not full_precision and has_fast_bfloat16(str(x.device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,9 +86,9 @@ def rollout_context(
     return RolloutContext(encode, draw_prompt, sigmas, timesteps, shape, decode)
 
 
-def progress(total: int, title: str) -> tqdm:
-    """A progress bar of one of the rollouts before the first iteration, which take minutes on a CPU."""
-    return tqdm(total=total, desc=title, disable=not PartialState().is_main_process, leave=False)
+def progress(steps: int, title: str) -> Iterable[int]:
+    """The steps of one of the rollouts before the first iteration, which take minutes on a CPU, with a bar."""
+    return tqdm(range(steps), desc=title, disable=not PartialState().is_main_process, leave=False)
 
 
 def rollout(model: nn.Module, context: RolloutContext, x: Tensor, text: Tensor, k: int) -> Tensor:
@@ -169,12 +169,12 @@ class TrajectoryPool:
         n = len(self.context.timesteps)
         goal = torch.tensor([random.Random(f"{self.seed} {i}").randrange(n) for i in self.numbers])
         goal = torch.maximum(goal, self.index)  # a trajectory that starts at a video may be further already
-        with progress(math.ceil(int((goal - self.index).max()) / max_stride), "trajectories") as bar:
-            while (self.index < goal).any():  # always the full batch, which is the shape that compiled blocks know
-                start, end = self.index, torch.minimum(goal, self.index + max_stride)
-                self.x = euler(self.x, velocity(start), self.context.sigmas[start], self.context.sigmas[end])
-                self.index = end
-                bar.update()
+        furthest = int((goal - self.index).max())
+        for _ in progress(math.ceil(furthest / max_stride), "trajectories"):
+            # always the full batch, which is the shape that compiled blocks know
+            start, end = self.index, torch.minimum(goal, self.index + max_stride)
+            self.x = euler(self.x, velocity(start), self.context.sigmas[start], self.context.sigmas[end])
+            self.index = end
 
     def _restart(self, finished: Tensor) -> None:
         prompts: dict[int, str] = {}

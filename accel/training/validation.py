@@ -39,12 +39,10 @@ class TrajectoryValidator:
         self.task, self.text = task, context.encode(prompts)
         x = _noise(len(prompts), context.shape, seed).to(self.text.device)
         states = [x]
-        with progress(len(context.timesteps), VALIDATION) as bar:
-            for i, t in enumerate(context.timesteps):
-                v = task.nets.teacher(x, t.expand(len(x)).to(x.device), self.text, task.empty, guidance)
-                x = context.step(x, v, i, i + 1)
-                states.append(x)
-                bar.update()
+        for i in progress(len(context.timesteps), VALIDATION):
+            t = context.timesteps[i].expand(len(x)).to(x.device)
+            x = context.step(x, task.nets.teacher(x, t, self.text, task.empty, guidance), i, i + 1)
+            states.append(x)
         self.states = torch.stack(states, 1)
 
     def describe(self, k: int) -> str:
@@ -80,11 +78,9 @@ class CachedRolloutValidator:
         self.text = task.context.encode(prompts)
         x = _noise(len(prompts), task.context.shape, seed).to(self.text.device)
         self.states = [x]
-        with progress(self.steps, VALIDATION) as bar:
-            for i in range(self.steps):
-                x = task.context.step(x, self._full_forward(x, i)[0], i, i + 1)
-                self.states.append(x)
-                bar.update()
+        for i in progress(self.steps, VALIDATION):
+            x = task.context.step(x, self._full_forward(x, i)[0], i, i + 1)
+            self.states.append(x)
 
     def describe(self, _: int) -> str:
         """What `error` measures, in words."""

@@ -252,13 +252,12 @@ class PredictorTask:
         """Let the student move each trajectory to a random step, with the last full step's feature in its cache."""
         pool, stride = self.trajectories, self.runs().stride
         goal = torch.tensor([rng.randrange(self.config.steps) for rng in pool.rngs("goal")]) // stride * stride
-        with progress(int((goal // stride).max()), "trajectories") as bar:
-            while (moving := pool.index < goal).any():
-                v, feature = self._full_forward()
-                self._refresh(moving & self.runs().is_full, feature)
-                pool.move(v, pool.index + moving * stride)
-                self.reference = pool.x.clone()
-                bar.update()
+        for _ in progress(int(((goal - pool.index) // stride).max()), "trajectories"):
+            moving = pool.index < goal
+            v, feature = self._full_forward()
+            self._refresh(moving & self.runs().is_full, feature)
+            pool.move(v, pool.index + moving * stride)
+            self.reference = pool.x.clone()
 
     def next_stage(self) -> None:
         """Nothing: the second stage continues with the same predictor."""
