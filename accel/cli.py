@@ -16,6 +16,7 @@ from tqdm import tqdm
 from typer.exceptions import TyperException
 
 from .errors import AccelError, explain_os_error
+from .files import all_or_nothing, only_writer, read_utf8, write_json
 from .runtime.models import TINY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -185,7 +186,6 @@ def run(
     pipe, defaults, (b,) = load_for(model, make_runs)
     import numpy as np
 
-    from .files import all_or_nothing
     from .runtime.generate import environment, generate, preflight, warm_up
     from .runtime.video import write_mp4
 
@@ -197,7 +197,7 @@ def run(
         video.seconds["encode"] = write_mp4(part / "video.mp4", video.frames, defaults.fps, b.model_dump())
         np.save(part / "frames.npy", video.frames)
         document = {**b.model_dump(), **environment(pipe), "seconds": video.seconds, "trace": video.trace.to_json()}
-        (part / "run.json").write_text(json.dumps(document, indent=1))
+        write_json(part / "run.json", document)
     print_messages(video.trace.messages, printed)
     work = video.trace.summary()["flops_ratio"]
     print(f"{video.seconds['denoise']:.2f} s of denoising, {work:.0%} of the work of these steps -> {out}")
@@ -235,7 +235,6 @@ def compare(
     import numpy as np
 
     from .evaluation.compare import compare as compare_runs
-    from .files import all_or_nothing
     from .runtime.generate import preflight
     from .runtime.video import write_mp4
 
@@ -253,7 +252,7 @@ def compare(
             pair = compare_runs(a, b, pipe, defaults, repeats, count, write)
         for pane, video in (("a", pair.a), ("b", pair.b)):
             (part / f"{pane}.jpg").write_bytes(video.race.sheet)
-        (part / "run.json").write_text(json.dumps(pair.report, indent=1))
+        write_json(part / "run.json", pair.report)
     print(summary_text(pair.report, repeats))
     print_messages(pair.b.trace.messages, printed)
     print_json(pair.report)
@@ -334,7 +333,6 @@ def tune(
     from .evaluation.front import CLASSES
     from .evaluation.suites import TUNING_SEED
     from .evaluation.tune import at_least, fastest, front_table, tune, write_preset
-    from .files import only_writer
     from .world.scene import held_out_prompts
 
     texts = texts or held_out_prompts(prompts, TUNING_SEED)
@@ -352,7 +350,6 @@ def tune(
 
 def read_prompts(file: Path, model: str) -> list[str]:
     """The prompts of a text file, one a line. Raises AccelError if there are none, or if one is not allowed."""
-    from .files import read_utf8
     from .runtime.models import ModelDefaults
     from .runtime.run import build_run
 
@@ -394,7 +391,6 @@ def sweep(
     ]
     pipe, defaults, runs = load_for(model, make_runs)
     from .evaluation.sweep_run import run_sweep, sweep_table
-    from .files import only_writer
 
     with only_writer(out):
         results = run_sweep(list(zip(cells, runs[::2], runs[1::2])), pipe, defaults, out)
@@ -410,7 +406,6 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")] = Path("runs/profile"),
 ) -> None:  # fmt: skip
     """Measure what removing tokens costs in each block: asymrnr.json for AsymRnR, a table and a plot. Resumable."""
-    from .files import only_writer
     from .runtime.models import check_model
 
     check_model(model)
@@ -475,7 +470,6 @@ def gpu(
 ) -> None:  # fmt: skip
     """Time the methods on random weights in real models' sizes, with plain and compiled blocks, on a GPU."""
     from .evaluation.gpu import run_gpu
-    from .files import only_writer
 
     with only_writer(out):
         print_json(run_gpu(layout, steps, repeats, small, out))
@@ -548,7 +542,7 @@ def sample(
         captions[f"{i:03d}.mp4"] = text
         write_mp4(out / f"{i:03d}.mp4", video, 12, {"caption": text})
         rows.append(np.concatenate(list(video[:: max(1, frames // 8)]), 1))
-    (out / "captions.json").write_text(json.dumps(captions, indent=1))
+    write_json(out / "captions.json", captions)
     iio.imwrite(out / "sheet.png", np.concatenate(rows))
     print_json({"n": n, "size": size, "frames": frames, "out": str(out)})
 

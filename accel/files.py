@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,12 @@ def atomic_write(file: Path) -> Iterator[Path]:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(file: Path, document: dict) -> None:
+    """Write a document that people may read too, completely or not at all."""
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def read_utf8(file: Path) -> str:

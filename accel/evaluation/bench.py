@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from ..errors import AccelError
-from ..files import atomic_write, only_writer
+from ..files import only_writer, write_json
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
 from ..runtime.presets import build_methods
@@ -48,8 +48,7 @@ def run_suite(
         if not state.is_main_process:
             return {}
         summary = {"suite": suite, "model": model, **summary}
-        with atomic_write(out / "results.json") as part:
-            part.write_text(json.dumps(summary, indent=1))
+        write_json(out / "results.json", summary)
         parts = {"classes": front_table, "rows": partial(table, kind="report"), "pairs": pairs_table}
         (out / "report.md").write_text("\n".join(make(summary) for key, make in parts.items() if summary.get(key)))
         plot_summary(summary, out / "pareto.png")

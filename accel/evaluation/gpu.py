@@ -7,7 +7,6 @@ not measured. AsymRnR without a profile chooses blocks by similarity, which may 
 from __future__ import annotations
 
 import inspect
-import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from ..core.calls import synchronized_time
 from ..errors import AccelError, quote
 from ..families import family_of
-from ..files import atomic_write
+from ..files import write_json
 from ..methods import METHODS
 from ..runtime.apply import apply
 from ..runtime.generate import environment
@@ -89,8 +88,7 @@ def run_gpu(name: str | None, steps: int, repeats: int, small: bool, out: Path) 
                 compile_blocks(pipe, "eager" if small else "inductor")
             rows = measure(pipe, {**inputs, "num_inference_steps": steps}, repeats, roof, title)
             (out / title).mkdir(parents=True, exist_ok=True)
-            with atomic_write(out / title / "results.json") as part:
-                part.write_text(json.dumps({"layout": title, **about, "rows": rows}, indent=1))
+            write_json(out / title / "results.json", {"layout": title, **about, "rows": rows})
             speedups[title] = {setting: row["speedup"] for setting, row in rows.items()}
         del pipe  # before the next one is built
     return {"out": str(out), "device": device, "n": repeats, "speedups": speedups}

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import AccelError
-from ..files import atomic_write
+from ..files import write_json
 from ..runtime.generate import Video, environment, generate, warm_up
 from ..runtime.models import ModelDefaults, method_weights, weights
 from ..runtime.presets import build_methods
@@ -53,8 +53,7 @@ def run_sweep(cells: Sequence[CellRun], pipe, defaults: ModelDefaults, out: Path
                 )
             rows[folder_name(cell)] = {**row_of(cell, report), "folder": folder_name(cell)}
             document = {"key": key, "reference": a.model_dump(), **environment(pipe), "rows": list(rows.values())}
-            with atomic_write(out / "results.json") as part:
-                part.write_text(json.dumps(document, indent=1))
+            write_json(out / "results.json", document)
     document["front"] = front_of(document["rows"])
     series: dict[str, list[Point]] = {"settings": [], "plain steps": []}
     for row in document["rows"]:
@@ -102,7 +101,7 @@ def _measure(folder: Path, a: Run, b: Run, pipe, defaults, reference: Video, on_
     count = lambda pane, *_: on_step() if pane == "b" else None
     report = compare(a, b, pipe, defaults, on_step=count, on_video=write, baseline=reference).report
     report["method_files"] = _files(b)
-    (part / "run.json").write_text(json.dumps(report, indent=1))
+    write_json(part / "run.json", report)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     return report

@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from tqdm import tqdm
 
 from ..errors import AccelError
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from ..methods import METHODS
 from ..runtime.generate import Video, environment, generate
 from ..runtime.models import ModelDefaults, method_weights, resolve, weights
@@ -80,8 +80,7 @@ def tune(
         print(f"{len(refused)} of {trials} tries were refused; the first one: {refused[0]}", file=sys.stderr)
     rows = front([row for row in found[:trials] if "refused" not in row])
     document = {"model": model, "prompts": list(prompts), "tries": trials, "seed": seed, **environment(pipe)}
-    with atomic_write(out / "front.json") as part:
-        part.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
+    write_json(out / "front.json", {**document, "rows": rows})
     return rows
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import AccelError, amount
 from ..evaluation.result_log import config_hash
 from ..families import family_of
-from ..files import atomic_write, read_utf8
+from ..files import read_utf8, write_json
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..students.interval_embedding import unwrapped
 from ..students.weights import load_int8_delta
@@ -270,8 +270,7 @@ def prepare_dir(out: Path, resume: bool, optims: Sequence[OptimConfig], record: 
         for stage in [] if resume else {file.parent for file in (*out.glob("*/state.pt"), *out.glob("*/done.json"))}:
             shutil.rmtree(stage)
         out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as part:
-            part.write_text(json.dumps(record) + "\n")
+        write_json(file, record)
     PartialState().wait_for_everyone()
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from ..errors import AccelError
-from ..files import atomic_write
+from ..files import write_json
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
 from .loop import any_process, fit, trainable
@@ -74,8 +74,8 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
         if parent:
             record[part]["parent_run"] = parent
         if state.is_main_process and finished:
-            _write_record(file, record)
-            _write_record(done_file, record[part])
+            write_json(file, record)
+            write_json(done_file, record[part])
             _clear_finished(part, out)
         if stopped or not finished:  # the next part needs this one
             break
@@ -126,7 +126,7 @@ def parent_run(record: dict | None, folder: Path) -> dict | None:
     file = folder / PARENT
     if not (folder / "state.pt").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record))
+        write_json(file, record)
     return json.loads(file.read_text()) if file.is_file() else None
 
 
@@ -135,7 +135,7 @@ def check_run(folder: Path, setting: str, optim: OptimConfig) -> None:
     file, about = folder / RUN, json.loads(json.dumps({"setting": setting, "optim": optim.model_dump()}))
     if not (folder / "state.pt").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_record(file, about)
+        write_json(file, about)
     elif file.is_file() and (begun := json.loads(file.read_text())) != about:
         other = f"--setting {begun['setting']}" if begun["setting"] != setting else "other settings of its optimizer"
         raise AccelError(f"{folder} was begun with {other}: go on with these, or start without --resume")
@@ -237,14 +237,8 @@ def export_base(what: str, setting: str | None, out: Path) -> dict:
     record = json.loads(file.read_text()) if file.is_file() else {}
     parent = parent_run(record.get("base"), folder)
     about = {"setting": setting, "device": _device_name()} | ({"parent_run": parent} if parent else {})
-    _write_record(file, {**record, "base": {**about, **done, "optim": task.optim.model_dump()}})
+    write_json(file, {**record, "base": {**about, **done, "optim": task.optim.model_dump()}})
     return done
-
-
-def _write_record(file: Path, record: dict) -> None:
-    """Write how each part of a model was made."""
-    with atomic_write(file) as part:
-        part.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _write_defaults(model: ModelSetting) -> None:
@@ -254,7 +248,7 @@ def _write_defaults(model: ModelSetting) -> None:
     defaults = {"height": model.size, "width": model.size, "frames": model.frames, "fps": model.fps}
     defaults |= {"steps": 50, "guidance": model.guidance, "text_length": MAX_TOKENS, "toy_world": True}
     defaults |= {"metrics": ["adherence", "texture"]}
-    (ROOT / TINY / "accel.json").write_text(json.dumps(defaults, indent=1) + "\n")
+    write_json(ROOT / TINY / "accel.json", defaults)
 
 
 def train_student(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:

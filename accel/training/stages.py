@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..files import atomic_write
+from ..files import write_json
 from .loop import any_process, fit, trainable
 from .networks import Networks
 from .optimizer import OptimConfig
@@ -46,8 +46,7 @@ def distil(
             stages[name] = results
             if PartialState().is_main_process:
                 save_stage(results)
-                with atomic_write(done) as part:
-                    part.write_text(json.dumps(results) + "\n")
+                write_json(done, results)
         task.nets.next_stage()
         if stopped:
             break
@@ -109,5 +108,4 @@ def store(nets: Networks, folder: Path, name: str, facts: dict) -> None:
     for old in folder.glob("*.safetensors"):  # LoRA and full weights have different names
         old.unlink()
     nets.save(folder)
-    with atomic_write(folder / name) as part:
-        part.write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(folder / name, facts)
