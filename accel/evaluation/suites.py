@@ -183,7 +183,13 @@ def _training_free() -> dict[str, Setting]:
     found = _in_steps((50, 25), caches) | {"combined": Setting("combined")}
     for value in (0.1, 0.15, 0.2, 0.22, 0.3, 0.45, 0.6):
         found[f"stepcache {value}, 50 steps"] = _stepcache(value, steps=50)
-    for (steps, shift), thresholds in {(30, 4.0): (0.15, 0.2, 0.3), (25, 4.0): (0.2, 0.3, 0.45)}.items():
+    fewer = {
+        (30, 4.0): (0.15, 0.2, 0.3),
+        (25, 4.0): (0.2, 0.3, 0.45),
+        (20, 5.0): (0.3, 0.45, 0.6),
+        (16, 5.0): (0.45, 0.6),
+    }
+    for (steps, shift), thresholds in fewer.items():
         for value in thresholds:  # as SeaCache among the peers
             found[f"stepcache {value}, {steps} steps, shift {shift:g}"] = _stepcache(value, steps=steps, shift=shift)
     return found | _fitted_steps(*get_args(METHODS["fittedsolver"].model_fields["steps"].annotation)[1:])
@@ -221,7 +227,8 @@ def _peers() -> dict[str, Setting]:
     """
     found = {}
     few, some, many = (0.1, 0.2, 0.3, 0.5), (0.2, 0.3, 0.5, 0.7), (0.3, 0.5, 0.7, 1.0)
-    runs = {(50, 3.0): few, (30, 4.0): few, (25, 4.0): few, (20, 5.0): some, (16, 5.0): some, (12, 5.0): many}
+    fewer = (0.1, 0.15, *few[1:])
+    runs = {(50, 3.0): few, (30, 4.0): fewer, (25, 4.0): fewer, (20, 5.0): some, (16, 5.0): some, (12, 5.0): many}
     for (steps, shift), thresholds in (runs | {(10, 5.0): many}).items():
         for threshold in thresholds:
             name = f"seacache {threshold}, {steps} steps, shift {shift:g}"
