@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from accel.evaluation.metrics import METRICS
-from accel.evaluation.report import Column, columns, conditions
+from accel.evaluation.report import Column, columns, conditions, machine
 from accel.evaluation.suites import FRONT, RESULTS, SUITES, baseline_at_matched_time, preset_rows
 from ui.pareto import Point, pareto_plot
 from ui.templating import render
@@ -57,10 +57,9 @@ def read(suite: str) -> dict:
 
 def about(suite: str, found: dict) -> list[str]:
     """Where and how often a suite was measured, and what that is worth."""
-    machine = f"{found['device']}, {found['threads']} threads, {found['dtype']}"
     if "layout" in found:
         size = "{width}×{height}, {frames} frames, {steps} steps, guidance {guidance:g}".format(**found)
-        return [f"{machine}, {found['layout']}, {size}; n = {found['n']}.", RANDOM]
+        return [f"{machine(found)}, {found['layout']}, {size}; n = {found['n']}.", RANDOM]
     return [f"{conditions(found)}.", TOY]
 
 

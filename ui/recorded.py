@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from accel.errors import amount
 from accel.runtime.paths import ROOT
 from ui.player import pair_value
 
@@ -63,6 +64,6 @@ def _read(folder: Path) -> Recorded:
         f"baseline, {report['steps_a']} steps (recorded)",
         f"{', '.join(report['methods'])}, {report['steps']} steps (recorded)",
     )
-    measured = f"measured {report['measured']} on {report['device']}, {report['threads']} threads"
+    measured = f"measured {report['measured']} on {report['device']}, {amount(report['threads'], 'thread')}"
     banner = f"Recorded pair: “{report['prompt']}”, {measured}. Press Run for a live one."
     return Recorded(folder.name, folder, pair_value(report, f"recorded/{folder.name}", labels), report, banner)

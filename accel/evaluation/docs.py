@@ -22,7 +22,7 @@ from .front import front_overview, front_table
 from .layouts import LAYOUTS
 from .memory import SETTINGS, forecast
 from .metrics import METRICS
-from .report import SPEED, cell, columns, markdown, pairs_table, table
+from .report import SPEED, cell, columns, machine, markdown, pairs_table, table
 from .suites import FRONT, OVERVIEW, RESULTS, SUITES, baseline_at_matched_time, preset_rows, results
 
 OURS = [name for name, method in METHODS.items() if not method.peer]
@@ -75,7 +75,7 @@ def support() -> str:
     """The cells as a table, in which the shipped model is the first row."""
     rows, cells = [["tiny-wan (shipped)", *["yes"] * len(OURS)]], support_cells()
     for family in FAMILIES:
-        pipelines = ", ".join(f"`{prefix}*Pipeline`" for prefix in family.pipelines)
+        pipelines = ", ".join(f"`{p}`" if p.endswith("Pipeline") else f"`{p}*Pipeline`" for p in family.pipelines)
         rows.append([pipelines, *(cells[family, name] for name in OURS)])
     return markdown(["model", *(f"`{name}`" for name in OURS)], rows)
 
@@ -208,10 +208,11 @@ def attributes() -> str:
         return NOT_YET
     row = found["rows"]["baseline"]
     shares = {**row["attributes"], "mean": row["adherence"]}
-    machine = f"{found['n']} held-out prompts, {found['device']}, {found['threads']} threads, {found['dtype']}"
     time = f"{row['seconds']:.1f} s of denoising, {row['decode']:.2f} s of decoding (medians)"
     rows = [[name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}"] for name, (mean, low, high) in shares.items()]
-    return f"{machine}; {time}\n\n" + markdown(["attribute", "read back", "95 % interval"], rows)
+    return f"{found['n']} held-out prompts, {machine(found)}; {time}\n\n" + markdown(
+        ["attribute", "read back", "95 % interval"], rows
+    )
 
 
 def gpu() -> str:

@@ -14,6 +14,7 @@ from ..runtime.presets import build_methods
 from ..runtime.repeat import SOLVER, command, preset_yaml, python_code, reference_of
 from .markup import render
 from .metrics import metric_texts
+from .report import machine
 from .stage_bars import stage_bars
 from .step_map import step_map
 from .verdict import subject, verdict
@@ -78,10 +79,9 @@ def figures(report: dict) -> list[tuple[str, str]]:
 def conditions(report: dict) -> str:
     """Where and how often a pair was measured, and what its model is."""
     n = len(report["b"]["denoise"])
-    machine = f"{report['device']}, {report['threads']} threads, {report['dtype']}, n = {n}"
     when = f", measured {report['measured']}" if report.get("measured") else ""
     toy = report["model"] == TINY
-    return f"{machine}{when}; " + (
+    return f"{machine(report)}, n = {n}{when}; " + (
         "a toy model: it shows how a method works, not what it gives on a large model" if toy else report["model"]
     )
 

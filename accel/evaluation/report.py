@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import amount
 from ..runtime.models import TINY
 from .metrics import METRICS, Metric, mean_of
 from .stats import format_interval, interval
@@ -173,11 +174,15 @@ def conditions(summary: dict) -> str:
     """Model if it is not the shipped one, number of runs, machine, and what the figures are."""
     n, prompts = summary["n"], summary.get("prompts", summary["n"])
     seeds = "" if prompts == n else f": {prompts} prompts x {n // prompts} seeds"
-    machine = f"{summary['device']}, {summary['threads']} threads, {summary['dtype']}"
     figures = "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range"
     model = summary.get("model", TINY)
     of = "" if model == TINY else f"{Path(model).name}, "
-    return f"{of}n = {n} held-out prompts and seeds{seeds}, {machine}; {figures}"
+    return f"{of}n = {n} held-out prompts and seeds{seeds}, {machine(summary)}; {figures}"
+
+
+def machine(found: dict) -> str:
+    """On what something was measured: "cpu, 1 thread, float32"."""
+    return f"{found['device']}, {amount(found['threads'], 'thread')}, {found['dtype']}"
 
 
 def pairs_table(summary: dict) -> str:

@@ -21,8 +21,10 @@ class Wan(Family):
     attention = "attn1"
     compiles_attention = True
     trains_students = True
-    remarks = dict.fromkeys(("disca", "stepcache"), "yes; not VACE and Animate") | {
-        "fittedsolver": "after a fit, from text; not with two transformers"
+    remarks = {
+        **dict.fromkeys(("disca", "stepcache"), "yes; not VACE and Animate"),
+        **dict.fromkeys(("gpd", "meanflow"), "after training; Wan 2.1 from text"),
+        "fittedsolver": "after a fit, from text; not with two transformers",
     }
 
     def denoisers(self, pipe) -> list[nn.Module]:

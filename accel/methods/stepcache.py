@@ -67,7 +67,11 @@ class StepCache(Method):
         "change", description="Full passes where the input has changed enough, or spread, densest at the beginning."
     )
     threshold: float = Field(
-        0.2, ge=0, le=2, multiple_of=0.01, description="Change from one full pass to the next; more loses shape."
+        0.2,
+        ge=0,
+        le=2,
+        multiple_of=0.01,
+        description="Change of the clean estimate, added up, that makes a pass full; more loses shape.",
     )
     full_share: float = Field(
         0.4, ge=0.06, le=1, multiple_of=0.01, description="Share of full passes if they are spread; fewer lose shape."

@@ -29,7 +29,7 @@ OPTIM_CONFIGS = {
         "vae": {"steps": 800, "lr": 6e-4, "matrix_lr": 3e-3, "warmup": 40, "decay_from": 0.4, "seed": 2},
         "base": {"steps": 6400, "lr": 1e-3, "matrix_lr": 4e-3, "warmup": 40, "decay_from": 0.45, "betas": (0.9, 0.98),
                  "seed": 9},
-        "gpd": {"steps": 8, "lr": 3e-4, "matrix_lr": 1e-3, "seed": 1} | _STUDENT,
+        "gpd": {"steps": 12, "lr": 3e-4, "matrix_lr": 1e-3, "seed": 1} | _STUDENT,
         "meanflow": {"steps": 60, "lr": 3e-4, "matrix_lr": 1e-3} | _STUDENT | {"ema": 0.98},
         "predictor": {"steps": 150, "lr": 1e-3, "matrix_lr": 3e-3} | _STUDENT | {"ema": 0.98},
     },
