@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import CogVideoXPipeline
+from diffusers.utils import export_to_video
 
 import accel
 
@@ -9,4 +10,5 @@ pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b", dtype=torch.bfloa
 pipe.to("cuda")
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a red fox runs through fresh snow", num_inference_steps=50).frames[0]
-print(len(video), trace.summary())
+print(trace.summary())
+export_to_video(video, "cogvideox.mp4", fps=8)

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import HunyuanVideoPipeline
+from diffusers.utils import export_to_video
 
 import accel
 
@@ -9,4 +10,5 @@ pipe = HunyuanVideoPipeline.from_pretrained("hunyuanvideo-community/HunyuanVideo
 pipe.to("cuda")
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a paper boat drifts down a rainy street", num_inference_steps=50).frames[0]
-print(len(video), trace.summary())
+print(trace.summary())
+export_to_video(video, "hunyuan_video.mp4", fps=15)

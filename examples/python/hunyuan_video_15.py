@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import HunyuanVideo15Pipeline
+from diffusers.utils import export_to_video
 
 import accel
 
@@ -11,4 +12,5 @@ pipe = HunyuanVideo15Pipeline.from_pretrained(
 pipe.to("cuda")
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a paper boat drifts down a rainy street", num_inference_steps=50).frames[0]
-print(len(video), trace.summary())
+print(trace.summary())
+export_to_video(video, "hunyuan_video_15.mp4", fps=24)

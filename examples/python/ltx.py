@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import LTXPipeline
+from diffusers.utils import export_to_video
 
 import accel
 
@@ -9,4 +10,5 @@ pipe = LTXPipeline.from_pretrained("Lightricks/LTX-Video", dtype=torch.bfloat16)
 pipe.to("cuda")
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a cyclist crosses a bridge in morning fog", num_inference_steps=50).frames[0]
-print(len(video), trace.summary())
+print(trace.summary())
+export_to_video(video, "ltx.mp4", fps=24)

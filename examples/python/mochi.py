@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import MochiPipeline
+from diffusers.utils import export_to_video
 
 import accel
 
@@ -9,4 +10,5 @@ pipe = MochiPipeline.from_pretrained("genmo/mochi-1-preview", dtype=torch.bfloat
 pipe.to("cuda")
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a chameleon slowly turns its eye", num_inference_steps=50).frames[0]
-print(len(video), trace.summary())
+print(trace.summary())
+export_to_video(video, "mochi.mp4", fps=30)

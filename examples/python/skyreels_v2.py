@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import SkyReelsV2Pipeline
+from diffusers.utils import export_to_video
 
 import accel
 
@@ -9,4 +10,5 @@ pipe = SkyReelsV2Pipeline.from_pretrained("Skywork/SkyReels-V2-T2V-14B-540P-Diff
 pipe.to("cuda")
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a dancer turns on an empty stage", num_inference_steps=50).frames[0]
-print(len(video), trace.summary())
+print(trace.summary())
+export_to_video(video, "skyreels_v2.mp4", fps=24)

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import WanPipeline
+from diffusers.utils import export_to_video
 
 import accel
 
@@ -9,4 +10,5 @@ pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", dtype=tor
 pipe.to("cuda")
 with accel.apply(pipe, "stepcache") as trace:
     video = pipe("a lighthouse at dusk, waves roll below it", num_inference_steps=50).frames[0]
-print(len(video), trace.summary())
+print(trace.summary())
+export_to_video(video, "wan.mp4", fps=16)
