@@ -22,7 +22,7 @@ from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.recorded import recorded_pairs
-from ui.share import SharedSettings, link_query, read_link, read_preset
+from ui.share import NOT_OURS, SharedSettings, link_query, read_link, read_preset
 from ui.templating import render
 
 Update = dict[gr.components.Component, Any]
@@ -33,6 +33,11 @@ RUN_ID, RECORDED_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[a-z0-9][a-z0-
 # Without a clipboard, as on plain http, the whole link is in the box.
 COPY = """(text) => { const url = new URL(text, location.href).href;
 navigator.clipboard?.writeText(url).catch(() => {}); return url; }"""
+# The address follows the pair shown, so that a page that loads anew has its settings; what others read stays.
+FOLLOW = f"""(link) => {{ if (!link) return;
+const url = new URL(link, location.href), before = new URLSearchParams(location.search);
+for (const name of {[*NOT_OURS, "__theme"]}) if (before.has(name)) url.searchParams.set(name, before.get(name));
+history.replaceState(history.state, "", url); }}"""
 
 
 class CodeTab:
@@ -81,6 +86,7 @@ class CodeTab:
         page.compare.follow(self.use.click(self.use_preset, [self.preset, page.model], outputs, **quick))
         page.compare.follow(self.upload.upload(self.use_preset, [self.upload, page.model], outputs, **quick))
         self.copy.click(None, self.link, self.link, js=COPY, **quick)
+        self.link.change(None, self.link, None, js=FOLLOW, **quick)
 
     def show(self, shown: str | None) -> Update:
         """The views of a pair: the id of a stored one, or the name of a recorded one."""

@@ -28,6 +28,8 @@ from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, OVERVIEW, PROMPT_SEED, SUITE
 
 TUNING_PROMPTS = 3  # on which all settings of a suite with groups are tried
 FINAL_PROMPTS = 6  # those and more, on which the finalists are compared: of three, one hard prompt would decide
+TUNING_NOISE = 0  # the seed of all tuning prompts
+SEED_STRIDE = 1000  # between the noises of a prompt; more than there are prompts
 FINALISTS = 2  # of each group in each speed class
 
 
@@ -68,7 +70,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     pipe = load_pipeline(model)
     defaults = model_defaults(pipe, model)
     texts = held_out_prompts(prompts, PROMPT_SEED)
-    cases = [(prompt, seed) for seed in range(seeds) for prompt in texts]
+    cases = report_cases(texts, seeds)
     refused = refused_settings(settings, pipe, defaults, model=model)
     settings = {name: setting for name, setting in settings.items() if name not in refused}
     peers = refused_peers(settings, cases[0], pipe, defaults, model=model)
@@ -103,6 +105,14 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     return with_front(summary, cases, groups, classes, overheads(pipe, call, neutral, PAIRS))
 
 
+def report_cases(prompts: Sequence[str], seeds: int) -> list[Case]:
+    """Each prompt with noises of its own, which no choice of settings has seen: one noise for all would decide much.
+
+    The noise of a prompt does not depend on how many there are.
+    """
+    return [(text, 1 + i + SEED_STRIDE * k) for k in range(seeds) for i, text in enumerate(prompts)]
+
+
 def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) -> tuple[list[dict], dict]:
     """The classes of `best_settings`, and how many settings were tried on how many prompts, which are not reported on.
 
@@ -110,7 +120,7 @@ def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) ->
     """
     from ..world.scene import held_out_prompts
 
-    tuning = [(prompt, 0) for prompt in held_out_prompts(FINAL_PROMPTS, TUNING_SEED)]
+    tuning = [(prompt, TUNING_NOISE) for prompt in held_out_prompts(FINAL_PROMPTS, TUNING_SEED)]
     rows_of = lambda settings, cases, title: summarize(
         by_case(measured(settings, cases, [METRICS["ssim"]], "tuning.jsonl", title))
     )["rows"]

@@ -19,15 +19,16 @@ def vmaf(reference: np.ndarray, frames: np.ndarray) -> float | None:
 
     None where ffmpeg is missing or has no VMAF. For 17 frames of 64x64 it takes 0.06 s of CPU time, 0.1 s in all.
     """
-    return _score(reference, frames, f"libvmaf=n_threads={min(4, os.cpu_count() or 1)}", rb"VMAF score: ([\d.]+)")
+    metric = f"[video][reference]libvmaf=n_threads={min(4, os.cpu_count() or 1)}"
+    return _score(reference, frames, metric, rb"VMAF score: ([\d.]+)")
 
 
 def xpsnr(reference: np.ndarray, frames: np.ndarray) -> float | None:
     """XPSNR in dB of the luma of uint8 frames (f, h, w, c): errors count less where texture or motion hides them.
 
-    None for equal videos, and where ffmpeg is missing or has no XPSNR.
+    Texture and motion are the reference's. None for equal videos, and where ffmpeg is missing or has no XPSNR.
     """
-    return _score(reference, frames, "xpsnr", rb"XPSNR +y: ([\d.]+)")
+    return _score(reference, frames, "[reference][video]xpsnr", rb"XPSNR +y: (-?[\d.]+)")
 
 
 def enlargement(frames: np.ndarray) -> int:
@@ -36,7 +37,7 @@ def enlargement(frames: np.ndarray) -> int:
 
 
 def _score(reference: np.ndarray, frames: np.ndarray, metric: str, pattern: bytes) -> float | None:
-    """What a filter of ffmpeg reports, where it reports a number."""
+    """What a filter of ffmpeg reports of two inputs, `[video]` and `[reference]` in its own order; None: no number."""
     try:
         graph = _graph(reference, metric)
         command = [find_ffmpeg(), "-hide_banner", "-nostats", *_input(reference), "-filter_complex", graph]
@@ -64,5 +65,5 @@ def _graph(reference: np.ndarray, metric: str) -> str:
     return (
         f"[0:v]scale={width * times}:{2 * height * times}:flags=neighbor,format=yuv444p,split[x][y];"
         f"[x]{half}:0[reference];[y]{half}:{height * times}[video];"
-        f"[video][reference]{metric}"
+        f"{metric}"
     )

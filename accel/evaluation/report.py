@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,8 +111,9 @@ def _metric(prompts: list[list[Case]], name: str, baseline: str, metric: Metric)
     if metric.of_one_video:
         found[f"{metric.name}_delta"] = _difference(prompts, name, baseline, metric)
     if metric.parts:
-        parts = [part for part in prompts[0][0][name][metric.name] if part != "mean"]
-        value = lambda part: lambda case: case[name][metric.name].get(part)
+        read = [case[name][metric.name] or {} for cases in prompts for case in cases]
+        parts = dict.fromkeys(part for parts in read for part in parts if part != "mean")  # not every prompt has all
+        value = lambda part: lambda case: (case[name][metric.name] or {}).get(part)
         found[metric.parts] = {part: _interval(prompts, value(part)) for part in parts}
     return found
 
@@ -142,12 +144,16 @@ def columns(kind: str, rows: dict[str, dict]) -> list[Column]:
             continue
         if kind == "details" and metric.parts:
             parts = list(next(row[metric.parts] for row in rows.values() if row.get(metric.parts)))
-            found += [Column(part, lambda r, m=metric, p=part: f"{r[m.parts][p][0]:.2f}") for part in parts]
+            found += [Column(part, partial(_part_cell, metric.parts, part)) for part in parts]
             continue
         found.append(Column(metric.title, lambda r, m=metric: cell(m, r.get(m.name))))
         if metric.of_one_video:
             found.append(Column(f"delta {metric.title}", lambda r, m=metric: cell(m, r.get(f"{m.name}_delta"))))
     return found
+
+
+def _part_cell(parts: str, part: str, row: dict) -> str:
+    return f"{row[parts][part][0]:.2f}" if part in row.get(parts, {}) else "-"
 
 
 def cell(metric: Metric, value: Sequence[float] | float | None) -> str:

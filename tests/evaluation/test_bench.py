@@ -89,11 +89,17 @@ def test_a_line_that_stands_twice_in_the_log_counts_once(generated, tmp_path):
     assert again == first and len(generated) == 4
 
 
+def test_each_prompt_has_noises_of_its_own_that_no_tuning_has_seen_and_more_prompts_change_none():
+    cases = bench.report_cases(["p", "q"], 2)
+    assert cases == [("p", 1), ("q", 2), ("p", 1001), ("q", 1002)] and cases[:2] == bench.report_cases(["p", "q"], 1)
+    assert bench.TUNING_NOISE not in dict(cases).values()
+
+
 def test_a_suite_is_resumed_and_fewer_results_do_not_replace_more(generated, tmp_path, monkeypatch):
     bench.run_suite("small", 2, 1, "m", tmp_path)
     assert [steps for *_, steps in generated] == [4, 2, 4, 2]
     summary = bench.run_suite("small", 2, 2, "m", tmp_path)
-    assert len(generated) == 8 and {seed for _, seed, _ in generated[4:]} == {1}
+    assert len(generated) == 8 and {seed for _, seed, _ in generated[4:]} == {1001, 1002}
     assert summary["n"] == 4 and summary["rows"]["fewer"]["speedup"] == 2.0
     with pytest.raises(ValueError, match="holds results of 4 prompts and seeds, more than 2: give another --out"):
         bench.run_suite("small", 2, 1, "m", tmp_path)

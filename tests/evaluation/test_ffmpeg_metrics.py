@@ -36,6 +36,8 @@ def test_xpsnr_falls_with_noise_and_errors_in_texture_count_less():
     textured = noisy(flat, 30)
     shifted = lambda base: np.where(np.arange(base.shape[2])[:, None] % 2, base, base + 2).astype(np.uint8)
     assert xpsnr(textured.clip(0, 250), shifted(textured.clip(0, 250))) > xpsnr(flat, shifted(flat)) + 3
+    assert xpsnr(textured, flat) > xpsnr(flat, textured) + 3  # the texture that counts is the reference's
+    assert xpsnr(np.zeros_like(video), np.full_like(video, 255)) < 0
 
 
 @pytest.mark.parametrize("size, frames", [((16, 16), 1), ((15, 33), 2), ((200, 240), 3)])

@@ -383,9 +383,13 @@ def test_a_sweep_fills_its_grid_and_a_point_of_its_plot_opens_a_pair(page):
     assert page.is_checked("#use-fittedsolver input") and not page.is_checked("#use-fastercache input")
 
 
-def test_the_code_tab_is_of_the_recorded_pair_that_a_card_shows(browser, server):
-    with visit(browser, server) as page:
+def test_the_code_tab_and_the_address_are_of_the_recorded_pair_that_a_card_shows(browser, server):
+    with visit(browser, server, "?__theme=dark") as page:
         choose_preset(page, "fastercache", "fastercache")
+        page.wait_for_url("**/?preset=fastercache&*__theme=dark")
+        page.reload()
+        page.wait_for_selector("#message >> text=settings are those of the link")
+        assert page.is_checked("#use-fastercache input")
         open_tab(page, "Code")
         page.wait_for_function("document.querySelector('#code').innerText.includes('fastercache')")
 
