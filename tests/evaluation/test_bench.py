@@ -185,9 +185,9 @@ def test_two_processes_share_the_work_and_give_the_table_of_one(generated, tmp_p
             log.with_name("results-1.jsonl").write_text("".join(lines[3:]) + lines[1][:-9])
     assert {**shared, "out": 0} == {**alone, "out": 0} and other == {}
     first, second, third = held_out_prompts(3, PROMPT_SEED)
-    half = [(second, 0, 4)]  # the baseline of the prompt that both have a part of
-    assert measured[0] == sorted([(prompt, 0, n) for prompt in (first, second, third) for n in (4, 2)] + half)
-    assert measured[1] == sorted([(first, 0, 4), (first, 0, 2), (second, 0, 4)])
+    half = [(second, 2, 4)]  # the baseline of the prompt that both have a part of
+    assert measured[0] == sorted([(p, i, n) for i, p in enumerate((first, second, third), 1) for n in (4, 2)] + half)
+    assert measured[1] == sorted([(first, 1, 4), (first, 1, 2), (second, 2, 4)])
 
 
 def test_a_setting_that_the_model_refuses_is_left_out_and_the_reason_is_kept(generated, tmp_path, monkeypatch):
