@@ -37,7 +37,7 @@ Shift = Annotated[float, typer.Option(help="Flow shift of the noise levels; defa
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
 Size = Annotated[int, typer.Option(min=1, help="In pixels, or the number of frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
-RESULT_FILES = tuple("video.mp4 frames.npy a.mp4 b.mp4 a.npy b.npy a.jpg b.jpg run.json".split())  # of run and compare
+RESULT_FILES = tuple("video.mp4 frames.npy a.mp4 b.mp4 a.npy b.npy a.jpg b.jpg run.json report.zip".split())
 INTERRUPTED = 130  # exit code after Ctrl-C
 JUDGED_WIDTH = 96  # columns: in fewer, small shapes cannot be told apart, and more tell the judge nothing
 DEFAULT_PRESET = "stepcache"
@@ -318,7 +318,7 @@ def tune(
         float, typer.Option(min=0, max=1, help="Write one preset: the fastest that loses at most so much SSIM.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try; more find better ones.")] = 150,
-    prompts: Annotated[int, typer.Option(min=1, help="Tuning prompts of the toy world; no report uses them.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="Tuning prompts of the toy world; default: 4.")] = None,
     prompt_file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Prompts instead, one a line.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
     model: Model = TINY,
@@ -328,19 +328,22 @@ def tune(
 
     Work is counted, not timed, so nothing has to be quiet. Ctrl-C keeps the tries; the same command goes on.
     """
+    if prompt_file and prompts:
+        raise AccelError("--prompt-file and --prompts do not go together: the file says which prompts there are")
     texts = read_prompts(prompt_file, model) if prompt_file else []
     pipe, defaults, _ = load_for(model, lambda defaults: [])
     from .evaluation.front import CLASSES
     from .evaluation.suites import TUNING_SEED
-    from .evaluation.tune import at_least, fastest, front_table, tune, write_preset
+    from .evaluation.tune import at_least, fastest, front, front_table, tune, write_preset
     from .world.scene import held_out_prompts
 
-    texts = texts or held_out_prompts(prompts, TUNING_SEED)
+    texts = texts or held_out_prompts(prompts or 4, TUNING_SEED)  # no report uses these
     with only_writer(out):
-        rows = tune(model, pipe, defaults, texts, trials, seed, out)
+        tries = tune(model, pipe, defaults, texts, trials, seed, out)
+        rows = front(tries)
         chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in CLASSES}
         if max_loss is not None:
-            chosen = {f"loss-{max_loss:g}": fastest(rows, max_loss)}
+            chosen = {f"loss-{max_loss:g}": fastest(tries, max_loss)}
         chosen = {name: row for name, row in chosen.items() if row}
         for name, row in chosen.items():
             write_preset(row, out / f"{name}.yaml", len(texts), trials)
@@ -379,6 +382,8 @@ def sweep(
     common = dict(model=model, prompt=prompt, height=height, width=width, frames=frames)
     reference = {"seed": seed, **dict(zip(RUN_OPTIONS, (steps, guidance, solver, shift)))}
     axes = [parse_axis_option(option) for option in axis]
+    if (preset or set_) and any(each.name == "preset" for each in axes):
+        raise AccelError("--preset and --set have no effect beside an axis of presets: leave them out")
     base = {**parse_settings(preset, set_, [each.name for each in axes]), "seed": seed}
     base |= {key: value for key, value in reference.items() if value is not None}
     cells = expand(base, axes, reference, parse_steps(plain_steps))
@@ -531,19 +536,21 @@ def sample(
     import numpy as np
 
     from .runtime.video import write_mp4
+    from .world.captions import read_captions
     from .world.render import render
     from .world.scene import caption, sample_scene
 
-    out.mkdir(parents=True, exist_ok=True)
     rng, captions, rows = random.Random(seed), {}, []
-    for i in range(n):
-        scene = sample_scene(rng, held_out)
-        text, video = caption(scene, rng), render(scene, frames, size).numpy()
-        captions[f"{i:03d}.mp4"] = text
-        write_mp4(out / f"{i:03d}.mp4", video, 12, {"caption": text})
-        rows.append(np.concatenate(list(video[:: max(1, frames // 8)]), 1))
-    write_json(out / "captions.json", captions)
-    iio.imwrite(out / "sheet.png", np.concatenate(rows))
+    before = read_captions(out) if (out / "captions.json").is_file() else {}
+    with all_or_nothing(out, "captions.json", (*before, "sheet.png", "captions.json")) as part:
+        for i in tqdm(range(n), desc="scenes"):
+            scene = sample_scene(rng, held_out)
+            text, video = caption(scene, rng), render(scene, frames, size).numpy()
+            captions[f"{i:03d}.mp4"] = text
+            write_mp4(part / f"{i:03d}.mp4", video, 12, {"caption": text})
+            rows.append(np.concatenate(list(video[:: max(1, frames // 8)]), 1))
+        iio.imwrite(part / "sheet.png", np.concatenate(rows))
+        write_json(part / "captions.json", captions)
     print_json({"n": n, "size": size, "frames": frames, "out": str(out)})
 
 

@@ -9,7 +9,7 @@ import pytest
 from accel.cli import main, parse_settings
 from accel.evaluation import compare as compare_module
 from accel.files import only_writer
-from accel.runtime import models
+from accel.runtime import models, video
 from accel.runtime.video import read_settings, write_mp4
 
 PROMPT = "a large red star spins slowly over a cloudy navy background"
@@ -70,6 +70,33 @@ def test_run_repeats_a_video_from_the_file_alone(accel, tmp_path):
     assert np.array_equal(one, two)
 
 
+def test_samples_that_were_stopped_leave_the_ones_before(accel, tmp_path, monkeypatch):
+    more = ("--size", "16", "--frames", "1", "--out", str(tmp_path))
+    sample = lambda n, seed: accel("world", "sample", "--n", n, "--seed", seed, *more)
+    sample("3", "0")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    written, write = [], video.write_mp4
+
+    def stop_at_the_second(file, *rest):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(write(file, *rest))
+
+    monkeypatch.setattr(video, "write_mp4", stop_at_the_second)
+    assert sample("2", "1")[0] == 130
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    sample("2", "1")
+    assert {file.name for file in tmp_path.iterdir()} == {"000.mp4", "001.mp4", "captions.json", "sheet.png"}
+
+
+def test_a_file_that_is_no_video_is_not_judged(accel, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "captions.json").write_text('{"a.mp4": "a red star"}')
+    code, _, err = accel("world", "judge", str(tmp_path))
+    assert code == 2 and err == f"error: {tmp_path / 'a.mp4'} cannot be read as a video\n"
+
+
 def test_world_sample_and_judge_agree(accel, tmp_path):
     accel("world", "sample", "--n", "2", "--size", "96", "--frames", "17", "--out", str(tmp_path))
     assert (tmp_path / "sheet.png").is_file() and len(list(tmp_path.glob("*.mp4"))) == 2
@@ -98,6 +125,8 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("run", "--from", "a.mp4", "--steps", "5", "--set", "x.y=1"), "leave --steps, --set out"),
         (("run", "--prompt", "x", "--model", "models/none"), "no model folder"),
         (("bench", "--suite", "moon"), "unknown suite 'moon'"),
+        (("sweep", "--axis", "preset=quick,gpd", "--preset", "gpd"), "no effect beside an axis of presets"),
+        (("tune", "--prompt-file", "examples/prompts/toy.txt", "--prompts", "2"), "do not go together"),
         (("train", "moon"), "unknown part 'moon'"),
         (("world", "judge", "nowhere"), "captions.json is missing"),
         (("world", "sample", "--size", "0"), "Invalid value for '--size'"),

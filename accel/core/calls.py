@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..errors import AccelError, amount
+
 
 def running_call(pipe) -> tuple[Any, dict[str, Any]]:
     """The diffusers pipeline that is running now, and the local variables of its call; `pipe` if none is.
@@ -27,8 +29,18 @@ def running_call(pipe) -> tuple[Any, dict[str, Any]]:
 
 
 def halves(x: Tensor, inputs: dict[str, Any]) -> tuple[tuple[Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]:
-    """The two halves of a batch: latents, and the inputs of which every tensor with an entry per sample is halved."""
-    batched = lambda v: isinstance(v, Tensor) and v.ndim > 0 and len(v) == len(x)
+    """The two halves of a batch: latents, and the inputs of which every tensor with an entry per sample is halved.
+
+    Raises AccelError where the text has entries for another number of samples: a half would get that of both.
+    """
+    is_tensor = lambda v: isinstance(v, Tensor) and v.ndim > 0
+    for name, v in inputs.items():
+        if name.startswith("encoder_") and is_tensor(v) and len(v) not in (1, len(x)):
+            raise AccelError(
+                f"{name} has {amount(len(v), 'entry', 'entries')} for a batch of {len(x)}: repeat given embeddings and "
+                "their masks as often as num_videos_per_prompt"
+            )
+    batched = lambda v: is_tensor(v) and len(v) == len(x)
     parts = {name: v.chunk(2) if batched(v) else (v, v) for name, v in inputs.items()}
     return tuple((half, {name: part[i] for name, part in parts.items()}) for i, half in enumerate(x.chunk(2)))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
@@ -21,6 +21,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..ops.noise import log_snr
+from .calls import running_call
 from .denoising_loop import is_flow, is_same
 from .hooks import patched_method
 
@@ -47,7 +48,8 @@ class Taken:
 class Corrector:
     """The solver of one run, with its steps since the last computed output."""
 
-    inner: Callable  # the scheduler's step
+    scheduler: SchedulerMixin
+    inner: Callable  # its step
     state: dict[str, Any] | None = None  # the scheduler's, before its step with the last computed output
     sample: Tensor | None = None  # and its sample there
     output: Tensor | None = None
@@ -61,13 +63,13 @@ class Corrector:
         if self.draws_noise:
             return self.inner(output, timestep, sample, **named)
         generators = _generator_states(sample, named) if self.following is None else None
-        scheduler, position = host.pipe.scheduler, log_snr(host.signal, host.step.sigma)
+        scheduler, position = self.scheduler, log_snr(host.signal, host.step.sigma)
         if self.following is None or not self._is_following(sample, host.latents.dtype):
             self.taken = None
         if is_computed:
             source = host.active_index, host.text_id, host.is_guided
             if self.taken and len(self.taken) > 1 and self.source == source:
-                corrected = self._retake(scheduler, position, output)
+                corrected = self._retake(position, output)
                 rises = scheduler.config.get("invert_sigmas") or named.get("per_token_timesteps") is not None
                 change = response(host.step.sigma) * (corrected - sample).to(output.dtype)
                 output = output - change if rises else output + change  # such a solver is given the negative velocity
@@ -89,9 +91,9 @@ class Corrector:
         """
         return is_same(self.following.to(dtype), sample.to(dtype))
 
-    def _retake(self, scheduler, position: float, output: Tensor) -> Tensor:
+    def _retake(self, position: float, output: Tensor) -> Tensor:
         """The present sample, if the outputs between had been on the line from the last computed one to this one."""
-        vars(scheduler).update(self.state)
+        vars(self.scheduler).update(self.state)
         sample, first = self.sample, self.taken[0].position
         for step in self.taken:
             share = (step.position - first) / (position - first) if position != first else 0.0  # both at the limit
@@ -112,21 +114,39 @@ def response(sigma: float) -> float:
 
 
 @contextmanager
-def corrected(host: Host, is_computed: Callable[[], bool]) -> Iterator[None]:
+def corrected(host: Host, is_computed: Callable[[], bool]) -> Iterator[Callable[[], None]]:
     """Inside the context, the pipeline's solver corrects the steps between computed outputs, where it can.
 
     It can with flow models, and solvers that draw no noise. `is_computed()`: whether the present step's output is.
+    Yields what is to be called when a run begins, whose pipeline may have another solver by then.
     """
-    scheduler = host.pipe.scheduler
-    inner = scheduler.step
-    names = list(inspect.signature(inner).parameters)[:3]
-    is_known = names == ["model_output", "timestep", "sample"]
+    known: dict[int, SchedulerMixin] = {}
+
+    def attach(scheduler) -> None:
+        if id(scheduler) not in known and _is_correctable(scheduler):
+            known[id(scheduler)] = scheduler
+            stack.enter_context(patched_method(scheduler, "step", _corrected_step(scheduler, host, is_computed)))
+
+    with ExitStack() as stack:
+        attach(host.pipe.scheduler)
+        yield lambda: attach(running_call(host.pipe)[0].scheduler)
+
+
+def _is_correctable(scheduler) -> bool:
     # a scheduler inside this one has a state of its own, which would not go back
     has_another = any(isinstance(value, SchedulerMixin) for value in vars(scheduler).values())
-    if not is_known or has_another or getattr(scheduler, "combines_outputs", False):
-        yield
-        return
-    run = host.per_run(lambda: Corrector(inner))
+    combines = getattr(scheduler, "combines_outputs", False)
+    return _first_parameters(scheduler) == ["model_output", "timestep", "sample"] and not has_another and not combines
+
+
+def _first_parameters(scheduler) -> list[str]:
+    return list(inspect.signature(scheduler.step).parameters)[:3]
+
+
+def _corrected_step(scheduler, host: Host, is_computed: Callable[[], bool]) -> MethodType:
+    """In place of the scheduler's step: that of the run's `Corrector`."""
+    inner, names = scheduler.step, _first_parameters(scheduler)
+    run = host.per_run(lambda: Corrector(scheduler, inner))
 
     @wraps(type(scheduler).step)  # pipelines look at its parameters
     def step(self, *inputs, **named):
@@ -138,8 +158,7 @@ def corrected(host: Host, is_computed: Callable[[], bool]) -> Iterator[None]:
         output, timestep, sample = (known.pop(name) for name in names)
         return run().step(host, is_computed(), output, timestep, sample, **known)
 
-    with patched_method(scheduler, "step", MethodType(step, scheduler)):
-        yield
+    return MethodType(step, scheduler)
 
 
 def _generator_states(sample: Tensor, named: dict[str, Any]) -> list[bytes]:

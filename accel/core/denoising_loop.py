@@ -14,7 +14,7 @@ def is_flow(scheduler) -> bool:
     """Whether latents are (1 - sigma) signal + sigma noise, and not sqrt(1 - sigma^2) signal + sigma noise."""
     sigmas, config = getattr(scheduler, "sigmas", None), scheduler.config
     known = config.get("use_flow_sigmas") or config.get("invert_sigmas")
-    return sigmas is not None and bool(known or max(sigmas) <= 1)
+    return sigmas is not None and bool(known or torch.as_tensor(sigmas).max() <= 1)  # it may lie on a GPU
 
 
 def noise_levels(scheduler) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from .measure import Case, by_case, measure_in_turn, refused_peers, refused_sett
 from .metrics import METRICS, Metric, Pair, measure, metrics_of
 from .overhead import PAIRS, overheads
 from .report import pairs_table, summarize, table
-from .result_log import ResultLog
+from .result_log import ResultLog, read_results
 from .suites import BASELINE, NEUTRAL, NOISE_FLOOR, OVERVIEW, PROMPT_SEED, SUITES, TUNING_SEED, Setting, check_suite
 
 TUNING_PROMPTS = 3  # on which all settings of a suite with groups are tried
@@ -136,10 +135,10 @@ def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) ->
 
 def _check_out(file: Path, settings: dict[str, Setting], n: int, model: str) -> None:
     """Raise AccelError if results exist here that fewer results, or those of another model, would replace."""
-    found = json.loads(file.read_text()) if file.is_file() else {"n": 0, "rows": {}}
+    found = read_results(file, "bench") if file.is_file() else {"n": 0, "rows": {}}
     if (other := found.get("model", model)) != model:
         raise AccelError(f"{file.parent} holds results of {other}: give another --out, or delete it first")
-    if not isinstance(found.get("rows"), dict):
+    if not isinstance(found.get("rows"), dict) or not isinstance(found.get("n"), int):
         raise AccelError(f"{file} was not written by `accel bench`: give another --out")
     lost = [name for name in found["rows"] if name not in settings]
     if found["n"] > n or lost:

@@ -116,7 +116,8 @@ def metric_texts(report: dict) -> list[tuple[str, str]]:
     texts = []
     for m in METRICS.values():
         key = f"{m.name}_b" if m.of_one_video else m.name
-        unmeasured = report.get(key) is None and (m.extra or m.optional or m.package)
+        differs = m.undefined == "bit-equal" and not report.get("bit_equal")  # in size
+        unmeasured = report.get(key) is None and (m.extra or m.optional or m.package or differs)
         if "page" not in m.shown_in or key not in report or unmeasured:
             continue
         about = f"{m.about}, baseline {m.format(report[f'{m.name}_a'])}" if m.of_one_video else m.about
@@ -196,22 +197,28 @@ def _high_frequency_ratio(pair: Pair, axis: int) -> float | None:
 def adherence(pair: Pair) -> dict[str, float] | None:
     """1 or 0 for each attribute of the prompt that the toy world's judge reads back from the video, and their mean.
 
-    None for a video that is too small for the judge.
+    None for a video that is too small for the judge, or not square.
     """
     from ..world.judge import score
 
-    if min(pair.video.frames.shape[1:3]) < MIN_JUDGED_SIZE:
-        return None
-    return score(pair.video.frames, pair.prompt)
+    return score(pair.video.frames, pair.prompt) if _is_judged(pair.video.frames) else None
+
+
+def _is_judged(frames: np.ndarray) -> bool:
+    height, width = frames.shape[1:3]
+    return height == width >= MIN_JUDGED_SIZE
 
 
 def texture(pair: Pair) -> float | None:
-    """Distance of the background to the living texture that the prompt names; None if it names none or none is seen."""
+    """Distance of the background to the living texture that the prompt names.
+
+    None if it names none, if none is seen, or for a video that is not square, as the world's scenes are.
+    """
     from ..world.scene import LIVING, read_caption
     from ..world.texture_stats import texture_distance
 
-    pattern = read_caption(pair.prompt).get("pattern")
-    return texture_distance(pair.video.frames, pattern) if pattern in LIVING else None
+    pattern, (height, width) = read_caption(pair.prompt).get("pattern"), pair.video.frames.shape[1:3]
+    return texture_distance(pair.video.frames, pattern) if pattern in LIVING and height == width else None
 
 
 METRICS: dict[str, Metric] = {

@@ -41,6 +41,11 @@ def fastest_within(rows: Sequence[dict], max_loss: float, metric: str = "ssim") 
 
 def tuned_within(rows: Sequence[dict], max_loss: float) -> dict | None:
     """The fastest row of `accel tune` within a loss of SSIM and with about the baseline's adherence, if any."""
-    keeps = [row for row in rows if row.get("adherence_loss", 0) <= MAX_ADHERENCE_LOSS]
-    best = fastest_within([{**row, "speedup": row["speed"]} for row in keeps], max_loss)
-    return None if best is None else keeps[best]
+    keep = [row for row in rows if keeps_adherence(row)]
+    best = fastest_within([{**row, "speedup": row["speed"]} for row in keep], max_loss)
+    return None if best is None else keep[best]
+
+
+def keeps_adherence(row: dict) -> bool:
+    """Whether a row of `accel tune` has about the baseline's adherence."""
+    return row.get("adherence_loss", 0) <= MAX_ADHERENCE_LOSS

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from accelerate import PartialState
 
+from ..errors import AccelError
 from ..files import atomic_write
 
 
@@ -26,7 +28,8 @@ class ResultLog:
         """Collect the lines of all processes, also of killed ones, and read them. Every process calls this."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            parts = sorted(self.file.parent.glob(f"{self.file.stem}-*{self.file.suffix}"))
+            of_process = re.compile(rf"{re.escape(self.file.stem)}-\d+{re.escape(self.file.suffix)}")
+            parts = sorted(file for file in self.file.parent.iterdir() if of_process.fullmatch(file.name))
             with atomic_write(self.file) as joined:
                 joined.write_text("".join(map(_complete_lines, (self.file, *parts))))
             for part in parts:
@@ -49,6 +52,17 @@ def _complete_lines(file: Path) -> str:
     """The text of a file, without a last line that was cut short because its process was killed."""
     text = file.read_text() if file.is_file() else ""
     return text[: text.rfind("\n") + 1]
+
+
+def read_results(file: Path, command: str) -> dict:
+    """The content of a results.json. Raises AccelError if it is not one that the command writes."""
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:  # not JSON, or not UTF-8
+        found = None
+    if not isinstance(found, dict):
+        raise AccelError(f"{file} was not written by `accel {command}`: give another --out")
+    return found
 
 
 def config_hash(*config) -> str:

@@ -356,7 +356,7 @@ def baseline_at_matched_time(found: dict, row: dict) -> str:
 
     If none is, the fastest one: a faster one would be worse still.
     """
-    names = list(found["rows"])[1:]  # the first one is what all others are compared with
+    names = [n for n in list(found["rows"])[1:] if n in SUITES[FRONT].settings]  # the first is the reference
     plain = lambda setting: not setting.noise and not setting.settings()["methods"]
     baselines = {n: found["rows"][n] for n in names if plain(SUITES[FRONT].settings[n])}
     if not baselines or row is found["rows"][next(iter(found["rows"]))]:

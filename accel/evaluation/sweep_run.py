@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import AccelError
 from ..files import write_json
-from ..runtime.generate import Video, environment, generate, warm_up
+from ..runtime.generate import Video, environment, generate, preflight, warm_up
 from ..runtime.models import ModelDefaults, method_weights, weights
 from ..runtime.presets import build_methods
 from ..runtime.run import Run
@@ -23,7 +23,7 @@ from .front import Point, plot
 from .metrics import METRICS
 from .pareto_front import pareto_front
 from .report import markdown
-from .result_log import config_hash
+from .result_log import config_hash, read_results
 from .sweep import Cell, value_text
 from .sweep_rows import row_of
 
@@ -34,12 +34,14 @@ def run_sweep(cells: Sequence[CellRun], pipe, defaults: ModelDefaults, out: Path
     """Measure each cell against its reference, which is generated once, and write everything below `out`.
 
     Returns the content of results.json. Cells that were finished by an earlier call are read, not measured again.
-    Raises AccelError if `out` holds results of another reference, model or machine.
+    Raises AccelError if `out` holds results of another reference, model or machine, or if a cell cannot run.
     """
     model = cells[0][1].model
     first = [a.model_dump(exclude={"seed"}) for _, a, _ in cells[:1]]
     key = config_hash(first, weights(model), environment(pipe), *_files(cells[0][1]))
     _check_out(out, key)
+    for _, a, b in cells:  # before anything is generated
+        preflight(a, pipe), preflight(b, pipe)
     out.mkdir(parents=True, exist_ok=True)
     rows, reference = {}, ReferenceVideo(pipe, defaults, out)
     todo = [cell_run for cell_run in cells if not _finished(out, *cell_run)]
@@ -124,7 +126,7 @@ def _files(run: Run) -> list[str]:
 
 def _check_out(out: Path, key: str) -> None:
     file = out / "results.json"
-    if file.is_file() and json.loads(file.read_text()).get("key") != key:
+    if file.is_file() and read_results(file, "sweep").get("key") != key:
         raise AccelError(f"{out} holds a sweep of another reference, model or machine: give another --out")
 
 

@@ -29,7 +29,7 @@ from ..runtime.presets import Preset
 from ..runtime.run import Run, build_run
 from ..runtime.solvers import schedule_shift
 from .metrics import METRICS, Pair, mean_of
-from .pareto_front import is_as_fast, pareto_front, tuned_within
+from .pareto_front import MAX_ADHERENCE_LOSS, is_as_fast, keeps_adherence, pareto_front, tuned_within
 from .report import markdown
 from .result_log import config_hash
 
@@ -43,11 +43,11 @@ SMALLEST_LOSS = 1e-6  # below it, losses count as equal
 def tune(
     model: str, pipe, defaults: ModelDefaults, prompts: Sequence[str], trials: int, seed: int, out: Path
 ) -> list[dict]:
-    """The front of `trials` tries as rows, slowest first, after writing front.json. A second call resumes the first.
+    """All of `trials` tries that the model did not refuse as rows, after writing front.json. A second call resumes.
 
     The first tries are `known_settings`.
     A row has "preset" (its settings), "work", "speed" (the inverse), "ssim", and "adherence_loss" where the model's
-    world is known. Raises AccelError if `out` holds a search of other prompts, weights or another seed.
+    world is known. Raises AccelError if `out` holds a search of other prompts, weights, device or another seed.
     """
     steps = {name: METHODS[name].available_values(resolve(model)).get("steps", []) for name in WITH_OWN_STEPS}
     own_steps = {name: [n for n in counts if n] for name, counts in steps.items() if any(counts)}
@@ -56,14 +56,15 @@ def tune(
     tried += [METHODS["disca"]()] if has_predictor else []
     files = method_weights(tried, model)
     known = known_settings(own_steps, has_predictor, schedule_shift(pipe.scheduler))
-    key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), known, files)
+    machine = {name: value for name, value in environment(pipe).items() if name != "threads"}  # they change no number
+    key = config_hash(list(prompts), seed, weights(model), defaults.model_dump(), known, files, machine)
     study, judge = open_study(out, key), Judge(model, pipe, defaults, prompts)
     found = finished(study)
     with tqdm(total=trials, initial=min(trials, len(found)), desc="tries") as bar:
         while len(found) < trials:
             # a sampler of its own for each try: the choices of a resumed search are those of an unbroken one
             study.sampler = sampler((seed * 100_003 + len(found)) % 2**32, len(known) + RANDOM_TRIES)
-            if len(found) < len(known):
+            if len(found) < len(known) and not is_waiting(study):
                 study.enqueue_trial(known[len(found)])
             trial = study.ask()
             preset = suggest(trial, own_steps, has_predictor)
@@ -78,9 +79,9 @@ def tune(
         raise AccelError(f"all {trials} tries were refused; the first one: {refused[0]}")
     if refused:
         print(f"{len(refused)} of {trials} tries were refused; the first one: {refused[0]}", file=sys.stderr)
-    rows = front([row for row in found[:trials] if "refused" not in row])
+    rows = [row for row in found[:trials] if "refused" not in row]
     document = {"model": model, "prompts": list(prompts), "tries": trials, "seed": seed, **environment(pipe)}
-    write_json(out / "front.json", {**document, "rows": rows})
+    write_json(out / "front.json", {**document, "rows": front(rows)})
     return rows
 
 
@@ -105,7 +106,7 @@ def open_study(out: Path, key: str) -> optuna.Study:
         )  # fmt: skip
     if study.user_attrs.get("key", key) != key:
         raise AccelError(
-            f"{out} holds a search of other prompts, weights or first tries, or another seed: give another --out"
+            f"{out} holds a search of other prompts, weights, first tries, device or seed: give another --out"
         )
     study.set_user_attr("key", key)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):  # it was broken off
@@ -118,6 +119,11 @@ def sampler(seed: int, unguided: int) -> optuna.samplers.TPESampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=unguided)
+
+
+def is_waiting(study: optuna.Study) -> bool:
+    """Whether a known try was put into the study and not begun, because the search was stopped just then."""
+    return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
 
 
 def finished(study: optuna.Study) -> list[dict]:
@@ -177,7 +183,7 @@ def _stepcache(trial: optuna.Trial) -> dict:
     schedule = trial.suggest_categorical("schedule", ("change", "spread"))
     if schedule == "change":
         return {"schedule": schedule, "threshold": round(trial.suggest_float("threshold", 0.02, 0.8, step=0.02), 2)}
-    return {"schedule": schedule, "full_share": round(trial.suggest_float("full_share", 0.1, 0.8, step=0.02), 2)}
+    return {"schedule": schedule, "full_share": round(trial.suggest_float("spread_share", 0.1, 0.8, step=0.02), 2)}
 
 
 class Judge:
@@ -227,8 +233,11 @@ def fastest(rows: Sequence[dict], max_loss: float) -> dict:
     """`tuned_within`, but raises AccelError if no row is."""
     if row := tuned_within(rows, max_loss):
         return row
-    least = min((1 - row["ssim"] for row in rows), default=1)
-    raise AccelError(f"no try loses at most {max_loss:g}; the least is {least:.2g}: allow more, or try more --trials")
+    least = min((1 - row["ssim"] for row in rows if keeps_adherence(row)), default=1)
+    raise AccelError(
+        f"no try loses at most {max_loss:g} of SSIM and {MAX_ADHERENCE_LOSS:g} of adherence; the least of those that "
+        f"keep adherence is {least:.2g}: allow more, or try more --trials"
+    )
 
 
 def at_least(rows: Sequence[dict], speed: float) -> dict | None:

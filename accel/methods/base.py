@@ -317,6 +317,10 @@ class Peer(Method):
         with host.wrap_denoiser(denoise), host.cached(partial(self.new_cache, host)):
             yield
 
+    def check(self, spec: RunSpec) -> None:
+        """Raise AccelError where the cache cannot run on the model."""
+        self.check_model(spec.family, spec.model)
+
     def check_model(self, family: Family, model: nn.Module) -> None:
         """Raise AccelError where the cache cannot run on a model."""
         if any(block._compiled_call_impl for blocks in family.block_lists(model).values() for block in blocks):

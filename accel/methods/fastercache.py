@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -48,16 +48,25 @@ class CFGDelta:
     """Unconditional minus conditional output (b, c, f, h, w) of the last full step, float32, in two bands."""
 
     active_index: int  # of the transformer that gave the outputs
+    step: int  # of them
     low: Tensor
     high: Tensor
+
+
+class Computed(NamedTuple):
+    """An output that a layer has computed."""
+
+    step: int
+    position: float
+    output: Stored
 
 
 @dataclass
 class State:
     """What one run caches."""
 
-    outputs: dict[tuple[str, str], list[tuple[float, Stored]]] = field(default_factory=dict)
-    # (position, output) of the last two computations, by (layer, branch)
+    outputs: dict[tuple[str, str], list[Computed]] = field(default_factory=dict)
+    # the last two computations, by (layer, branch)
     cfg_delta: CFGDelta | None = None
     cond: Tensor | None = None  # the last conditional output
     active_index: int = 0  # of the transformer that gave `outputs`
@@ -65,7 +74,7 @@ class State:
 
     def nbytes(self) -> int:
         """Bytes of all cached tensors on the model's device."""
-        tensors: list[Tensor | Stored] = [t for entries in self.outputs.values() for _, t in entries]
+        tensors: list[Tensor | Stored] = [e.output for entries in self.outputs.values() for e in entries]
         tensors += [self.cfg_delta.low, self.cfg_delta.high] if self.cfg_delta else []
         tensors += [self.cond] if self.cond is not None else []
         return sum(t.nbytes for t in tensors)
@@ -268,7 +277,10 @@ class FasterCache(Method):
         return plans
 
     def _extrapolated(self, layer: str, host: Host, state: State, plans: list[StepPlan]) -> Tensor | None:
-        """A layer's output in a step that is not to compute it; None where it must be computed."""
+        """A layer's output in a step that is not to compute it; None where it must be computed.
+
+        It must where the last two computed outputs are older than planned: another method has skipped those steps.
+        """
         step = host.step
         if state.active_index != host.active_index:  # Wan 2.2 has switched to its second transformer
             state.outputs.clear()
@@ -276,8 +288,11 @@ class FasterCache(Method):
         entries = state.outputs.get((layer, step.branch), [])
         if plans[step.index].attention or len(entries) < 2:
             return None
+        previous, last = entries
+        if step.index - last.step >= self.attention_interval or last.step - previous.step > self.attention_interval:
+            return None
         position = self.position(host.signal, step.sigma)
-        return self.extrapolate([(at, stored.load()) for at, stored in entries], position, step, plans)
+        return self.extrapolate([(e.position, e.output.load()) for e in entries], position, step, plans)
 
     def _cache(self, out: Tensor, layer: str, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> None:
         """Cache a computed output as long as a later step is extrapolated from it."""
@@ -289,8 +304,9 @@ class FasterCache(Method):
             if state.outputs.pop(key, None):
                 trace.set_memory("fastercache", state.nbytes())
         elif step.index >= steps[0] - 2:  # one of the last two outputs computed before the first extrapolation
-            previous = [entry for entry in state.outputs.get(key, [])[-1:] if entry[1].data.shape == out.shape]
-            state.outputs[key] = [*previous, (self.position(host.signal, step.sigma), store(out, self.cache_format))]
+            previous = [entry for entry in state.outputs.get(key, [])[-1:] if entry.output.data.shape == out.shape]
+            position, output = self.position(host.signal, step.sigma), store(out, self.cache_format)
+            state.outputs[key] = [*previous, Computed(step.index, position, output)]
             trace.set_memory("fastercache", state.nbytes())
 
     def _denoise(self, inner, x, inputs, host: Host, trace: Trace, state: State, plans: list[StepPlan]) -> Tensor:
@@ -299,6 +315,7 @@ class FasterCache(Method):
         step, delta, cond = host.step, state.cfg_delta, state.cond
         fits = delta is not None and cond is not None
         fits = fits and delta.active_index == host.active_index and delta.low.shape == cond.shape
+        fits = fits and step.index - delta.step < self.guidance_interval  # other methods leave out unconditional calls
         if step.branch == "uncond" and fits and not plans[step.index].guidance:
             state.since_full += 1
             low, high = self.gains(step, state.since_full)
@@ -312,7 +329,8 @@ class FasterCache(Method):
         if cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
             from ..ops.spectrum import split
 
-            state.cfg_delta, state.since_full = CFGDelta(host.active_index, *split(out.float() - cond.float())), 0
+            bands = split(out.float() - cond.float())
+            state.cfg_delta, state.since_full = CFGDelta(host.active_index, step.index, *bands), 0
         else:
             state.cfg_delta = state.cond = None
         trace.set_memory("fastercache", state.nbytes())

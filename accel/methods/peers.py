@@ -41,6 +41,18 @@ class DiffusersPeer(Peer):
 
         return DiffusersCache(model, self.config(host, model))
 
+    def check(self, spec: RunSpec) -> None:
+        """Raise AccelError also where the cache would mix up the branches."""
+        super().check(spec)
+        self._check_branches(spec.family, spec.guided, "this pipeline")
+
+    def _check_branches(self, family: Family, is_guided: bool, pipeline: str) -> None:
+        if self.needs_batched_guidance and is_guided and not family.batches_guidance:
+            self.refuse(
+                f"it would mix up the branches of guidance, which {pipeline} computes one after the other: choose "
+                "a guidance of 1, or a model that computes both at once, such as CogVideoX"
+            )
+
     def check_model(self, family: Family, model: nn.Module) -> None:
         """Raise AccelError also for a class of blocks that diffusers must know, and does not."""
         from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -58,11 +70,7 @@ class DiffusersPeer(Peer):
         name = type(host.pipe).__name__
         if not self.needs_batched_guidance and host.cache_context is None:
             self.refuse(f"{name} does not name its calls by a cache_context")
-        if self.needs_batched_guidance and host.is_guided and not host.family.batches_guidance:
-            self.refuse(
-                f"it would mix up the branches of guidance, which {name} computes one after the other: choose "
-                "a guidance of 1, or a model that computes both at once, such as CogVideoX"
-            )
+        self._check_branches(host.family, host.is_guided, name)
         if self.needs_batched_guidance and not hasattr(host.pipe, "current_timestep"):
             self.refuse(f"{name} does not tell its current_timestep")
 

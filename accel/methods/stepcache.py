@@ -47,7 +47,7 @@ class State:
     position: float = 0.0  # of the last full step
     signal: Tensor | None = None  # (b, c, f, h, w) estimated in the last step's latents
     is_guided: bool = False  # in the last step that was decided
-    shares: dict[str, float] = field(default_factory=dict)  # how far the trend continues, by branch
+    shares: dict[str, Tensor] = field(default_factory=dict)  # (b, 1, 1), how far the trend continues, by branch
 
     @property
     def is_full(self) -> bool:
@@ -135,7 +135,7 @@ class StepCache(Method):
         from ..core.corrector import corrected
         from ..ops.taylor import TaylorCache
 
-        caches, state = host.per_text(dict), host.per_run(lambda: self._begin(host, trace))
+        caches, state = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, follow_solver))
 
         def blocks(inner: Callable[..., Tensor], hidden: Tensor, *inputs, **named) -> Tensor:
             step, run = host.step, state()
@@ -156,7 +156,7 @@ class StepCache(Method):
             elif run.planned != list(range(step.count)):
                 share = cache.best_share(position, out - hidden)
                 if share is not None:
-                    run.shares[step.branch] = min(max(CAUTION * share, 0.0), 1.0)
+                    run.shares[step.branch] = (CAUTION * share).clamp(0, 1)
                 is_exact = abs(cache.position) < MAX_LOG_SNR  # a difference to a limited position has no length
                 cache.refresh(position, out - hidden, 1 if is_exact else 0)
                 signal = run.signal.nbytes if run.signal is not None else 0
@@ -164,11 +164,13 @@ class StepCache(Method):
                 trace.set_memory("stepcache", kept + sum(c.nbytes for c in caches().values()))
             return out
 
-        with host.wrap_blocks(blocks), corrected(host, lambda: state().is_full) if self.corrector else nullcontext():
+        correction = corrected(host, lambda: state().is_full) if self.corrector else nullcontext(lambda: None)
+        with correction as follow_solver, host.wrap_blocks(blocks):
             yield
 
-    def _begin(self, host: Host, trace: Trace) -> State:
+    def _begin(self, host: Host, trace: Trace, follow_solver: Callable[[], None]) -> State:
         """The state of a new run. Messages and the memory estimate go to the trace."""
+        follow_solver()
         spec = run_spec(host)
         if inactive_reason := self.inactive_reason(spec):
             trace.add_message(inactive_reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -35,20 +36,22 @@ class TaylorCache:
             terms.append((terms[-1] - older) / (position - self.position))
         self.position, self.terms = position, terms
 
-    def extrapolate(self, position: float, share: float = 1.0) -> Tensor:
-        """The Taylor series at a later position, or after a share of the way to it."""
+    def extrapolate(self, position: float, share: float | Tensor = 1.0) -> Tensor:
+        """The Taylor series at a later position, or after a share of the way to it: one, or each sample's (b, 1, 1)."""
         ahead = share * (position - self.position)
+        if isinstance(ahead, Tensor):
+            ahead = ahead.to(self.terms[0].dtype)
         return sum(term * (ahead**i / math.factorial(i)) for i, term in enumerate(self.terms))
 
-    def best_share(self, position: float, feature: Tensor) -> float | None:
-        """The share of the way to a position that comes closest to the feature computed there, by least squares.
+    def best_share(self, position: float, feature: Tensor) -> Tensor | None:
+        """The share (b, 1, 1) of the way to a position that comes closest to the feature there, by least squares.
 
-        It is measured on at most 4,096 tokens of each sample. None without a difference, or where there is none.
+        It is each sample's own, measured on at most 4,096 of its tokens. None without a difference.
         """
         if len(self.terms) < 2 or not self.fits(feature) or position == self.position:
             return None
         some = slice(None, None, 1 + feature.shape[1] // 4096)
         trend = (self.terms[1][:, some] * (position - self.position)).float()
         change = (feature[:, some] - self.terms[0][:, some]).float()
-        scale = float(trend.square().sum())
-        return float((trend * change).sum()) / scale if scale else None
+        total = lambda x: x.sum(tuple(range(1, x.ndim)), keepdim=True)
+        return total(trend * change) / total(trend.square()).clamp(min=torch.finfo(trend.dtype).tiny)

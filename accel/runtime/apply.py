@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext
@@ -39,9 +40,10 @@ class Application(ContextDecorator):
     """Methods for a pipeline, which act while it is entered; warns if it is thrown away without that."""
 
     def __init__(self, pipe, parts: tuple[Method | Preset, ...]):
-        self.pipe, self.is_used = pipe, False
+        self.pipe, self.is_used = pipe, True  # until the methods are known to be allowed
         self.methods = tuple(m for part in parts for m in (part if isinstance(part, Preset) else [part]))
         self.presets = tuple(part for part in parts if isinstance(part, Preset))
+        self.is_used = False
 
     def __enter__(self) -> Trace:
         self.is_used = True
@@ -55,6 +57,9 @@ class Application(ContextDecorator):
 
     def __call__(self, fn):
         self.is_used = True
+        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+        if any(is_kind(fn) for is_kind in kinds):  # its body runs later, when the methods are gone
+            raise AccelError("a generator or an async function cannot be decorated: use `with accel.apply(...)` in it")
         return super().__call__(fn)
 
     def __del__(self):

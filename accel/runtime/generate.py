@@ -79,8 +79,13 @@ def preflight(run: Run, pipe) -> list[str]:
 def environment(pipe) -> dict:
     """Where a pipeline runs: device, threads, dtype."""
     model = family_of(pipe).denoiser(pipe)  # its dtype is not that of the layers which stay in float32
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+    device = torch.cuda.get_device_name() if execution_device(pipe).type == "cuda" else "cpu"
     return {"device": device, "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def execution_device(pipe) -> torch.device:
+    """Where a pipeline computes; with offloading, its weights are elsewhere between two calls."""
+    return pipe._execution_device
 
 
 @dataclass
@@ -118,7 +123,7 @@ def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | No
     check_size(run, pipe)
     family = family_of(pipe)
     to_video = partial(family.to_video, grid=grid(pipe, run))
-    device = next(family.denoiser(pipe).parameters()).device
+    device = execution_device(pipe)
     paused, denoised, final = 0.0, 0.0, torch.empty(0)
 
     def step_end(_, index: int, t, tensors: dict[str, Any]) -> dict:

@@ -78,11 +78,15 @@ def warm_encoder() -> None:
 def read_mp4(path: Path, width: int) -> np.ndarray:
     """Frames uint8 (f, h, w, c) of an mp4, shrunk by the largest whole factor that leaves `width` columns or more.
 
-    So a video of that width has its own size again, which `write_mp4` has enlarged.
+    So a video of that width has its own size again, which `write_mp4` has enlarged. Raises AccelError for a file that
+    is no video.
     """
     import imageio.v3 as iio
 
-    frames = np.stack(list(iio.imiter(path)))
+    try:
+        frames = np.stack(list(iio.imiter(path)))
+    except (OSError, RuntimeError, ValueError, StopIteration):
+        raise AccelError(f"{path} cannot be read as a video") from None
     f, h, w, c = frames.shape
     k = max(1, min(w // width, h))
     blocks = frames[:, : h // k * k, : w // k * k].reshape(f, h // k, k, w // k, k, c)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import AccelError
 from .render import COLOURS, CYCLES, signed_distance
 from .scene import ATTRIBUTES, PHRASES, SECOND_ATTRIBUTES, read_caption
 from .segmentation import OBJECT_THRESHOLD, clean, find_background, grow, split_objects, texture_value, zoom
@@ -81,7 +82,13 @@ def read(frames: np.ndarray) -> dict[str, str | None]:
 
 
 def score(frames: np.ndarray, caption: str) -> dict[str, float]:
-    """1 or 0 for each attribute that the caption names, and their `mean`; empty if it names none."""
+    """1 or 0 for each attribute that the caption names, and their `mean`; empty if it names none.
+
+    Raises AccelError for frames (f, h, w, c) that are not square, as all scenes of the world are.
+    """
+    height, width = frames.shape[1:3]
+    if height != width:
+        raise AccelError(f"the judge reads square videos, not {width}x{height}")
     asked, seen = read_caption(caption), read(frames)
     scores = {a: float(seen[a] == value) for a, value in asked.items()}
     return {**scores, "mean": sum(scores.values()) / len(scores)} if scores else {}

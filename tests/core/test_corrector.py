@@ -182,6 +182,27 @@ def test_the_pipeline_gets_its_own_solver_back(pipe, sample):
     assert "step" not in vars(pipe.scheduler) and vars(pipe.scheduler).keys() == before.keys()
 
 
+def test_a_solver_that_is_exchanged_inside_the_context_is_corrected_too(pipe, sample):
+    own, other, method = pipe.scheduler, SOLVERS["euler"](), StepCache(full_steps=FULL)
+    pipe.scheduler = other
+    with accel.apply(pipe, [method]):
+        expected = sample(pipe, steps=12)
+    pipe.scheduler = own
+    with accel.apply(pipe, [method]):
+        pipe.scheduler = other
+        assert torch.equal(sample(pipe, steps=12), expected)
+    assert "step" not in vars(own) and "step" not in vars(other)
+
+
+def test_a_second_pipeline_of_the_same_transformer_is_corrected_with_its_own_solver(pipe, sample):
+    """The first one's solver, a UniPC, was exchanged for an Euler since."""
+    second, method = type(pipe)(**pipe.components), StepCache(full_steps=FULL)
+    with accel.apply(pipe, [method]):
+        expected = sample(pipe, steps=12)
+        pipe.scheduler = SOLVERS["euler"]()
+        assert torch.equal(sample(second, steps=12), expected)
+
+
 def test_the_response_is_that_of_signals_with_a_known_spread():
     """The velocity (x - x0) / sigma, where the best guess x0 of a signal around 0 has moved with x by 1 - s."""
     for sigma in (0.5, 0.7, 0.95):

@@ -95,6 +95,13 @@ def test_each_prompt_has_noises_of_its_own_that_no_tuning_has_seen_and_more_prom
     assert bench.TUNING_NOISE not in dict(cases).values()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": {}}'])
+def test_results_that_no_bench_wrote_are_refused_in_a_sentence(text, generated, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(AccelError, match="results.json was not written by `accel bench`: give another --out"):
+        bench.run_suite("small", 1, 1, "m", tmp_path)
+
+
 def test_a_suite_is_resumed_and_fewer_results_do_not_replace_more(generated, tmp_path, monkeypatch):
     bench.run_suite("small", 2, 1, "m", tmp_path)
     assert [steps for *_, steps in generated] == [4, 2, 4, 2]
@@ -252,6 +259,19 @@ def test_seeds_of_one_prompt_are_averaged_before_an_interval_is_computed():
     assert summary["n"] == 4 and "2 prompts x 2 seeds" in table({**summary, **conditions}, "report")
     assert table({**summary, **conditions, "model": "models/other"}, "report").startswith("other, n = 4 ")
     assert table({**summary, **conditions, "model": TINY}, "report").startswith("n = 4 ")
+
+
+def test_attributes_that_only_some_prompts_name_have_their_mean_over_those():
+    cases = [_case("p", a=1.0), _case("q", a=1.0), _case("r", a=1.0)]
+    read = ({"mean": 1.0, "shape": 1.0}, None, {"mean": 0.5, "shape": 1.0, "second_shape": 0.0})
+    for case, adherence in zip(cases, read, strict=True):
+        case["rows"]["a"]["adherence"] = adherence
+    summary = summarize(cases)
+    means = {name: value[0] for name, value in summary["rows"]["a"]["attributes"].items()}
+    assert means == {"shape": 1.0, "second_shape": 0.0}
+    assert summarize(cases[1:2])["rows"]["a"]["attributes"] == {}
+    conditions = {"device": "cpu", "threads": 1, "dtype": "float32"}
+    assert "| second_shape |" in table({**summary, **conditions}, "details")
 
 
 def test_values_that_are_not_defined_are_left_out_of_a_mean():

@@ -109,6 +109,18 @@ def test_a_video_that_is_too_small_for_the_judge_is_not_judged():
     assert not any("read back" in about for _, about in metric_texts(report))
 
 
+def test_a_video_that_is_not_square_is_not_judged():
+    wide = video(np.full((2, 96, 128, 3), 90, np.uint8))
+    pair = Pair(wide, wide, "a big red star spins slowly over a cloudy navy background")
+    assert METRICS["adherence"].measure(pair) is None and METRICS["texture"].measure(pair) is None
+
+
+def test_videos_of_different_sizes_are_not_called_bit_equal():
+    texts = lambda bit_equal: metric_texts({"psnr": None, "ssim": None, "bit_equal": bit_equal})
+    assert ("bit-equal", METRICS["psnr"].about) in texts(True)
+    assert "bit-equal" not in dict(texts(None))
+
+
 def test_the_page_says_which_attributes_are_not_seen(monkeypatch):
     read = {"shape": 0.0, "colour": 1.0, "mean": 0.5}
     monkeypatch.setattr("accel.world.judge.score", lambda frames, prompt: read)

@@ -23,5 +23,14 @@ def test_a_log_continues_after_a_line_that_was_cut_short_and_ignores_other_keys_
     assert [line["prompt"] for line in ResultLog(file, KEYS).lines] == ["a", "c"]
 
 
+def test_files_of_other_processes_are_joined_and_a_backup_is_left_alone(tmp_path):
+    line = '{"key": "mine", "setting": "half", "prompt": "%s"}\n'
+    names = {"results.jsonl": "a", "results-1.jsonl": "b", "results-12.jsonl": "c", "results-before.jsonl": "d"}
+    for name, prompt in names.items():
+        (tmp_path / name).write_text(line % prompt)
+    assert [line["prompt"] for line in ResultLog(tmp_path / "results.jsonl", KEYS).lines] == ["a", "b", "c"]
+    assert {file.name for file in tmp_path.iterdir()} == {"results.jsonl", "results-before.jsonl"}
+
+
 def test_a_hash_is_equal_for_equal_values_only():
     assert config_hash({"a": 1}, [2]) == config_hash({"a": 1}, [2]) != config_hash({"a": 1}, [3])

@@ -201,10 +201,15 @@ def generated(monkeypatch):
         seconds = {"a": [baseline.seconds], "b": [video.seconds]}
         return Comparison(baseline, video, report(a, b, baseline, video, seconds, pipe, defaults))
 
-    generate.stop_at = None
+    def preflight(run, pipe):
+        if run.steps == generate.refuses:
+            raise AccelError(f"no run of {run.steps} steps")
+
+    generate.stop_at = generate.refuses = None
     machine = lambda pipe: {"device": "cpu", "threads": 1, "dtype": "float32"}
     monkeypatch.setattr("accel.evaluation.compare.environment", machine)
-    replaced = {"generate": generate, "compare": compare, "warm_up": lambda *args: None, "environment": machine}
+    replaced = {"generate": generate, "compare": compare, "warm_up": lambda *args: None, "environment": machine,
+                "preflight": preflight}  # fmt: skip
     for name, function in {**replaced, "weights": lambda model: []}.items():
         monkeypatch.setattr(sweep_run, name, function)
     seen.append(generate)
@@ -229,6 +234,20 @@ def test_all_settings_are_measured_against_one_reference_and_written(generated, 
         "a-0.mp4", "pareto.png", "results.json", "steps=10", "steps=5",
     }  # fmt: skip
     assert "| 10 steps * | 1.00 | 2.00 |" in sweep_table(results["rows"])
+
+
+def test_a_cell_that_cannot_run_is_told_before_anything_is_generated(generated, tmp_path):
+    generated[0].refuses = 5
+    with pytest.raises(AccelError, match="no run of 5 steps"):
+        run_sweep(cell_runs("10,5"), None, DEFAULTS, tmp_path)
+    assert not generated[1:] and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_results_that_no_sweep_wrote_are_refused_in_a_sentence(text, generated, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(AccelError, match="results.json was not written by `accel sweep`: give another --out"):
+        run_sweep(cell_runs("10"), None, DEFAULTS, tmp_path)
 
 
 def test_a_stopped_sweep_goes_on_where_it_stopped(generated, tmp_path):

@@ -263,9 +263,10 @@ WITHOUT_BATCHES = ["wan_vace"]  # takes one generator for a whole batch
 
 
 @pytest.mark.parametrize("name", all_but(*WITHOUT_BATCHES))
-def test_two_prompts_in_a_batch_equal_two_runs_under_fastercache(name):
+@pytest.mark.parametrize("method", [CACHING, METHODS["stepcache"](schedule="spread")], ids=["fastercache", "stepcache"])
+def test_two_prompts_in_a_batch_equal_two_runs_under_a_cache(name, method):
     pipe, inputs = TINY[name](2)
-    with accel.apply(pipe, [CACHING]):
+    with accel.apply(pipe, [method]):
         both = sample(pipe, inputs, name)
         alone = [sample(pipe, item(inputs, i, 2), name, seed=i) for i in range(2)]
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=0)

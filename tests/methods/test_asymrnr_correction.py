@@ -108,6 +108,23 @@ def test_every_third_attention_runs_both_full_and_reduced(pipe, sample):
     assert trace.method_data["asymrnr"]["rates"][LAYER][6] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("steps", [2, 12])
+def test_no_error_is_measured_in_the_last_step_and_a_run_of_two_does_nothing(steps, pipe, sample):
+    with accel.apply(pipe, [AsymRnR(**{**FIXED, "start": 0.1})]) as trace:
+        sample(pipe, steps=steps)
+    assert all(e.compute_fraction <= 1 for e in trace.events.values() if e.step == steps - 1)
+    assert any("AsymRnR does nothing" in message for message in trace.messages) == (steps == 2)
+    assert (trace.summary()["flops_ratio"] == 1) == (steps == 2)
+
+
+def test_fixed_rates_act_whatever_the_budget_says(pipe, sample):
+    method = AsymRnR(**FIXED, budget=1.0)
+    assert not method.is_neutral and AsymRnR(budget=1.0).is_neutral
+    with accel.apply(pipe, [method]) as trace:
+        sample(pipe)
+    assert trace.summary()["flops_ratio"] < 1
+
+
 def test_correction_brings_the_video_closer_to_the_baseline_at_the_same_rates(pipe, sample):
     baseline, error = sample(pipe, steps=12), {}
     for correction in ("none", "last", "linear"):

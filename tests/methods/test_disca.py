@@ -3,11 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import build_pipe, make_meanflow, make_predictor, random_wan
+from support import build_pipe, euler_as_fitted_solver, make_meanflow, make_predictor, random_wan
 
 import accel
 from accel.families.wan import Wan
-from accel.methods import AsymRnR, DisCa, FasterCache, MeanFlow
+from accel.methods import AsymRnR, DisCa, FasterCache, FittedSolver, MeanFlow
 from accel.methods.base import RunSpec
 from accel.methods.disca.disca import select_full_steps
 from accel.methods.disca.predictor import Predictor, flops
@@ -58,6 +58,38 @@ def test_blocks_run_at_full_steps_only_in_each_branch(pipe, sample):
     predicted = {(e.step, e.branch) for e in trace.events.values() if e.action == "predict"}
     assert predicted == {(i, b) for i in (2, 3, 4, 5, 6) for b in ("cond", "uncond")}
     assert trace.method_data["disca"]["full_steps"] == [0, 1, 7]
+
+
+def test_a_branch_that_a_fitted_solver_leaves_out_is_predicted_from_the_last_full_step_alone(pipe, sample, tmp_path):
+    """Full steps 0, 1, 5, 9, 11; the unconditional branch has the first two of them, and runs again at 7 and 10."""
+    solver = euler_as_fitted_solver(pipe, 12, uncond_steps=[0, 1, 2, 7, 10])
+    (file := tmp_path / "solver.json").write_text(solver.model_dump_json())
+    methods = [DisCa(predictor="reuse", full_steps="0 1 5 9 11"), FittedSolver(steps=12, solver=str(file))]
+    with accel.apply(pipe, methods) as trace:
+        sample(pipe, steps=12)
+    action = lambda step, branch: trace.events[step, branch, "denoiser"].action
+    assert [action(i, "uncond") for i in (0, 1, 2, 7, 10)] == ["compute", "compute", "predict", "compute", "compute"]
+    assert [i for i in range(12) if action(i, "cond") == "compute"] == [0, 1, 5, 9, 11]
+
+
+def test_full_steps_that_another_method_asks_for_are_counted_in_the_report(pipe, sample):
+    """CFG-Cache needs the steps whose delta it takes in full."""
+    with accel.apply(pipe, [DisCa(predictor="reuse", num_full_steps=8), FasterCache(attention=False)]) as trace:
+        sample(pipe)
+    full = [e.step for e in trace.events.values() if (e.branch, e.layer, e.action) == ("cond", "denoiser", "compute")]
+    assert trace.method_data["disca"]["full_steps"] == sorted(full) and len(full) > 8
+    assert any(f"DisCa: {len(full)} of 20 forward passes are full" in message for message in trace.messages)
+
+
+@pytest.mark.parametrize("more", [{"full_steps": "0 1 7"}, {}])
+def test_a_list_of_full_steps_acts_and_without_one_fifty_are_all_of_any_run(more, pipe, sample):
+    method, count = DisCa(predictor="reuse", num_full_steps=50, **more), 8 if more else 60
+    assert method.is_neutral == (not more)
+    with accel.apply(pipe, [method]) as trace:
+        sample(pipe, steps=count)
+    assert (trace.summary()["flops_ratio"] < 1) == bool(more)
+    does_nothing = f"DisCa does nothing: all {count} steps are full forward passes at this setting"
+    assert trace.messages == [does_nothing] or more
 
 
 @pytest.mark.parametrize("form", ["reuse", "taylor-1"])

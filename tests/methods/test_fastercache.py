@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from support import euler_as_fitted_solver
 
 import accel
 from accel.core.trace import Step
-from accel.methods import FasterCache
+from accel.methods import DisCa, FasterCache, FittedSolver, StepCache
 from accel.methods.base import Method
 from accel.methods.fastercache import State, reuse_steps
 from accel.ops.spectrum import split
@@ -164,6 +165,30 @@ def test_only_computed_outputs_are_extrapolated_from(pipe, sample, monkeypatch):
         sample(pipe)
     known = {id(t) for t in computed}
     assert used and all(id(t) in known for t in used)
+
+
+FEW_PASSES = "0 1 2 3 4 8 12 16 19"
+
+
+@pytest.mark.parametrize("other", [DisCa(predictor="reuse", full_steps=FEW_PASSES), StepCache(full_steps=FEW_PASSES)])
+def test_outputs_that_grow_old_inside_a_step_cache_are_not_extrapolated_from(other, pipe, sample):
+    """Of passes 4, 8, 12 ... each computes its attention: the one before it is older than two steps."""
+    with accel.apply(pipe, [other, FasterCache(guidance=False)]) as trace:
+        sample(pipe)
+    events = [e for e in trace.events.values() if (e.branch, e.layer) == ("cond", "blocks.0.attn1")]
+    actions = {e.step: e.action for e in events}
+    assert actions == {step: "reuse" if step == 3 else "compute" for step in map(int, FEW_PASSES.split())}
+
+
+def test_a_cfg_delta_that_grows_old_inside_a_fitted_solver_is_not_added(pipe, sample, tmp_path):
+    """The solver runs the unconditional branch at 0 to 7, 10 and 15; at 10 the delta of step 6 is too old."""
+    solver = euler_as_fitted_solver(pipe, 20, uncond_steps=[*range(8), 10, 15])
+    (file := tmp_path / "solver.json").write_text(solver.model_dump_json())
+    methods = [FasterCache(attention=False, guidance_interval=3), FittedSolver(steps=20, solver=str(file))]
+    with accel.apply(pipe, methods) as trace:
+        sample(pipe)
+    computed = [i for i in range(20) if trace.events[i, "uncond", "denoiser"].action == "compute"]
+    assert {10, 15} <= set(computed)
 
 
 @pytest.mark.parametrize("reuse", ["attention", "stack"])

@@ -46,4 +46,14 @@ def test_the_best_share_of_a_trend_is_what_continued_of_it():
     assert cache.best_share(3, 5.5 * x) == 0.625 and cache.best_share(1, x) is None
     assert cache.best_share(3, x[:, :2]) is None
     cache.refresh(2, 3 * x, 1)
-    assert cache.best_share(3, 9 * x) is None
+    assert cache.best_share(3, 9 * x) == 0  # without a trend, no share of it leads anywhere
+
+
+def test_each_sample_of_a_batch_goes_its_own_share_of_the_way():
+    """Trends of 2 and 4, of which a half and a quarter continue."""
+    cache, x = TaylorCache(), torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 4, 3)
+    cache.refresh(0, 1 * x, 1)
+    cache.refresh(1, 3 * x, 1)
+    share = cache.best_share(2, 3 * x + torch.tensor([1.0, 1.0]).view(2, 1, 1))
+    assert share.flatten().tolist() == [0.5, 0.25]
+    assert torch.equal(cache.extrapolate(2, share), 3 * x + 1)

@@ -86,6 +86,28 @@ def test_a_decorated_function_runs_with_the_methods_every_time(pipe, sample):
     assert torch.equal(sample(pipe), baseline)
 
 
+def test_a_generator_or_async_function_cannot_be_decorated():
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    async def async_generator():
+        yield
+
+    for fn in (generator, coroutine, async_generator):
+        with pytest.raises(AccelError, match="a generator or an async function cannot be decorated: use `with"):
+            accel.apply(None)(fn)
+
+
+def test_settings_that_are_refused_do_not_also_warn_that_nothing_was_entered(recwarn):
+    with pytest.raises(AccelError):
+        accel.apply(None, Preset(methods={"fastercache": {"attention_interval": 99}}))
+    gc.collect()
+    assert not recwarn.list
+
+
 def test_a_second_apply_is_refused_and_the_first_goes_on(pipe, two_models, sample):
     refusals = []
 

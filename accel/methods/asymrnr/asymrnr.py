@@ -118,6 +118,11 @@ class AsymRnR(Method):
         return self
 
     @property
+    def is_neutral(self) -> bool:
+        """Whether the budget is all of the work; fixed rates have none."""
+        return super().is_neutral and self.schedule != "fixed"
+
+    @property
     def cell_shape(self) -> tuple[int, ...]:
         """Tokens (f, h, w) of a cell."""
         return tuple(int(n) for n in self.cell.split("x"))
@@ -147,7 +152,8 @@ class AsymRnR(Method):
         """No step may be reduced, or no rate is above zero."""
         pairs = [pair for phases in self.rates.values() for pair in phases] or [(self.query_rate, self.kv_rate)]
         reduces = max(map(max, pairs)) and (self.schedule == "fixed" or self.budget < 1)
-        if reduces and self.first_step(spec.count) < spec.count:
+        corrects = self.correction != "none" and self.steps_between(spec.count) > 1  # its first step measures an error
+        if reduces and self.first_step(spec.count) + corrects < spec.count:
             return ""
         return "AsymRnR does nothing: at these settings no token is removed"
 

@@ -96,6 +96,8 @@ class Reducer:
         q, k = (len(r.keep[0]) if r else qkv.shape[1] for r in reductions)
         full, reduced = core_flops(qkv, qkv.shape[1], qkv.shape[1]), core_flops(qkv, q, k)
         if self.residuals and self.residuals.needs_refresh(key, step, reductions, exact):
+            if step.index == step.count - 1:  # no later step needs the error
+                return inner(qkv)
             y = self._full_and_reduced(inner, qkv, reductions, key)
             extra = reduced - qkv.saved_flops + matching_flops
             self._record("compute", qkv, layer, extra)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -47,6 +48,15 @@ TRAINED = get_args(PredictorForm)
 MANIFEST = "predictor.json"
 
 
+@dataclass
+class State:
+    """What one run has decided."""
+
+    planned: list[int]  # the full steps
+    full_steps: list[int] = field(default_factory=list)  # so far
+    step: int = -1  # the last one that was decided
+
+
 class DisCa(Method):
     """Predicts the output of all blocks between full steps, by a small network or a series; best on `meanflow`."""
 
@@ -71,6 +81,11 @@ class DisCa(Method):
     predictor_dir: str = Field(
         "", description="Folder of a predictor; empty: in the model's folder.", json_schema_extra={"page": False}
     )
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether the settings say that all steps are full; a list of full steps says something else."""
+        return super().is_neutral and not self.full_steps
 
     @model_validator(mode="after")
     def _unused_predictor_exists(self) -> DisCa:
@@ -120,7 +135,7 @@ class DisCa(Method):
                 f"disca.full_steps ends with step {given[-1]}, but a run of {count} steps ends with step {count - 1}, "
                 "which must be full"
             )
-        return given or select_full_steps(self.num_full_steps, count)
+        return given or select_full_steps(count if self.is_neutral else self.num_full_steps, count)
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
         """The full steps, and in the others the embedding, the head and the predictor: its blocks and four layers."""
@@ -144,23 +159,28 @@ class DisCa(Method):
 
         predictor, runs = self._load(host) if self.predictor in TRAINED else (None, None)
         weights = sum(p.nbytes for p in predictor.parameters()) if predictor else 0
-        caches, full_steps = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, runs))
+        caches, state = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, runs))
         trained_for = host.denoisers[0]
 
         def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
-            step, order = host.step, TAYLOR_ORDER[self.predictor]
+            step, order, run = host.step, TAYLOR_ORDER[self.predictor], state()
             if predictor is not None:
                 host.check_denoiser(trained_for, f"predictor {self.predictor!r}")
             if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
                 caches().clear()
             cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
-            if step.index in full_steps() or step.index in host.exact_steps or not cache.fits(hidden):
+            is_fresh = cache.fits(hidden) and [cache.position] == run.full_steps[-1:]
+            if run.step != step.index:  # the first branch decides for all
+                run.step = step.index
+                if step.index in run.planned or step.index in host.exact_steps or not is_fresh:
+                    run.full_steps.append(step.index)
+            if run.full_steps[-1] == step.index or not is_fresh:
                 if step.index == step.count - 1:
-                    self._report_speedup(trace, full_steps())
+                    self._report_speedup(trace, run.full_steps)
                 out = inner(hidden, *inputs, **named)
                 if step.index == step.count - 1:
                     caches().pop((host.active_index, step.branch))  # it would take memory while the video is decoded
-                elif len(full_steps()) < step.count:
+                elif len(run.planned) < step.count:
                     cache.refresh(step.index, out, order)
                     trace.set_memory("disca", weights + sum(c.nbytes for c in caches().values()))
                 return out
@@ -174,15 +194,15 @@ class DisCa(Method):
         with host.wrap_blocks(blocks):
             yield
 
-    def _begin(self, host: Host, trace: Trace, runs: PredictorRuns | None) -> list[int]:
-        """The run's full steps. Messages and the memory estimate go to the trace."""
+    def _begin(self, host: Host, trace: Trace, runs: PredictorRuns | None) -> State:
+        """The state of a new run. Messages and the memory estimate go to the trace."""
         spec = run_spec(host)
-        count, full_steps = spec.count, self.steps(spec.count)
+        count, state = spec.count, State(self.steps(spec.count))
         if count == 1:
             raise AccelError("disca and a run of 1 step do not go together: there is nothing to predict")
         if inactive_reason := self.inactive_reason(spec):
             trace.add_message(inactive_reason)
-        gap = max_gap(full_steps)
+        gap = max_gap(state.planned)
         if runs and 1 < gap and gap > runs.supported_runs.get(count, 0):
             trained = " or ".join(
                 f"{n} steps, full steps up to {most} apart" for n, most in runs.supported_runs.items()
@@ -191,8 +211,9 @@ class DisCa(Method):
                 f"DisCa: this predictor was trained for runs of {trained}; this run has {count}, up to {gap} apart"
             )
         report_estimate(self, spec, trace)
-        trace.method_data["disca"] = {"full_steps": full_steps, "predictor": self.predictor, "compute_fraction": 1.0}
-        return full_steps
+        about = {"full_steps": state.full_steps, "predictor": self.predictor, "compute_fraction": 1.0}
+        trace.method_data["disca"] = about
+        return state
 
     def _record_prediction(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
         """Record a predicted pass with the work that is left: embedding, head and predictor."""
