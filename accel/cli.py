@@ -37,6 +37,7 @@ Shift = Annotated[float, typer.Option(help="Flow shift of the noise levels; defa
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
 Size = Annotated[int, typer.Option(min=1, help="In pixels, or the number of frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
+# What run, compare and report leave in a folder; new results remove it.
 RESULT_FILES = tuple("video.mp4 frames.npy a.mp4 b.mp4 a.npy b.npy a.jpg b.jpg run.json report.zip".split())
 INTERRUPTED = 130  # exit code after Ctrl-C
 JUDGED_WIDTH = 96  # columns: in fewer, small shapes cannot be told apart, and more tell the judge nothing
@@ -383,7 +384,7 @@ def sweep(
     reference = {"seed": seed, **dict(zip(RUN_OPTIONS, (steps, guidance, solver, shift)))}
     axes = [parse_axis_option(option) for option in axis]
     if (preset or set_) and any(each.name == "preset" for each in axes):
-        raise AccelError("--preset and --set have no effect beside an axis of presets: leave them out")
+        raise AccelError("--preset and --set do not go together with an axis of presets: leave them out")
     base = {**parse_settings(preset, set_, [each.name for each in axes]), "seed": seed}
     base |= {key: value for key, value in reference.items() if value is not None}
     cells = expand(base, axes, reference, parse_steps(plain_steps))
@@ -529,19 +530,19 @@ def sample(
     held_out: Annotated[bool, typer.Option(help="Only combinations that are held out of training.")] = False,
     out: Out = Path("runs/world"),
 ) -> None:  # fmt: skip
-    """Render captioned scenes: mp4s, captions.json and a contact sheet in --out."""
+    """Render captioned scenes: mp4s, captions.json and a contact sheet in --out, in place of earlier ones."""
     import random
+    import re
 
     import imageio.v3 as iio
     import numpy as np
 
     from .runtime.video import write_mp4
-    from .world.captions import read_captions
     from .world.render import render
     from .world.scene import caption, sample_scene
 
     rng, captions, rows = random.Random(seed), {}, []
-    before = read_captions(out) if (out / "captions.json").is_file() else {}
+    before = [file.name for file in out.glob("*.mp4") if re.fullmatch(r"\d{3,}", file.stem)]
     with all_or_nothing(out, "captions.json", (*before, "sheet.png", "captions.json")) as part:
         for i in tqdm(range(n), desc="scenes"):
             scene = sample_scene(rng, held_out)

@@ -74,6 +74,7 @@ def test_samples_that_were_stopped_leave_the_ones_before(accel, tmp_path, monkey
     more = ("--size", "16", "--frames", "1", "--out", str(tmp_path))
     sample = lambda n, seed: accel("world", "sample", "--n", n, "--seed", seed, *more)
     sample("3", "0")
+    (tmp_path / "mine.mp4").write_bytes(b"mine")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     written, write = [], video.write_mp4
 
@@ -87,7 +88,9 @@ def test_samples_that_were_stopped_leave_the_ones_before(accel, tmp_path, monkey
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     monkeypatch.undo()
     sample("2", "1")
-    assert {file.name for file in tmp_path.iterdir()} == {"000.mp4", "001.mp4", "captions.json", "sheet.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "000.mp4", "001.mp4", "captions.json", "sheet.png", "mine.mp4",
+    }  # fmt: skip
 
 
 def test_a_file_that_is_no_video_is_not_judged(accel, tmp_path):
@@ -125,7 +128,7 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("run", "--from", "a.mp4", "--steps", "5", "--set", "x.y=1"), "leave --steps, --set out"),
         (("run", "--prompt", "x", "--model", "models/none"), "no model folder"),
         (("bench", "--suite", "moon"), "unknown suite 'moon'"),
-        (("sweep", "--axis", "preset=quick,gpd", "--preset", "gpd"), "no effect beside an axis of presets"),
+        (("sweep", "--axis", "preset=quick,gpd", "--preset", "gpd"), "do not go together with an axis of presets"),
         (("tune", "--prompt-file", "examples/prompts/toy.txt", "--prompts", "2"), "do not go together"),
         (("train", "moon"), "unknown part 'moon'"),
         (("world", "judge", "nowhere"), "captions.json is missing"),
@@ -230,6 +233,7 @@ def test_a_folder_that_another_process_writes_into_is_refused(accel, tmp_path):
 
 def test_results_of_a_run_replace_those_of_a_compare(accel, tmp_path):
     assert accel("compare", *SMALL, "--repeats", "1", "--out", str(tmp_path))[0] == 0
+    (tmp_path / "report.zip").write_bytes(b"of the pair")
     assert accel("run", *SMALL, "--out", str(tmp_path))[0] == 0
     assert set(contents(tmp_path)) == {"video.mp4", "frames.npy", "run.json"}
 

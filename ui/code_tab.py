@@ -22,7 +22,7 @@ from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.recorded import recorded_pairs
-from ui.share import NOT_OURS, SharedSettings, link_query, read_link, read_preset
+from ui.share import LINK, SharedSettings, link_query, read_link, read_preset
 from ui.templating import render
 
 Update = dict[gr.components.Component, Any]
@@ -36,7 +36,7 @@ navigator.clipboard?.writeText(url).catch(() => {}); return url; }"""
 # The address follows the pair shown, so that a page that loads anew has its settings; what others read stays.
 FOLLOW = f"""(link) => {{ if (!link) return;
 const url = new URL(link, location.href), before = new URLSearchParams(location.search);
-for (const name of {[*NOT_OURS, "__theme"]}) if (before.has(name)) url.searchParams.set(name, before.get(name));
+for (const [name, value] of before) if (!{["p", *LINK]}.includes(name)) url.searchParams.set(name, value);
 history.replaceState(history.state, "", url); }}"""
 
 

@@ -69,7 +69,7 @@ class Host:
         self.active_index = 0
         self.latents: Tensor | None = None
         self.grid, self.text_tokens = (0, 0, 0), 0
-        self.is_guided = False
+        self.is_guided = self.is_run_guided = False  # in this call, and in any step of the run
         self.run_id = 0
         self.text_id = 0  # changes with the run, and with a text in mid-run
         self.exact_steps: set[int] = set()
@@ -289,6 +289,8 @@ class Host:
         at = self._tracker.locate(pipe, time, text, name, self.is_guided, self._by_pipeline)
         if at.begins:
             self._levels = noise_levels(pipe.scheduler)
+            _, call = running_call(self.pipe)
+            self.is_run_guided = self.family.is_run_guided(pipe, call) if call else self.is_guided
             self.run_id, self.text_id = self.run_id + 1, self.text_id + 1
             self.trace.begin()
             self.exact_steps.clear()

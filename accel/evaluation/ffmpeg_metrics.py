@@ -59,11 +59,10 @@ def _input(reference: np.ndarray) -> list[str]:
 
 
 def _graph(reference: np.ndarray, metric: str) -> str:
-    """Enlarge the stacked video, cut it in two and compare the halves."""
+    """Enlarge the stacked video, cut it in two and compare the halves; `metric` begins with its two inputs."""
     (height, width), times = reference.shape[1:3], enlargement(reference)
     half = f"crop={width * times}:{height * times}:0"
     return (
         f"[0:v]scale={width * times}:{2 * height * times}:flags=neighbor,format=yuv444p,split[x][y];"
-        f"[x]{half}:0[reference];[y]{half}:{height * times}[video];"
-        f"{metric}"
+        f"[x]{half}:0[reference];[y]{half}:{height * times}[video];{metric}"
     )

@@ -143,7 +143,7 @@ def columns(kind: str, rows: dict[str, dict]) -> list[Column]:
         if kind not in metric.shown_in or not any(metric.name in row for row in rows.values()):
             continue
         if kind == "details" and metric.parts:
-            parts = list(next(row[metric.parts] for row in rows.values() if row.get(metric.parts)))
+            parts = next((list(row[metric.parts]) for row in rows.values() if row.get(metric.parts)), [])
             found += [Column(part, partial(_part_cell, metric.parts, part)) for part in parts]
             continue
         found.append(Column(metric.title, lambda r, m=metric: cell(m, r.get(m.name))))

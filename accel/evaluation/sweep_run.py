@@ -40,8 +40,8 @@ def run_sweep(cells: Sequence[CellRun], pipe, defaults: ModelDefaults, out: Path
     first = [a.model_dump(exclude={"seed"}) for _, a, _ in cells[:1]]
     key = config_hash(first, weights(model), environment(pipe), *_files(cells[0][1]))
     _check_out(out, key)
-    for _, a, b in cells:  # before anything is generated
-        preflight(a, pipe), preflight(b, pipe)
+    for run in (*{a.seed: a for _, a, _ in cells}.values(), *(b for *_, b in cells)):  # before anything is generated
+        preflight(run, pipe)
     out.mkdir(parents=True, exist_ok=True)
     rows, reference = {}, ReferenceVideo(pipe, defaults, out)
     todo = [cell_run for cell_run in cells if not _finished(out, *cell_run)]

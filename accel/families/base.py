@@ -113,6 +113,10 @@ class Family:
         """Whether an unconditional branch runs. `call` has the local variables of the pipeline's running call."""
         return bool(pipe.do_classifier_free_guidance)
 
+    def is_run_guided(self, pipe, call: Mapping[str, Any]) -> bool:
+        """Whether an unconditional branch runs in any step, asked in the first one."""
+        return self.is_guided(pipe, call)
+
     def video_tokens(self, sequence: int, video: int) -> slice:
         """Which tokens of an attention's sequence are the video's."""
         return slice(0, video)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from .base import Family
@@ -37,6 +38,16 @@ class HunyuanVideo15(Family):
     def is_guided(self, pipe, call: Mapping[str, Any]) -> bool:
         """Whether the guider asks for an unconditional branch."""
         return pipe.guider.num_conditions > 1
+
+    def is_run_guided(self, pipe, call: Mapping[str, Any]) -> bool:
+        """Whether the guider asks for one in any step: some begin later or end earlier."""
+        guider, times = copy(pipe.guider), pipe.scheduler.timesteps
+
+        def is_on(step: int) -> bool:
+            guider.set_state(step, len(times), times[step])
+            return guider.num_conditions > 1
+
+        return any(map(is_on, range(len(times))))
 
     def text_tokens(self, inputs: Mapping[str, Any]) -> int:
         """Tokens of both texts and of the image."""

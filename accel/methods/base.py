@@ -59,7 +59,7 @@ def model_path(host: Host) -> str:
 def run_spec(host: Host) -> RunSpec:
     """The spec of the run that the host has just begun."""
     model, num_layers = host.denoisers[host.active_index], len(host.attentions[host.active_index])
-    about = host.latents, host.grid, host.step.count, host.is_guided, num_layers, host.text_tokens, model_path(host)
+    about = host.latents, host.grid, host.step.count, host.is_run_guided, num_layers, host.text_tokens, model_path(host)
     return RunSpec(model, host.family, *about)
 
 
@@ -318,8 +318,9 @@ class Peer(Method):
             yield
 
     def check(self, spec: RunSpec) -> None:
-        """Raise AccelError where the cache cannot run on the model."""
-        self.check_model(spec.family, spec.model)
+        """Raise AccelError where the cache cannot run on the model; at neutral settings it does not."""
+        if not self.is_neutral:
+            self.check_model(spec.family, spec.model)
 
     def check_model(self, family: Family, model: nn.Module) -> None:
         """Raise AccelError where the cache cannot run on a model."""

@@ -141,6 +141,7 @@ class StepCache(Method):
             step, run = host.step, state()
             if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
                 caches().clear()
+                run.shares.clear()
             cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
             position = log_snr(host.signal, step.sigma)
             is_fresh = cache.fits(hidden) and cache.position == run.position

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -83,14 +85,23 @@ def read_mp4(path: Path, width: int) -> np.ndarray:
     """
     import imageio.v3 as iio
 
-    try:
+    with readable(path):
         frames = np.stack(list(iio.imiter(path)))
-    except (OSError, RuntimeError, ValueError, StopIteration):
-        raise AccelError(f"{path} cannot be read as a video") from None
     f, h, w, c = frames.shape
     k = max(1, min(w // width, h))
     blocks = frames[:, : h // k * k, : w // k * k].reshape(f, h // k, k, w // k, k, c)
     return blocks.mean((2, 4)).round().astype(np.uint8)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Inside the context, errors of reading a video are one sentence. Raises AccelError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, StopIteration) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise AccelError(explain_os_error(error)) from error
+        raise AccelError(f"{path} cannot be read as a video") from error
 
 
 def read_settings(path: Path) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..errors import AccelError
+from ..errors import AccelError, amount
 from ..files import write_json
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
@@ -108,7 +108,7 @@ def _device_name() -> str:
     """The training device, for the record."""
     if PartialState().device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {amount(torch.get_num_threads(), 'thread')}"
 
 
 def shutdown_distributed() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import AccelError, amount
 from ..runtime.latents import normalize
 from ..runtime.models import ModelDefaults
+from ..runtime.video import readable
 from ..world.captions import read_captions
 from .tasks.vae import to_unit
 
@@ -31,11 +32,12 @@ class VideoFolder:
     def draw(self, rng: random.Random) -> tuple[str, Tensor]:
         """A random caption, and normalised latents (c, f, h, w) of its video's first frames at the model's size.
 
-        Raises AccelError for a video that is too short.
+        Raises AccelError for a video that is too short or cannot be read.
         """
         name = rng.choice(sorted(self.captions))
         f, *size = self.shape
-        first = list(islice(iio.imiter(self.folder / name), f))  # a whole video may take gigabytes
+        with readable(self.folder / name):
+            first = list(islice(iio.imiter(self.folder / name), f))  # a whole video may take gigabytes
         frames = torch.from_numpy(np.stack(first))[..., :3]
         if len(frames) < f:
             raise AccelError(f"{self.folder / name} has {amount(len(frames), 'frame')}, {f} are needed")

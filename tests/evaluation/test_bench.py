@@ -272,6 +272,7 @@ def test_attributes_that_only_some_prompts_name_have_their_mean_over_those():
     assert summarize(cases[1:2])["rows"]["a"]["attributes"] == {}
     conditions = {"device": "cpu", "threads": 1, "dtype": "float32"}
     assert "| second_shape |" in table({**summary, **conditions}, "details")
+    assert table({**summarize(cases[1:2]), **conditions}, "details")
 
 
 def test_values_that_are_not_defined_are_left_out_of_a_mean():

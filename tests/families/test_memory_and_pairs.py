@@ -1,5 +1,6 @@
 """Memory estimates of every pipeline, and two caches together."""
 
+import diffusers
 import pytest
 from families.test_contract import CACHING, METHODS, PREDICTING, REDUCING, WITHOUT_STACK, all_but, sample, stock
 from families.tiny import TINY
@@ -24,3 +25,15 @@ def test_fastercache_and_disca_together_err_little_more_than_each(name):
         with accel.apply(pipe, methods):
             errors.append((sample(pipe, inputs, name) - stock(name)).abs().max())
     assert errors[2] < 3 * (errors[0] + errors[1])
+
+
+@pytest.mark.slow
+def test_guidance_that_begins_later_is_in_the_estimate_and_its_branch_is_rebuilt():
+    """HunyuanVideo 1.5, whose guider adds the unconditional branch from step 4 of 14 on."""
+    pipe, inputs = TINY["hunyuan_video_15"]()
+    pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=6.0, start=0.3)
+    with accel.apply(pipe, [METHODS["fastercache"]()]) as trace:
+        pipe(**inputs, num_inference_steps=14, output_type="latent")
+    assert 0 < trace.peak_bytes <= trace.estimated_bytes
+    assert "rebuild" in {event.action for event in trace.events.values()}
+    assert not any("guidance is off" in message for message in trace.messages)

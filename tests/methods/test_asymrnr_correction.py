@@ -108,11 +108,12 @@ def test_every_third_attention_runs_both_full_and_reduced(pipe, sample):
     assert trace.method_data["asymrnr"]["rates"][LAYER][6] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("steps", [2, 12])
+@pytest.mark.parametrize("steps", [2, 11])
 def test_no_error_is_measured_in_the_last_step_and_a_run_of_two_does_nothing(steps, pipe, sample):
-    with accel.apply(pipe, [AsymRnR(**{**FIXED, "start": 0.1})]) as trace:
+    with accel.apply(pipe, [AsymRnR(**FIXED)]) as trace:
         sample(pipe, steps=steps)
-    assert all(e.compute_fraction <= 1 for e in trace.events.values() if e.step == steps - 1)
+    measured = {e.step for e in trace.events.values() if e.compute_fraction > 1}
+    assert measured == ({1, 4, 7} if steps == 11 else set())  # step 10 would be next
     assert any("AsymRnR does nothing" in message for message in trace.messages) == (steps == 2)
     assert (trace.summary()["flops_ratio"] == 1) == (steps == 2)
 

@@ -167,12 +167,12 @@ def test_only_computed_outputs_are_extrapolated_from(pipe, sample, monkeypatch):
     assert used and all(id(t) in known for t in used)
 
 
-FEW_PASSES = "0 1 2 3 4 8 12 16 19"
+FEW_PASSES = "0 1 2 3 4 7 11 15 19"
 
 
 @pytest.mark.parametrize("other", [DisCa(predictor="reuse", full_steps=FEW_PASSES), StepCache(full_steps=FEW_PASSES)])
 def test_outputs_that_grow_old_inside_a_step_cache_are_not_extrapolated_from(other, pipe, sample):
-    """Of passes 4, 8, 12 ... each computes its attention: the one before it is older than two steps."""
+    """Passes 7, 11 and 15, planned to be extrapolated, compute: the pass before is older than two steps."""
     with accel.apply(pipe, [other, FasterCache(guidance=False)]) as trace:
         sample(pipe)
     events = [e for e in trace.events.values() if (e.branch, e.layer) == ("cond", "blocks.0.attn1")]

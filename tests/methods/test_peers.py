@@ -9,13 +9,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import accel
+from accel.errors import AccelError
 from accel.evaluation.magcache_ratios import run_calibration
 from accel.families import family_of
 from accel.methods import METHODS
 from accel.methods.peers import RATIOS, DiffusersPeer
+from accel.runtime.generate import preflight
 from accel.runtime.models import ModelDefaults
 from accel.runtime.presets import required_settings
-from accel.runtime.run import Cancelled
+from accel.runtime.run import Cancelled, build_run
 
 STEPS = 12
 PEERS = [name for name, method in METHODS.items() if issubclass(method, DiffusersPeer)]
@@ -186,3 +188,15 @@ def test_magcache_is_calibrated_in_a_run_and_refused_before(pipe, monkeypatch, t
     with pytest.raises(ValueError, match="holds no ratios"):
         with accel.apply(pipe, METHODS["magcache"](ratios=str(tmp_path / RATIOS))):
             pass
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_run_whose_branches_a_cache_would_mix_up_is_refused_before_it_begins(name, pipe):
+    defaults = ModelDefaults(height=64, width=64, frames=5, steps=4, guidance=4.0, text_length=6)
+    run = lambda guidance, **settings: build_run(
+        defaults, model="m", prompt="x", guidance=guidance, methods={name: settings}
+    )
+    with pytest.raises(AccelError, match="which this pipeline computes one after the other"):
+        preflight(run(4.0), pipe)
+    preflight(run(1.0), pipe)
+    preflight(run(4.0, **METHODS[name].neutral), pipe)

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from accel.errors import AccelError
-from accel.runtime.generate import generate
+from accel.runtime.generate import environment, generate
 from accel.runtime.models import TINY, read_defaults
 from accel.runtime.run import build_run
 from accel.students.euler_scheduler import use_scheduler
@@ -75,3 +75,9 @@ def test_a_stochastic_scheduler_draws_from_the_seed_of_the_run(tiny_wan):
 def test_a_deterministic_scheduler_draws_nothing_at_any_number_of_steps(tiny_wan):
     states = {generate(run_of(steps=steps), tiny_wan, DEFAULTS).noise_state for steps in (2, 3)}
     assert len(states) == 1
+
+
+def test_the_device_is_the_one_that_computes_also_where_weights_are_offloaded(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert environment(pipe)["device"] == "a GPU" and next(pipe.transformer.parameters()).device.type == "cpu"
