@@ -74,7 +74,7 @@ class Page:
 
     def routes(self) -> list:
         """Routes of the tabs' own files."""
-        return self.vote.routes()
+        return [*self.vote.routes(), *self.code.routes()]
 
 
 def main() -> None:

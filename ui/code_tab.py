@@ -22,7 +22,7 @@ from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.recorded import recorded_pairs
-from ui.share import LINK, SharedSettings, link_query, read_link, read_preset
+from ui.share import NOT_OURS, SharedSettings, link_query, read_link, read_preset
 from ui.templating import render
 
 Update = dict[gr.components.Component, Any]
@@ -34,9 +34,11 @@ RUN_ID, RECORDED_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[a-z0-9][a-z0-
 COPY = """(text) => { const url = new URL(text, location.href).href;
 navigator.clipboard?.writeText(url).catch(() => {}); return url; }"""
 # The address follows the pair shown, so that a page that loads anew has its settings; what others read stays.
+# A misspelt name goes: with it the page would refuse its own address.
 FOLLOW = f"""(link) => {{ if (!link) return;
 const url = new URL(link, location.href), before = new URLSearchParams(location.search);
-for (const [name, value] of before) if (!{["p", *LINK]}.includes(name)) url.searchParams.set(name, value);
+for (const [name, value] of before)
+    if ({[*NOT_OURS]}.includes(name) || /^(__|utm_)/.test(name)) url.searchParams.set(name, value);
 history.replaceState(history.state, "", url); }}"""
 
 

@@ -144,7 +144,7 @@ class CompareTab:
         pinned = self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.dependent_outputs, trigger_mode="always_last", **quick)
-        switched = page.model.input(
+        self.switched = switched = page.model.input(
             self.switch_model, [*inputs[:3], self.prompt], self.outputs, trigger_mode="always_last", **quick
         )
         self.shows = [chosen]  # events after which `shown` may be another: outside the queue a State has no change
@@ -244,7 +244,8 @@ class CompareTab:
         """A stored pair in the Compare tab, with its settings in the widgets."""
         stored = self.context.store.find(run_id)
         if stored is None:
-            return {self.message: note("That result is no longer stored.", bad=True)}
+            gone = note("That result is no longer stored.", bad=True)
+            return {self.page.tabs: gr.Tabs(selected="compare"), self.message: gone}
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show([stored]), self.shown: run_id,
             self.panes: [run_id], **self._settings_of(stored.report), **self._set_aside,
@@ -255,7 +256,8 @@ class CompareTab:
         """The candidates of two stored pairs side by side, the first one as the reference of the next run."""
         stored = [self.context.store.find(run_id) for run_id in (first, second)]
         if None in stored:
-            return {self.message: note("One of these results is no longer stored.", bad=True)}
+            gone = note("One of these results is no longer stored.", bad=True)
+            return {self.page.tabs: gr.Tabs(selected="compare"), self.message: gone}
         text = "Two results from the history, each measured at its own time, so no speed-up is told."
         text = f"{text} {self._what_run_does(stored[1].report)}"
         return {
@@ -327,8 +329,8 @@ class CompareTab:
         }
 
     def choose_preset(self, shown: str | None, model: str, visitor: str, name: str) -> Update:
-        """The same, and the recorded pair of the preset unless a pair of the visitor's own is shown."""
-        recorded = {pair.name: pair for pair in recorded_pairs()}
+        """The same, and the model's recorded pair of the preset unless a pair of the visitor's own is shown."""
+        recorded = {pair.name: pair for pair in recorded_pairs() if pair.report["model"] == model}
         updates = self.load_preset(model, visitor, name)
         if name in recorded and (shown is None or shown in recorded):
             updates |= {**self.view.show_recorded(recorded[name]), self.shown: name, **self._set_aside}

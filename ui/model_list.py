@@ -69,7 +69,10 @@ def model_choices(first: str = TINY, root: Path | None = None) -> list[ModelChoi
     local = [_local(model) for model in dict.fromkeys([first, TINY, *folders]) if model not in hub]
     memory = gpu_gigabytes()
     online = memory > 0 and hub_answers()
-    known = [ModelChoice(model.id, model.title, _missing(model, memory, online)) for model in HUB]
+    known = [  # one that the owner has named is tried as it is
+        ModelChoice(model.id, model.title, "" if model.id == first else _missing(model, memory, online))
+        for model in HUB
+    ]
     return sorted(local + known, key=lambda choice: choice.id != first)
 
 

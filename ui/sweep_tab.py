@@ -152,6 +152,7 @@ class SweepTab:
         self.stop.click(self.stop_sweep, page.visitor, self.message, **quick)
         edited = [page.tabs.select, *(widget.change for widget in own)]
         gr.on(edited, self.show_size, inputs, self.size, trigger_mode="always_last", **quick)
+        page.compare.switched.then(self.show_size, inputs, self.size, **quick)  # then the widgets are the new model's
         for knob, _ in self.axes:
             knob.input(lambda name: gr.update(info=range_words(name)), knob, knob, **quick)
         gr.on([self.metric.change, self.speed.change, self.earlier.change], self.show_plot, views, self.plot, **quick)

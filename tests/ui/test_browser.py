@@ -387,11 +387,11 @@ def test_the_code_tab_and_the_address_are_of_the_recorded_pair_that_a_card_shows
     with visit(browser, server, "?__theme=dark") as page:
         choose_preset(page, "fastercache", "fastercache")
         page.wait_for_url("**/?preset=fastercache&*__theme=dark")
+        open_tab(page, "Code")
+        page.wait_for_function("document.querySelector('#code').innerText.includes('fastercache')")
         page.reload()
         page.wait_for_selector("#message >> text=settings are those of the link")
         assert page.is_checked("#use-fastercache input")
-        open_tab(page, "Code")
-        page.wait_for_function("document.querySelector('#code').innerText.includes('fastercache')")
 
 
 @pytest.mark.slow

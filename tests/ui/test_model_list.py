@@ -62,6 +62,8 @@ def test_the_model_that_the_owner_names_comes_first_and_is_offered_once(machine)
     ids = [choice.id for choice in model_choices(HUB[1].id)]
     assert ids[0] == HUB[1].id and len(ids) == len(set(ids)) == len(HUB) + 1
     assert model_choices("someone/else")[0].usable
+    machine(0)
+    assert model_choices(HUB[0].id)[0].usable and not model_choices(TINY)[-1].usable  # the owner's own is tried
 
 
 def test_a_missing_folder_of_models_is_refused(tmp_path):
