@@ -274,6 +274,7 @@ class Page:
                 setting_components=[prompt], outputs=[opened], settings=settings, message=message,
                 show_stored=lambda run_id, visitor: {opened: run_id},
                 load_settings=lambda preset, run, model: {opened: preset}, follow=lambda event: None,
+                switched=self.model.change(lambda: None),
             )  # fmt: skip
             with gr.Tabs() as self.tabs, gr.Tab("Sweep"):
                 self.sweep = SweepTab(context)
