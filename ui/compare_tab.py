@@ -244,8 +244,7 @@ class CompareTab:
         """A stored pair in the Compare tab, with its settings in the widgets."""
         stored = self.context.store.find(run_id)
         if stored is None:
-            gone = note("That result is no longer stored.", bad=True)
-            return {self.page.tabs: gr.Tabs(selected="compare"), self.message: gone}
+            return self._gone("That result is no longer stored.")
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show([stored]), self.shown: run_id,
             self.panes: [run_id], **self._settings_of(stored.report), **self._set_aside,
@@ -256,8 +255,7 @@ class CompareTab:
         """The candidates of two stored pairs side by side, the first one as the reference of the next run."""
         stored = [self.context.store.find(run_id) for run_id in (first, second)]
         if None in stored:
-            gone = note("One of these results is no longer stored.", bad=True)
-            return {self.page.tabs: gr.Tabs(selected="compare"), self.message: gone}
+            return self._gone("One of these results is no longer stored.")
         text = "Two results from the history, each measured at its own time, so no speed-up is told."
         text = f"{text} {self._what_run_does(stored[1].report)}"
         return {
@@ -300,6 +298,9 @@ class CompareTab:
             self.prompt: report["prompt"], self.seed: report["seed"], **own, **controls, self.preset_note: "",
             **self.side.updates(side_of(report)), **self._reference_updates(side_of(reference_of(report))),
         }  # fmt: skip
+
+    def _gone(self, text: str) -> Update:
+        return {self.page.tabs: gr.Tabs(selected="compare"), self.message: note(text, bad=True)}
 
     # Settings
 

@@ -318,9 +318,8 @@ class Peer(Method):
             yield
 
     def check(self, spec: RunSpec) -> None:
-        """Raise AccelError where the cache cannot run on the model; at neutral settings it does not."""
-        if not self.is_neutral:
-            self.check_model(spec.family, spec.model)
+        """Raise AccelError where the cache cannot run on the model."""
+        self.check_model(spec.family, spec.model)
 
     def check_model(self, family: Family, model: nn.Module) -> None:
         """Raise AccelError where the cache cannot run on a model."""

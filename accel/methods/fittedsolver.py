@@ -182,8 +182,7 @@ class FittedSolver(Method):
 
     def check(self, spec: RunSpec) -> None:
         """Raise AccelError if there is no solver, or for guidance that it was not fitted to."""
-        if self.steps:
-            self._check_guidance(self.load(spec.model_path), spec.guidance)
+        self._check_guidance(self.load(spec.model_path), spec.guidance)
 
     def _check_guidance(self, solver: Solver, guidance: float | None) -> None:
         if guidance is not None and abs(guidance - solver.guidance) > 1e-6:

@@ -44,8 +44,7 @@ class DiffusersPeer(Peer):
     def check(self, spec: RunSpec) -> None:
         """Raise AccelError also where the cache would mix up the branches."""
         super().check(spec)
-        if not self.is_neutral:
-            self._check_branches(spec.family, spec.guided, "this pipeline")
+        self._check_branches(spec.family, spec.guided, "this pipeline")
 
     def _check_branches(self, family: Family, is_guided: bool, pipeline: str) -> None:
         if self.needs_batched_guidance and is_guided and not family.batches_guidance:

@@ -70,7 +70,8 @@ def preflight(run: Run, pipe) -> list[str]:
         pass
     spec, held, methods = run_spec(run, pipe), estimate_memory(run, pipe), build_methods(run.methods)
     for method in methods:
-        method.check(spec)
+        if not method.is_neutral:  # such a one is not applied
+            method.check(spec)
     memory = f"The methods will hold up to {held / 2**20:.1f} MiB" if held else ""
     reasons = (method.inactive_reason(spec) for method in methods)
     return [*filter(None, (memory, *reasons))]
