@@ -87,7 +87,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     if groups:
         classes, about = _choose(measured, settings, groups)
         kept = {*BASELINE, NEUTRAL, NOISE_FLOOR, *OVERVIEW.values()}
-        kept = kept.union(*(found["best"].values() for found in classes))
+        kept = kept.union(*SUITES[suite].pairs, *(found["best"].values() for found in classes))
         settings = {name: setting for name, setting in settings.items() if name in kept}
     lines = measured(settings, cases, metrics_of(defaults), "results.jsonl", suite)
     if not state.is_main_process:

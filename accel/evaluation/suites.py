@@ -70,8 +70,8 @@ class Setting:
 class Suite:
     """Settings by name, the baseline first, and pairs (a, b) of them whose difference a - b is reported.
 
-    Where `groups` name settings, the best of each group at each speed are chosen on other prompts, and only these are
-    measured (see front.py).
+    Where `groups` name settings, the best of each group at each speed are chosen on other prompts, and only these and
+    those of `pairs` are measured (see front.py).
     """
 
     settings: dict[str, Setting]
@@ -168,7 +168,11 @@ def _front() -> Suite:
     settings = BASELINE | {NEUTRAL: Setting(overrides=neutral), NOISE_FLOOR: Setting(noise=0.01)}
     for found in groups.values():
         settings |= found
-    return Suite(settings, groups={group: tuple(found) for group, found in groups.items()})
+    pairs = (  # of equal speed, where the best of a class is faster or slower than what it meets
+        ("stepcache 0.22, 50 steps", "seacache 0.15, 30 steps, shift 4"),
+        ("disca, 8 of 20 steps", "euler, shift 5, 5 steps"),
+    )
+    return Suite(settings, pairs, {group: tuple(found) for group, found in groups.items()})
 
 
 def _in_steps(counts: Sequence[int], settings: dict[str, Setting]) -> dict[str, Setting]:
@@ -263,7 +267,7 @@ def _plain_solvers() -> dict[str, Setting]:
         for solver, shift in (("unipc", 3.0), ("unipc", 5.0), ("euler", 5.0), ("dpm++2m", 5.0), ("dpm++2s", 5.0))
     }
     multistep = {name: setting for name, setting in solvers.items() if setting.solver == "unipc"}
-    return _in_steps((33, 25, 20), multistep) | _in_steps((14, 10, 6, 4, 3), solvers)  # history is of use in many steps
+    return _in_steps((33, 25, 20), multistep) | _in_steps((14, 10, 6, 5, 4, 3), solvers)  # history is of use in many steps
 
 
 def _steps() -> Suite:
