@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from accel.cli import main, parse_settings
+from accel.cli import main
+from accel.cli.options import parse_settings
 from accel.evaluation import compare as compare_module
 from accel.files import only_writer
 from accel.runtime import models, video
