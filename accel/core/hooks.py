@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from diffusers.hooks.group_offloading import _LAZY_PREFETCH_GROUP_OFFLOADING
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
@@ -102,3 +102,12 @@ def patched_method(owner, name: str, fn: Callable) -> Iterator[None]:
         delattr(owner, name)
         if before is not None:
             setattr(owner, name, before)
+
+
+def refused_method(owner, name: str, reason: str) -> AbstractContextManager[None]:
+    """Inside the context, calling a method of an object raises AccelError with the reason."""
+
+    def refuse(*args, **named):
+        raise AccelError(reason)
+
+    return patched_method(owner, name, refuse)

@@ -78,11 +78,13 @@ class Host:
         self._by_pipeline = True  # the present call is the pipeline's, not of a loop of the user's own
         self._is_counting = False  # a call that only counts FLOPs is under way
         self._in_call = False  # a transformer call is under way that the host knows of
+        self._returns_tensor = False  # without return_dict, as Kandinsky 5; others give a tuple
         self.cache_context: CacheContext | None = None  # of the pipeline's current call
         self.caches: list[ForeignCache] = []  # those that a peer puts on the denoisers
         self._new_cache: Callable[[nn.Module], ForeignCache] | None = None
         self._layouts: dict[tuple, list[torch.Size]] = {}  # what an attention returns, by transformer, layer and branch
         self._places: list[Place] = []
+        self._kept_states: list[dict] = []  # what methods hold for a run or a text
         self._denoiser_wrappers: list[Callable] = []
         self._block_wrappers: list[Callable] = []
         self._attention_wrappers: list[Callable] = []
@@ -105,7 +107,7 @@ class Host:
 
     @contextmanager
     def attached(self) -> Iterator[Host]:
-        """Let the pipeline's transformer calls pass through the host for the time of the context."""
+        """Let the pipeline's calls pass through the host, and all that was registered before, inside the context."""
         check, free = self.pipe.check_inputs, self.pipe.maybe_free_model_hooks
         with patched_method(self.pipe, "check_inputs", partial(self._renew, check)):
             with patched_method(self.pipe, "maybe_free_model_hooks", partial(self._free, free)):
@@ -141,11 +143,9 @@ class Host:
         """Put a cache of others on each denoiser, inside all wrappers; it starts afresh with each run."""
         self._new_cache = new_cache
         try:
-            self._retake()
             yield
         finally:
             self._new_cache = None
-            self._retake()
 
     def per_run(self, factory: Callable[[], T]) -> Callable[[], T]:
         """A getter of state that the factory makes anew for each run of the pipeline."""
@@ -157,6 +157,7 @@ class Host:
 
     def _kept(self, factory: Callable[[], T], key: Callable[[], int]) -> Callable[[], T]:
         kept: dict[int, T] = {}
+        self._kept_states.append(kept)
 
         def get() -> T:
             if key() not in kept:
@@ -168,16 +169,12 @@ class Host:
 
     @contextmanager
     def _registered(self, wrappers: list[Callable], fn: Callable) -> Iterator[None]:
-        """Add a wrapper to its list; the host is in the model where there are wrappers for it."""
+        """Add a wrapper to its list; the host is later put where there are wrappers for it."""
         wrappers.append(fn)
         try:
-            if len(wrappers) == 1:
-                self._retake()
             yield
         finally:
             wrappers.remove(fn)
-            if not wrappers:
-                self._retake()
 
     # Places in the model
 
@@ -213,20 +210,19 @@ class Host:
         while self._places:
             self._places.pop().leave()
 
-    def _retake(self) -> None:
-        self._leave()
-        self._take()
-
     def _renew(self, check_inputs: Callable, *args, **named) -> Any:
         """Before a run: look at the pipeline anew, and take the places again if somebody has changed one.
 
         None are held after a refusal, for the next run may be one that is possible.
         """
+        for kept in self._kept_states:  # a cancelled run leaves its caches, and texts are encoded first
+            kept.clear()
         before = self.denoisers
         self._look()
         same = len(before) == len(self.denoisers) and all(a is b for a, b in zip(before, self.denoisers))
         if not same or not self._places or not all(place.is_held for place in self._places):
-            self._retake()
+            self._leave()
+            self._take()
         return check_inputs(*args, **named)
 
     def _free(self, free: Callable[[], None]) -> None:
@@ -260,7 +256,7 @@ class Host:
             y = torch.cat([run("cond", *cond), run("uncond", *uncond)][::-1])
         else:
             y = run(name or ("cond" if self.family.batches_guidance else None), x, inputs)
-        return Transformer2DModelOutput(sample=y) if return_dict else (y,)
+        return Transformer2DModelOutput(sample=y) if return_dict else y if self._returns_tensor else (y,)
 
     def _run(self, index: int, hook: ForwardHook, pipe, name: str | None, x: Tensor, inputs: dict[str, Any]) -> Tensor:
         """One call of one branch: track it, run it through the wrappers, and time it."""
@@ -272,7 +268,8 @@ class Host:
             for layer in (DENOISER, *self.attentions[index]):
                 self.trace.record(step, layer, "compute")
             y = hook.original(hidden_states=x, **inputs, return_dict=False)
-            return family.to_video(y if isinstance(y, Tensor) else y[0], grid)
+            self._returns_tensor = isinstance(y, Tensor)
+            return family.to_video(y if self._returns_tensor else y[0], grid)
 
         self._in_call = True
         try:

@@ -135,7 +135,8 @@ def perturbed_noise(pipe, share: float) -> Iterator[None]:
 
     def prepare(*args, **kwargs) -> torch.Tensor:
         latents = stock(*args, **kwargs)
-        other = torch.randn(latents.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(latents)
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        other = torch.randn(latents.shape, generator=generator, device="cpu").to(latents)
         other[latents == 0] = 0  # empty channels that some pipelines append
         return (1 - share**2) ** 0.5 * latents + share * other
 

@@ -67,7 +67,7 @@ def run_fit(
     runs = [build_run(defaults, model=model, prompt=prompt, seed=seed, guidance=guidance) for prompt, seed in cases]
     if max(steps) >= runs[0].steps:
         raise AccelError(f"a solver of {amount(max(steps), 'step')} saves nothing: the baseline has {runs[0].steps}")
-    warm_up(runs[0], pipe, defaults)  # which also counts FLOPs, by a call that is no step
+    warm_up(runs[0], pipe, defaults)
     paths = [record(run, pipe, defaults) for run in tqdm(runs, desc="baselines")]
     levels, times = noise_levels(pipe.scheduler), pipe.scheduler.timesteps.tolist()
     found = {}
@@ -97,6 +97,8 @@ def record(run: Run, pipe, defaults: ModelDefaults) -> Trajectory:
     is_batch = family_of(pipe).batches_guidance and run.guidance > 1
 
     def on_call(model: nn.Module, args: tuple, inputs: dict[str, Any], output: Any) -> None:
+        if inputs.get("return_dict") is not False:  # the host counts FLOPs: no call of the pipeline
+            return
         if len(path.calls) == max(0, len(path.samples) - 1):
             path.calls.append([])
         x = inputs["hidden_states"]

@@ -62,6 +62,10 @@ class Family:
             for i, block in enumerate(blocks.children())  # the host may iterate over them in another way
         }
 
+    def out_channels(self, model: nn.Module) -> int | None:
+        """Latent channels of the video; behind them an input may have those of a given image."""
+        return getattr(model.config, "out_channels", None)
+
     def patch(self, model: nn.Module) -> Grid:
         """Latent frames, rows and columns of a token."""
         patch = model.config.patch_size

@@ -300,7 +300,10 @@ class FasterCache(Method):
 
         step, key = host.step, (layer, host.step.branch)
         steps = reuse_steps(plans, step.branch)
-        if not any(i > step.index for i in steps):  # no later step needs the cache
+        if step.index == len(plans) - 1:
+            state.outputs.clear()  # also of a branch that ended before: they would take memory while decoding
+            trace.set_memory("fastercache", state.nbytes())
+        elif not any(i > step.index for i in steps):  # no later step needs the cache
             if state.outputs.pop(key, None):
                 trace.set_memory("fastercache", state.nbytes())
         elif step.index >= steps[0] - 2:  # one of the last two outputs computed before the first extrapolation
@@ -326,7 +329,8 @@ class FasterCache(Method):
             state.cond = out
         if step.branch != "uncond":  # a guider may have a third one
             return out
-        if cond is not None and any(not p.guidance for p in plans[step.index + 1 :]):
+        is_exact = plans[step.index].attention  # not where guidance has begun in an extrapolated step
+        if cond is not None and is_exact and any(not p.guidance for p in plans[step.index + 1 :]):
             from ..ops.spectrum import split
 
             bands = split(out.float() - cond.float())

@@ -21,8 +21,6 @@ from ..core.trace import Trace
 from .base import Choices, StudentMethod, model_path
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..core.host import Host
 
 
@@ -73,19 +71,13 @@ class GPD(StudentMethod):
             yield
             return
         from ..students.euler_scheduler import StudentEuler, use_scheduler
-        from ..students.loading import check_base, forbid_cfg, load_student, weight_bytes
+        from ..students.loading import check_base, load_student, student_run
 
-        weights_dir, model = self.weights_dir(model_path(host)), host.denoisers[0]
-        reserve_memory = host.per_run(lambda: trace.reserve_memory("gpd", weight_bytes(weights_dir, model)))
-
-        def call(inner, x: Tensor, **inputs) -> Tensor:
-            reserve_memory()
-            return inner(x, **inputs)
-
+        weights_dir = self.weights_dir(model_path(host))
         manifest = self.load_manifest(weights_dir)
         check_base(weights_dir, manifest.base_fingerprint, host.pipe)
         scheduler = StudentEuler(manifest.sigmas, manifest.timesteps)
-        with load_student(weights_dir, model), host.wrap_denoiser(call), forbid_cfg(host, weights_dir):
+        with load_student(weights_dir, host.denoisers[0]), student_run(host, weights_dir, "gpd"):
             with use_scheduler(host.pipe, scheduler):
                 yield
 

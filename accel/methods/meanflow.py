@@ -85,7 +85,7 @@ class MeanFlow(StudentMethod):
 
         from ..students.euler_scheduler import StudentEuler, use_scheduler
         from ..students.interval_embedding import INTERVAL_EMBEDDER, pack_timestep, with_interval_embedder
-        from ..students.loading import check_base, forbid_cfg, load_student, weight_bytes
+        from ..students.loading import check_base, load_student, student_run
         from ..students.weights import read_weights
 
         weights_dir, model, pipe = self.weights_dir(model_path(host)), host.denoisers[0], host.pipe
@@ -94,11 +94,10 @@ class MeanFlow(StudentMethod):
         low, high = manifest.guidance
         if not low <= self.guidance <= high:
             raise AccelError(f"meanflow.guidance = {self.guidance:g}: this student was trained on {low:g} to {high:g}")
-        added_bytes = weight_bytes(weights_dir, model)
-        begin = host.per_run(lambda: self._begin(added_bytes, manifest, host, trace))
+        check_intervals = host.per_run(lambda: self._check_intervals(manifest, host, trace))
 
         def call(inner, x: Tensor, **inputs) -> Tensor:
-            begin()
+            check_intervals()
             end = host.step.sigma if manifest.guidance_only else host.step.sigma_next
             numbers = torch.tensor((host.step.sigma, end, self.guidance), device=x.device)
             t, r, guidance = numbers.unsqueeze(1).expand(-1, len(x))
@@ -108,7 +107,7 @@ class MeanFlow(StudentMethod):
         scheduler = StudentEuler(sigmas, [1000 * sigma for sigma in sigmas[:-1]])
         embedder = read_weights(weights_dir / INTERVAL_EMBEDDER)
         with load_student(weights_dir, model), with_interval_embedder(model, embedder):
-            with host.wrap_denoiser(call), forbid_cfg(host, weights_dir), use_scheduler(pipe, scheduler):
+            with host.wrap_denoiser(call), student_run(host, weights_dir, "meanflow"), use_scheduler(pipe, scheduler):
                 yield
 
     def _sigmas(self, scheduler) -> list[float]:
@@ -129,9 +128,8 @@ class MeanFlow(StudentMethod):
             )
         return own.sigmas.tolist()
 
-    def _begin(self, added_bytes: int, manifest: MeanFlowManifest, host: Host, trace: Trace) -> None:
-        """Report the memory, and intervals that are longer than in training, at the start of a run."""
-        trace.reserve_memory("meanflow", added_bytes)
+    def _check_intervals(self, manifest: MeanFlowManifest, host: Host, trace: Trace) -> None:
+        """Report, at the start of a run, intervals that are longer than in training."""
         longest = float(-host.pipe.scheduler.sigmas.diff().min())
         if longest > manifest.max_interval + 1e-3:
             trace.add_message(

@@ -152,7 +152,7 @@ class StepCache(Method):
                 return hidden + cache.extrapolate(position, run.shares.get(step.branch, FIRST_SHARE))
             out = inner(hidden, *inputs, **named)
             if step.index == step.count - 1:
-                caches().pop((host.active_index, step.branch))  # it would take memory while the video is decoded
+                caches().clear()  # also of a branch that ended before: it would take memory while the video is decoded
                 run.signal = None
             elif run.planned != list(range(step.count)):
                 share = cache.best_share(position, out - hidden)
@@ -199,7 +199,7 @@ class StepCache(Method):
         from ..ops.spectrum import estimate_signal
 
         before, latents = run.signal, host.family.to_video(host.latents, host.grid)
-        channels = getattr(host.denoisers[host.active_index].config, "out_channels", None)
+        channels = host.family.out_channels(host.denoisers[host.active_index])
         latents = latents[:, :channels]  # behind those of the video, a given image may have some that stay as they are
         is_flat = host.grid[:2] == (1, 1)  # a family that does not know its grid
         run.signal = latents.float() if is_flat else estimate_signal(latents, host.signal, host.step.sigma)

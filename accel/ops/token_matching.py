@@ -50,16 +50,16 @@ def partition(grid: tuple[int, int, int], cell: tuple[int, int, int], seed: int,
     """
     if min(cell) < 1:
         raise AccelError(f"a cell of {cell} tokens is not possible: each side must be at least 1")
-    positions = [torch.arange(n) // step for n, step in zip(grid, cell)]
+    positions = [torch.arange(n, device="cpu") // step for n, step in zip(grid, cell)]
     counts = [-(-n // step) for n, step in zip(grid, cell)]
     f, h, w = torch.meshgrid(*positions, indexing="ij")
     cell_of = ((f * counts[1] + h) * counts[2] + w).flatten()
-    shuffled = torch.randperm(len(cell_of), generator=torch.Generator().manual_seed(seed))
+    shuffled = _shuffled(len(cell_of), seed)
     by_cell = shuffled[cell_of[shuffled].argsort(stable=True)]  # cells in order, their tokens shuffled
-    first = torch.ones(len(cell_of), dtype=torch.bool)
+    first = torch.ones_like(cell_of, dtype=torch.bool)
     first[1:] = cell_of[by_cell][1:] != cell_of[by_cell][:-1]
     destinations = by_cell[first]
-    is_source = torch.ones(len(cell_of), dtype=torch.bool)
+    is_source = torch.ones_like(cell_of, dtype=torch.bool)
     is_source[destinations] = False
     sources = is_source.nonzero().flatten()
     return Partition(destinations.to(device), sources.to(device), cell_of[sources].to(device))
@@ -163,9 +163,14 @@ def match(
     return MergePlan(part, part.sources[order].int(), destination_index.gather(1, order).int(), similarity)
 
 
+def _shuffled(n: int, seed: int) -> Tensor:
+    """0 to n - 1 in a random order, on the CPU whatever torch's default device is: the same for every device."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
 def grid_plan(part: Partition, groups: int) -> MergePlan:
     """The plan without matching: sources go to their own cells, in one random order so that no frame goes first."""
-    shuffled = torch.randperm(len(part.sources), generator=torch.Generator().manual_seed(0)).to(part.sources.device)
+    shuffled = _shuffled(len(part.sources), 0).to(part.sources.device)
     order, cell = part.sources[shuffled].expand(groups, -1), part.cell[shuffled].expand(groups, -1)
     return MergePlan(part, order.int(), cell.int(), torch.ones(groups, device=order.device))
 

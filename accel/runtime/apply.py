@@ -96,11 +96,11 @@ def _applied(pipe, methods: tuple[Method, ...], presets: tuple[Preset, ...]) -> 
             stack.enter_context(_taken(part))
         splits_batches = not all(method.is_neutral or method.peer for method in methods)
         host = Host(pipe, trace, splits_batches, bool(methods))
-        stack.enter_context(host.attached())
         for method in methods:
             stack.enter_context((_announced if method.is_neutral else type(method).apply)(method, host, trace))
         for preset in presets:
             stack.enter_context(_compared(preset, host, trace))
+        stack.enter_context(host.attached())
         yield trace
 
 

@@ -104,15 +104,25 @@ class Video:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bytes]]:
-    """Inside the context, torch's global generators start from a seed; on exit they are as before.
+    """Inside the context, torch's global generators of the CPU and the device start from a seed; then are as before.
 
     Stochastic schedulers draw from the device's one, not from the pipeline's generator. Returns a getter of its state.
+    Other GPUs keep theirs: another run may be drawing there.
     """
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else ()):
-        torch.manual_seed(seed)
-        state = lambda: torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-        yield lambda: state().numpy().tobytes()
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = [generator.get_state() for generator in generators]
+    try:
+        if device.type not in ("cpu", "cuda"):
+            torch.manual_seed(seed)  # also that of a device which has one alone
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield lambda: generators[-1].get_state().numpy().tobytes()
+    finally:
+        for generator, state in zip(generators, before):
+            generator.set_state(state)
 
 
 def generate(run: Run, pipe, defaults: ModelDefaults, on_step: StepCallback | None = None) -> Video:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..core.calls import running_call
-from ..core.hooks import patched_method
+from ..core.hooks import patched_method, refused_method
 from ..core.host import Host
 from ..errors import AccelError
 from .euler_scheduler import is_student_run
@@ -60,15 +60,9 @@ def _forbid_changes(module: nn.Module) -> Iterator[None]:
     that it finds, and would bring the student back.
     """
 
-    def refuse(reason: str) -> Callable:
-        def call(*args, **kwargs):
-            raise AccelError(reason)
-
-        return call
-
-    fusing = refuse("a LoRA cannot be fused into a student's weights: fuse it outside accel.apply")
-    offloading = refuse("a student's weights cannot be offloaded in groups: enable that before accel.apply")
-    with patched_method(module, "fuse_lora", fusing), patched_method(module, "enable_group_offload", offloading):
+    fusing = "a LoRA cannot be fused into a student's weights: fuse it outside accel.apply"
+    offloading = "a student's weights cannot be offloaded in groups: enable that before accel.apply"
+    with refused_method(module, "fuse_lora", fusing), refused_method(module, "enable_group_offload", offloading):
         yield
 
 
@@ -80,14 +74,16 @@ def weight_bytes(folder: Path, module: nn.Module) -> int:
 
 
 @contextmanager
-def forbid_cfg(host: Host, folder: Path) -> Iterator[None]:
-    """Inside the context, refuse what the student in a folder cannot do.
+def student_run(host: Host, folder: Path, method: str) -> Iterator[None]:
+    """Inside the context, runs report the memory of the student in a folder, and what it cannot do is refused.
 
     That is guidance, a negative prompt, another scheduler or transformer, and a LoRA of it that acts in part.
     """
     model, is_lora = host.denoisers[0], (folder / ADAPTER).is_file()
+    reserve_memory = host.per_run(lambda: host.trace.reserve_memory(method, weight_bytes(folder, model)))
 
     def call(inner: Callable, x: Tensor, **inputs) -> Tensor:
+        reserve_memory()
         host.check_denoiser(model, f"student {folder.name!r}")
         if host.is_guided:
             raise AccelError("a student has guidance distilled in: set guidance to 1")

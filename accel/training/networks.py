@@ -74,7 +74,8 @@ def velocity(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, full_precisio
     """
     call = partial(type(model).forward, model) if full_precision else model
     fast = not full_precision and has_fast_bfloat16(str(x.device))
-    autocast = fast or model.patch_embedding.weight.dtype != x.dtype
+    own = getattr(model, "module", model)  # of several processes, each has it wrapped
+    autocast = fast or own.patch_embedding.weight.dtype != x.dtype
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         return call(x, t, text, return_dict=False)[0].float()
 

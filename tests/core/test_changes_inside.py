@@ -1,5 +1,6 @@
 """What users change between two runs inside one `accel.apply`: the host looks at the model before every run."""
 
+import gc
 from contextlib import nullcontext
 from functools import partial
 
@@ -12,7 +13,10 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import accel
 from accel.errors import AccelError
-from accel.methods import AsymRnR, DisCa, FasterCache, SeaCache
+from accel.methods import AsymRnR, DisCa, FasterCache, SeaCache, StepCache
+from accel.methods.asymrnr.correction import Residual
+from accel.methods.fastercache import Computed
+from accel.ops.taylor import TaylorCache
 
 ASYMRNR = AsymRnR(schedule="fixed", query_rate=0.5, kv_rate=0.5)
 METHODS = [FasterCache(), ASYMRNR, DisCa(predictor="taylor-1")]
@@ -246,3 +250,55 @@ def test_after_a_refusal_the_next_run_has_the_methods_again(pipe, sample):
             sample(pipe)
         set_processor(pipe)
         assert torch.equal(sample(pipe), first) and trace.summary()["flops_ratio"] == share < 1
+
+
+def test_a_refusal_that_was_handled_inside_is_not_raised_again_on_leaving(pipe, sample):
+    class Unknown(torch.nn.Module):
+        """A processor that is not known."""
+
+    expected = sample(pipe)
+    with accel.apply(pipe, [ASYMRNR, FasterCache()]):
+        for attn in (block.attn1 for block in pipe.transformer.blocks):
+            attn.set_processor(Unknown())
+        with pytest.raises(AccelError):
+            sample(pipe)
+    set_processor(pipe)
+    assert torch.equal(sample(pipe), expected)
+
+
+HOLDERS = [ASYMRNR, FasterCache(), DisCa(predictor="taylor-1"), StepCache(full_steps="0 1 4 7 11")]
+
+
+def held() -> list:
+    """All that methods cache of the outputs of a model."""
+    return [found for found in gc.get_objects() if isinstance(found, TaylorCache | Computed | Residual)]
+
+
+@pytest.mark.parametrize("method", HOLDERS, ids=lambda method: type(method).__name__)
+def test_nothing_of_a_branch_that_ended_before_is_held_while_the_video_is_decoded(method, pipe, sample):
+    def unguide(pipe, index, time, tensors):
+        pipe._guidance_scale = 1.0 if index >= 8 else 4.0
+        return {}
+
+    with accel.apply(pipe, method) as trace:
+        sample(pipe, steps=20, on_step=unguide)
+        assert trace.summary()["flops_ratio"] < 1 and not held()
+
+
+@pytest.mark.parametrize("method", HOLDERS, ids=lambda method: type(method).__name__)
+def test_nothing_of_a_stopped_run_is_held_when_the_next_one_begins(method, pipe, sample, monkeypatch):
+    def stop(pipe, index, time, tensors):
+        if index == 6:
+            raise KeyboardInterrupt
+        return {}
+
+    stock, counts = pipe.encode_prompt, []
+    monkeypatch.setattr(
+        pipe, "encode_prompt", lambda *args, **named: (counts.append(len(held())), stock(*args, **named))[1]
+    )
+    with accel.apply(pipe, method):
+        with pytest.raises(KeyboardInterrupt):
+            sample(pipe, on_step=stop)
+        assert held()
+        sample(pipe)
+    assert counts == [0, 0]

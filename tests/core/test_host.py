@@ -34,7 +34,7 @@ def test_step_and_branch_come_from_the_pipeline(pipe, sample):
         seen.append((host.step.index, host.step.branch, host.step.sigma, host.step.sigma_next))
         return inner(x, **inputs)
 
-    with host.attached(), host.wrap_denoiser(spy):
+    with host.wrap_denoiser(spy), host.attached():
         sample(pipe, steps=3)
     assert [s[:2] for s in seen] == [(i, b) for i in range(3) for b in ("cond", "uncond")]
     assert seen[0][2] > seen[0][3] == seen[2][2] and seen[-1][3] == 0
@@ -72,8 +72,8 @@ def test_video_to_video_runs_the_last_steps_of_the_schedule(pipe):
     pipe.__class__ = LastSteps
     host, seen = Host(pipe, Trace()), []
     with (
-        host.attached(),
         host.wrap_denoiser(lambda inner, x, **inputs: (seen.append(host.step), inner(x, **inputs))[1]),
+        host.attached(),
     ):
         pipe()
     sigmas = pipe.scheduler.sigmas[2:].tolist()
@@ -161,10 +161,10 @@ def test_the_stack_of_blocks_can_be_wrapped(pipe, sample):
         calls.append(hidden.shape)
         return inner(hidden, *inputs)
 
-    with host.attached(), host.wrap_blocks(stack):
+    with host.wrap_blocks(stack), host.attached():
         assert torch.equal(sample(pipe), baseline)
     assert len(calls) == 40
-    with host.attached(), host.wrap_blocks(lambda inner, hidden, *inputs: hidden):
+    with host.wrap_blocks(lambda inner, hidden, *inputs: hidden), host.attached():
         assert not torch.equal(sample(pipe), baseline)
 
 
@@ -172,7 +172,7 @@ def test_a_model_that_changes_hidden_states_between_blocks_has_no_stack(pipe):
     pipe.transformer.__class__ = type("WanVACETransformer3DModel", (type(pipe.transformer),), {})
     host = Host(pipe, Trace())
     with pytest.raises(ValueError, match="WanVACETransformer3DModel changes hidden states between its blocks"):
-        with host.wrap_blocks(lambda inner, *inputs: inner(*inputs)):
+        with host.wrap_blocks(lambda inner, *inputs: inner(*inputs)), host.attached():
             pass
 
 
@@ -209,6 +209,20 @@ def test_sparse_attention_is_refused_by_name():
     pipe.transformer.register_to_config(attention_type="nabla")
     with pytest.raises(ValueError, match="attention_type nabla"), accel.apply(pipe, []):
         pass
+
+
+@pytest.mark.parametrize("name", ["wan", "kandinsky5"])
+def test_without_return_dict_a_call_returns_what_the_stock_model_returns(name):
+    """Kandinsky 5 returns its output as it is, the others in a tuple."""
+    pipe, inputs = TINY[name]()
+    calls, record = [], lambda model, args, named, output: calls.append((args, {**named, "return_dict": False}))
+    with pipe.transformer.register_forward_hook(record, with_kwargs=True):
+        pipe(**inputs, num_inference_steps=2, output_type="latent")
+    args, named = calls[0]
+    with torch.no_grad():
+        stock = pipe.transformer(*args, **named)
+        with accel.apply(pipe, []):
+            assert type(pipe.transformer(*args, **named)) is type(stock)
 
 
 def test_flops_are_counted_under_any_attention_backend(pipe, monkeypatch):

@@ -136,6 +136,13 @@ def test_the_trajectory_holds_what_the_pipeline_computed():
     torch.testing.assert_close(torch.stack([cond, uncond]), torch.stack(again))
 
 
+def test_a_call_that_counts_flops_is_not_one_of_the_trajectory():
+    """Mochi's FLOPs depend on the text's length, and are counted by a call of the model at each new one."""
+    pipe = encoding("mochi")
+    path = record(run_of(pipe, steps=STEPS), pipe, model_defaults(pipe, "-"))
+    assert [len(calls) for calls in path.calls] == [2] * STEPS and len(path.first) == 2
+
+
 def test_what_no_solver_can_be_fitted_to_is_refused(monkeypatch, two_models):
     pipe, _ = TINY["cogvideox"]()
     for refused in (pipe, two_models):

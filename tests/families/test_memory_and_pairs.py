@@ -37,3 +37,17 @@ def test_guidance_that_begins_later_is_in_the_estimate_and_its_branch_is_rebuilt
     assert 0 < trace.peak_bytes <= trace.estimated_bytes
     assert "rebuild" in {event.action for event in trace.events.values()}
     assert not any("guidance is off" in message for message in trace.messages)
+
+
+@pytest.mark.slow
+def test_the_branch_difference_is_not_taken_in_a_step_that_extrapolates():
+    """HunyuanVideo 1.5: the first guided step, 19 of 50, extrapolates one branch and computes the other."""
+    pipe, inputs = TINY["hunyuan_video_15"]()
+    pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=6.0, start=0.38)
+    method = METHODS["fastercache"]()
+    plans = method.plan(50)
+    assert not plans[19].attention and not plans[19].guidance
+    with accel.apply(pipe, [method]) as trace:
+        pipe(**inputs, num_inference_steps=50, output_type="latent")
+    rebuilt = [e.step for e in trace.events.values() if e.action == "rebuild"]
+    assert min(rebuilt) > next(i for i in range(19, 50) if plans[i].attention)

@@ -30,7 +30,7 @@ def lengths(pipe, sample, method, **run):
         seen[host.step.index, host.step.branch, layer] = (qkv.query().shape[1], qkv.key().shape[1])
         return inner(qkv)
 
-    with host.attached(), host.wrap_qkv(spy), method.apply(host, host.trace):
+    with host.wrap_qkv(spy), method.apply(host, host.trace), host.attached():
         sample(pipe, **run)
     return seen, host.trace
 

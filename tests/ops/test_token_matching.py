@@ -21,6 +21,15 @@ def features(n=60, heads=2, seed=0, b=1):
     return torch.randn(b, n, heads, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def test_a_partition_does_not_depend_on_torchs_default_device():
+    expected = partition(GRID, (2, 2, 2), seed=1)
+    with torch.device("meta"):
+        found = partition(GRID, (2, 2, 2), seed=1)
+        plan = grid_plan(found, 1)
+    assert torch.equal(found.destinations, expected.destinations) and torch.equal(found.cell, expected.cell)
+    assert torch.equal(plan.order, grid_plan(expected, 1).order)
+
+
 def test_large_grids_have_exactly_one_destination_per_cell():
     """6,440 cells: sorting by cell number plus a float32 fraction would push tokens into the next cell."""
     part = partition((21, 45, 80), (3, 2, 2), seed=1)

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from accel.errors import AccelError
-from accel.runtime.generate import environment, generate
+from accel.runtime.generate import environment, generate, seeded
 from accel.runtime.models import TINY, read_defaults
 from accel.runtime.run import build_run
 from accel.students.euler_scheduler import use_scheduler
@@ -69,6 +69,16 @@ def test_a_stochastic_scheduler_draws_from_the_seed_of_the_run(tiny_wan):
         longer = generate(run_of(steps=4), tiny_wan, DEFAULTS)
     assert torch.equal(first.latents, again.latents) and first.noise_state == again.noise_state
     assert not torch.equal(first.latents, other.latents) and first.noise_state != longer.noise_state
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_global_generator_is_as_before_also_after_an_error():
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), seeded(3, torch.device("cpu")) as state:
+        first = state()
+        torch.rand(1)
+        assert state() != first
+        raise ZeroDivisionError
     assert torch.equal(torch.get_rng_state(), before)
 
 

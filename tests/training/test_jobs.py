@@ -305,6 +305,23 @@ def test_only_the_current_lora_of_a_half_precision_model_is_trained_and_in_float
     assert torch.equal(nets.previous(x, t, text), v) and torch.equal(velocity(model, x, t, text), v)
 
 
+def test_the_velocity_of_a_model_that_several_processes_share_is_its_own():
+    class Shared(torch.nn.Module):
+        """As DistributedDataParallel: a call goes on, an attribute does not."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs, **named):
+            return self.module(*inputs, **named)
+
+    model = build_pipe().transformer
+    inputs = torch.randn(1, 4, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 16)
+    with torch.no_grad():
+        assert torch.equal(velocity(Shared(model), *inputs), velocity(model, *inputs))
+
+
 @pytest.mark.parametrize("has_interval", [False, True])
 def test_a_stored_lora_gives_the_velocities_of_the_trained_one(has_interval, tmp_path):
     model = build_pipe().transformer

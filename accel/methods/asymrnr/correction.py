@@ -74,6 +74,12 @@ class ResidualCache:
         before = [entry for entry in self.entries.get(key, []) if entry.is_of(reductions)]
         self.entries[key] = [*before, Residual(step.index, step.sigma, reductions, tensor)][-self.depth :]
 
+    def end(self, key: tuple, step: Step) -> None:
+        """At the last step: drop the residuals of an attention, and those of branches that have ended before."""
+        ended = [other for other in self.entries if step.index - self.last_step[other] >= self.interval]
+        for each in (key, *ended):
+            self.entries.pop(each, None)
+
     def extrapolate(self, key: tuple, step: Step) -> Tensor:
         """The residual at a step: the last one, or the line through two by sigma."""
         *before, last = self.entries[key]

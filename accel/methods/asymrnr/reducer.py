@@ -70,7 +70,7 @@ class Reducer:
         """A core's output (b, n, k, d), full or restored; (b, m, k, d) if it is restored after its projection."""
         y, step = self._attend(inner, qkv, layer), self.host.step
         if self.residuals and step.index == step.count - 1:  # they would take memory while the video is decoded
-            self.residuals.entries.pop((layer, step.branch, qkv.sample), None)
+            self.residuals.end((layer, step.branch, qkv.sample), step)
         return y
 
     def _attend(self, inner: Callable[[QKV], Tensor], qkv: QKV, layer: str) -> Tensor:
@@ -183,7 +183,9 @@ class Reducer:
         kept = self.host.trace.method_data["asymrnr"]["kept_tokens"].setdefault(layer, {})
         if feature not in kept:
             f, h, w = self.host.grid
-            stays = torch.zeros(f * h * w, dtype=torch.bool).index_fill(0, reduction.keep[0].long().cpu(), True)
+            stays = torch.zeros(f * h * w, dtype=torch.bool, device="cpu").index_fill(
+                0, reduction.keep[0].long().cpu(), True
+            )
             kept[feature] = ["".join("01"[token] for token in row) for row in stays.view(f, h, w)[f // 2].tolist()]
 
 

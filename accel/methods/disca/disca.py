@@ -179,7 +179,7 @@ class DisCa(Method):
                     self._report_speedup(trace, run.full_steps)
                 out = inner(hidden, *inputs, **named)
                 if step.index == step.count - 1:
-                    caches().pop((host.active_index, step.branch))  # it would take memory while the video is decoded
+                    caches().clear()  # also of a branch that ended before: they would take memory while decoding
                 elif len(run.planned) < step.count:
                     cache.refresh(step.index, out, order)
                     trace.set_memory("disca", weights + sum(c.nbytes for c in caches().values()))
