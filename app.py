@@ -17,6 +17,7 @@ import ui.quick_gradio  # noqa: F401, I001  before Gradio
 import ui.zero_gpu  # noqa: F401  before torch
 import gradio as gr
 
+from accel.runtime.cpu_quota import limit_threads
 from ui import server
 from ui.api import add_endpoints
 from ui.code_tab import CodeTab
@@ -79,6 +80,7 @@ class Page:
 
 def main() -> None:
     """Serve the page until it is interrupted."""
+    limit_threads()
     server.serve(Page, server.parse_arguments())
 
 

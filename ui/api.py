@@ -6,21 +6,21 @@ result = Client("http://127.0.0.1:7860").predict("a large red star spins", 1, {"
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from accel.errors import AccelError
-from accel.runtime.presets import Preset, load_preset, preset_names, with_parameter
+from accel.runtime.presets import RUN_SETTINGS, Preset, load_preset, preset_names, with_parameter
 from ui.context import Context, compare_work
 from ui.endpoints import add_endpoint
 from ui.preset_cards import PLAIN
 from ui.share import refuse_hidden
 from ui.side_settings import Side, preset_side
+from ui.store import own_or_new
 
-SIDE_KEYS = ("preset", "changes", "steps", "guidance", "solver", "shift")
+SIDE_KEYS = ("preset", "changes", *RUN_SETTINGS)
 
 
 def add_endpoints(context: Context, page) -> None:
@@ -53,7 +53,7 @@ class Api:
         Example: run("a large red star spins", 1, {"preset": "fastercache", "steps": 30})
         """
         sides = [side_from(reference), side_from(candidate)]
-        visitor, model = visitor or uuid.uuid4().hex, model or self.context.model
+        visitor, model = own_or_new(visitor), model or self.context.model
         work = compare_work(self.context, visitor, {"model": model, "prompt": prompt, "seed": seed}, *sides)
         for kind, data in self.context.workers.stream(self.context.workers.submit(work, visitor, model)):
             if kind == "pair":
@@ -108,7 +108,7 @@ def side_from(values: Any) -> Side:
         method, _, parameter = str(target).partition(".")
         refuse_hidden({method: {parameter: value}})
         side["methods"] = with_parameter(side["methods"], method, parameter, value)
-    return {**side, **{key: values[key] for key in SIDE_KEYS[2:] if values.get(key) is not None}}
+    return {**side, **{key: values[key] for key in RUN_SETTINGS if values.get(key) is not None}}
 
 
 def known_preset(name: Any) -> Preset:

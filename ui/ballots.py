@@ -82,5 +82,5 @@ class Ballots:
     def _pairs(self, visitor: str) -> list[tuple[str, Path, dict]]:
         """(id, folder, report) of the recorded pairs and the visitor's own, without those of equal videos."""
         pairs = [(f"recorded/{pair.name}", pair.folder, pair.report) for pair in recorded_pairs()]
-        pairs += [(pair.id, pair.folder, pair.report) for pair in self._store.list(visitor)]
+        pairs += [(pair.id, pair.folder, pair.report) for pair in self._store.list(visitor, limit=-1)]
         return [pair for pair in pairs if not pair[2].get("bit_equal")]

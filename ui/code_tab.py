@@ -9,15 +9,15 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from accel.errors import AccelError
+from accel.errors import AccelError, sentence
 from accel.evaluation.verdict import subject
 from accel.runtime.paths import ROOT
-from accel.runtime.repeat import command, preset_yaml, python_code
+from accel.runtime.repeat import check_repeatable, command, preset_yaml, python_code
 from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
@@ -27,6 +27,7 @@ from ui.templating import render
 
 Update = dict[gr.components.Component, Any]
 
+NOT_STORED = "that result is no longer stored"
 SHOWN = {"interactive": False, "wrap_lines": True, "lines": 1, "max_lines": 30, "buttons": ["copy"]}  # of a `gr.Code`
 RECORDED = ROOT / "examples" / "runs"
 RUN_ID, RECORDED_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -99,7 +100,6 @@ class CodeTab:
         try:
             preset = read_preset(text or "")
         except AccelError as error:
-            gr.Warning(str(escape(error)))
             return {self.message: gr.update(value=note(str(error), bad=True), visible=True)}
         return {
             self.message: gr.update(visible=False), self.page.tabs: gr.Tabs(selected="compare"),
@@ -122,7 +122,8 @@ class CodeTab:
         """
         report, _ = self._find(run_id)
         if report is None:
-            raise AccelError("that result is no longer stored")
+            raise AccelError(NOT_STORED)
+        check_repeatable(report)
         return {"python": python_code(report), "command": command(report), "preset": preset_yaml(report),
                 "link": f"?{link_query(report)}"}  # fmt: skip
 
@@ -138,16 +139,19 @@ class CodeTab:
         report, url = self._find(request.path_params["name"])
         if report is None or not request.url.path.endswith(f"/{url}/preset.yaml"):
             return PlainTextResponse("There is no such file.", 404)
+        try:
+            check_repeatable(report)
+        except AccelError as error:
+            return PlainTextResponse(sentence(error), 404)
         headers = {"Content-Disposition": 'attachment; filename="preset.yaml"', "X-Content-Type-Options": "nosniff"}
         return PlainTextResponse(preset_yaml(report), headers=headers)
 
     def _load(self, shared: SharedSettings) -> Update:
         text = "The settings are those of the link. Press Run to generate with them."
-        updates = self.page.compare.load_settings(shared.preset, shared.run, shared.model or self.context.model)
-        compare, model = self.page.compare, {}
-        if shared.model:
-            model = {self.page.model: shared.model, **compare.views_of(shared.model, updates[compare.preset])}
-        return {**updates, **model, self.page.compare.message: note(text)}
+        compare, model = self.page.compare, shared.model or self.context.model
+        updates = compare.load_settings(shared.preset, shared.run, model)
+        views = compare.views_of(model, updates[compare.preset])
+        return {**compare.stock(model), **updates, self.page.model: model, **views, compare.message: note(text)}
 
     def _models(self) -> dict[str, str]:
         """The models that the page offers, each with the reason why it cannot run here, or an empty text."""
@@ -156,8 +160,12 @@ class CodeTab:
     def _views(self, shown: str | None) -> list[Any]:
         """Values of `views`; empty if there is no pair."""
         report, url = self._find(shown)
-        if report is None:
-            return [note("That result is no longer stored.", bad=True), "", "", "", "", ""]
+        try:
+            if report is None:
+                raise AccelError(NOT_STORED)
+            check_repeatable(report)
+        except AccelError as error:
+            return [note(sentence(error), bad=True), "", "", "", "", ""]
         about = render("code_about", subject=subject(report), prompt=report["prompt"], seed=report["seed"])
         preset, link = preset_yaml(report), f"?{link_query(report)}"
         return [about, python_code(report), command(report), preset, link, downloads(preset, url)]

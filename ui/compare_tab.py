@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from accel.errors import AccelError, sentence
 from accel.runtime.example_prompts import example_prompts, is_example
 from accel.runtime.models import ModelDefaults, read_defaults
 from accel.runtime.presets import Preset, load_preset, preset_names
-from accel.runtime.repeat import preset_of, reference_of
+from accel.runtime.repeat import check_repeatable, preset_of, reference_of
 from ui.clickable import ClickableHTML
 from ui.context import Context, compare_work
 from ui.controls import Change, MethodControls, Update, changes_from, is_usable, missing_parts, words
@@ -29,6 +29,7 @@ from ui.side_settings import ReferenceControls, Side, SideSettings, describe_sid
 from ui.templating import render
 
 FIRST_PRESETS = ("balanced", "stepcache", "fastercache")  # the first whose parts the model has is chosen at the start
+MODEL_GONE = "Its model is not offered here any more: Run takes the chosen one."
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class CompareTab:
         chosen = self.preset.input(
             self.choose_preset, [self.shown, *inputs[:3]], self.outputs, trigger_mode="always_last", **quick
         )
-        self.examples.click(chosen_example, None, self.prompt, **quick)
+        self.follow(self.examples.click(chosen_example, None, self.prompt, **quick))
         reset = self.changed.click(self.reset, inputs, self.outputs, **quick)
         pinned = self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
@@ -150,7 +151,8 @@ class CompareTab:
         self.shows = [chosen]  # events after which `shown` may be another: outside the queue a State has no change
         for loaded in (finished, chosen, switched, reset, pinned):
             self.follow(loaded)
-        self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded], **quick)
+        sliders = [slider for side in (self.reference.settings, self.side) for slider in (side.steps, side.guidance)]
+        self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded, *sliders], **quick)
 
     def follow(self, event: Dependency) -> None:
         """After an event that sets widgets: show what belongs to the new settings, and what a run will take."""
@@ -245,10 +247,11 @@ class CompareTab:
         stored = self.context.store.find(run_id)
         if stored is None:
             return self._gone("That result is no longer stored.")
+        settings, about_run = self._settings_of(stored.report)
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show([stored]), self.shown: run_id,
-            self.panes: [run_id], **self._settings_of(stored.report), **self._set_aside,
-            self.message: note(f"Shown from the history. {self._what_run_does(stored.report)}"),
+            self.panes: [run_id], **settings, **self._set_aside,
+            self.message: note(f"Shown from the history. {about_run}"),
         }  # fmt: skip
 
     def show_two(self, first: str, second: str) -> Update:
@@ -257,10 +260,10 @@ class CompareTab:
         if None in stored:
             return self._gone("One of these results is no longer stored.")
         text = "Two results from the history, each measured at its own time, so no speed-up is told."
-        text = f"{text} {self._what_run_does(stored[1].report)}"
+        settings, about_run = self._settings_of(stored[1].report)
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show_candidates(stored), self.shown: second,
-            self.panes: [], self.message: note(text), **self._settings_of(stored[1].report), **self._set_aside,
+            self.panes: [], self.message: note(f"{text} {about_run}"), **settings, **self._set_aside,
             **self._reference_updates(side_of(stored[0].report)),
         }  # fmt: skip
 
@@ -278,26 +281,22 @@ class CompareTab:
             return {self.reference.source: "pinned", self.reference.pinned: side}
         return {self.reference.source: "plain", **self.reference.settings.updates(side)}
 
-    def _is_offered(self, report: dict) -> bool:
-        return any(choice.id == report["model"] for choice in self.context.models)
-
-    def _what_run_does(self, report: dict) -> str:
-        """What the button does with the settings of a stored pair."""
-        if self._is_offered(report):
-            return "Run measures it again."
-        return "Its model is not offered here any more: Run takes the chosen one."
-
-    def _settings_of(self, report: dict) -> Update:
-        """The widgets for a stored pair, and its model with its cards and ranges if the page still offers it."""
+    def _settings_of(self, report: dict) -> tuple[Update, str]:
+        """The widgets for a stored pair, with its model if the page still offers it, and what Run does with them."""
+        try:
+            check_repeatable(report)
+        except AccelError as error:
+            return {}, sentence(error)
         model, preset = report["model"], Preset(methods=report["methods"])
         controls, _ = self.controls.preset_values(preset, model)
-        own = {self.preset: card_of(preset)}
-        if self._is_offered(report):
+        own, about_run = {self.preset: card_of(preset)}, MODEL_GONE
+        if any(choice.id == model for choice in self.context.models):
             own = {self.page.model: model, **self.views_of(model, card_of(preset))}
+            about_run = "Run measures it again."
         return {
             self.prompt: report["prompt"], self.seed: report["seed"], **own, **controls, self.preset_note: "",
             **self.side.updates(side_of(report)), **self._reference_updates(side_of(reference_of(report))),
-        }  # fmt: skip
+        }, about_run  # fmt: skip
 
     def _gone(self, text: str) -> Update:
         return {self.page.tabs: gr.Tabs(selected="compare"), self.message: note(text, bad=True)}
@@ -307,7 +306,7 @@ class CompareTab:
     def load_preset(self, model: str, visitor: str, name: str | None) -> Update:
         """Set the candidate's widgets to a preset, and say what of it the model lacks."""
         preset = load_preset(name) if name in preset_names() else Preset()
-        reason = next((choice.reason for choice in self.context.models if choice.id == model), "")
+        reason = self.context.missing(model)
         missing = f"This model cannot run here: {reason}." if reason else ""
         return {**self.load_settings(preset, {}, model), self.preset: name, self.message: note(missing, bad=True)}
 
@@ -319,7 +318,12 @@ class CompareTab:
         if name in preset_names() and missing_parts(load_preset(name), model):
             name = first_preset(model)
         own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_example(prompt) else {}
-        return {**self.load_preset(model, visitor, name), **self.views_of(model, name), **own}
+        return {**self.load_preset(model, visitor, name), **self.views_of(model, name), **self.stock(model), **own}
+
+    def stock(self, model: str) -> Update:
+        """The widgets of the stock pipeline as the reference, in a model's own steps and guidance."""
+        defaults = self.context.defaults(model)
+        return self.reference.settings.updates({"steps": defaults.steps, "guidance": defaults.guidance})
 
     def views_of(self, model: str, name: str | None) -> Update:
         """A model's cards, of which one is chosen, and its example prompts."""
@@ -340,7 +344,7 @@ class CompareTab:
     def load_settings(self, preset: Preset, run: dict[str, Any], model: str) -> Update:
         """The widgets for a preset on a model; prompt, seed, steps, guidance, solver and shift where they are given."""
         controls, missing = self.controls.preset_values(preset, model)
-        defaults = read_defaults(model) or self.defaults
+        defaults = self.context.defaults(model)
         usable = {name: parameters for name, parameters in preset.methods.items() if is_usable(name, model)}
         side = {**preset_side(preset), **run, "methods": usable}
         side |= {key: getattr(defaults, key) for key in ("steps", "guidance") if side.get(key) is None}
@@ -366,9 +370,20 @@ class CompareTab:
         }  # fmt: skip
 
     def first_estimate(self, model: str, visitor: str, preset: str, *values) -> Update:
-        """What a run will take, as soon as the model is loaded."""
+        """What a run will take, as soon as the model is loaded; steps and guidance are then the model's own."""
         loading = self.context.workers.is_loading(model)
-        return {self.estimate: self.estimate_text(model, values), self.until_loaded: gr.Timer(active=loading)}
+        estimate = {self.estimate: self.estimate_text(model, values), self.until_loaded: gr.Timer(active=loading)}
+        return estimate if loading else {**estimate, **self._own_defaults(model, values)}
+
+    def _own_defaults(self, model: str, values: Sequence[Any]) -> Update:
+        """Sliders that still have what was assumed of a model, at what it says itself now that it is loaded."""
+        own, updates = self.context.defaults(model), {}
+        assumed, value_of = self.defaults, dict(zip(self.setting_components, values))
+        for side in (self.reference.settings, self.side):
+            for slider, name in ((side.steps, "steps"), (side.guidance, "guidance")):
+                if value_of[slider] == getattr(assumed, name) != getattr(own, name):
+                    updates[slider] = getattr(own, name)
+        return updates
 
     def reset(self, event: gr.EventData, model: str, visitor: str, preset: str, *values) -> Update:
         """Set one changed parameter, or all, back to the preset's value."""

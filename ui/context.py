@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from accel.runtime.models import ModelDefaults, read_defaults
 from ui.reference_cache import ReferenceCache
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ class Context:
     models: list[ModelChoice] = field(default_factory=list)
     references: ReferenceCache = field(default_factory=ReferenceCache)
     owner_key: str = ""  # "?owner=KEY" in the address shows and deletes the pairs of all visitors; "": nobody may
+
+    def missing(self, model: str) -> str:
+        """Why a model of the selector cannot run here, in a sentence; empty if it can."""
+        return next((choice.reason for choice in self.models if choice.id == model), "")
+
+    def defaults(self, model: str) -> ModelDefaults:
+        """What a model generates by default; of one that is not loaded and does not say so, what Wan does."""
+        loaded = self.workers.pipeline(model)
+        return loaded[1] if loaded else read_defaults(model) or ModelDefaults()
 
     def is_owner(self, request: gr.Request) -> bool:
         """Whether the address of a request has the owner's key."""

@@ -52,9 +52,10 @@ class MethodControls:
     def _add_switches(self, model: str, active: dict[str, Method], peers: bool) -> None:
         for name, method in METHODS.items():
             if method.peer == peers:
+                lacks = missing_part(name, model)
                 self.switches[name] = gr.Checkbox(
-                    name in active and is_usable(name, model), label=method.title, elem_id=f"use-{name}", min_width=90,
-                    interactive=is_usable(name, model),
+                    name in active and not lacks, label=method.title, elem_id=f"use-{name}", min_width=90,
+                    interactive=not lacks, info=lacks and f"without {lacks}",
                 )  # fmt: skip
 
     def _parameters(self, method: Method, available: AvailableValues) -> dict[str, gr.components.Component]:
@@ -85,10 +86,12 @@ class MethodControls:
         """Value and range of every component for a preset on a model, and what the model lacks of it, in words."""
         updates, active = {}, preset_methods(preset)
         for name, method in METHODS.items():
-            wanted, usable, available = active.get(name), is_usable(name, model), available_values(name, model)
+            wanted, lacks, available = active.get(name), missing_part(name, model), available_values(name, model)
             ranges = {key: range_of(schema, available.get(key)) for key, schema in method.parameters().items()}
-            updates[self.switches[name]] = gr.update(value=wanted is not None and usable, interactive=usable)
-            updates[self.groups[name]] = gr.update(visible=wanted is not None and usable)
+            on = wanted is not None and not lacks
+            info = lacks and f"without {lacks}"
+            updates[self.switches[name]] = gr.update(value=on, interactive=not lacks, info=info)
+            updates[self.groups[name]] = gr.update(visible=on)
             for parameter, component in self.parameters[name].items():
                 value = getattr(wanted or method(), parameter)
                 nearest = nearest_available(value, available.get(parameter))
@@ -121,16 +124,22 @@ def changes_from(preset: Preset, settings: dict[str, dict], model: str) -> list[
 
 
 def is_usable(name: str, model: str) -> bool:
-    """Whether a method can run on a model: an empty list of values means that nothing was trained."""
-    return METHODS[name].is_installed() and all(available_values(name, model).values())
+    """Whether a method can run on a model."""
+    return not missing_part(name, model)
+
+
+def missing_part(name: str, model: str) -> str:
+    """What a method lacks to run on a model, in words; empty if nothing."""
+    if not METHODS[name].is_installed():
+        return "its package"
+    return "" if all(available_values(name, model).values()) else "its weights for this model"  # no values: no weights
 
 
 def missing_parts(preset: Preset, model: str) -> list[str]:
     """What of a preset is not there for a model, in words; empty if it runs in full."""
     missing = []
     for name, method in preset_methods(preset).items():
-        if not is_usable(name, model):
-            lacks = "its weights for this model" if method.is_installed() else "its package"
+        if lacks := missing_part(name, model):
             missing.append(f"{method.title} is off, without {lacks}")
             continue
         for parameter, choices in available_values(name, model).items():

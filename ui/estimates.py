@@ -9,6 +9,8 @@ from ui.side_settings import Side
 
 def estimate_text(context: Context, settings: dict, reference: Side, candidate: Side) -> str:
     """Time and memory of both sides; why the settings cannot run; or whether the model is being loaded."""
+    if missing := context.missing(settings["model"]):
+        return f"This model cannot run here: {missing}."
     loaded = context.workers.pipeline(settings["model"])
     if loaded is None:
         loading = context.workers.is_loading(settings["model"])

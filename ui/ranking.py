@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from ui.store import Vote
 
 MIN_VOTES = 30  # fewer say nothing
+MAX_NAMES = 60  # of those with most votes; the time grows with the cube of their number
 RESAMPLES = 500
 PRIOR = 1.0  # precision of a log strength: the information of four ties between equals
 NEWTON_STEPS = 60
@@ -39,6 +41,9 @@ def ranking(votes: Iterable[Vote], seed: int = 0) -> list[Rank]:
     Ties count as half a win for each side. "Both bad" says nothing about which is better: it counts only in `bad`.
     """
     counts = Counter((vote.names, vote.winner) for vote in votes if vote.names[0] != vote.names[1])
+    often = Counter(name for (pair, _), count in counts.items() for name in pair * count)
+    kept = {name for name, _ in often.most_common(MAX_NAMES)}
+    counts = Counter({key: count for key, count in counts.items() if kept.issuperset(key[0])})
     names = sorted({name for pair, _ in counts for name in pair})
     if not names:
         return []
@@ -55,7 +60,8 @@ def ranking(votes: Iterable[Vote], seed: int = 0) -> list[Rank]:
     return sorted(ranks, key=lambda rank: (-rank.low, rank.name))
 
 
-def ranking_report(votes: list[Vote]) -> dict:
+@lru_cache(maxsize=1)  # it is asked for at every vote of every visitor, beside runs that are timed
+def ranking_report(votes: tuple[Vote, ...]) -> dict:
     """The ranking, JSON-ready: the number of votes, how many are needed, and the rows (none below that number)."""
     rows = [asdict(rank) for rank in ranking(votes)] if len(votes) >= MIN_VOTES else []
     return {"votes": len(votes), "needed": MIN_VOTES, "ranking": rows}

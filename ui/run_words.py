@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 from accel.methods import METHODS
 from accel.runtime.models import TINY
-from accel.runtime.presets import load_preset, preset_names
+from accel.runtime.presets import RUN_SETTINGS, load_preset, preset_names
 from accel.runtime.repeat import reference_of
 from ui.controls import words
 from ui.side_settings import describe_side
 
 RUN_KEYS = ("model", "prompt", "seed", "frames", "height", "width")
-SIDE_KEYS = ("steps", "guidance", "solver", "shift")
 SIDES = {"b": "", "a": "reference "}  # prefix of a setting's name
 
 
@@ -37,7 +36,7 @@ def preset_words(preset: dict[str, Any]) -> str:
     for name, parameters in preset.get("methods", {}).items():
         own = ", ".join(f"{words(parameter)} {_text(value)}" for parameter, value in parameters.items())
         parts.append(f"{METHODS[name].title} with {own}" if own else METHODS[name].title)
-    run = [f"{key} {_text(preset[key])}" for key in SIDE_KEYS if key in preset]
+    run = [f"{key} {_text(preset[key])}" for key in RUN_SETTINGS if key in preset]
     return ", ".join([" and ".join(parts) or "No method", *run])
 
 
@@ -68,7 +67,7 @@ def settings(report: dict) -> dict[str, str]:
     found = {key: _text(report.get(key)) for key in RUN_KEYS}
     for side, prefix in SIDES.items():
         run = run_of(report, side)
-        found |= {prefix + key: _text(run.get(key)) for key in SIDE_KEYS}
+        found |= {prefix + key: _text(run.get(key)) for key in RUN_SETTINGS}
         found |= {prefix + "methods": " + ".join(run["methods"]) or "none"}
         for name, values in _all_parameters(run["methods"]).items():
             found |= {f"{prefix}{name}.{key}": _text(value) for key, value in values.items()}

@@ -55,15 +55,22 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
     add("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
     add("--share", action="store_true", help="open a public link; anybody who has it can use this machine")
     add("--devices", default="", help="such as cuda:0,cuda:1: one run at a time on each; default: the GPU, or the CPU")
-    add("--data", type=Path, metavar="DIR", help="folder of the history and votes; default: one that is removed at end")
+    add("--data", type=Path, metavar="DIR", default=os.environ.get("ACCEL_DATA"),
+        help="folder of the history and votes; default: one that is removed at end")  # fmt: skip
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name that the page answers to; repeatable")
-    add("--owner-key", default="", help="the page at ?owner=KEY shows the runs of all visitors; default: a random key")
+    add(
+        "--owner-key",
+        default=os.environ.get("ACCEL_OWNER_KEY", ""),
+        help="the page at ?owner=KEY shows the runs of all visitors; default: a random key",
+    )
     args = parser.parse_args(arguments)
     devices = tuple(filter(None, args.devices.split(","))) or (None,)
     if wrong := [device for device in devices if device and not DEVICE.fullmatch(device)]:
         parser.error(f"{wrong[0]!r} is not a device; devices are cpu, mps, cuda, cuda:0, cuda:1 and so on")
     if len(set(devices)) < len(devices):
         parser.error("a device is named twice; each can do one run at a time")
+    if len({device and device.partition(":")[0] for device in devices}) > 1:
+        parser.error("the devices are of different kinds; a speed-up compares two runs on one kind")
     return Options(args.model, args.models, args.data, devices, args.host, args.port, args.share,
                    tuple(args.allow_host), args.owner_key)  # fmt: skip
 
@@ -129,7 +136,7 @@ def _launch(page_class: type, options: Options, data, quiet: bool) -> Server:
     from ui.worker import Workers
 
     models = model_choices(options.model, options.models)
-    workers = Workers(options.model, options.devices, [model.id for model in models if model.usable])
+    workers = Workers(options.model, options.devices, {model.id: model.reason for model in models})
     key = options.owner_key or secrets.token_urlsafe(12)
     store = Store(data.path)
     gradio.routes.DEFAULT_TEMP_DIR = str(data.gradio)  # Gradio creates a folder there, and has read it too early

@@ -22,7 +22,15 @@ import yaml
 from accel.errors import AccelError
 from accel.methods import METHODS
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
-from accel.runtime.presets import Preset, build_methods, checked, load_preset, normalize_methods, preset_names
+from accel.runtime.presets import (
+    RUN_SETTINGS,
+    Preset,
+    build_methods,
+    checked,
+    load_preset,
+    normalize_methods,
+    preset_names,
+)
 from accel.runtime.repeat import SOLVER, changed_methods, preset_of, reference_of
 from accel.runtime.run import parse_run
 
@@ -30,8 +38,7 @@ MAX_LINK = 12 * 1024  # characters of `p`; the longest prompt in any script take
 MAX_READABLE = 1000  # characters of a link that spells its settings out
 MAX_TEXT = 16 * 1024  # bytes of a preset file, or of what a link holds
 MAX_MESSAGE = 300  # characters
-SIDE = ("steps", "guidance", *SOLVER)
-RUN = ("prompt", "seed", *SIDE)  # what a link can say of the candidate beside its methods
+RUN = ("prompt", "seed", *RUN_SETTINGS)  # what a link can say of the candidate beside its methods
 LINK = ("preset", "methods", "model", "reference", *RUN)
 NOT_OURS = ("owner", "deep_link", "logs", "view")  # query parameters that others read
 
@@ -52,7 +59,7 @@ def link_parameter(report: dict) -> str:
     """The `?p=` of a pair: its settings as compact text for a URL."""
     reference = reference_of(report)
     values = {**_given(report, RUN), "model": report["model"], "methods": changed_methods(report["methods"])}
-    values["reference"] = {**_given(reference, SIDE), "methods": changed_methods(reference["methods"])}
+    values["reference"] = {**_given(reference, RUN_SETTINGS), "methods": changed_methods(reference["methods"])}
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     data = packer.compress(json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()) + packer.flush()
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
@@ -210,7 +217,7 @@ def _typed(key: str, text: str) -> Any:
 
 def _side(given: Any) -> dict[str, Any]:
     """The settings of the reference."""
-    allowed = (*SIDE, "methods")
+    allowed = (*RUN_SETTINGS, "methods")
     if not isinstance(given, dict) or any(key not in allowed for key in given):
         raise AccelError(f"the reference of the link is not understood; it may hold {', '.join(allowed)}")
     methods = _preset({"methods": given.get("methods", {})}).methods

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from accel.errors import AccelError
-from accel.runtime.presets import Preset, load_preset, preset_names, required_settings
+from accel.runtime.presets import RUN_SETTINGS, Preset, load_preset, preset_names, required_settings
 from accel.runtime.run import SOLVERS
 from ui.slider import ClampedSlider
 
@@ -46,7 +46,7 @@ class SideSettings:
 
     def side(self, values: list[Any], methods: dict[str, dict]) -> Side:
         """The settings of a side from the values of `components`."""
-        return {**dict(zip(("steps", "guidance", "solver", "shift"), values)), "methods": methods}
+        return {**dict(zip(RUN_SETTINGS, values)), "methods": methods}
 
     def visibility(self, methods: dict[str, dict]) -> dict:
         """Hide the sliders of what the side's methods decide."""
@@ -55,13 +55,14 @@ class SideSettings:
         return {slider: gr.update(visible=name not in decided) for name, slider in sliders.items()}
 
     def updates(self, side: Side) -> dict:
-        """The widgets' values for the settings of a side; what is None stays as it is.
+        """The widgets' values for the settings of a side; what is None, or decided by its methods, stays as it is.
 
         A slider grows for a value above its end: it would refuse every later event of the page.
         """
-        new = self.visibility(side.get("methods", {}))
+        methods = side.get("methods", {})
+        new, decided = self.visibility(methods), decided_by(methods)
         for slider, name, end in ((self.steps, "steps", MAX_STEPS), (self.guidance, "guidance", MAX_GUIDANCE)):
-            if side.get(name) is not None:
+            if side.get(name) is not None and name not in decided:  # the methods may be switched off again
                 new[slider] |= {"value": side[name], "maximum": max(end, side[name])}
         return {**new, self.solver: side.get("solver") or "default", self.shift: side.get("shift")}
 
@@ -112,7 +113,7 @@ class ReferenceControls:
 
 def preset_side(preset: Preset) -> Side:
     """A preset as the settings of a side; what it leaves out is the model's own."""
-    given = preset.model_dump(include={"steps", "guidance", "solver", "shift"}, exclude_defaults=True)
+    given = preset.model_dump(include=set(RUN_SETTINGS), exclude_defaults=True)
     return {"methods": preset.methods, **given}
 
 

@@ -104,8 +104,8 @@ class Store:
         The pair just added stays even if it alone is larger than the cap. Raises AccelError for a name that is too
         long, ValueError for a file name that is not in `FILES`, OSError if the disk is full; nothing is stored then.
         """
-        _check_name(visitor, "visitor")
-        _check_name(group, "group")
+        check_name(visitor, "visitor")
+        check_name(group, "group")
         if unknown := [name for name in files if name not in FILES]:
             raise ValueError(f"a pair has no file {unknown[0]!r}, only {', '.join(FILES)}")
         run_id, text = uuid.uuid4().hex, json.dumps(report)
@@ -170,7 +170,7 @@ class Store:
         """
         if winner not in WINNERS:
             raise AccelError(f"a vote is one of {', '.join(WINNERS)}, not {str(winner)[:40]!r}")
-        _check_name(voter, "visitor")
+        check_name(voter, "visitor")
         if not voter:
             raise AccelError("a vote needs the id of its visitor")
         with self._write():
@@ -279,6 +279,13 @@ def _is_name(name: str) -> bool:
     return isinstance(name, str) and len(name) <= MAX_NAME and (name == "" or name.isprintable())
 
 
-def _check_name(name: str, what: str) -> None:
+def own_or_new(visitor: str) -> str:
+    """The id that a program gave itself, or a new one for an empty text. Raises AccelError for one that is too long."""
+    check_name(visitor, "visitor")
+    return visitor or uuid.uuid4().hex
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise AccelError for the id of a visitor or group that cannot be stored."""
     if not _is_name(name):
         raise AccelError(f"the id of a {what} is a printable text of at most {MAX_NAME} characters")

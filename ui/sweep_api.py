@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 
 import gradio as gr
@@ -10,6 +9,7 @@ import gradio as gr
 from accel.errors import AccelError
 from accel.evaluation.sweep import parse_axis_option
 from ui.context import Context
+from ui.store import own_or_new
 from ui.sweep_job import Sweep, SweepState
 from ui.sweep_plan import make_plan
 
@@ -40,7 +40,7 @@ class SweepApi:
             plan = make_plan(run, side_from(reference), side_from(candidate), axes, plain_steps)
         except AccelError as error:
             raise gr.Error(str(error)) from None
-        sweep = Sweep(self.context, visitor or uuid.uuid4().hex, plan)
+        sweep = Sweep(self.context, own_or_new(visitor), plan)
         yield []
         for kind, data in sweep.events():
             if kind == "result":

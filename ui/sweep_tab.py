@@ -16,14 +16,16 @@ from accel.evaluation.pareto_front import fastest_within, tuned_within
 from accel.evaluation.suites import tuned
 from accel.evaluation.sweep import axis_names, axis_range, parse_axis, value_label
 from accel.evaluation.sweep_rows import figures
-from accel.runtime.presets import Preset, load_preset, preset_names
+from accel.runtime.presets import RUN_SETTINGS, Preset, load_preset, preset_names
+from accel.runtime.repeat import reference_of
 from ui.clickable import ClickableHTML
 from ui.compare_tab import first_preset
 from ui.context import Context
+from ui.controls import is_usable
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
 from ui.pareto import Point, pareto_plot
-from ui.run_words import SIDE_KEYS, preset_words, run_of
+from ui.run_words import preset_words, run_of
 from ui.side_settings import describe_side
 from ui.slider import ClampedSlider
 from ui.sweep_api import SweepApi
@@ -34,6 +36,7 @@ from ui.sweep_plan import Plan, duration, make_plan, plan_words
 if TYPE_CHECKING:
     from accel.runtime.estimate import Estimate
     from accel.runtime.run import Run
+    from ui.store import Stored
 
 HERE = Path(__file__).parent
 CANDIDATE = "the candidate of the Compare tab"
@@ -121,7 +124,7 @@ class SweepTab:
             with gr.Column(min_width=200):
                 self.earlier = gr.Checkbox(
                     False, label="also my earlier results", elem_id="sweep-earlier",
-                    info="Of the same model and prompt.",
+                    info="Of the same model, prompt and reference.",
                 )  # fmt: skip
         with gr.Row():
             self.allowed = ClampedSlider(
@@ -152,7 +155,9 @@ class SweepTab:
         self.stop.click(self.stop_sweep, page.visitor, self.message, **quick)
         edited = [page.tabs.select, *(widget.change for widget in own)]
         gr.on(edited, self.show_size, inputs, self.size, trigger_mode="always_last", **quick)
-        page.compare.switched.then(self.show_size, inputs, self.size, **quick)  # then the widgets are the new model's
+        first, values = self.axes[0]
+        moved = page.compare.switched.then(self.move_axis, [first, page.model], [first, values], **quick)
+        moved.then(self.show_size, inputs, self.size, **quick)  # then the widgets are the new model's
         for knob, _ in self.axes:
             knob.input(lambda name: gr.update(info=range_words(name)), knob, knob, **quick)
         gr.on([self.metric.change, self.speed.change, self.earlier.change], self.show_plot, views, self.plot, **quick)
@@ -198,6 +203,14 @@ class SweepTab:
         side = pair.candidate if base == CANDIDATE else {**pair.candidate, **preset_settings(base)}
         axes = [parse_axis(*axis) for axis in ((name, text), (second, second_text)) if axis[0]]
         return make_plan(pair.run, pair.reference, side, axes, plain_steps if plain else "")
+
+    def move_axis(self, name: str, model: str):
+        """The first axis and its values; those that the page begins with if the model lacks the method varied."""
+        method, _, parameter = name.partition(".")
+        if not parameter or is_usable(method, model):
+            return gr.skip(), gr.skip()
+        name, values = FIRST_AXES[first_preset(model)]
+        return gr.update(value=name, info=range_words(name)), values
 
     def show_size(self, model: str, visitor: str, *values) -> str:
         """How many results the sweep has and what it takes, or why it is not possible."""
@@ -280,16 +293,22 @@ class SweepTab:
     # The plot and the proposal
 
     def show_plot(self, state: SweepState | None, metric: str, speed: str, earlier: bool, allowed: float, visitor: str):
-        """The plot of a sweep and, if asked for, of the visitor's other pairs of its model and prompt."""
+        """The plot of a sweep and, if asked for, of the visitor's other pairs with its reference."""
         points = sweep_points(state, metric, speed) if state else []
         if earlier and state:
-            stored = [pair for pair in self.context.store.list(visitor) if pair.group != state.id]
-            same = [pair for pair in stored if all(pair.report[k] == v for k, v in state.plan.common.items())]
-            for pair in same:
+            for pair in self._earlier(state, visitor):
                 points += _points(
                     figures(pair.report), pair.id, EARLIER_SERIES, earlier_label(pair.report), metric, speed
                 )
         return pareto_plot(points, SPEEDS[speed], quality_title(metric), frozenset({PLAIN_SERIES}))
+
+    def _earlier(self, state: SweepState, visitor: str) -> list[Stored]:
+        """The visitor's pairs outside a sweep that have its reference, of any seed: others are not comparable."""
+        own = next(filter(None, (self.context.store.find(result.run_id) for result in state.done)), None)
+        if own is None:
+            return []
+        pairs = self.context.store.list(visitor, limit=-1)
+        return [pair for pair in pairs if pair.group != state.id and _reference(pair) == _reference(own)]
 
     def show_proposal(self, state: SweepState | None, speed: str, allowed: float, model: str):
         """The fastest setting within a loss, in a sentence; what it is; whether it can be used.
@@ -389,6 +408,11 @@ def _points(row: dict, run_id: str, series: str, label: str, metric: str, speed:
     return [Point(speed_of(row, speed), value, series, text, run_id)]
 
 
+def _reference(pair: Stored) -> dict[str, Any]:
+    """The settings of a pair's reference, without its seed."""
+    return {key: value for key, value in reference_of(pair.report).items() if key != "seed"}
+
+
 def speed_of(row: dict, speed: str) -> float:
     """The speed-up of a row: measured, or what it would be if all the work that is saved were time."""
     return row["speedup"] if speed == MEASURED else 1 / row["work"]
@@ -415,7 +439,7 @@ def preset_settings(name: str) -> dict:
     if name not in preset_names():
         raise AccelError(f"no preset {name!r}; there are {', '.join(preset_names())}")
     preset = load_preset(name)
-    return {"methods": preset.methods, **preset.model_dump(include=set(SIDE_KEYS), exclude_none=True)}
+    return {"methods": preset.methods, **preset.model_dump(include=set(RUN_SETTINGS), exclude_none=True)}
 
 
 def _plain_html(name: str) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class VoteTab:
 
         Example: ranking()
         """
-        return ranking_report(self.context.store.votes())
+        return ranking_report(tuple(self.context.store.votes()))
 
     # Events
 

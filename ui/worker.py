@@ -8,8 +8,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from accel.errors import AccelError, explain_os_error
@@ -29,12 +30,14 @@ MEASURED_STEPS = 9  # of each size, of which the median counts
 class Workers:
     """A thread and a pipeline for each device. Jobs name their model; a worker loads it if it has another one."""
 
-    def __init__(self, model: str, devices: Sequence[str | None] = (None,), models: Sequence[str] = ()):
-        """`model` is loaded first; jobs may name it or one of `models`.
+    def __init__(
+        self, model: str, devices: Sequence[str | None] = (None,), models: Mapping[str, str] = MappingProxyType({})
+    ):
+        """`model` is loaded first; jobs may name it or one of `models`, which say why they cannot run, or nothing.
 
-        `devices`: such as ("cuda:0", "cuda:1"); None is the GPU if there is one, else the CPU.
+        `devices`: such as ("cuda:0", "cuda:1"), all of one kind; None is the GPU if there is one, else the CPU.
         """
-        self.model, self.models, self.devices = model, (model, *models), tuple(devices)
+        self.model, self.models, self.devices = model, {model: "", **models}, tuple(devices)
         self.loaded: dict[tuple[str | None, str], tuple[Any, Any]] = {}  # by device and model: pipeline, defaults
         self._step_seconds: dict[tuple, deque[float]] = {}
         self._durations: deque[float] = deque(maxlen=20)  # seconds of jobs that ended by themselves
@@ -115,9 +118,10 @@ class Workers:
         if self._closed:
             return "the server is being stopped"
         if job.model not in self.models:
-            return (
-                f"the model {job.model[:80]!r} is not offered here; there are {', '.join(dict.fromkeys(self.models))}"
-            )
+            usable = [model for model, reason in self.models.items() if not reason]
+            return f"the model {job.model[:80]!r} is not offered here; there are {', '.join(usable)}"
+        if self.models[job.model]:
+            return self.models[job.model]
         if len(self._queue) >= MAX_WAITING:
             return f"{MAX_WAITING} runs are waiting already: try again later"
         if len(self._queue.of(job.visitor)) >= MAX_WAITING_PER_VISITOR:
@@ -187,6 +191,8 @@ class Workers:
             final = "stopped", {}
         except AccelError as error:
             final = "refused", {"reason": str(error)}
+            if error.__cause__:  # such as a model that cannot be loaded: its owner wants to know more
+                log.error("job %s was refused", job.id, exc_info=error)
         except Exception as error:
             final = _explain(error, job)
         job.events.put(final)

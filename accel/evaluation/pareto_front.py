@@ -29,7 +29,9 @@ def is_as_fast(speed: float, wanted: float) -> bool:
 def loss(row: dict, metric: str = "ssim") -> float | None:
     """How much of a metric a row has lost against its reference; None if that is not defined."""
     best, value = PERFECT.get(metric, row.get(f"{metric}_a")), row.get(metric, row.get(f"{metric}_b"))
-    return None if best is None or value is None else best - value
+    if best is None or value is None:
+        return None
+    return 0.0 if row.get("bit_equal") else best - value  # VMAF finds 97 to 100 in equal videos
 
 
 def fastest_within(rows: Sequence[dict], max_loss: float, metric: str = "ssim") -> int | None:

@@ -15,7 +15,7 @@ from ..errors import AccelError
 from ..methods import METHODS
 from ..runtime.models import resolve
 from ..runtime.paths import ROOT
-from ..runtime.presets import Preset, build_methods, load_preset
+from ..runtime.presets import RUN_SETTINGS, Preset, build_methods, load_preset
 
 RESULTS = ROOT / "docs" / "results"
 SAME_TIME = 0.9  # a baseline is as fast as a preset if it reaches this share of its speed-up
@@ -55,7 +55,7 @@ class Setting:
         preset = load_preset(self.preset) if self.preset else Preset()
         names = dict.fromkeys((*preset.methods, *self.overrides))
         methods = {name: {**preset.methods.get(name, {}), **self.overrides.get(name, {})} for name in names}
-        run = {name: getattr(self, name) for name in ("steps", "guidance", "solver", "shift")}
+        run = {name: getattr(self, name) for name in RUN_SETTINGS}
         return {
             "methods": methods,
             **{name: getattr(preset, name) if value is None else value for name, value in run.items()},
@@ -81,7 +81,7 @@ class Suite:
 
 BASELINE = {"baseline": Setting()}
 NOISE_FLOOR = "baseline, 1 % other noise"  # how far videos differ that nobody would call worse
-NEUTRAL = "neutral methods"  # installed, and all of them change nothing
+NEUTRAL = "neutral methods"  # given, but left out of the model, as they would change nothing
 BASELINE_48 = {"baseline, 48 steps": Setting(steps=48)}  # 48 is a multiple of every step count of GPD
 
 
@@ -267,7 +267,8 @@ def _plain_solvers() -> dict[str, Setting]:
         for solver, shift in (("unipc", 3.0), ("unipc", 5.0), ("euler", 5.0), ("dpm++2m", 5.0), ("dpm++2s", 5.0))
     }
     multistep = {name: setting for name, setting in solvers.items() if setting.solver == "unipc"}
-    return _in_steps((33, 25, 20), multistep) | _in_steps((14, 10, 6, 5, 4, 3), solvers)  # history is of use in many steps
+    # a history of outputs is of use in many steps
+    return _in_steps((33, 25, 20), multistep) | _in_steps((14, 10, 6, 5, 4, 3), solvers)
 
 
 def _steps() -> Suite:

@@ -19,6 +19,7 @@ from ..errors import AccelError
 from ..methods import METHODS
 from ..runtime.models import ModelDefaults, resolve
 from ..runtime.presets import (
+    RUN_SETTINGS,
     Preset,
     build_methods,
     describe_range,
@@ -31,7 +32,7 @@ from ..runtime.run import Run, build_run
 
 MAX_CELLS = 64
 NO_PRESET = "none"
-RUN_AXES = ("steps", "guidance", "solver", "shift", "seed")
+RUN_AXES = (*RUN_SETTINGS, "seed")
 NUMBER = r"-?\d{1,19}(?:\.\d{1,9})?"
 RANGE = re.compile(rf"({NUMBER})\s*\.\.\s*({NUMBER})(?:\s*:\s*({NUMBER}))?")
 GRAMMAR = "write values as 2,4,6, a range as 2..6, or a range with its step as 0.2..0.4:0.05"
@@ -129,13 +130,16 @@ def expand(
 ) -> list[Cell]:
     """The cells of a sweep, row by row: the first axis gives the rows. Plain cells come last.
 
-    `base` and `reference` are arguments of `build_run`; plain cells are the reference without methods. A student's own
-    steps and guidance replace those of `base`. Raises AccelError for too many cells, or two students in one.
+    `base` and `reference` are arguments of `build_run`; plain cells are the reference without methods and what these
+    require. A student's own steps and guidance replace those of `base`. Raises AccelError for too many cells, or two
+    students in one.
     """
     count(axes, plain_steps)
     combinations = product(*(axis.values for axis in axes))
     places = [dict(zip([axis.name for axis in axes], values)) for values in combinations]
-    plain = {**(base if reference is None else reference), "methods": {}}
+    stock = base if reference is None else reference
+    required = required_settings(stock.get("methods", {}))
+    plain = {**{key: value for key, value in stock.items() if key not in required}, "methods": {}}
     return [
         *(Cell(place, _settings(base, place)) for place in places),
         *(Cell({"steps": steps}, {**plain, "steps": steps}, plain=True) for steps in plain_steps),
@@ -175,7 +179,7 @@ def _settings(base: dict, place: dict[str, Any]) -> dict:
     if "preset" in place:
         preset = Preset() if place["preset"] == NO_PRESET else load_preset(place["preset"])
         settings["methods"] = {name: dict(values or {}) for name, values in preset.methods.items()}
-        settings |= preset.model_dump(include={"steps", "guidance", "solver", "shift"}, exclude_defaults=True)
+        settings |= preset.model_dump(include=set(RUN_SETTINGS), exclude_defaults=True)
     for name, value in place.items():
         method, _, parameter = name.rpartition(".")
         if method:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from statistics import median
 
+from ..errors import AccelError
 from ..methods import METHODS
-from ..runtime.presets import required_settings
+from ..runtime.presets import RUN_SETTINGS, required_settings
 from ..runtime.repeat import reference_of
 
 SAME_SPEED = 0.05  # a ratio this near to 1 is no difference: two equal runs differ by as much
-RUN_SETTINGS = ("steps", "guidance", "solver", "shift", "methods")
 NEARNESS = (  # SSIM from which on a sentence holds
     (0.99, "hardly differs from the reference"),
     (0.95, "differs a little from the reference"),
@@ -40,15 +40,23 @@ def idle_reason(report: dict) -> str:
     """A clause that says that the candidate's methods saved nothing, and why; empty if they did something."""
     if not report["methods"]:
         reference = reference_of(report)
-        same = all(reference.get(key) == report.get(key, reference.get(key)) for key in RUN_SETTINGS)
+        same = all(reference.get(key) == report.get(key, reference.get(key)) for key in (*RUN_SETTINGS, "methods"))
         return "Both runs have the same settings and no method was on" if same else ""
     trace = report["trace"]
     idle = all(action == "compute" for _, _, _, action, _ in trace["events"])
-    if required_settings(report["methods"]) or not idle or trace["summary"]["flops_ratio"] < 0.999:
-        return ""  # a student saves steps: what it computes, it computes in full
+    if not idle or trace["summary"]["flops_ratio"] < 0.999 or _saves_steps(report["methods"]):
+        return ""
     reasons = [text for text in trace["summary"]["messages"] if " does nothing: " in text or " is off: " in text]
     because = f", because {'; '.join(_reason(text) for text in reasons)}" if reasons else ""
     return f"{subject(report)} computed everything and saved nothing{because}"
+
+
+def _saves_steps(methods: dict[str, dict]) -> bool:
+    """Whether there is a student among the methods, which computes in full what it computes."""
+    try:
+        return bool(required_settings(methods))
+    except AccelError:  # methods of an earlier version
+        return False
 
 
 def _reason(message: str) -> str:

@@ -20,6 +20,7 @@ from .paths import ROOT
 
 FOLDER = ROOT / "presets"
 Solver = Literal["default", "unipc", "euler", "dpm++2m", "dpm++2s"]  # "default": the model's own
+RUN_SETTINGS = ("steps", "guidance", "solver", "shift")  # of a run, that a preset may hold beside its methods
 MAX_SENTENCE = 300  # characters of what a validator says of a value
 M = TypeVar("M", bound=BaseModel)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from ..errors import AccelError
 from ..methods import METHODS
 from .models import TINY, ModelDefaults, read_defaults
-from .presets import Preset, load_preset, preset_names, required_settings
+from .presets import RUN_SETTINGS, build_methods, load_preset, preset_names, required_settings
 
 SOLVER = {"solver": "default", "shift": None}  # settings that runs of an earlier version lack, and their values then
 
@@ -70,6 +71,15 @@ def reference_of(report: dict[str, Any]) -> dict[str, Any]:
     return {**shared, **SOLVER, "steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
 
 
+def check_repeatable(report: dict[str, Any]) -> None:
+    """Raise AccelError for a pair of an earlier version, with methods or parameters that do not exist any more."""
+    for run in (report, reference_of(report)):
+        try:
+            build_methods(run["methods"])
+        except AccelError:
+            raise AccelError("this result is of an earlier version: it can be watched, but not repeated") from None
+
+
 def preset_yaml(run: dict[str, Any]) -> str:
     """The methods of a run, and the settings that they do not bring themselves, as a preset file.
 
@@ -77,7 +87,7 @@ def preset_yaml(run: dict[str, Any]) -> str:
     """
     notes = [f"# {key}: {json.dumps(run[key])}" for key in ("model", "prompt", "seed")]
     required = required_settings(run["methods"])
-    fields = [key for key in ("steps", "guidance", *SOLVER) if key in Preset.model_fields and key not in required]
+    fields = [key for key in RUN_SETTINGS if key not in required]
     values = {key: run[key] for key in fields if run.get(key) not in (None, SOLVER.get(key))}
     preset = {**values, "methods": changed_methods(run["methods"])}
     return "\n".join(notes) + "\n" + yaml.safe_dump(preset, sort_keys=False, allow_unicode=True)
@@ -89,9 +99,9 @@ def changed_methods(methods: dict[str, dict]) -> dict[str, dict]:
 
 
 def preset_of(methods: dict[str, dict]) -> str | None:
-    """The name of the shipped preset that has exactly these methods and parameters."""
-    wanted = list(changed_methods(methods).items())
-    return next((n for n in preset_names() if list(changed_methods(load_preset(n).methods).items()) == wanted), None)
+    """The name of the shipped preset that has exactly these methods and parameters, in any order."""
+    wanted = changed_methods(methods)
+    return next((name for name in preset_names() if changed_methods(load_preset(name).methods) == wanted), None)
 
 
 def _changed(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def _one_command(reference: dict[str, Any], candidate: dict[str, Any]) -> bool:
     """Whether `compare` can say both runs: its options apply to both, but to the reference alone beside a student."""
     required = required_settings(candidate["methods"])
     of_a_alone = {*required, *SOLVER} if required else set()
-    values = lambda run: {**SOLVER, **{k: run[k] for k in ("steps", "guidance", *SOLVER) if k in run}}
+    values = lambda run: {**SOLVER, **{k: run[k] for k in RUN_SETTINGS if k in run}}
     a, b = values(reference), values(candidate)
     return not reference["methods"] and all(key in of_a_alone or a[key] == b[key] for key in a)
 

@@ -171,6 +171,7 @@ def test_the_fastest_setting_within_a_loss_is_found():
     assert [fastest_within(rows, allowed) for allowed in (0, 0.001, 0.01, 0.05, 1)] == [None, 0, 1, 2, 2]
     assert fastest_within(rows, 0.0, "adherence") == 3
     assert loss(rows[1], "adherence") == pytest.approx(0.4) and loss(rows[3]) is None
+    assert loss({"vmaf": 97.5}, "vmaf") == 2.5 and loss({"vmaf": 97.5, "bit_equal": True}, "vmaf") == 0
 
 
 def gray_video(run) -> Video:

@@ -9,7 +9,8 @@ import typer.main
 import yaml
 
 import accel
-from accel.cli import app, pair_maker, parse_settings
+from accel.cli import app
+from accel.cli.options import pair_maker, parse_settings
 from accel.runtime.generate import generate
 from accel.runtime.models import TINY, read_defaults
 from accel.runtime.presets import build_methods, load_preset, preset_names, required_settings
@@ -105,6 +106,11 @@ def test_the_code_makes_the_same_video(settings, tiny_wan, monkeypatch):
     run = build_run(DEFAULTS, **{key: report[key] for key in Run.model_fields})
     same = generate(run, tiny_wan, DEFAULTS).frames
     np.testing.assert_array_equal((names["video"] * 255).round().astype(np.uint8), same)
+
+
+def test_the_preset_of_methods_is_found_in_any_order():
+    methods = load_preset("combined").methods
+    assert preset_of(methods) == preset_of(dict(reversed(methods.items()))) == "combined"
 
 
 def test_methods_without_changed_parameters_keep_their_order():

@@ -38,6 +38,9 @@ class Compare:
     def views_of(self, model, name) -> dict:
         return {"views": (model, name)}
 
+    def stock(self, model) -> dict:
+        return {"stock": model}
+
 
 @pytest.fixture
 def report() -> dict:
@@ -105,9 +108,9 @@ def test_a_preset_file_sets_the_compare_tab(tab):
 
 
 def test_a_wrong_preset_file_is_refused_and_changes_nothing(tab):
-    with pytest.warns(UserWarning, match="fastercache.speed"):
-        update = tab.use_preset("methods: {fastercache: {speed: 9}}", TINY)
+    update = tab.use_preset("methods: {fastercache: {speed: 9}}", TINY)
     assert list(update) == [tab.message] and not tab.page.compare.loaded
+    assert "fastercache.speed" in update[tab.message]["value"]
 
 
 def test_settings_of_the_address_are_loaded(tab):
@@ -121,7 +124,7 @@ def test_settings_of_the_address_are_loaded(tab):
 
 def test_a_link_of_another_model_chooses_it_with_its_cards_and_examples(tab):
     update = tab.settings_of_url(request(model="a/b"))
-    assert update["views"] == ("a/b", None)
+    assert update["views"] == ("a/b", None) and update["stock"] == "a/b"
     assert update[tab.page.model] == "a/b" and tab.page.compare.loaded[0][2] == "a/b"
 
 

@@ -12,9 +12,9 @@ import app
 from accel.errors import AccelError
 from accel.methods import METHODS
 from accel.runtime.example_prompts import example_prompts
-from accel.runtime.models import TINY, read_defaults
+from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.paths import ROOT
-from accel.runtime.presets import Preset, load_preset, preset_names
+from accel.runtime.presets import Preset, load_preset, preset_names, required_settings
 from ui.api import side_from
 from ui.context import Context
 from ui.model_list import ModelChoice, model_choices
@@ -46,7 +46,9 @@ def values_of(page, updates: dict) -> list:
     values = []
     for component in page.compare.setting_components:
         update = updates.get(component, component.value)
-        values.append(update.get("value") if isinstance(update, dict) and "__type__" in update else update)
+        values.append(
+            update.get("value", component.value) if isinstance(update, dict) and "__type__" in update else update
+        )
     return values
 
 
@@ -83,7 +85,8 @@ def test_a_preset_sets_the_methods_that_it_names(page, name):
     settings = page.compare.settings(TINY, values_of(page, updates))
     installed = {method for method in preset.methods if METHODS[method].is_installed()}
     assert set(settings.candidate["methods"]) == installed
-    assert settings.candidate["steps"] == (preset.steps or 50)
+    own = None if "steps" in required_settings(preset.methods) else preset.steps  # a student's do not stay behind
+    assert settings.candidate["steps"] == (own or 50)
     assert ("without its package" in updates[page.compare.preset_note]) == (installed != set(preset.methods))
 
 
@@ -109,6 +112,18 @@ def test_opening_a_stored_pair_chooses_its_model_or_says_that_it_is_gone(page, m
         assert set(updates) <= set(page.compare.outputs)
         assert updates.get(page.model) == (model if offered else None)
         assert ("not offered here any more" in str(updates[page.compare.message])) is not offered
+
+
+def test_a_pair_of_an_earlier_version_is_shown_and_not_repeated(page):
+    folder = next(pair.folder for pair in recorded_pairs() if pair.name == "fastercache")
+    report = json.loads((folder / "run.json").read_text()) | {"methods": {"gone": {}}}
+    run_id = page.context.store.add("me", report, {"a.mp4": b"a", "b.mp4": b"b"})
+    for updates in (page.compare.show_stored(run_id, "me"), page.compare.show_two(run_id, run_id)):
+        assert updates[page.compare.shown] == run_id and page.compare.prompt not in updates
+        assert "This result is of an earlier version" in str(updates[page.compare.message])
+    with pytest.raises(AccelError, match="of an earlier version"):
+        page.code.code_of(run_id)
+    assert "of an earlier version" in str(page.code.show(run_id)[page.code.about])
 
 
 def test_settings_from_a_link_go_to_the_side_they_are_of(page):
@@ -191,6 +206,8 @@ def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_
     updates = page.compare.switch_model(model, "me", "balanced", toy[0])
     assert updates[page.compare.prompt] == real[0] and real[1] in updates[page.compare.examples]
     assert updates[page.compare.preset]["value"] == "stepcache" and updates[page.compare.preset_note] == ""
+    stock, defaults = page.compare.reference.settings, ModelDefaults()
+    assert (updates[stock.steps]["value"], updates[stock.guidance]["value"]) == (defaults.steps, defaults.guidance)
     assert not any("SSIM" in text for text, _ in updates[page.compare.preset]["choices"])
     assert page.compare.switch_model(model, "me", "turbo", "a cat")[page.compare.preset]["value"] == "stepcache"
     assert page.compare.switch_model(TINY, "me", "quick", "a cat")[page.compare.preset]["value"] == "quick"
@@ -214,6 +231,19 @@ def test_a_model_that_nobody_loads_is_not_said_to_be_loading(page):
     estimate = lambda model: page.compare.estimate_text(model, values_of(page, {}))
     assert estimate(TINY) == "The model is being loaded."
     assert estimate("another") == "The model is loaded when you press Run."
+    hub = next(choice for choice in page.compare.context.models if choice.reason)
+    assert estimate(hub.id) == f"This model cannot run here: {hub.reason}."
+
+
+def test_a_loaded_model_brings_its_own_steps_and_guidance_but_not_over_those_of_the_visitor(page, monkeypatch):
+    mochi = ModelDefaults(steps=64, guidance=4.5)
+    monkeypatch.setattr(page.context.workers, "pipeline", lambda model: (None, mochi))
+    monkeypatch.setattr(page.context.workers, "is_loading", lambda model: False)
+    monkeypatch.setattr(page.compare, "estimate_text", lambda model, values: "")
+    a, b = page.compare.reference.settings, page.compare.side
+    updates = page.compare.first_estimate(TINY, "me", "stepcache", *values_of(page, {a.steps: 20}))
+    assert (updates[b.steps], updates[a.guidance], updates[b.guidance]) == (64, 4.5, 4.5) and a.steps not in updates
+    assert page.compare.switch_model("another", "me", "stepcache", "a cat")[a.steps]["value"] == 64
 
 
 def test_a_preset_brings_its_solver_and_shift(page):

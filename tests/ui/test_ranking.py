@@ -75,6 +75,11 @@ def test_a_setting_against_itself_and_no_votes_rank_nothing():
 
 
 def test_the_ranking_appears_at_enough_votes():
-    few = votes("x", "y", a=MIN_VOTES - 1)
+    few = tuple(votes("x", "y", a=MIN_VOTES - 1))
     assert ranking_report(few) == {"votes": 29, "needed": 30, "ranking": []}
-    assert [row["name"] for row in ranking_report([*few, few[0]])["ranking"]] == ["x", "y"]
+    assert [row["name"] for row in ranking_report((*few, few[0]))["ranking"]] == ["x", "y"]
+
+
+def test_only_the_settings_with_most_votes_are_ranked(monkeypatch):
+    monkeypatch.setattr("ui.ranking.MAX_NAMES", 2)
+    assert [rank.name for rank in ranking([*votes("x", "y", a=3, b=1), *votes("x", "z", a=2)])] == ["x", "y"]

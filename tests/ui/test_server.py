@@ -309,8 +309,16 @@ def test_devices_and_hosts_come_from_the_command_line():
     assert parse_arguments([]).devices == (None,)
 
 
-@pytest.mark.parametrize("devices", ["gpu", "cuda:0,cuda:0"])
-def test_devices_that_do_not_exist_are_refused(devices, capsys):
+def test_a_space_names_its_folder_and_the_owners_key_by_its_variables(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCEL_DATA", str(tmp_path))
+    monkeypatch.setenv("ACCEL_OWNER_KEY", "key")
+    options = parse_arguments([])
+    assert (options.data, options.owner_key) == (tmp_path, "key")
+    assert parse_arguments(["--owner-key", "other"]).owner_key == "other"
+
+
+@pytest.mark.parametrize("devices", ["gpu", "cuda:0,cuda:0", "cuda:0,cpu"])
+def test_devices_that_do_not_exist_or_cannot_be_compared_are_refused(devices, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_arguments(["--devices", devices])
     assert ended.value.code == 2 and "device" in capsys.readouterr().err

@@ -121,6 +121,13 @@ def test_a_plan_keeps_the_reference_and_gives_each_cell_its_run():
     assert {a.seed for a, _ in pairs} == {3} == {b.seed for _, b in pairs}
 
 
+def test_plain_cells_are_guided_where_the_reference_is_a_student_that_is_not():
+    student = {"steps": 6, "guidance": 1.0, "methods": {"gpd": {}}}
+    sweep = make_plan(RUN, student, BASE, [parse_axis_option("steps=10")], "5")
+    reference, plain = sweep.runs(sweep.cells[-1], read_defaults(TINY))
+    assert (reference.steps, reference.guidance, plain.steps, plain.guidance) == (6, 1.0, 5, 5.0)
+
+
 def test_a_seed_axis_gives_each_seed_its_reference():
     sweep = plan("seed=1,2")
     assert [[run.seed for run in sweep.runs(cell, read_defaults(TINY))] for cell in sweep.cells] == [[1, 1], [2, 2]]
@@ -198,7 +205,7 @@ def test_a_server_that_takes_no_runs_ends_the_sweep_with_the_reason(context):
 def shared(context, workers, monkeypatch):
     """The context with real workers, whose pipeline does nothing."""
     monkeypatch.setattr("accel.runtime.models.model_defaults", lambda pipe, model: ModelDefaults())
-    context.workers, workers.models = workers, (TINY,)
+    context.workers, workers.models = workers, {TINY: ""}
     return context
 
 
@@ -377,6 +384,17 @@ def test_the_plot_has_the_sweep_and_on_demand_the_visitors_other_pairs_of_the_pr
     shown = lambda earlier: str(tab.show_plot(state, "ssim", "by work", earlier, 0.1, "ann"))
     assert shown(False).count("data-id") == 3 and shown(True).count("data-id") == 5
     assert "earlier results" in shown(True) and "plain steps" in shown(True)
+    stored = tab.context.store.list("ann")[-1].report
+    other = {**stored, "reference": {**stored["reference"], "steps": 10}}  # SSIM to it is not SSIM to the sweep's
+    tab.context.store.add("ann", other, {"b.mp4": b"x"})
+    assert shown(True).count("data-id") == 5
+
+
+def test_another_model_moves_the_axis_only_from_a_method_that_it_lacks(tab, tmp_path):
+    (tmp_path / "accel.json").write_text("{}")
+    name, axis_values = tab.move_axis("fittedsolver.steps", str(tmp_path))
+    assert (name["value"], axis_values) == FIRST_AXES["stepcache"]
+    assert tab.move_axis("steps", str(tmp_path)) == tab.move_axis("fittedsolver.steps", TINY) == (gr.skip(), gr.skip())
 
 
 def test_two_axes_have_a_series_for_each_value_of_the_first(tab):

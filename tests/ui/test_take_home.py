@@ -37,6 +37,8 @@ class Compare:
         """Nothing here depends on the model."""
         return {}
 
+    stock = lambda self, model: {}
+
     def follow(self, event) -> None:
         """Nothing here depends on the settings."""
 

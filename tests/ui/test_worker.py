@@ -147,6 +147,20 @@ def test_a_job_submitted_before_the_workers_start_waits_and_then_runs(load_model
     assert [kind for kind, _ in stream if kind != "waiting"] == ["hello", "done"]
 
 
+def test_the_log_has_what_a_model_that_cannot_be_loaded_failed_with(load_model, caplog):
+    def load(model):
+        try:
+            raise OSError("disk gone")
+        except OSError as error:
+            raise AccelError("it could not be loaded") from error
+
+    load_model(load)
+    workers = Workers("none")
+    workers.start()
+    assert kinds(workers, workers.submit(lambda *_: None)) == ["refused"]
+    assert "disk gone" in caplog.text
+
+
 def test_a_visitor_who_leaves_stops_the_job(workers):
     job = workers.submit(endless)
     stream = workers.stream(job)
@@ -163,7 +177,7 @@ def test_a_job_gets_the_model_that_it_names_and_the_other_one_is_freed_first(loa
         held.append((model, dict(workers.loaded)))
 
     load_model(load)
-    workers = Workers("first", models=["second"])
+    workers = Workers("first", models={"second": ""})
     workers.start()
     for model in ("second", "second", "first"):
         assert kinds(workers, workers.submit(lambda *_: None, "me", model)) == ["done"]
@@ -175,20 +189,21 @@ def test_a_small_model_stays_beside_a_large_one(load_model, monkeypatch):
     asked = []
     load_model(asked.append)
     monkeypatch.setattr("ui.zero_gpu.is_small", lambda model: model == "small")
-    workers = Workers("large", models=["small", "other"])
+    workers = Workers("large", models={"small": "", "other": ""})
     workers.start()
     for model in ("small", "large", "other", "small"):
         assert kinds(workers, workers.submit(lambda *_: None, "me", model)) == ["done"]
     assert asked == ["large", "small", "other"] and workers.pipeline("large") is None
 
 
-def test_a_model_that_is_not_offered_is_refused_and_never_loaded(load_model):
+def test_a_model_that_is_not_offered_or_cannot_run_here_is_refused_and_never_loaded(load_model):
     asked = []
     load_model(asked.append)
-    workers = Workers("first", models=["second"])
+    workers = Workers("first", models={"second": "", "huge": "huge needs a GPU"})
     workers.start()
-    reason = "the model '/etc' is not offered here; there are first, second"
-    assert list(workers.stream(workers.submit(lambda *_: None, "me", "/etc"))) == [("refused", {"reason": reason})]
+    reasons = {"/etc": "the model '/etc' is not offered here; there are first, second", "huge": "huge needs a GPU"}
+    for model, reason in reasons.items():
+        assert list(workers.stream(workers.submit(lambda *_: None, "me", model))) == [("refused", {"reason": reason})]
     assert kinds(workers, workers.submit(lambda *_: None)) == ["done"] and asked == ["first"]
 
 
@@ -196,7 +211,7 @@ def test_a_job_goes_to_the_idle_device_that_has_its_model(load_model):
     asked, devices = [], []
     load_model(asked.append)
     workers, began, gate = (
-        Workers("first", ("one", "two"), ["second"]),
+        Workers("first", ("one", "two"), {"second": ""}),
         threading.Barrier(3, timeout=20),
         threading.Event(),
     )
@@ -216,7 +231,7 @@ def test_a_job_goes_to_the_idle_device_that_has_its_model(load_model):
 def test_stop_while_another_model_is_loading_ends_the_job_at_once(load_model):
     loading, gate, ran = threading.Event(), threading.Event(), []
     load_model(lambda model: (loading.set(), gate.wait(20), None)[-1] if model == "second" else None)
-    workers = Workers("first", models=["second"])
+    workers = Workers("first", models={"second": ""})
     workers.start()
     job = workers.submit(lambda *_: ran.append(1), "me", "second")
     assert loading.wait(20)

@@ -87,7 +87,7 @@ def test_a_run_after_another_model_was_loaded_is_the_same(workers, tmp_path):
     copy = tmp_path / "copy"
     load_pipeline(TINY).save_pretrained(copy)
     (copy / "accel.json").write_text(DEFAULTS.model_dump_json())
-    two = Workers(TINY, models=[str(copy)])
+    two = Workers(TINY, models={str(copy): ""})
     two.start()
     run = run_of(1)
     first = frames_on(two, run)
