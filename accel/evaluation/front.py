@@ -91,16 +91,16 @@ def front_table(summary: dict) -> str:
     titles = ["at least (tuning prompts)", "best of", "setting", "speed by work", "speed-up"]
     titles += [METRICS[name].title for name in _shown(summary)]
     volumes = ", ".join(f"{group} {volume:.3f}" for group, volume in summary["hypervolume"].items())
-    ssim, worst = (cell(METRICS[name], summary["rows"][NOISE_FLOOR][name]) for name in SHOWN[:2])
     overhead, low, high = (f"{share:+.1%}" for share in summary["overhead"])
     return (
         f"{conditions(summary)}. Chosen by mean SSIM on other prompts: all {summary['tried']} settings on "
         f"{summary['tuning_prompts']}, then {summary['finalists']} finalists on {summary['final_prompts']}\n\n"
         f"{markdown([*titles, 'SSIM, ours - it; ours is closer for'], rows)}\n"
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
-        f"Noise floor, SSIM where 1 % of the baseline's initial noise is replaced: {ssim}, worst frame {worst}\n\n"
-        f"Overhead of methods at neutral settings: {overhead} [{low}, {high}] of the stock pipeline's time, in "
-        f"{summary['overhead_pairs']} pairs of runs of {STEPS} steps in turn\n"
+        f"{noise_floor(summary)}\n\n"
+        f"Overhead of `apply` with methods at neutral settings, which are left out of the model: {overhead} "
+        f"[{low}, {high}] of the stock pipeline's time, in {summary['overhead_pairs']} pairs of runs of {STEPS} steps "
+        "in turn\n"
     ) + "".join(f"\nNot measured: {why}\n" for why in dict.fromkeys(summary["refused"].values()))
 
 
@@ -110,14 +110,25 @@ def front_overview(summary: dict) -> str:
     rows = []
     for found in summary["classes"]:
         best = found["best"]
-        cells = [
-            f"{best[group]}: {cell(METRICS['ssim'], summary['rows'][best[group]]['ssim'])}" if group in best else "-"
-            for group in summary["groups"]
-        ]
+        cells = [_overview_cell(best[group], summary["rows"][best[group]]) if group in best else "-"
+                 for group in summary["groups"]]  # fmt: skip
         rows.append([f"{found['speed']}x", *cells, *(_cells(summary, best, group)[-1] for group in others)])
     titles = ["speed by work, at least", *summary["groups"]]
     titles += [f"{OURS} - {group}; {OURS} is closer for" for group in others]
-    return f"{conditions(summary)}\n\n{markdown(titles, rows)}"
+    return f"{conditions(summary)}\n\n{markdown(titles, rows)}\n{noise_floor(summary)}\n"
+
+
+def _overview_cell(name: str, row: dict) -> str:
+    return f"{name} ({speed_of(row):.2f}x): {cell(METRICS['ssim'], row['ssim'])}"
+
+
+def noise_floor(summary: dict) -> str:
+    """How far videos of slightly other noise are from the baseline's, in a sentence."""
+    ssim, worst = (cell(METRICS[name], summary["rows"][NOISE_FLOOR][name]) for name in SHOWN[:2])
+    return (
+        "Noise floor: the baseline itself, with 1 % (by amplitude) of other noise in its initial noise, has SSIM "
+        f"{ssim}, worst frame {worst}"
+    )
 
 
 def _cells(summary: dict, best: dict[str, str], group: str) -> list[str]:

@@ -98,13 +98,13 @@ def write_side_by_side(folder: Path, report: dict, file: Path) -> None:
     import imageio.v3 as iio
     import numpy as np
 
-    from ..runtime.video import write_mp4
+    from ..runtime.video import readable, write_mp4
 
-    try:
-        videos = [np.stack(list(iio.imiter(folder / name, plugin="FFMPEG"))) for name in VIDEOS]
-        fps = round(iio.immeta(folder / VIDEOS[0], plugin="FFMPEG")["fps"])
-    except (OSError, RuntimeError, ValueError, StopIteration):
-        raise AccelError(f"the videos of {folder} cannot be read: they are damaged") from None
+    videos = []
+    for name in VIDEOS:
+        with readable(folder / name):
+            videos.append(np.stack(list(iio.imiter(folder / name, plugin="FFMPEG"))))
+            fps = round(iio.immeta(folder / name, plugin="FFMPEG")["fps"])
     count = max(map(len, videos))
     height, width = max(v.shape[1] for v in videos), max(v.shape[2] for v in videos)
     panes = [_labelled(v, text, count, height, max(width, 256)) for v, text in zip(videos, labels(report))]

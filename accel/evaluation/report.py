@@ -42,7 +42,8 @@ def summarize(cases: Sequence[dict], pairs: Sequence[tuple[str, str]] = ()) -> d
     """
     prompts, names = _by_prompt(cases), list(cases[0]["rows"])
     rows = {name: _setting(prompts, name, names[0]) for name in names}
-    return {"n": len(cases), "prompts": len(prompts), "rows": rows, "pairs": paired_differences(cases, pairs)}
+    about = {"n": len(cases), "prompts": len(prompts), "noises": len({case.get("seed") for case in cases})}
+    return {**about, "rows": rows, "pairs": paired_differences(cases, pairs)}
 
 
 def paired_differences(cases: Sequence[dict], pairs: Sequence[tuple[str, str]]) -> list[dict]:
@@ -179,11 +180,14 @@ def table(summary: dict, kind: str) -> str:
 def conditions(summary: dict) -> str:
     """Model if it is not the shipped one, number of runs, machine, and what the figures are."""
     n, prompts = summary["n"], summary.get("prompts", summary["n"])
-    seeds = "" if prompts == n else f": {prompts} prompts x {n // prompts} seeds"
+    each = n // prompts
+    noises = summary.get("noises", each)  # results of earlier versions: every prompt had the same
+    of_each = "" if n == 1 else ", all from one noise" if noises == 1 else ", each from noise of its own"
+    runs = f"{n}: {prompts} prompts x {each} noises" if each > 1 else f"{amount(n, 'held-out prompt')}{of_each}"
     figures = "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range"
     model = summary.get("model", TINY)
     of = "" if model == TINY else f"{Path(model).name}, "
-    return f"{of}n = {n} held-out prompts and seeds{seeds}, {machine(summary)}; {figures}"
+    return f"{of}n = {runs}, {machine(summary)}; {figures}"
 
 
 def machine(found: dict) -> str:

@@ -13,7 +13,7 @@ from accel.errors import AccelError
 from accel.evaluation import bench, measure
 from accel.evaluation.measure import settings_keys
 from accel.evaluation.metrics import METRICS
-from accel.evaluation.report import pairs_table, summarize, table
+from accel.evaluation.report import conditions, pairs_table, summarize, table
 from accel.evaluation.suites import NEUTRAL, NOISE_FLOOR, PROMPT_SEED, SUITES, TUNING_SEED, Setting, Suite
 from accel.methods import METHODS, StepCache
 from accel.runtime.generate import Video
@@ -130,6 +130,25 @@ def test_of_groups_only_the_best_on_the_tuning_prompts_are_measured_on_the_other
     count = 3 * 6 + 3 * 3 + 2 * 5  # all on three, the baseline and two finalists on three more, what is reported
     assert len(generated) == count
     assert bench.run_suite("small", 2, 1, "m", tmp_path) == summary and len(generated) == count
+
+
+def test_what_a_suite_compares_in_pairs_is_measured_even_if_it_is_not_the_best(generated, tmp_path, monkeypatch):
+    settings = {"baseline": Setting(), NOISE_FLOOR: Setting(noise=0.01), NEUTRAL: Setting(guidance=1.0)}
+    ours = {"half": Setting(steps=2), "as good and later": Setting(steps=2, guidance=2.0)}
+    monkeypatch.setitem(SUITES, "small", Suite({**settings, **ours}, (tuple(ours),), {"ours": tuple(ours)}))
+    summary = bench.run_suite("small", 2, 1, "m", tmp_path)
+    assert [*summary["rows"]] == [*settings, *ours] and summary["pairs"][0]["b"] == "as good and later"
+
+
+def test_tables_say_how_many_noises_their_prompts_begin_with():
+    shared = {"device": "cpu", "threads": 1, "dtype": "float32", "rows": {}}
+    said = lambda **about: conditions({**shared, **about}).split(", cpu")[0]
+    assert said(n=2, prompts=2, noises=2) == "n = 2 held-out prompts, each from noise of its own"
+    assert said(n=2, prompts=2, noises=1) == said(n=2) == "n = 2 held-out prompts, all from one noise"
+    assert said(n=6, prompts=2, noises=6) == "n = 6: 2 prompts x 3 noises"
+    assert said(n=1, prompts=1, noises=1) == "n = 1 held-out prompt"
+    cases = [{**_case(prompt, a=1.0), "seed": seed} for seed, prompt in enumerate("pq")]
+    assert summarize(cases)["noises"] == 2
 
 
 def test_a_new_setting_of_a_suite_is_measured_and_the_others_keep_their_lines(generated, tmp_path, monkeypatch):
@@ -256,9 +275,9 @@ def test_seeds_of_one_prompt_are_averaged_before_an_interval_is_computed():
     summary = summarize(cases, [("b", "a")])
     assert summary["rows"]["b"]["ssim"] == pytest.approx((0.6, 0.6, 0.6))  # both prompts have 0.6
     conditions = {"device": "cpu", "threads": 1, "dtype": "float32"}
-    assert summary["n"] == 4 and "2 prompts x 2 seeds" in table({**summary, **conditions}, "report")
-    assert table({**summary, **conditions, "model": "models/other"}, "report").startswith("other, n = 4 ")
-    assert table({**summary, **conditions, "model": TINY}, "report").startswith("n = 4 ")
+    assert summary["n"] == 4 and "n = 4: 2 prompts x 2 noises" in table({**summary, **conditions}, "report")
+    assert table({**summary, **conditions, "model": "models/other"}, "report").startswith("other, n = 4: ")
+    assert table({**summary, **conditions, "model": TINY}, "report").startswith("n = 4: ")
 
 
 def test_attributes_that_only_some_prompts_name_have_their_mean_over_those():

@@ -61,8 +61,11 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     assert rows[2][:4] == ["| 1.5x", "plain", "s3", "3.00"] and rows[2][-1] == "0.1000 [0.1000, 0.1000]; 2 of 2 |"
     assert rows[10][1:3] == ["peers", "none is so fast"]
     assert "by mean SSIM on other prompts: all 6 settings on 3, then 4 finalists on 8\n" in front_table(summary)
-    assert "is replaced: 0.9250 [0.9000, 0.9500], worst frame 0.500\n" in front_table(summary)
-    assert "settings: +5.0% [+0.0%, +10.0%] of the stock pipeline's time, in 2 pairs of runs" in front_table(summary)
+    assert "noise, has SSIM 0.9250 [0.9000, 0.9500], worst frame 0.500\n" in front_table(summary)
+    assert (
+        "left out of the model: +5.0% [+0.0%, +10.0%] of the stock pipeline's time, in 2 pairs of runs"
+        in front_table(summary)
+    )
     assert front_table(summary).endswith("\nNot measured: P3 cannot run here\n")
     plot_summary(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
@@ -78,9 +81,9 @@ def test_the_overview_has_a_row_for_each_class_and_says_how_much_ours_is_ahead(s
         *(f"ours - {g}; ours is closer for" for g in ("peers", "plain")),
     ]
     assert len(rows) == 1 + 8
-    assert rows[1][:2] == ["1.5x", "o2: 0.8500 [0.8000, 0.9000]"]
+    assert rows[1][:2] == ["1.5x", "o2 (2.00x): 0.8500 [0.8000, 0.9000]"]
     assert rows[1][4:] == ["0.0000 [-0.1000, 0.1000]; 1 of 2", "0.1000 [0.1000, 0.1000]; 2 of 2"]
-    assert rows[5] == ["5x", "o5: 0.6500 [0.6000, 0.7000]", "-", "-", "-", "-"]
+    assert rows[5] == ["5x", "o5 (5.00x): 0.6500 [0.6000, 0.7000]", "-", "-", "-", "-"]
 
 
 def test_the_hypervolume_is_the_area_under_the_front_over_the_logarithm_of_speed():

@@ -105,7 +105,7 @@ def unknown_method(pair):
 
 @pytest.mark.parametrize(
     "spoil,reason",
-    [(without_video, "b.mp4 is missing"), (with_damaged_video, "videos of .* cannot be read"),
+    [(without_video, "b.mp4 is missing"), (with_damaged_video, "a.mp4 cannot be read as a video"),
      (damaged, "not JSON"), (of_one_run, "not the report of a pair"),
      (unknown_method, "unknown method 'warp'")],
 )  # fmt: skip
