@@ -25,6 +25,7 @@ from ui.pair_view import PairView
 from ui.panels import READ_ALOUD, note
 from ui.preset_cards import PLAIN, card_choices
 from ui.recorded import recorded_pairs
+from ui.share import holds_settings
 from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, preset_side, side_of
 from ui.templating import render
 
@@ -261,10 +262,11 @@ class CompareTab:
             return self._gone("One of these results is no longer stored.")
         text = "Two results from the history, each measured at its own time, so no speed-up is told."
         settings, about_run = self._settings_of(stored[1].report)
+        pinned, reason = self._pinned(stored[0].report)
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **self.view.show_candidates(stored), self.shown: second,
-            self.panes: [], self.message: note(f"{text} {about_run}"), **settings, **self._set_aside,
-            **self._reference_updates(side_of(stored[0].report)),
+            self.panes: [], self.message: note(f"{text} {reason or about_run}"), **settings, **self._set_aside,
+            **pinned,
         }  # fmt: skip
 
     def pin_candidate(self, shown: str | None) -> Update:
@@ -272,8 +274,17 @@ class CompareTab:
         stored = self.context.store.find(shown) if shown else None
         if stored is None:
             return {self.message: note("There is no result of yours to pin: run one first.", bad=True)}
+        pinned, reason = self._pinned(stored.report)
         text = f"Pinned: {describe_side(side_of(stored.report))}. The next candidate is compared with it."
-        return {self.message: note(text), **self._reference_updates(side_of(stored.report))}
+        return {self.message: note(reason or text, bad=bool(reason)), **pinned}
+
+    def _pinned(self, report: dict) -> tuple[Update, str]:
+        """The widgets with a stored candidate as the reference, or why it cannot be one."""
+        try:
+            check_repeatable(report)
+        except AccelError as error:
+            return {}, sentence(error)
+        return self._reference_updates(side_of(report)), ""
 
     def _reference_updates(self, side: Side) -> Update:
         """The reference's widgets for given settings: the stock pipeline, or a pinned result."""
@@ -369,11 +380,15 @@ class CompareTab:
             self.changed: changed_strip(preset, changes), self.estimate: self.estimate_text(model, values),
         }  # fmt: skip
 
-    def first_estimate(self, model: str, visitor: str, preset: str, *values) -> Update:
-        """What a run will take, as soon as the model is loaded; steps and guidance are then the model's own."""
+    def first_estimate(self, request: gr.Request, model: str, visitor: str, preset: str, *values) -> Update:
+        """What a run will take, as soon as the model is loaded.
+
+        Steps and guidance are then the model's own, unless the address of the page holds settings.
+        """
         loading = self.context.workers.is_loading(model)
-        estimate = {self.estimate: self.estimate_text(model, values), self.until_loaded: gr.Timer(active=loading)}
-        return estimate if loading else {**estimate, **self._own_defaults(model, values)}
+        own = {} if loading or holds_settings(request.query_params) else self._own_defaults(model, values)
+        values = [own.get(component, value) for component, value in zip(self.setting_components, values)]
+        return {self.estimate: self.estimate_text(model, values), self.until_loaded: gr.Timer(active=loading), **own}
 
     def _own_defaults(self, model: str, values: Sequence[Any]) -> Update:
         """Sliders that still have what was assumed of a model, at what it says itself now that it is loaded."""

@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
     add("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
     add("--share", action="store_true", help="open a public link; anybody who has it can use this machine")
     add("--devices", default="", help="such as cuda:0,cuda:1: one run at a time on each; default: the GPU, or the CPU")
-    add("--data", type=Path, metavar="DIR", default=os.environ.get("ACCEL_DATA"),
+    add("--data", type=Path, metavar="DIR", default=os.environ.get("ACCEL_DATA") or None,
         help="folder of the history and votes; default: one that is removed at end")  # fmt: skip
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name that the page answers to; repeatable")
     add(

@@ -77,6 +77,11 @@ def link_query(report: dict) -> str:
     return f"p={link_parameter(report)}"
 
 
+def holds_settings(query: Iterable[str]) -> bool:
+    """Whether the names of a page's query parameters are those of a link with settings."""
+    return any(name in ("p", *LINK) for name in query)
+
+
 def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSettings | None:
     """The settings of a page's query parameters; None if it has none.
 

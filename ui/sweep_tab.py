@@ -156,8 +156,9 @@ class SweepTab:
         edited = [page.tabs.select, *(widget.change for widget in own)]
         gr.on(edited, self.show_size, inputs, self.size, trigger_mode="always_last", **quick)
         first, values = self.axes[0]
-        moved = page.compare.switched.then(self.move_axis, [first, page.model], [first, values], **quick)
-        moved.then(self.show_size, inputs, self.size, **quick)  # then the widgets are the new model's
+        moved = page.model.change(self.move_axis, [first, page.model], [first, values], **quick)
+        for event in (moved, page.compare.switched):  # then the widgets are the new model's
+            event.then(self.show_size, inputs, self.size, **quick)
         for knob, _ in self.axes:
             knob.input(lambda name: gr.update(info=range_words(name)), knob, knob, **quick)
         gr.on([self.metric.change, self.speed.change, self.earlier.change], self.show_plot, views, self.plot, **quick)

@@ -57,7 +57,7 @@ def bench(
 def tune(
     max_loss: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Write one preset: the fastest that loses so much SSIM and .01 of adherence."),
+        typer.Option(min=0, max=1, help="Write one preset: the fastest that loses no more SSIM, and hardly adherence."),
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try; more find better ones.")] = 150,
     prompts: Annotated[int, typer.Option(min=1, help="Tuning prompts of the toy world; default: 4.")] = None,

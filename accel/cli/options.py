@@ -11,7 +11,14 @@ import typer
 import yaml
 
 from ..errors import AccelError
-from ..runtime.presets import RUN_SETTINGS
+from ..runtime.presets import (
+    RUN_SETTINGS,
+    Preset,
+    build_methods,
+    load_preset,
+    required_settings,
+    with_parameter,
+)
 
 Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows examples/prompts/toy.txt.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise, or of the sampled scenes.")]
@@ -35,8 +42,6 @@ def parse_settings(preset: str | None, changes: list[str] | None, axes: Sequence
 
     Without a preset it is the default one, but none where `changes` or the names of `axes` say which methods run.
     """
-    from ..runtime.presets import Preset, build_methods, load_preset, with_parameter
-
     named = {text.partition(".")[0] for text in (*(changes or ()), *axes) if "." in text.partition("=")[0]}
     preset = preset or ("none" if named - {DEFAULT_PRESET} or "preset" in axes else DEFAULT_PRESET)
     loaded = load_preset(preset) if preset != "none" else Preset()
@@ -66,7 +71,6 @@ def pair_maker(
 
     `separate`: where b runs a student, steps and guidance that it requires, solver and shift apply to a alone.
     """
-    from ..runtime.presets import required_settings
     from ..runtime.run import build_run
 
     required = required_settings(settings["methods"]) if separate else {}

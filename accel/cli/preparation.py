@@ -55,7 +55,7 @@ def fit(
     ] = 1.0,
     guidance: Guidance = None,
     tries: Annotated[
-        int, typer.Option(min=0, help="Lists of steps to try after five spacings; each takes half as long.")
+        int, typer.Option(min=0, help="Lists of steps to try after five spacings; each takes half a spacing's time.")
     ] = 40,
     out: Out = Path("runs/fit"),
 ) -> None:  # fmt: skip

@@ -180,10 +180,12 @@ def table(summary: dict, kind: str) -> str:
 def conditions(summary: dict) -> str:
     """Model if it is not the shipped one, number of runs, machine, and what the figures are."""
     n, prompts = summary["n"], summary.get("prompts", summary["n"])
-    each = n // prompts
-    noises = summary.get("noises", each)  # results of earlier versions: every prompt had the same
-    of_each = "" if n == 1 else ", all from one noise" if noises == 1 else ", each from noise of its own"
-    runs = f"{n}: {prompts} prompts x {each} noises" if each > 1 else f"{amount(n, 'held-out prompt')}{of_each}"
+    each, noises = n // prompts, summary.get("noises")
+    runs = f"{n}: {prompts} held-out prompts x {each} noises" if each > 1 else amount(n, "held-out prompt")
+    if noises == each and prompts > 1:
+        runs += ", the same for all" if each > 1 else ", all from one noise"
+    elif noises == n > 1:
+        runs += ", each from noise of its own"
     figures = "means with 95 % bootstrap intervals, speed-up: median and 5-95 % range"
     model = summary.get("model", TINY)
     of = "" if model == TINY else f"{Path(model).name}, "

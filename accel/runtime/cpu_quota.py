@@ -18,4 +18,5 @@ def limit_threads(quota: Path = QUOTA) -> None:
     except (OSError, ValueError):  # no quota that is told in this way
         return
     if allowed != "max":
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, round(int(allowed) / int(period)))))
+        cpus = min(len(os.sched_getaffinity(0)), round(int(allowed) / int(period)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus)))

@@ -14,7 +14,7 @@ import yaml
 from ..errors import AccelError
 from ..methods import METHODS
 from .models import TINY, ModelDefaults, read_defaults
-from .presets import RUN_SETTINGS, build_methods, load_preset, preset_names, required_settings
+from .presets import RUN_SETTINGS, load_preset, preset_names, required_settings
 
 SOLVER = {"solver": "default", "shift": None}  # settings that runs of an earlier version lack, and their values then
 
@@ -72,10 +72,10 @@ def reference_of(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_repeatable(report: dict[str, Any]) -> None:
-    """Raise AccelError for a pair of an earlier version, with methods or parameters that do not exist any more."""
+    """Raise AccelError for a pair of an earlier version, with methods, parameters or a combination not there today."""
     for run in (report, reference_of(report)):
         try:
-            build_methods(run["methods"])
+            required_settings(run["methods"])
         except AccelError:
             raise AccelError("this result is of an earlier version: it can be watched, but not repeated") from None
 

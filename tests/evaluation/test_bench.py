@@ -144,9 +144,10 @@ def test_tables_say_how_many_noises_their_prompts_begin_with():
     shared = {"device": "cpu", "threads": 1, "dtype": "float32", "rows": {}}
     said = lambda **about: conditions({**shared, **about}).split(", cpu")[0]
     assert said(n=2, prompts=2, noises=2) == "n = 2 held-out prompts, each from noise of its own"
-    assert said(n=2, prompts=2, noises=1) == said(n=2) == "n = 2 held-out prompts, all from one noise"
-    assert said(n=6, prompts=2, noises=6) == "n = 6: 2 prompts x 3 noises"
-    assert said(n=1, prompts=1, noises=1) == "n = 1 held-out prompt"
+    assert said(n=2, prompts=2, noises=1) == "n = 2 held-out prompts, all from one noise"
+    assert said(n=2) == "n = 2 held-out prompts" and said(n=1, prompts=1, noises=1) == "n = 1 held-out prompt"
+    assert said(n=6, prompts=2, noises=6) == "n = 6: 2 held-out prompts x 3 noises, each from noise of its own"
+    assert said(n=6, prompts=2, noises=3) == "n = 6: 2 held-out prompts x 3 noises, the same for all"
     cases = [{**_case(prompt, a=1.0), "seed": seed} for seed, prompt in enumerate("pq")]
     assert summarize(cases)["noises"] == 2
 
@@ -275,7 +276,7 @@ def test_seeds_of_one_prompt_are_averaged_before_an_interval_is_computed():
     summary = summarize(cases, [("b", "a")])
     assert summary["rows"]["b"]["ssim"] == pytest.approx((0.6, 0.6, 0.6))  # both prompts have 0.6
     conditions = {"device": "cpu", "threads": 1, "dtype": "float32"}
-    assert summary["n"] == 4 and "n = 4: 2 prompts x 2 noises" in table({**summary, **conditions}, "report")
+    assert summary["n"] == 4 and "n = 4: 2 held-out prompts x 2 noises" in table({**summary, **conditions}, "report")
     assert table({**summary, **conditions, "model": "models/other"}, "report").startswith("other, n = 4: ")
     assert table({**summary, **conditions, "model": TINY}, "report").startswith("n = 4: ")
 

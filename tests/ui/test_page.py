@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -114,13 +115,16 @@ def test_opening_a_stored_pair_chooses_its_model_or_says_that_it_is_gone(page, m
         assert ("not offered here any more" in str(updates[page.compare.message])) is not offered
 
 
-def test_a_pair_of_an_earlier_version_is_shown_and_not_repeated(page):
+@pytest.mark.parametrize("methods", [{"gone": {}}, {"stepcache": {}, "disca": {}}], ids=["gone", "refused together"])
+def test_a_pair_of_an_earlier_version_is_shown_and_not_repeated(methods, page):
     folder = next(pair.folder for pair in recorded_pairs() if pair.name == "fastercache")
-    report = json.loads((folder / "run.json").read_text()) | {"methods": {"gone": {}}}
+    report = json.loads((folder / "run.json").read_text()) | {"methods": methods}
     run_id = page.context.store.add("me", report, {"a.mp4": b"a", "b.mp4": b"b"})
     for updates in (page.compare.show_stored(run_id, "me"), page.compare.show_two(run_id, run_id)):
         assert updates[page.compare.shown] == run_id and page.compare.prompt not in updates
         assert "This result is of an earlier version" in str(updates[page.compare.message])
+        assert page.compare.reference.pinned not in updates
+    assert "of an earlier version" in str(page.compare.pin_candidate(run_id)[page.compare.message])
     with pytest.raises(AccelError, match="of an earlier version"):
         page.code.code_of(run_id)
     assert "of an earlier version" in str(page.code.show(run_id)[page.code.about])
@@ -239,10 +243,16 @@ def test_a_loaded_model_brings_its_own_steps_and_guidance_but_not_over_those_of_
     mochi = ModelDefaults(steps=64, guidance=4.5)
     monkeypatch.setattr(page.context.workers, "pipeline", lambda model: (None, mochi))
     monkeypatch.setattr(page.context.workers, "is_loading", lambda model: False)
-    monkeypatch.setattr(page.compare, "estimate_text", lambda model, values: "")
+    estimated = []
+    monkeypatch.setattr(page.compare, "estimate_text", lambda model, values: estimated.append(values) or "")
     a, b = page.compare.reference.settings, page.compare.side
-    updates = page.compare.first_estimate(TINY, "me", "stepcache", *values_of(page, {a.steps: 20}))
+    first = lambda **query: page.compare.first_estimate(
+        SimpleNamespace(query_params=query), TINY, "me", "stepcache", *values_of(page, {a.steps: 20})
+    )
+    updates = first()
     assert (updates[b.steps], updates[a.guidance], updates[b.guidance]) == (64, 4.5, 4.5) and a.steps not in updates
+    assert dict(zip(page.compare.setting_components, estimated[0]))[b.steps] == 64
+    assert b.steps not in first(steps="50")  # those of a link stay
     assert page.compare.switch_model("another", "me", "stepcache", "a cat")[a.steps]["value"] == 64
 
 

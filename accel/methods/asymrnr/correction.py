@@ -74,9 +74,13 @@ class ResidualCache:
         before = [entry for entry in self.entries.get(key, []) if entry.is_of(reductions)]
         self.entries[key] = [*before, Residual(step.index, step.sigma, reductions, tensor)][-self.depth :]
 
-    def end(self, key: tuple, step: Step) -> None:
+    def end(self, key: tuple, step: Step, is_guided: bool) -> None:
         """At the last step: drop the residuals of an attention, and those of branches that have ended before."""
-        ended = [other for other in self.entries if step.index - self.last_step[other] >= self.interval]
+        ended = [
+            other
+            for other in self.entries
+            if step.index - self.last_step[other] >= self.interval or (other[1] == "uncond" and not is_guided)
+        ]
         for each in (key, *ended):
             self.entries.pop(each, None)
 

@@ -70,7 +70,7 @@ class Reducer:
         """A core's output (b, n, k, d), full or restored; (b, m, k, d) if it is restored after its projection."""
         y, step = self._attend(inner, qkv, layer), self.host.step
         if self.residuals and step.index == step.count - 1:  # they would take memory while the video is decoded
-            self.residuals.end((layer, step.branch, qkv.sample), step)
+            self.residuals.end((layer, step.branch, qkv.sample), step, self.host.is_guided)
         return y
 
     def _attend(self, inner: Callable[[QKV], Tensor], qkv: QKV, layer: str) -> Tensor:
