@@ -83,12 +83,15 @@ class CompareTab:
         self.pin = gr.Button("Pin the candidate shown as the reference", size="sm", elem_id="pin")
 
     def _add_prompt(self) -> None:
-        prompts = example_prompts(read_defaults(self.context.model))
+        prompts, shown = example_prompts(read_defaults(self.context.model)), next(iter(recorded_pairs()), None)
+        prompt, seed = prompts[0], 1
+        if shown and shown.report["model"] == self.context.model:  # Run then makes what is shown
+            prompt, seed = shown.report["prompt"], shown.report["seed"]
         with gr.Row(elem_id="prompt-row", equal_height=True):
             self.prompt = gr.Textbox(
-                prompts[0], label="Prompt", lines=1, max_lines=3, scale=8, elem_id="prompt", max_length=2000
+                prompt, label="Prompt", lines=1, max_lines=3, scale=8, elem_id="prompt", max_length=2000
             )
-            self.seed = gr.Number(1, label="Seed", precision=None, scale=1, min_width=84, elem_id="seed")
+            self.seed = gr.Number(seed, label="Seed", precision=None, scale=1, min_width=84, elem_id="seed")
             with gr.Row(elem_id="run-bar", scale=2):
                 self.run = gr.Button("▶ Run", variant="primary", min_width=88, elem_id="run")
                 self.stop = gr.Button("■ Stop", min_width=72, elem_id="stop", interactive=False)
@@ -139,7 +142,11 @@ class CompareTab:
                          concurrency_limit=None, **private)  # fmt: skip
         self.stop.click(self.stop_jobs, None, self.message, **quick)
         chosen = self.preset.input(
-            self.choose_preset, [self.shown, *inputs[:3]], self.outputs, trigger_mode="always_last", **quick
+            self.choose_preset,
+            [self.shown, *inputs[:3], self.prompt],
+            self.outputs,
+            trigger_mode="always_last",
+            **quick,
         )
         self.follow(self.examples.click(chosen_example, None, self.prompt, **quick))
         reset = self.changed.click(self.reset, inputs, self.outputs, **quick)
@@ -328,7 +335,7 @@ class CompareTab:
         """
         if name in preset_names() and missing_parts(load_preset(name), model):
             name = first_preset(model)
-        own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_example(prompt) else {}
+        own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_offered(prompt) else {}
         return {**self.load_preset(model, visitor, name), **self.views_of(model, name), **self.stock(model), **own}
 
     def stock(self, model: str) -> Update:
@@ -344,12 +351,18 @@ class CompareTab:
             self.examples: render("examples", prompts=prompts[1:4]),
         }
 
-    def choose_preset(self, shown: str | None, model: str, visitor: str, name: str) -> Update:
-        """The same, and the model's recorded pair of the preset unless a pair of the visitor's own is shown."""
+    def choose_preset(self, shown: str | None, model: str, visitor: str, name: str, prompt: str) -> Update:
+        """The same, and the model's recorded pair of the preset unless a pair of the visitor's own is shown.
+
+        Its prompt and seed come with it, but a prompt of the visitor's own stays.
+        """
         recorded = {pair.name: pair for pair in recorded_pairs() if pair.report["model"] == model}
         updates = self.load_preset(model, visitor, name)
         if name in recorded and (shown is None or shown in recorded):
             updates |= {**self.view.show_recorded(recorded[name]), self.shown: name, **self._set_aside}
+            if is_offered(prompt):
+                report = recorded[name].report
+                updates |= {self.prompt: report["prompt"], self.seed: report["seed"]}
         return updates
 
     def load_settings(self, preset: Preset, run: dict[str, Any], model: str) -> Update:
@@ -428,6 +441,11 @@ class CompareTab:
 def first_preset(model: str) -> str:
     """The preset that the page begins with."""
     return next(name for name in FIRST_PRESETS if not missing_parts(load_preset(name), model))
+
+
+def is_offered(prompt: str) -> bool:
+    """Whether a prompt is an example or that of a recorded pair, and not the visitor's own."""
+    return is_example(prompt) or any(pair.report["prompt"] == prompt for pair in recorded_pairs())
 
 
 def card_of(preset: Preset) -> str | None:

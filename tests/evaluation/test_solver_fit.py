@@ -37,7 +37,8 @@ STEPS = 12
 
 
 def run_of(pipe, **settings):
-    settings = {"prompt": "a cat", "height": 64, "width": 64, "frames": 13, **settings}
+    frames = 17 if "LTX" in type(pipe).__name__ else 13
+    settings = {"prompt": "a cat", "height": 64, "width": 64, "frames": frames, **settings}
     return build_run(model_defaults(pipe, "-"), model="-", **settings)
 
 

@@ -20,7 +20,7 @@ from ui.api import side_from
 from ui.context import Context
 from ui.model_list import ModelChoice, model_choices
 from ui.preset_cards import PLAIN, card_choices
-from ui.recorded import recorded_pairs
+from ui.recorded import RECORDINGS, recorded_pairs
 from ui.store import Store
 from ui.worker import Workers
 
@@ -113,6 +113,14 @@ def test_opening_a_stored_pair_chooses_its_model_or_says_that_it_is_gone(page, m
         assert set(updates) <= set(page.compare.outputs)
         assert updates.get(page.model) == (model if offered else None)
         assert ("not offered here any more" in str(updates[page.compare.message])) is not offered
+
+
+def test_the_prompt_is_that_of_the_recorded_pair_shown_unless_it_is_the_visitors_own(page):
+    first, gpd = (RECORDINGS[name] for name in (recorded_pairs()[0].name, "gpd"))
+    assert (page.compare.prompt.value, page.compare.seed.value) == first
+    updates = page.compare.choose_preset(None, TINY, "me", "gpd", first.prompt)
+    assert (updates[page.compare.prompt], updates[page.compare.seed]) == gpd
+    assert page.compare.prompt not in page.compare.choose_preset(None, TINY, "me", "gpd", "a cat")
 
 
 @pytest.mark.parametrize("methods", [{"gone": {}}, {"stepcache": {}, "disca": {}}], ids=["gone", "refused together"])
