@@ -15,6 +15,8 @@ from ui.slider import ClampedSlider
 
 AvailableValues = dict[str, Choices]  # values of some parameters, where the model at hand does not have all
 Update = dict[gr.blocks.Block, Any]
+PACKAGE, WEIGHTS = "its package", "its weights for this model"  # what a method may lack
+LACKING = {PACKAGE: "not installed", WEIGHTS: "not trained"}  # beside a switch
 
 
 class Change(NamedTuple):
@@ -55,7 +57,7 @@ class MethodControls:
                 lacks = missing_part(name, model)
                 self.switches[name] = gr.Checkbox(
                     name in active and not lacks, label=method.title, elem_id=f"use-{name}", min_width=90,
-                    interactive=not lacks, info=lacks and f"without {lacks}",
+                    interactive=not lacks, info=LACKING.get(lacks, ""),
                 )  # fmt: skip
 
     def _parameters(self, method: Method, available: AvailableValues) -> dict[str, gr.components.Component]:
@@ -89,7 +91,7 @@ class MethodControls:
             wanted, lacks, available = active.get(name), missing_part(name, model), available_values(name, model)
             ranges = {key: range_of(schema, available.get(key)) for key, schema in method.parameters().items()}
             on = wanted is not None and not lacks
-            info = lacks and f"without {lacks}"
+            info = LACKING.get(lacks, "")
             updates[self.switches[name]] = gr.update(value=on, interactive=not lacks, info=info)
             updates[self.groups[name]] = gr.update(visible=on)
             for parameter, component in self.parameters[name].items():
@@ -131,8 +133,8 @@ def is_usable(name: str, model: str) -> bool:
 def missing_part(name: str, model: str) -> str:
     """What a method lacks to run on a model, in words; empty if nothing."""
     if not METHODS[name].is_installed():
-        return "its package"
-    return "" if all(available_values(name, model).values()) else "its weights for this model"  # no values: no weights
+        return PACKAGE
+    return "" if all(available_values(name, model).values()) else WEIGHTS  # no values: no weights
 
 
 def missing_parts(preset: Preset, model: str) -> list[str]:

@@ -47,6 +47,7 @@ def test_a_peer_whose_package_is_missing_cannot_be_switched_on(monkeypatch):
         controls = MethodControls(TINY, load_preset("fastercache"))
     updates, missing = controls.preset_values(load_preset("dbcache"), TINY)
     assert not controls.switches["dbcache"].interactive and controls.switches["seacache"].interactive
+    assert controls.switches["dbcache"].info == "not installed" and not controls.switches["seacache"].info
     assert not updates[controls.switches["dbcache"]]["value"]
     assert missing == ["DBCache (cache-dit) is off, without its package"]
 
@@ -115,6 +116,7 @@ def test_a_preset_names_what_a_model_lacks(tmp_path):
     assert not updates[controls.switches["meanflow"]]["value"]
     assert updates[controls.parameters["disca"]["predictor"]]["value"] == "reuse"
     assert not controls.switches["meanflow"].interactive and controls.switches["disca"].interactive
+    assert controls.switches["meanflow"].info == "not trained"
     assert controls.preset_values(load_preset("fastercache"), str(tmp_path))[1] == []
 
 
