@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,27 +10,35 @@ import gradio as gr
 from markupsafe import escape
 
 from accel.errors import AccelError
-from accel.evaluation.metrics import METRICS
 from accel.evaluation.pareto_front import fastest_within, tuned_within
 from accel.evaluation.suites import tuned
-from accel.evaluation.sweep import axis_names, axis_range, parse_axis, value_label
-from accel.evaluation.sweep_rows import figures
+from accel.evaluation.sweep import axis_names, axis_range, parse_axis
 from accel.runtime.presets import RUN_SETTINGS, Preset, load_preset, preset_names
-from accel.runtime.repeat import reference_of
 from ui.clickable import ClickableHTML
 from ui.compare_tab import first_preset
 from ui.context import Context
 from ui.controls import is_usable
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
-from ui.pareto import Point, pareto_plot
-from ui.run_words import preset_words, run_of
-from ui.side_settings import describe_side
+from ui.pareto import pareto_plot
+from ui.run_words import preset_words
 from ui.slider import ClampedSlider
 from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
 from ui.sweep_job import Sweep, SweepState
-from ui.sweep_plan import Plan, duration, make_plan, plan_words
+from ui.sweep_plan import Plan, make_plan, plan_words
+from ui.sweep_points import (
+    MEASURED,
+    PLAIN_SERIES,
+    PLOTTED,
+    SPEEDS,
+    earlier_points,
+    quality_title,
+    reference_settings,
+    speed_of,
+    sweep_points,
+)
+from ui.sweep_progress import Progress
 
 if TYPE_CHECKING:
     from accel.runtime.estimate import Estimate
@@ -46,17 +53,9 @@ FIRST_AXES = {  # the preset that the page begins with -> what is varied, and it
     "fastercache": ("fastercache.attention_interval", "2..4"),
 }
 PLAIN_STEPS = "10,15,20,25,30,40"
-PLAIN_SERIES, EARLIER_SERIES = "plain steps", "earlier results"
-PLOTTED = {m.name: m for m in METRICS.values() if "page" in m.shown_in and m.higher_is_better}
-MEASURED = "measured"
-SPEEDS = {  # how speed is told -> title of the horizontal axis
-    MEASURED: "measured speed-up of the denoising",
-    "by work": "speed-up if all the work that is saved were time",
-}
 EMPTY = "Each result appears here as soon as it is measured; a click opens it in the Compare tab."
 NO_PROPOSAL = "The fastest measured setting within the loss is proposed here."
 NOT_WITHIN = "No measured setting loses at most {:g} of SSIM."
-MAX_SERIES = 8  # values of the first axis that get a mark each
 Update = dict[gr.blocks.Block, Any]
 
 
@@ -297,10 +296,7 @@ class SweepTab:
         """The plot of a sweep and, if asked for, of the visitor's other pairs with its reference."""
         points = sweep_points(state, metric, speed) if state else []
         if earlier and state:
-            for pair in self._earlier(state, visitor):
-                points += _points(
-                    figures(pair.report), pair.id, EARLIER_SERIES, earlier_label(pair.report), metric, speed
-                )
+            points += earlier_points(self._earlier(state, visitor), metric, speed)
         return pareto_plot(points, SPEEDS[speed], quality_title(metric), frozenset({PLAIN_SERIES}))
 
     def _earlier(self, state: SweepState, visitor: str) -> list[Stored]:
@@ -309,7 +305,9 @@ class SweepTab:
         if own is None:
             return []
         pairs = self.context.store.list(visitor, limit=-1)
-        return [pair for pair in pairs if pair.group != state.id and _reference(pair) == _reference(own)]
+        return [
+            pair for pair in pairs if pair.group != state.id and reference_settings(pair) == reference_settings(own)
+        ]
 
     def show_proposal(self, state: SweepState | None, speed: str, allowed: float, model: str):
         """The fastest setting within a loss, in a sentence; what it is; whether it can be used.
@@ -339,38 +337,6 @@ class SweepTab:
         }  # fmt: skip
 
 
-class Progress:
-    """What a running sweep says about itself."""
-
-    def __init__(self, state: SweepState):
-        self.state, self.left, self.first = state, "", 0.0
-
-    def result(self) -> str:
-        """After a result, or before the first one, whose time also has the reference and the model's loading in it."""
-        count, ended, now = len(self.state.results), self.state.ended, time.monotonic()
-        if ended == 1:
-            self.first = now
-        elif ended:
-            self.left = f", about {duration((now - self.first) / (ended - 1) * (count - ended))} left"
-        return f"{ended} of {count} results{self.left}."
-
-    def step(self, index: int, pane: str, done: int, steps: int) -> str:
-        """During a run."""
-        what = "the reference" if pane == "a" else self.state.plan.cells[index].label
-        return str(escape(f"Now {what}: step {done} of {steps}."))
-
-    def waiting(self, index: int, ahead: int, loading: bool, seconds: float | None = None) -> str:
-        """While other runs come first."""
-        return "Loading the model…" if loading else f"Waiting: {ahead} run{'s' * (ahead != 1)} ahead of you."
-
-    def ended(self, reason: str, stopped: bool):
-        """At the end."""
-        measured = f"{len(self.state.done)} of {len(self.state.results)} settings are measured"
-        if reason:
-            return note(f"{reason}. {measured}.", bad=True)
-        return note(f"Stopped: {measured}. They are in your history." if stopped else f"Finished: {measured}.")
-
-
 def _tuned_proposal(model: str, allowed: float):
     """What `show_proposal` gives for the search that was made for the model, if one was."""
     search = tuned(model)
@@ -383,51 +349,6 @@ def _tuned_proposal(model: str, allowed: float):
         "faster setting loses so little and keeps what the prompt says."
     )
     return note(text), row["preset"], gr.update(interactive=True)
-
-
-def sweep_points(state: SweepState, metric: str, speed: str) -> list[Point]:
-    """The measured results as points; a series for each value of the first of two axes, if they are few."""
-    axes, points = state.plan.axes, []
-    grouped = len(axes) == 2 and len(axes[0].values) <= MAX_SERIES
-    for cell, result in zip(state.plan.cells, state.results):
-        if not result or not result.row:
-            continue
-        series = PLAIN_SERIES if cell.plain else "settings"
-        if grouped and not cell.plain:
-            series = value_label(axes[0].name, cell.values[axes[0].name])
-        points += _points(result.row, result.run_id, series, cell.label, metric, speed)
-    return points
-
-
-def _points(row: dict, run_id: str, series: str, label: str, metric: str, speed: str) -> list[Point]:
-    """A row as a point of the plot, with its figures in the label; none if the metric was not measured."""
-    m = PLOTTED[metric]
-    value = row.get(f"{m.name}_b" if m.of_one_video else m.name)
-    if value is None and not row["bit_equal"]:
-        return []
-    text = f"{label}\n{row['speedup']:.2f}× as fast, {row['work']:.0%} of the work\n{m.title} {m.format(value)}"
-    return [Point(speed_of(row, speed), value, series, text, run_id)]
-
-
-def _reference(pair: Stored) -> dict[str, Any]:
-    """The settings of a pair's reference, without its seed."""
-    return {key: value for key, value in reference_of(pair.report).items() if key != "seed"}
-
-
-def speed_of(row: dict, speed: str) -> float:
-    """The speed-up of a row: measured, or what it would be if all the work that is saved were time."""
-    return row["speedup"] if speed == MEASURED else 1 / row["work"]
-
-
-def earlier_label(report: dict) -> str:
-    """A pair of another sweep or run in a few words."""
-    return f"{describe_side(report)}, seed {report['seed']}, against {describe_side(run_of(report, 'a'))}"
-
-
-def quality_title(metric: str) -> str:
-    """A metric as the title of an axis, as "SSIM to the baseline" or "adherence"."""
-    about = PLOTTED[metric].about.partition(",")[0]
-    return about if about[0].isupper() else PLOTTED[metric].title
 
 
 def range_words(name: str) -> str:

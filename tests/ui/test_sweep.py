@@ -21,7 +21,8 @@ from ui.sweep_api import SweepApi
 from ui.sweep_grid import sweep_grid
 from ui.sweep_job import Result, Sweep, SweepState
 from ui.sweep_plan import make_plan, plan_words
-from ui.sweep_tab import CANDIDATE, FIRST_AXES, SPEEDS, SweepTab, preset_settings
+from ui.sweep_points import SPEEDS
+from ui.sweep_tab import CANDIDATE, FIRST_AXES, SweepTab, preset_settings
 
 RUN = {"model": TINY, "prompt": "a red star", "seed": 3}
 REFERENCE = {"steps": 20, "guidance": 4.0, "methods": {}}
