@@ -27,7 +27,6 @@ from ui.templating import render
 
 Update = dict[gr.components.Component, Any]
 
-NOT_STORED = "that result is no longer stored"
 SHOWN = {"interactive": False, "wrap_lines": True, "lines": 1, "max_lines": 30, "buttons": ["copy"]}  # of a `gr.Code`
 RECORDED = ROOT / "examples" / "runs"
 RUN_ID, RECORDED_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -120,10 +119,7 @@ class CodeTab:
 
         Example: code(run_id)["python"]
         """
-        report, _ = self._find(run_id)
-        if report is None:
-            raise AccelError(NOT_STORED)
-        check_repeatable(report)
+        report, _ = self._repeatable(run_id)
         return {"python": python_code(report), "command": command(report), "preset": preset_yaml(report),
                 "link": f"?{link_query(report)}"}  # fmt: skip
 
@@ -159,16 +155,21 @@ class CodeTab:
 
     def _views(self, shown: str | None) -> list[Any]:
         """Values of `views`; empty if there is no pair."""
-        report, url = self._find(shown)
         try:
-            if report is None:
-                raise AccelError(NOT_STORED)
-            check_repeatable(report)
+            report, url = self._repeatable(shown)
         except AccelError as error:
             return [note(sentence(error), bad=True), "", "", "", "", ""]
         about = render("code_about", subject=subject(report), prompt=report["prompt"], seed=report["seed"])
         preset, link = preset_yaml(report), f"?{link_query(report)}"
         return [about, python_code(report), command(report), preset, link, downloads(preset, url)]
+
+    def _repeatable(self, shown: str | None) -> tuple[dict, str]:
+        """The same as `_find`. Raises AccelError if the pair is gone, or of an earlier version."""
+        report, url = self._find(shown)
+        if report is None:
+            raise AccelError("that result is no longer stored")
+        check_repeatable(report)
+        return report, url
 
     def _find(self, shown: str | None) -> tuple[dict | None, str]:
         """The report of a pair and the address of its folder."""

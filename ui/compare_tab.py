@@ -116,6 +116,12 @@ class CompareTab:
         )
 
     @property
+    def run_sliders(self) -> dict[gr.Slider, str]:
+        """The sliders of both sides that begin with the model's own values, and which values."""
+        sides = self.reference.settings, self.side
+        return {**{side.steps: "steps" for side in sides}, **{side.guidance: "guidance" for side in sides}}
+
+    @property
     def outputs(self) -> list[gr.blocks.Block]:
         """Everything that running, showing a pair or loading settings can change."""
         return [
@@ -159,8 +165,9 @@ class CompareTab:
         self.shows = [chosen]  # events after which `shown` may be another: outside the queue a State has no change
         for loaded in (finished, chosen, switched, reset, pinned):
             self.follow(loaded)
-        sliders = [slider for side in (self.reference.settings, self.side) for slider in (side.steps, side.guidance)]
-        self.until_loaded.tick(self.first_estimate, inputs, [self.estimate, self.until_loaded, *sliders], **quick)
+        self.until_loaded.tick(
+            self.first_estimate, inputs, [self.estimate, self.until_loaded, *self.run_sliders], **quick
+        )
 
     def follow(self, event: Dependency) -> None:
         """After an event that sets widgets: show what belongs to the new settings, and what a run will take."""
@@ -287,10 +294,8 @@ class CompareTab:
 
     def _pinned(self, report: dict) -> tuple[Update, str]:
         """The widgets with a stored candidate as the reference, or why it cannot be one."""
-        try:
-            check_repeatable(report)
-        except AccelError as error:
-            return {}, sentence(error)
+        if refusal := refusal_of(report):
+            return {}, refusal
         return self._reference_updates(side_of(report)), ""
 
     def _reference_updates(self, side: Side) -> Update:
@@ -301,10 +306,8 @@ class CompareTab:
 
     def _settings_of(self, report: dict) -> tuple[Update, str]:
         """The widgets for a stored pair, with its model if the page still offers it, and what Run does with them."""
-        try:
-            check_repeatable(report)
-        except AccelError as error:
-            return {}, sentence(error)
+        if refusal := refusal_of(report):
+            return {}, refusal
         model, preset = report["model"], Preset(methods=report["methods"])
         controls, _ = self.controls.preset_values(preset, model)
         own, about_run = {self.preset: card_of(preset)}, MODEL_GONE
@@ -407,10 +410,9 @@ class CompareTab:
         """Sliders that still have what was assumed of a model, at what it says itself now that it is loaded."""
         own, updates = self.context.defaults(model), {}
         assumed, value_of = self.defaults, dict(zip(self.setting_components, values))
-        for side in (self.reference.settings, self.side):
-            for slider, name in ((side.steps, "steps"), (side.guidance, "guidance")):
-                if value_of[slider] == getattr(assumed, name) != getattr(own, name):
-                    updates[slider] = getattr(own, name)
+        for slider, name in self.run_sliders.items():
+            if value_of[slider] == getattr(assumed, name) != getattr(own, name):
+                updates[slider] = getattr(own, name)
         return updates
 
     def reset(self, event: gr.EventData, model: str, visitor: str, preset: str, *values) -> Update:
@@ -441,6 +443,15 @@ class CompareTab:
 def first_preset(model: str) -> str:
     """The preset that the page begins with."""
     return next(name for name in FIRST_PRESETS if not missing_parts(load_preset(name), model))
+
+
+def refusal_of(report: dict) -> str:
+    """Why a stored pair cannot be repeated, in a sentence; empty if it can."""
+    try:
+        check_repeatable(report)
+    except AccelError as error:
+        return sentence(error)
+    return ""
 
 
 def is_offered(prompt: str) -> bool:

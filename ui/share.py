@@ -40,6 +40,7 @@ MAX_TEXT = 16 * 1024  # bytes of a preset file, or of what a link holds
 MAX_MESSAGE = 300  # characters
 RUN = ("prompt", "seed", *RUN_SETTINGS)  # what a link can say of the candidate beside its methods
 LINK = ("preset", "methods", "model", "reference", *RUN)
+PARAMETERS = ("p", *LINK)  # of a page's address: p holds all of them
 NOT_OURS = ("owner", "deep_link", "logs", "view")  # query parameters that others read
 
 
@@ -79,7 +80,7 @@ def link_query(report: dict) -> str:
 
 def holds_settings(query: Iterable[str]) -> bool:
     """Whether the names of a page's query parameters are those of a link with settings."""
-    return any(name in ("p", *LINK) for name in query)
+    return any(name in PARAMETERS for name in query)
 
 
 def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSettings | None:
@@ -89,7 +90,7 @@ def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSett
 
     Raises AccelError in one sentence.
     """
-    given = {key: value for key, value in query.items() if key in ("p", *LINK)}
+    given = {key: value for key, value in query.items() if key in PARAMETERS}
     refuse_misspelt(key for key in query if key not in given and key not in NOT_OURS)
     if not given:
         return None

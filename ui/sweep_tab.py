@@ -304,10 +304,8 @@ class SweepTab:
         own = next(filter(None, (self.context.store.find(result.run_id) for result in state.done)), None)
         if own is None:
             return []
-        pairs = self.context.store.list(visitor, limit=-1)
-        return [
-            pair for pair in pairs if pair.group != state.id and reference_settings(pair) == reference_settings(own)
-        ]
+        reference, pairs = reference_settings(own), self.context.store.list(visitor, limit=-1)
+        return [pair for pair in pairs if pair.group != state.id and reference_settings(pair) == reference]
 
     def show_proposal(self, state: SweepState | None, speed: str, allowed: float, model: str):
         """The fastest setting within a loss, in a sentence; what it is; whether it can be used.
