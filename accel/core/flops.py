@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import AccelError
 from .trace import DENOISER
@@ -23,6 +25,7 @@ CPU_ATTENTION = {
 }
 _COUNTED: dict[tuple, dict[str, int] | None] = {}  # None where only a call can be counted
 MAX_COUNTED = 64  # calls that are remembered: with masks, each length of a prompt is another one
+_ONE_AT_A_TIME = RLock()
 
 
 def count_flops(
@@ -34,7 +37,11 @@ def count_flops(
     once for each number of tokens that the mask keeps, by `call`, which runs it. A multiply-add counts as two;
     element-wise operations are not counted. Raises AccelError if there is no `call` then.
     """
-    inputs = {"hidden_states": x, **inputs}
+    with _ONE_AT_A_TIME:
+        return _remembered(model, {"hidden_states": x, **inputs}, call)
+
+
+def _remembered(model: nn.Module, inputs: dict[str, Any], call: Callable[[], Any] | None) -> dict[str, int]:
     shapes = tree_map(lambda v: tuple(v.shape) if isinstance(v, Tensor) else v, inputs)
     key = (type(model), str(sorted(dict(model.config).items(), key=str)), str(sorted(shapes.items())))
     if key not in _COUNTED:
@@ -76,8 +83,25 @@ def _meta_call(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
     return lambda: copy(**inputs)
 
 
+class _OwnModules(ModuleTracker):
+    """Follows the modules that the counting thread calls; torch's hooks hear those of every thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.thread = get_ident()
+
+    def _fw_pre_hook(self, *call) -> None:
+        if get_ident() == self.thread:
+            super()._fw_pre_hook(*call)
+
+    def _fw_post_hook(self, *call) -> None:
+        if get_ident() == self.thread:
+            super()._fw_post_hook(*call)
+
+
 def _count(call: Callable[[], Any]) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter.mod_tracker = _OwnModules()
     with counter, torch.no_grad(), attention_backend("native"):
         call()
     total: dict[str, int] = defaultdict(int)

@@ -14,7 +14,7 @@ on diffusers' hooks and attention processors, so offloading, LoRA, attention bac
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -151,12 +151,14 @@ class Host:
         """A getter of state that the factory makes anew for each run of the pipeline."""
         return self._kept(factory, lambda: self.run_id)
 
-    def per_text(self, factory: Callable[[], T]) -> Callable[[], T]:
-        """A getter of state that depends on the prompt: made anew for each run, and where a callback changes a text."""
-        return self._kept(factory, lambda: self.text_id)
+    def per_text_and_model(self, factory: Callable[[], T]) -> Callable[[], T]:
+        """A getter of state that depends on what was computed: made anew for each run, and in one where a callback
+        changes a text, or where another transformer goes on (Wan 2.2).
+        """
+        return self._kept(factory, lambda: (self.text_id, self.active_index))
 
-    def _kept(self, factory: Callable[[], T], key: Callable[[], int]) -> Callable[[], T]:
-        kept: dict[int, T] = {}
+    def _kept(self, factory: Callable[[], T], key: Callable[[], Hashable]) -> Callable[[], T]:
+        kept: dict[Hashable, T] = {}
         self._kept_states.append(kept)
 
         def get() -> T:

@@ -62,6 +62,10 @@ class Family:
             for i, block in enumerate(blocks.children())  # the host may iterate over them in another way
         }
 
+    def in_channels(self, model: nn.Module) -> int:
+        """Latent channels of a video that is made from text alone."""
+        return model.config.in_channels
+
     def out_channels(self, model: nn.Module) -> int | None:
         """Latent channels of the video; behind them an input may have those of a given image."""
         return getattr(model.config, "out_channels", None)

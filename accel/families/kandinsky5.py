@@ -39,6 +39,10 @@ class Kandinsky5(Family):
         """The velocity as (b, f, h, w, c)."""
         return y.permute(0, 2, 3, 4, 1)
 
+    def in_channels(self, model: nn.Module) -> int:
+        """Latent channels of the video; the model adds those of a given image itself."""
+        return model.config.in_visual_dim
+
     def out_channels(self, model: nn.Module) -> int:
         """Latent channels of the video, before those of a given image."""
         return model.config.out_visual_dim

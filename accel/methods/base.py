@@ -7,9 +7,10 @@ what runs a model inside the function that uses it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
@@ -58,9 +59,11 @@ def model_path(host: Host) -> str:
 
 def run_spec(host: Host) -> RunSpec:
     """The spec of the run that the host has just begun."""
-    model, num_layers = host.denoisers[host.active_index], len(host.attentions[host.active_index])
-    about = host.latents, host.grid, host.step.count, host.is_run_guided, num_layers, host.text_tokens, model_path(host)
-    return RunSpec(model, host.family, *about)
+    return RunSpec(
+        model=host.denoisers[host.active_index], family=host.family, latents=host.latents, grid=host.grid,
+        count=host.step.count, guided=host.is_run_guided, num_layers=len(host.attentions[host.active_index]),
+        text_tokens=host.text_tokens, model_path=model_path(host),
+    )  # fmt: skip
 
 
 def report_estimate(method: Method, spec: RunSpec, trace: Trace) -> None:
@@ -85,6 +88,20 @@ def free_memory(device: torch.device) -> int:
 
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+@dataclass
+class FullStepRun:
+    """Which steps of one run are full ones: some are planned, and the first branch of a step decides for all."""
+
+    planned: list[int] | None  # None: it depends on the video
+    full_steps: list[int] = field(default_factory=list)  # so far
+    step: int = -1  # the last one that was decided
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last step that was decided is a full one."""
+        return self.full_steps[-1:] == [self.step]
 
 
 def outside_blocks(family: Family, model: nn.Module, flops: dict[str, int]) -> int:
@@ -162,6 +179,11 @@ class Method(BaseModel, frozen=True, extra="forbid"):
         """Whether the packages are there that only this method needs."""
         return True
 
+    @property
+    def names_weights(self) -> bool:
+        """Whether its settings say where its weights are, which are then not looked for in the model's folder."""
+        return False
+
     def is_available(self, model: str | Path) -> bool:
         """Whether all that this method loads for a model is there."""
         weights_dir = self.weights_dir(model)
@@ -223,6 +245,11 @@ class StudentMethod(Method):
         name = cls.manifest_file.removesuffix(".json")
         return load_manifest(folder, cls.manifest_file, cls.manifest_type, f"{name}.student", f"train {name}")
 
+    @property
+    def names_weights(self) -> bool:
+        """With the folder of a student."""
+        return bool(self.student)
+
     def default_dir(self, model: str | Path) -> Path:
         """The student's folder inside the model's."""
         raise NotImplementedError
@@ -245,9 +272,12 @@ class StudentMethod(Method):
 def check_combination(methods: Sequence[Method]) -> None:
     """Raise AccelError if methods cannot run together.
 
-    A peer is alone, as neither side would see what the other one skips. Of two methods that predict all blocks, one
-    would learn from the other's predictions.
+    A peer is alone, as neither side would see what the other one skips. Of two methods that predict all blocks, or two
+    of one kind, one would learn from the other's predictions.
     """
+    for kind, number in Counter(map(type, methods)).items():
+        if number > 1:
+            raise AccelError(f"{kind.title} is given {number} times: give it once")
     for method in methods:
         if method.peer and len(methods) > 1:
             others = " and ".join(other.title for other in methods if other is not method)

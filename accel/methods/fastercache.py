@@ -47,8 +47,7 @@ class StepPlan:
 class CFGDelta:
     """Unconditional minus conditional output (b, c, f, h, w) of the last full step, float32, in two bands."""
 
-    active_index: int  # of the transformer that gave the outputs
-    step: int  # of them
+    step: int  # of the outputs
     low: Tensor
     high: Tensor
 
@@ -63,13 +62,12 @@ class Computed(NamedTuple):
 
 @dataclass
 class State:
-    """What one run caches."""
+    """What is cached of one text and transformer."""
 
     outputs: dict[tuple[str, str], list[Computed]] = field(default_factory=dict)
     # the last two computations, by (layer, branch)
     cfg_delta: CFGDelta | None = None
     cond: Tensor | None = None  # the last conditional output
-    active_index: int = 0  # of the transformer that gave `outputs`
     since_full: int = 0  # rebuilt steps since the last full one
 
     def nbytes(self) -> int:
@@ -226,7 +224,7 @@ class FasterCache(Method):
     @contextmanager
     def apply(self, host: Host, trace: Trace) -> Iterator[None]:
         """Wrap the attentions, or the stack of blocks, and the denoiser inside the context."""
-        state, plans = host.per_text(State), host.per_run(lambda: self._begin(host, trace))
+        state, plans = host.per_text_and_model(State), host.per_run(lambda: self._begin(host, trace))
         layers = host.per_run(lambda: self.cached_layers(run_spec(host)))
 
         def attend(inner: Callable[[], Tensor], layer: str) -> Tensor:
@@ -282,9 +280,6 @@ class FasterCache(Method):
         It must where the last two computed outputs are older than planned: another method has skipped those steps.
         """
         step = host.step
-        if state.active_index != host.active_index:  # Wan 2.2 has switched to its second transformer
-            state.outputs.clear()
-            state.active_index = host.active_index
         entries = state.outputs.get((layer, step.branch), [])
         if plans[step.index].attention or len(entries) < 2:
             return None
@@ -316,8 +311,7 @@ class FasterCache(Method):
         if all(p.guidance for p in plans):
             return inner(x, **inputs)
         step, delta, cond = host.step, state.cfg_delta, state.cond
-        fits = delta is not None and cond is not None
-        fits = fits and delta.active_index == host.active_index and delta.low.shape == cond.shape
+        fits = delta is not None and cond is not None and delta.low.shape == cond.shape
         fits = fits and step.index - delta.step < self.guidance_interval  # other methods leave out unconditional calls
         if step.branch == "uncond" and fits and not plans[step.index].guidance:
             state.since_full += 1
@@ -334,7 +328,7 @@ class FasterCache(Method):
             from ..ops.spectrum import split
 
             bands = split(out.float() - cond.float())
-            state.cfg_delta, state.since_full = CFGDelta(host.active_index, step.index, *bands), 0
+            state.cfg_delta, state.since_full = CFGDelta(step.index, *bands), 0
         else:
             state.cfg_delta = state.cond = None
         trace.set_memory("fastercache", state.nbytes())

@@ -86,6 +86,11 @@ class FittedSolver(Method):
         "", description="File of a solver; empty: the one in the model's folder.", json_schema_extra={"page": False}
     )
 
+    @property
+    def names_weights(self) -> bool:
+        """With the file of a solver."""
+        return bool(self.solver)
+
     @classmethod
     def available_values(cls, model: str | Path) -> dict[str, Choices]:
         """The step counts of the solvers in a model's folder."""

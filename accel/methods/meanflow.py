@@ -98,6 +98,8 @@ class MeanFlow(StudentMethod):
 
         def call(inner, x: Tensor, **inputs) -> Tensor:
             check_intervals()
+            if inputs["timestep"].ndim > 1 and inputs["timestep"].amin() != inputs["timestep"].amax():
+                raise AccelError("meanflow knows one noise level for all tokens, and here a given frame has another")
             end = host.step.sigma if manifest.guidance_only else host.step.sigma_next
             numbers = torch.tensor((host.step.sigma, end, self.guidance), device=x.device)
             t, r, guidance = numbers.unsqueeze(1).expand(-1, len(x))

@@ -12,6 +12,7 @@ and a corrector takes the solver's steps again once the next full pass is known.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pydantic import Field
 from ..core.trace import DENOISER, Trace
 from ..errors import amount
 from ..ops.noise import MAX_LOG_SNR, log_snr
-from .base import FullSteps, Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
+from .base import FullStepRun, FullSteps, Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,23 +37,16 @@ CROWDING = 2  # full step i of n is at (i / n) ** CROWDING of the run
 
 
 @dataclass
-class State:
+class State(FullStepRun):
     """What one run has decided."""
 
-    planned: list[int] | None  # the full steps; None: where the input has changed enough
-    full_steps: list[int] = field(default_factory=list)  # so far
     changes: list[float] = field(default_factory=list)  # relative change of the input in each step but the first
     accumulated: float = 0.0  # change since the last full step
-    step: int = -1  # the last one that was decided
     position: float = 0.0  # of the last full step
     signal: Tensor | None = None  # (b, c, f, h, w) estimated in the last step's latents
     is_guided: bool = False  # in the last step that was decided
-    shares: dict[str, Tensor] = field(default_factory=dict)  # (b, 1, 1), how far the trend continues, by branch
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the current step is a full one."""
-        return self.full_steps[-1:] == [self.step]
+    shares: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    # (b, 1, 1), how far the trend continues, by transformer and branch
 
 
 class StepCache(Method):
@@ -135,21 +129,19 @@ class StepCache(Method):
         from ..core.corrector import corrected
         from ..ops.taylor import TaylorCache
 
-        caches, state = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, follow_solver))
+        caches = host.per_text_and_model(lambda: defaultdict(TaylorCache))  # by branch
+        state = host.per_run(lambda: self._begin(host, trace, follow_solver))
 
         def blocks(inner: Callable[..., Tensor], hidden: Tensor, *inputs, **named) -> Tensor:
-            step, run = host.step, state()
-            if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
-                caches().clear()
-                run.shares.clear()
-            cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
+            step, run, cache = host.step, state(), caches()[host.step.branch]
+            source = host.active_index, step.branch
             position = log_snr(host.signal, step.sigma)
             is_fresh = cache.fits(hidden) and cache.position == run.position
             if run.step != step.index:
                 self._decide(host, trace, run, is_fresh)
             if not run.is_full and is_fresh:
                 record_prediction(host, trace)
-                return hidden + cache.extrapolate(position, run.shares.get(step.branch, FIRST_SHARE))
+                return hidden + cache.extrapolate(position, run.shares.get(source, FIRST_SHARE))
             out = inner(hidden, *inputs, **named)
             if step.index == step.count - 1:
                 caches().clear()  # also of a branch that ended before: it would take memory while the video is decoded
@@ -157,7 +149,7 @@ class StepCache(Method):
             elif run.planned != list(range(step.count)):
                 share = cache.best_share(position, out - hidden)
                 if share is not None:
-                    run.shares[step.branch] = (CAUTION * share).clamp(0, 1)
+                    run.shares[source] = (CAUTION * share).clamp(0, 1)
                 is_exact = abs(cache.position) < MAX_LOG_SNR  # a difference to a limited position has no length
                 cache.refresh(position, out - hidden, 1 if is_exact else 0)
                 signal = run.signal.nbytes if run.signal is not None else 0
@@ -204,7 +196,8 @@ class StepCache(Method):
         is_flat = host.grid[:2] == (1, 1)  # a family that does not know its grid
         run.signal = latents.float() if is_flat else estimate_signal(latents, host.signal, host.step.sigma)
         if before is not None:
-            run.changes.append(float((run.signal - before).abs().mean() / before.abs().mean()))
+            size = lambda x: x.abs().flatten(1).mean(1)
+            run.changes.append(float((size(run.signal - before) / size(before)).max()))  # of samples, the liveliest
             run.accumulated += run.changes[-1]
         return run.accumulated >= self.threshold
 

@@ -32,7 +32,7 @@ def latent_spec(run: Run, pipe) -> torch.Tensor:
     """Latents (1, c, f, h, w) of a run on the meta device: a shape and a dtype."""
     family = family_of(pipe)
     model, (space, time) = family.denoiser(pipe), family.compression(pipe)
-    shape = (1, model.config.in_channels, (run.frames - 1) // time + 1, run.height // space, run.width // space)
+    shape = (1, family.in_channels(model), (run.frames - 1) // time + 1, run.height // space, run.width // space)
     return torch.empty(shape, device="meta", dtype=model.dtype)
 
 
@@ -47,11 +47,12 @@ def run_spec(run: Run, pipe) -> RunSpec:
     """What methods may know of a run before it starts."""
     family = family_of(pipe)
     model = family.denoiser(pipe)
-    num_layers = len(family.attentions(model))
-    text = model_defaults(pipe, run.model).text_length if family.is_joint else 0
-    guided = run.guidance > 1 and not family.embeds_guidance
-    about = latent_spec(run, pipe), grid(pipe, run), run.steps, guided, num_layers, text, resolve(run.model)
-    return RunSpec(model, family, *about, run.guidance)
+    return RunSpec(
+        model=model, family=family, latents=latent_spec(run, pipe), grid=grid(pipe, run), count=run.steps,
+        guided=run.guidance > 1 and not family.embeds_guidance, num_layers=len(family.attentions(model)),
+        text_tokens=model_defaults(pipe, run.model).text_length if family.is_joint else 0,
+        model_path=resolve(run.model), guidance=run.guidance,
+    )  # fmt: skip
 
 
 def estimate_memory(run: Run, pipe) -> int:

@@ -11,30 +11,18 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import AccelError
-from ..students.euler_scheduler import FixedSigmaEuler, use_scheduler
+from ..students.euler_scheduler import FixedSigmaEuler, IgnoresGivenSigmas, use_scheduler
 from .run import Run
 
 
-class LinearSigmas(SchedulerMixin):
-    """Lets DPM++ run where the pipeline gives it sigmas, as LTX and HunyuanVideo do.
-
-    They are linear, to be shifted by the scheduler, and so are those that DPM++ begins with itself: only their number
-    is of use.
-    """
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
-        super().set_timesteps(num_inference_steps if sigmas is None else len(sigmas), device=device)
+class MultistepDPM(IgnoresGivenSigmas, DPMSolverMultistepScheduler):
+    """DPM++ 2M; given sigmas are linear, to be shifted, and so are those that it begins with itself."""
 
 
-class MultistepDPM(LinearSigmas, DPMSolverMultistepScheduler):
-    """DPM++ 2M."""
-
-
-class SinglestepDPM(LinearSigmas, DPMSolverSinglestepScheduler):
-    """DPM++ 2S."""
+class SinglestepDPM(IgnoresGivenSigmas, DPMSolverSinglestepScheduler):
+    """DPM++ 2S, in the same way."""
 
 
 SCHEDULERS = {
@@ -95,9 +83,9 @@ def build_scheduler(run: Run, own):
 
 
 def schedule_shift(scheduler) -> float | None:
-    """The shift of a scheduler's sigmas towards noise, if its config has one."""
+    """The shift of a scheduler's sigmas towards noise; None if it has none, or one that follows the video's size."""
     config = scheduler.config
-    return config.get("flow_shift", config.get("shift"))
+    return None if config.get("use_dynamic_shifting") else config.get("flow_shift", config.get("shift"))
 
 
 def _shift_key(own) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
@@ -40,7 +40,18 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
         return f"these sigmas are for {amount(steps, 'step')}, not {asked}"
 
 
-class CombiningScheduler(FixedSigmaEuler):
+class IgnoresGivenSigmas(SchedulerMixin):
+    """Takes only the number of the sigmas or timesteps that some pipelines give their scheduler, as those of LTX do."""
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None, timesteps=None
+    ) -> None:
+        """Start a run of as many steps."""
+        given = next((values for values in (sigmas, timesteps) if values is not None), None)
+        super().set_timesteps(num_inference_steps if given is None else len(given), device=device)
+
+
+class CombiningScheduler(IgnoresGivenSigmas, FixedSigmaEuler):
     """A scheduler on given noise levels that takes each sample from a function, not from the model's output."""
 
     combines_outputs = True
@@ -53,10 +64,6 @@ class CombiningScheduler(FixedSigmaEuler):
     @staticmethod
     def _wrong_count(steps: int, asked: int) -> str:
         return f"this solver was fitted for {amount(steps, 'step')}, not {asked}: set the steps to {steps}"
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
-        """Start a run; noise levels that a pipeline computes for its own scheduler are of no use here."""
-        super().set_timesteps(num_inference_steps or len(sigmas), device)
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **_):
         """The sample after the present step, in the sample's dtype."""

@@ -1,5 +1,6 @@
 """The host without a method: steps and branches, nested wrappers, and pipelines that do not name their branches."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -132,11 +133,15 @@ class Plus(Method):
             yield
 
 
+class Inner(Plus):
+    """The same under a name of its own."""
+
+
 def test_wrappers_nest_and_order_matters(pipe):
     attention, outputs = pipe.transformer.blocks[0].attn1, []
     attention.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     call_once(pipe)
-    with accel.apply(pipe, [Plus(value=1.0), Plus(value=10.0)]):
+    with accel.apply(pipe, [Inner(value=1.0), Plus(value=10.0)]):
         call_once(pipe)
         x = torch.randn(1, 8, 24, generator=torch.Generator().manual_seed(0))
         alone = attention(x)  # called by itself it is the model's own
@@ -232,6 +237,23 @@ def test_flops_are_counted_under_any_attention_backend(pipe, monkeypatch):
     given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}
     flops = count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), given)
     assert flops["blocks.0.attn1"] == 4 * 2 * 48 * 24 * 24 + 2 * 2 * 48 * 48 * 24
+
+
+def test_other_threads_that_run_the_same_model_are_not_counted(pipe, monkeypatch):
+    """Torch's counter hears the modules of every thread; here each operation of the counted call lets another run."""
+    monkeypatch.setattr("accel.core.flops._COUNTED", {})
+    given = {"timestep": torch.zeros(1), "encoder_hidden_states": torch.zeros(1, 6, 16)}
+    alone = dict(count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), given))
+    monkeypatch.setattr("accel.core.flops._COUNTED", {})
+    pool, original = ThreadPoolExecutor(1), torch.nn.Linear.forward
+
+    def linear(self, x):
+        if x.is_meta:
+            pool.submit(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), **given).result()
+        return original(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", linear)
+    assert count_flops(pipe.transformer, torch.zeros(1, 4, 3, 8, 8), given) == alone
 
 
 def test_of_the_calls_that_were_counted_the_last_are_remembered(pipe, monkeypatch):

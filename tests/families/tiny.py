@@ -395,6 +395,7 @@ ENCODED = {
     "hunyuan_video": ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
     "ltx": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
     "mochi": ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+    "kandinsky5": ("prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens"),
 }  # what each pipeline's `encode_prompt` returns
 
 

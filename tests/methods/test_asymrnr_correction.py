@@ -169,6 +169,24 @@ def test_both_branches_run_full_at_steps_whose_cfg_delta_is_cached(order, pipe, 
         assert done[exact, "cond"] == ("compute", True) and done[exact + 1, "cond"][0] == "reduce"
 
 
+def test_without_correction_too_steps_whose_cfg_delta_is_cached_are_not_reduced(pipe, sample):
+    cache = METHODS["fastercache"](attention=False, guidance_interval=2, guidance_start=0.55)
+    with accel.apply(pipe, [AsymRnR(**FIXED, correction="none"), cache]) as trace:
+        sample(pipe)
+    done = {(e.step, e.branch): e.action for e in trace.events.values() if e.layer == LAYER}
+    for exact in (10, 12, 14, 16):
+        assert done[exact, "uncond"] == done[exact, "cond"] == "compute" and done[exact + 1, "cond"] == "reduce"
+
+
+def test_a_phase_that_is_not_reduced_does_not_count_as_computed_too_seldom(pipe, sample):
+    """Rates of 0 in one of five phases, steps 8 to 11: the attention is computed there in full."""
+    rates = {"blocks.0.attn1": [[0.5, 0.5], [0.5, 0.5], [0, 0], [0.5, 0.5], [0.5, 0.5]]}
+    with accel.apply(pipe, [AsymRnR(**{**FIXED, "query_rate": 0, "kv_rate": 0}, rates=rates)]) as trace:
+        sample(pipe)
+    assert not [text for text in trace.messages if "too seldom" in text]
+    assert trace.events[12, "cond", LAYER].compute_fraction > 1  # both full and reduced: a new error is measured
+
+
 def test_residuals_of_the_first_transformer_are_not_used_in_the_second(two_models, sample):
     with accel.apply(two_models, [AsymRnR(**FIXED)]) as trace:
         sample(two_models)

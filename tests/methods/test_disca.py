@@ -10,7 +10,8 @@ from accel.families.wan import Wan
 from accel.methods import AsymRnR, DisCa, FasterCache, FittedSolver, MeanFlow
 from accel.methods.base import RunSpec
 from accel.methods.disca.disca import select_full_steps
-from accel.methods.disca.predictor import Predictor, flops
+from accel.methods.disca.predictor import Predictor
+from accel.methods.disca.predictor_manifest import predictor_flops
 from accel.ops.taylor import TaylorCache
 from accel.students.interval_embedding import INTERVAL_EMBEDDER, with_interval_embedder
 from accel.students.loading import load_student
@@ -198,14 +199,20 @@ def test_an_untrained_residual_predictor_is_reuse():
     assert torch.equal(predictor(hidden, cached, torch.ones(1), text, time, rope), cached)
 
 
+@pytest.mark.parametrize("form", ["residual", "paper", "guided-base"])
+def test_the_flops_of_a_predictor_are_those_of_its_blocks_and_of_its_linear_layers_on_tokens(form):
+    predictor = Predictor(Wan(), random_wan(), form, 2)
+    layers = [layer for layer in (*predictor.fuse, predictor.out) if isinstance(layer, torch.nn.Linear)]
+    on_tokens = sum(2 * 100 * layer.weight.numel() for layer in layers)
+    assert predictor_flops(form, 2, 100, 24, 1000) == 2000 + on_tokens
+
+
 def test_the_work_of_predictions_is_counted(student_pipe, sample):
     with accel.apply(student_pipe, [MeanFlow(steps=8), DisCa(num_full_steps=4)]) as trace:
         sample(student_pipe, steps=8, guidance=1.0)
     full, block = trace.flops["denoiser"], trace.flops["blocks.0"]
-    predictor = Predictor(Wan(), student_pipe.transformer, "residual", 1)
     tokens = 3 * (64 // student_pipe.vae_scale_factor_spatial // 2) ** 2
     layers = 2 * tokens * (48 * 24 + 24 * 24 + 24 * 24)
-    assert flops(predictor, tokens, block) == block + layers
     share = (full - 2 * block + block + layers) / full
     assert trace.summary()["flops_ratio"] == pytest.approx((4 + 4 * share) / 8, rel=1e-4)
 

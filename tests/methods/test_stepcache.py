@@ -85,21 +85,38 @@ def test_nothing_is_cached_any_more_while_the_video_is_decoded(method, pipe, sam
         assert not [found for found in gc.get_objects() if type(found) is TaylorCache]
 
 
+def a_host() -> SimpleNamespace:
+    """As much of a host as the change of its latents needs."""
+    return SimpleNamespace(
+        family=Wan(), grid=(3, 4, 4), signal=0.5, step=SimpleNamespace(sigma=0.5), active_index=0,
+        denoisers=[SimpleNamespace(config=SimpleNamespace(out_channels=4))],
+    )  # fmt: skip
+
+
 def test_the_change_is_that_of_the_video_and_not_of_a_given_image():
     noise = torch.Generator().manual_seed(0)
     videos, image = torch.randn(2, 1, 4, 3, 8, 8, generator=noise), torch.full((1, 5, 3, 8, 8), 9.0)
     changes = []
     for condition in (image[:, :0], image):
-        host = SimpleNamespace(
-            family=Wan(), grid=(3, 4, 4), signal=0.5, step=SimpleNamespace(sigma=0.5), active_index=0,
-            denoisers=[SimpleNamespace(config=SimpleNamespace(out_channels=4))],
-        )  # fmt: skip
-        state = State(None)
+        host, state = a_host(), State(None)
         for video in videos:
             host.latents = torch.cat([video, condition], 1)
             StepCache()._has_changed(host, state)
         changes += state.changes
     assert len(changes) == 2 and changes[0] == pytest.approx(changes[1])
+
+
+def test_the_change_is_that_of_the_liveliest_sample():
+    noise = torch.Generator().manual_seed(0)
+    before, still = torch.randn(2, 1, 4, 3, 8, 8, generator=noise)
+    changes = []
+    for samples in ([0], [1], [0, 1]):
+        host, state = a_host(), State(None)
+        for video in (torch.cat([before, before]), torch.cat([still, before + 0.01])):
+            host.latents = video[samples]
+            StepCache()._has_changed(host, state)
+        changes += state.changes
+    assert changes[2] == pytest.approx(changes[0]) and changes[1] < changes[0] / 5
 
 
 @pytest.mark.parametrize("threshold, fewest, most", [(0.3, 4, 11), (0.6, 4, 9)])

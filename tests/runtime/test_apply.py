@@ -48,6 +48,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones(pipe):
         accel.apply(pipe, ["fasterkache"])
 
 
+def test_a_method_that_is_given_twice_is_refused(pipe):
+    with pytest.raises(AccelError, match="FasterCache is given 2 times: give it once"):
+        with accel.apply(pipe, ["fastercache", "combined"]):
+            pass
+
+
 def test_a_transformer_in_place_of_its_pipeline_is_refused(pipe):
     with pytest.raises(AccelError, match="takes a pipeline, not its WanTransformer3DModel"):
         with accel.apply(pipe.transformer, "fastercache"):

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "families"))
 from tiny import TINY, encoding  # noqa: E402
 
 
-@pytest.fixture(params=["cogvideox", "skyreels_v2", "hunyuan_video", "ltx", "mochi"])
+@pytest.fixture(params=["cogvideox", "skyreels_v2", "hunyuan_video", "ltx", "mochi", "kandinsky5"])
 def tiny(request):
     """A tiny pipeline whose text encoder gives the same embeddings for every prompt."""
     return encoding(request.param)

@@ -12,6 +12,7 @@ from accel.errors import AccelError
 from accel.runtime.models import ModelDefaults
 from accel.runtime.run import SOLVERS, build_run
 from accel.runtime.solvers import build_scheduler, solver_of
+from accel.students.euler_scheduler import CombiningScheduler, use_scheduler
 
 DEFAULTS = ModelDefaults(height=64, width=64, frames=5, steps=8)
 OTHERS = ("unipc", "euler", "dpm++2m", "dpm++2s")
@@ -87,6 +88,14 @@ def test_solvers_agree_on_a_pipeline_that_gives_its_scheduler_sigmas(family, sol
 
     best = latents("euler")
     assert (latents(solver) - best).norm() < 0.05 * best.norm()
+
+
+def test_a_fitted_solver_takes_the_number_of_the_timesteps_that_a_pipeline_gives_it():
+    pipe, inputs = TINY["ltx_condition"]()
+    inputs = {name: value for name, value in inputs.items() if name not in ("image", "conditions", "video")}
+    with use_scheduler(pipe, CombiningScheduler([1.0, 0.5, 0.2, 0.0], [1000, 500, 200], lambda step, sample: sample)):
+        frames = pipe(**inputs, num_inference_steps=3, output_type="latent").frames
+    assert frames.isfinite().all() and pipe.num_timesteps == 3
 
 
 def test_a_solver_that_would_end_at_another_noise_level_is_refused():

@@ -111,8 +111,7 @@ class AsymRnR(Method):
         if self.rates and self.schedule != "fixed":
             raise ValueError(f"rates per block need schedule fixed, not {self.schedule}")
         most = 1 - 1 / math.prod(self.cell_shape)
-        asked = [rate for phases in self.rates.values() for pair in phases for rate in pair]
-        highest = max(asked or (self.query_rate, self.kv_rate))
+        highest = max(map(max, self.rate_pairs))
         if self.schedule == "fixed" and highest > most + 1e-9:
             raise ValueError(f"rate {highest} is not possible: cells of {self.cell} allow 0 to {most:.3f}")
         return self
@@ -127,6 +126,11 @@ class AsymRnR(Method):
         """Tokens (f, h, w) of a cell."""
         return tuple(int(n) for n in self.cell.split("x"))
 
+    @property
+    def rate_pairs(self) -> list[tuple[float, float]]:
+        """The fixed (query, key/value) rates, or the highest that a budget may choose."""
+        return [pair for phases in self.rates.values() for pair in phases] or [(self.query_rate, self.kv_rate)]
+
     def first_step(self, count: int) -> int:
         """The first of `count` steps in which tokens may be removed."""
         return max(1, round(self.start * count))
@@ -137,6 +141,10 @@ class AsymRnR(Method):
             return self.interval or (1 if count <= 8 or student else 3 if count <= 30 else 5)
         return self.interval or (2 if count <= 8 else 3 if count <= 30 else 4)
 
+    def corrects(self, count: int) -> bool:
+        """Whether a run of `count` steps measures errors, and corrects them in the steps between."""
+        return self.correction != "none" and self.steps_between(count) > 1
+
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of matchings and reductions of queries and keys in every attention, and of the residuals."""
         tokens = spec.tokens
@@ -144,16 +152,15 @@ class AsymRnR(Method):
         # At most, in int32: order and destinations of a matching, and the four tensors of a reduction.
         indices = 6 * tokens * (1 if self.heads == "shared" else spec.family.num_heads(spec.model))
         matchings = 4 * indices * 2 * attentions
-        depth = DEPTH[self.correction] if self.steps_between(spec.count) > 1 else 0
+        depth = DEPTH[self.correction] if self.corrects(spec.count) else 0
         output = tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
         return matchings + depth * attentions * output
 
     def inactive_reason(self, spec: RunSpec) -> str:
         """No step may be reduced, or no rate is above zero."""
-        pairs = [pair for phases in self.rates.values() for pair in phases] or [(self.query_rate, self.kv_rate)]
-        reduces = max(map(max, pairs)) and (self.schedule == "fixed" or self.budget < 1)
-        corrects = self.correction != "none" and self.steps_between(spec.count) > 1  # its first step measures an error
-        if reduces and self.first_step(spec.count) + corrects < spec.count:
+        reduces = max(map(max, self.rate_pairs)) and (self.schedule == "fixed" or self.budget < 1)
+        first = self.first_step(spec.count) + self.corrects(spec.count)  # before, an error is measured
+        if reduces and first < spec.count:
             return ""
         return "AsymRnR does nothing: at these settings no token is removed"
 

@@ -22,8 +22,7 @@ FIXED_WIDTHS = {name.value for name in AttentionBackendName if "sage" in name.va
 
 def check_backends(config: AsymRnR, attentions: Iterable[nn.Module], on_cuda: bool) -> None:
     """Raise AccelError if merged keys are to be weighted and the backend of an attention cannot do that."""
-    pairs = [pair for phases in config.rates.values() for pair in phases] or [(config.query_rate, config.kv_rate)]
-    if not config.bias or (config.pairing != "one" and not any(kv for _, kv in pairs)):
+    if not config.bias or (config.pairing != "one" and not any(kv for _, kv in config.rate_pairs)):
         return
     active, _ = _AttentionBackendRegistry.get_active_backend()
     processors = [getattr(attention.processor, "original", attention.processor) for attention in attentions]

@@ -38,7 +38,7 @@ class Reducer:
         interval = config.steps_between(spec.count, is_student_run(host.pipe))
         self.interval = interval
         self.plans = PlanCache(config.cell_shape, config.matching, config.metric, config.heads == "shared")
-        corrects = config.correction != "none" and interval > 1
+        corrects = config.corrects(spec.count)
         self.residuals = ResidualCache(DEPTH[config.correction], interval) if corrects else None
         self.belongs_to = host.active_index, host.text_id  # transformer and text of plans and residuals
         self.timer = Timer()  # of matching, reducing and restoring
@@ -81,10 +81,14 @@ class Reducer:
             trace.add_message(f"AsymRnR is off: {qkv.shape[1]} tokens are not the grid of {host.grid}")
             return inner(qkv)
         qkv.timer = self.timer
+        key, exact = (layer, step.branch, qkv.sample), step.index in host.exact_steps
         if not self.schedule.is_active(qkv, layer) or not max(rates := self.schedule.rates(layer)):
+            if self.residuals:  # the attention is computed, so it is not left out too long
+                self.residuals.last_step[key] = step.index
+            return inner(qkv)
+        if exact and not self.residuals:
             return inner(qkv)
         self._renew()
-        key, exact = (layer, step.branch, qkv.sample), step.index in host.exact_steps
         if self.residuals and not self.residuals.is_fresh(key, step, exact):
             if step.branch == "cond":
                 trace.add_message(

@@ -11,9 +11,10 @@ reuse of the cached output, and a Taylor series of the last few (TaylorSeer, arX
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,7 @@ from ...errors import AccelError
 from ...students.manifest import load_manifest
 from ..base import (
     Choices,
+    FullStepRun,
     FullSteps,
     Method,
     RunSpec,
@@ -35,7 +37,7 @@ from ..base import (
     report_estimate,
     run_spec,
 )
-from .predictor_manifest import DEPTH, PredictorForm, PredictorManifest, PredictorRuns
+from .predictor_manifest import DEPTH, PredictorForm, PredictorManifest, PredictorRuns, predictor_flops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,18 +45,16 @@ if TYPE_CHECKING:
     from ...core.host import Host
     from .predictor import Predictor
 
-TAYLOR_ORDER = {"residual": 0, "paper": 0, "guided-base": 0, "reuse": 0, "taylor-1": 1, "taylor-2": 2}
 TRAINED = get_args(PredictorForm)
+TAYLOR_ORDER = {"reuse": 0, "taylor-1": 1, "taylor-2": 2}  # of the predictors that need no training
 MANIFEST = "predictor.json"
 
 
 @dataclass
-class State:
+class State(FullStepRun):
     """What one run has decided."""
 
-    planned: list[int]  # the full steps
-    full_steps: list[int] = field(default_factory=list)  # so far
-    step: int = -1  # the last one that was decided
+    predicted_share: float = 1.0  # of a full pass's FLOPs, that a predicted one took
 
 
 class DisCa(Method):
@@ -100,14 +100,23 @@ class DisCa(Method):
         Those of a student come first, and that of the base model last: it does not run with a student.
         """
         trained = [form for form in TRAINED if (_default_dir(model, form) / MANIFEST).is_file()]
-        untrained = [form for form in TAYLOR_ORDER if form not in TRAINED]
-        return {"predictor": sorted(trained + untrained, key=lambda form: form == "guided-base")}
+        return {"predictor": sorted(trained + [*TAYLOR_ORDER], key=lambda form: form == "guided-base")}
 
     def weights_dir(self, model: str | Path) -> Path | None:
         """The predictor's folder; None for a form that needs no training."""
         if self.predictor not in TRAINED:
             return None
         return Path(self.predictor_dir) if self.predictor_dir else _default_dir(model, self.predictor)
+
+    @property
+    def names_weights(self) -> bool:
+        """With the folder of a predictor."""
+        return bool(self.predictor_dir)
+
+    @property
+    def taylor_order(self) -> int:
+        """The order of the series; a network too has the last output alone."""
+        return TAYLOR_ORDER.get(self.predictor, 0)
 
     @property
     def predicts_blocks(self) -> bool:
@@ -124,7 +133,7 @@ class DisCa(Method):
         if full == spec.count:
             return weights
         tokens = spec.tokens
-        cached = min(full, 1 + TAYLOR_ORDER[self.predictor])
+        cached = min(full, 1 + self.taylor_order)
         return weights + cached * (1 + spec.guided) * tokens * spec.family.hidden_size(spec.model) * itemsize
 
     def steps(self, count: int) -> list[int]:
@@ -138,11 +147,11 @@ class DisCa(Method):
         return given or select_full_steps(count if self.is_neutral else self.num_full_steps, count)
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
-        """The full steps, and in the others the embedding, the head and the predictor: its blocks and four layers."""
+        """The full steps, and in the others the embedding, the head and the predictor."""
         left = outside_blocks(spec.family, spec.model, flops)
         if self.predictor in TRAINED:
             block, width = flops[spec.family.block_names(spec.model)[0]], spec.family.hidden_size(spec.model)
-            left += DEPTH[self.predictor] * block + 2 * spec.tokens * 4 * width**2
+            left += predictor_flops(self.predictor, DEPTH[self.predictor], spec.tokens, width, block)
         full = len(self.steps(spec.count)) / spec.count
         return full + (1 - full) * min(1.0, left / flops[DENOISER])
 
@@ -159,37 +168,35 @@ class DisCa(Method):
 
         predictor, runs = self._load(host) if self.predictor in TRAINED else (None, None)
         weights = sum(p.nbytes for p in predictor.parameters()) if predictor else 0
-        caches, state = host.per_text(dict), host.per_run(lambda: self._begin(host, trace, runs))
+        caches = host.per_text_and_model(lambda: defaultdict(TaylorCache))  # by branch
+        state = host.per_run(lambda: self._begin(host, trace, runs))
         trained_for = host.denoisers[0]
 
         def blocks(inner, hidden: Tensor, *inputs, **named) -> Tensor:
-            step, order, run = host.step, TAYLOR_ORDER[self.predictor], state()
+            step, run, cache = host.step, state(), caches()[host.step.branch]
             if predictor is not None:
                 host.check_denoiser(trained_for, f"predictor {self.predictor!r}")
-            if any(index != host.active_index for index, _ in caches()):  # Wan 2.2 has switched its transformer
-                caches().clear()
-            cache = caches().setdefault((host.active_index, step.branch), TaylorCache())
             is_fresh = cache.fits(hidden) and [cache.position] == run.full_steps[-1:]
-            if run.step != step.index:  # the first branch decides for all
+            if run.step != step.index:
                 run.step = step.index
                 if step.index in run.planned or step.index in host.exact_steps or not is_fresh:
                     run.full_steps.append(step.index)
-            if run.full_steps[-1] == step.index or not is_fresh:
-                if step.index == step.count - 1:
-                    self._report_speedup(trace, run.full_steps)
-                out = inner(hidden, *inputs, **named)
-                if step.index == step.count - 1:
-                    caches().clear()  # also of a branch that ended before: they would take memory while decoding
-                elif len(run.planned) < step.count:
-                    cache.refresh(step.index, out, order)
-                    trace.set_memory("disca", weights + sum(c.nbytes for c in caches().values()))
-                return out
-            self._record_prediction(host, trace, predictor, hidden)
-            if predictor is not None:
+            if not run.is_full and is_fresh:
+                run.predicted_share = record_prediction(host, trace, self._predictor_flops(host, predictor, hidden))
+                if predictor is None:
+                    return cache.extrapolate(step.index).to(hidden.dtype)
                 predictor.to(hidden)  # the model is offloaded between runs, or converted
                 gap = hidden.new_full((len(hidden),), trace.sigmas[cache.position] - step.sigma)
                 return predictor(hidden, cache.terms[0], gap, *inputs, **named)
-            return cache.extrapolate(step.index).to(hidden.dtype)
+            if step.index == step.count - 1:
+                self._report_speedup(trace, run)
+            out = inner(hidden, *inputs, **named)
+            if step.index == step.count - 1:
+                caches().clear()  # also of a branch that ended before: they would take memory while decoding
+            elif len(run.planned) < step.count:
+                cache.refresh(step.index, out, self.taylor_order)
+                trace.set_memory("disca", weights + sum(c.nbytes for c in caches().values()))
+            return out
 
         with host.wrap_blocks(blocks):
             yield
@@ -211,34 +218,29 @@ class DisCa(Method):
                 f"DisCa: this predictor was trained for runs of {trained}; this run has {count}, up to {gap} apart"
             )
         report_estimate(self, spec, trace)
-        about = {"full_steps": state.full_steps, "predictor": self.predictor, "compute_fraction": 1.0}
-        trace.method_data["disca"] = about
+        trace.method_data["disca"] = {"full_steps": state.full_steps}
         return state
 
-    def _record_prediction(self, host: Host, trace: Trace, predictor: Predictor | None, hidden: Tensor) -> None:
-        """Record a predicted pass with the work that is left: embedding, head and predictor."""
-        work = 0
-        if predictor is not None:
-            from .predictor import flops
+    def _predictor_flops(self, host: Host, predictor: Predictor | None, hidden: Tensor) -> int:
+        """FLOPs of one call of the predictor; 0 for a series."""
+        if predictor is None:
+            return 0
+        block = host.trace.flops[host.family.block_names(host.denoisers[host.active_index])[0]]
+        tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
+        return predictor_flops(self.predictor, len(predictor.blocks), tokens, width, block)
 
-            block = trace.flops[host.family.block_names(host.denoisers[host.active_index])[0]]
-            work = flops(predictor, hidden.shape[0] * hidden.shape[1], block)
-        trace.method_data["disca"]["compute_fraction"] = record_prediction(host, trace, work)
-
-    def _report_speedup(self, trace: Trace, full_steps: list[int]) -> None:
+    def _report_speedup(self, trace: Trace, run: State) -> None:
         """Report, at the last step, the speed-up over full passes only, as counted and as measured so far."""
         inner = [i for i in trace.milliseconds if 0 < i < len(trace.sigmas) - 1]  # the first step may be a warm-up
-        times = [[trace.milliseconds[i] for i in inner if (i in full_steps) == full] for full in (True, False)]
+        times = [[trace.milliseconds[i] for i in inner if (i in run.full_steps) == full] for full in (True, False)]
         if not all(times):
             return
-        count, data = len(trace.sigmas), trace.method_data["disca"]
-        share_full, compute_fraction = len(full_steps) / count, data["compute_fraction"]
-        time_fraction = median(times[1]) / median(times[0])
-        counted, measured = (1 / (share_full + (1 - share_full) * cost) for cost in (compute_fraction, time_fraction))
-        data |= {"time_fraction": time_fraction, "counted_speedup": counted, "measured_speedup": measured}
+        count, full = len(trace.sigmas), len(run.full_steps)
+        time_share = median(times[1]) / median(times[0])
+        counted, measured = (count / (full + (count - full) * cost) for cost in (run.predicted_share, time_share))
         trace.add_message(
-            f"DisCa: {len(full_steps)} of {count} forward passes are full; a predicted one took {time_fraction:.0%} "
-            f"of a full one, {compute_fraction:.0%} by count: {measured:.2f} times as fast as full passes only, "
+            f"DisCa: {full} of {count} forward passes are full; a predicted one took {time_share:.0%} "
+            f"of a full one, {run.predicted_share:.0%} by count: {measured:.2f} times as fast as full passes only, "
             f"{counted:.2f} by count"
         )
 

@@ -58,12 +58,6 @@ class Predictor(nn.Module):
         return cached.to(y.dtype) + change
 
 
-def flops(predictor: Predictor, tokens: int, block: int) -> int:
-    """FLOPs of one call on `tokens` tokens (b n), if one block takes `block` FLOPs."""
-    layers = [m for m in (*predictor.fuse, predictor.out) if isinstance(m, nn.Linear)]
-    return len(predictor.blocks) * block + sum(2 * tokens * layer.weight.numel() for layer in layers)
-
-
 def load_predictor(folder: Path, manifest: PredictorManifest, family: Family, model: nn.Module) -> Predictor:
     """The trained predictor in a folder, on the model's device and in its dtype."""
     with torch.random.fork_rng(devices=()):  # initialisation must not touch the global random state
