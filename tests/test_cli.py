@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from accel.cli import main
 from accel.cli.options import parse_settings
@@ -131,6 +132,9 @@ def test_world_sample_and_judge_agree(accel, tmp_path):
         (("bench", "--suite", "moon"), "unknown suite 'moon'"),
         (("sweep", "--axis", "preset=quick,gpd", "--preset", "gpd"), "do not go together with an axis of presets"),
         (("tune", "--prompt-file", "examples/prompts/toy.txt", "--prompts", "2"), "do not go together"),
+        (("tune", "--front", "--max-loss", "0.1"), "--front and --max-loss do not go together"),
+        (("run", "--prompt", "x", "--set", "disca.num_full_steps=2024-02-30"), "put the value into quotes"),
+        (("run", "--model", "some/body", "--prompt", "x", "--steps", "0"), "steps = 0 is not allowed"),
         (("train", "moon"), "unknown part 'moon'"),
         (("world", "judge", "nowhere"), "captions.json is missing"),
         (("world", "sample", "--size", "0"), "Invalid value for '--size'"),
@@ -230,6 +234,18 @@ def test_a_folder_that_another_process_writes_into_is_refused(accel, tmp_path):
     with only_writer(tmp_path):
         code, _, err = accel("run", *SMALL, "--out", str(tmp_path))
     assert code == 2 and "error: another process writes into" in err and not contents(tmp_path)
+
+
+def test_a_training_that_was_stopped_ends_so_for_the_shell_too(accel, monkeypatch):
+    monkeypatch.setattr("accel.training.parts.train_parts", lambda *_, **__: {"gpd": {"step": 3}, "stopped": True})
+    code, out, err = accel("train", "gpd")
+    assert code == 130 and json.loads(out) == {"gpd": {"step": 3}} and "error: stopped" in err
+
+
+def test_a_gpu_without_enough_memory_is_told_in_a_sentence(accel, tmp_path, interrupt):
+    interrupt(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    code, _, err = accel("compare", *SMALL, "--repeats", "1", "--out", str(tmp_path))
+    assert code == 1 and "error: the GPU has too little memory" in err and "Traceback" not in err
 
 
 def test_results_of_a_run_replace_those_of_a_compare(accel, tmp_path):

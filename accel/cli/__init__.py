@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from ..errors import AccelError, explain_os_error
 from ..runtime.cpu_quota import limit_threads
 from .measurements import bench, docs, gpu, sweep, tune
+from .options import INTERRUPTED
 from .preparation import calibrate, fit, profile, train
 from .toy_world import judge, sample
 from .videos import compare, report, run
@@ -23,8 +24,6 @@ for command in (run, compare, report, bench, tune, sweep, profile, calibrate, fi
 for command in (sample, judge):
     world.command()(command)
 app.add_typer(world, name="world")
-
-INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def main() -> None:
@@ -45,6 +44,10 @@ def main() -> None:
         _fail(explain_os_error(error), 2)
     except OSError as error:
         _fail(explain_os_error(error), 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
+            raise
+        _fail("the GPU has too little memory for this run: make the video smaller, or choose methods that hold less", 1)
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -59,6 +59,7 @@ def tune(
         float,
         typer.Option(min=0, max=1, help="Write one preset: the fastest that loses no more SSIM, and hardly adherence."),
     ] = None,
+    front: Annotated[bool, typer.Option("--front", help="Write a preset for each speed; the default.")] = False,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try; more find better ones.")] = 150,
     prompts: Annotated[int, typer.Option(min=1, help="Tuning prompts of the toy world; default: 4.")] = None,
     prompt_file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Prompts instead, one a line.")] = None,
@@ -70,26 +71,28 @@ def tune(
 
     Work is counted, not timed, so nothing has to be quiet. Ctrl-C keeps the tries; the same command goes on.
     """
+    if front and max_loss is not None:
+        raise AccelError("--front and --max-loss do not go together: a preset for each speed, or one for a loss")
     if prompt_file and prompts:
         raise AccelError("--prompt-file and --prompts do not go together: the file says which prompts there are")
     texts = read_prompts(prompt_file, model) if prompt_file else []
     pipe, defaults, _ = load_for(model, lambda defaults: [])
+    from ..evaluation import tune as search
     from ..evaluation.front import CLASSES
     from ..evaluation.suites import TUNING_SEED
-    from ..evaluation.tune import at_least, fastest, front, front_table, tune, write_preset
     from ..world.scene import held_out_prompts
 
     texts = texts or held_out_prompts(prompts or 4, TUNING_SEED)  # no report uses these
     with only_writer(out):
-        tries = tune(model, pipe, defaults, texts, trials, seed, out)
-        rows = front(tries)
-        chosen = {f"front-{speed:g}x": at_least(rows, speed) for speed in CLASSES}
+        tries = search.tune(model, pipe, defaults, texts, trials, seed, out)
+        rows = search.front(tries)
+        chosen = {f"front-{speed:g}x": search.at_least(rows, speed) for speed in CLASSES}
         if max_loss is not None:
-            chosen = {f"loss-{max_loss:g}": fastest(tries, max_loss)}
+            chosen = {f"loss-{max_loss:g}": search.fastest(tries, max_loss)}
         chosen = {name: row for name, row in chosen.items() if row}
         for name, row in chosen.items():
-            write_preset(row, out / f"{name}.yaml", len(texts), trials)
-    print(front_table(chosen))
+            search.write_preset(row, out / f"{name}.yaml", len(texts), trials)
+    print(search.front_table(chosen))
     print_json({"out": str(out), "presets": {name: str(out / f"{name}.yaml") for name in chosen}, "rows": rows})
 
 

@@ -35,6 +35,7 @@ Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffuse
 Size = Annotated[int, typer.Option(min=1, help="In pixels, or the number of frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
 DEFAULT_PRESET = "stepcache"
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def parse_settings(preset: str | None, changes: list[str] | None, axes: Sequence[str] = ()) -> dict:
@@ -45,7 +46,7 @@ def parse_settings(preset: str | None, changes: list[str] | None, axes: Sequence
     named = {text.partition(".")[0] for text in (*(changes or ()), *axes) if "." in text.partition("=")[0]}
     preset = preset or ("none" if named - {DEFAULT_PRESET} or "preset" in axes else DEFAULT_PRESET)
     loaded = load_preset(preset) if preset != "none" else Preset()
-    methods = {name: dict(parameters or {}) for name, parameters in loaded.methods.items()}
+    methods = dict(loaded.methods)
     for change in changes or []:
         target, _, value = change.partition("=")
         name, _, parameter = target.partition(".")
@@ -53,7 +54,7 @@ def parse_settings(preset: str | None, changes: list[str] | None, axes: Sequence
             raise AccelError(f"--set {change!r} is not understood: write method.parameter=value")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # such as a day that no month has
             raise AccelError(f"--set {change!r} is not understood: put the value into quotes") from None
         if loaded.methods:
             methods = with_parameter(methods, name, parameter, parsed)
@@ -88,12 +89,13 @@ def load_for(model: str, make_runs: Callable) -> tuple:
 
     Raises AccelError before the model is loaded where its files tell that a run is not possible.
     """
-    from ..runtime.models import check_model, load_pipeline, model_defaults, read_defaults
+    from ..runtime.models import ModelDefaults, check_model, load_pipeline, model_defaults, read_defaults
     from ..runtime.run import check_size, check_size_from_files
 
     check_model(model)
-    if defaults := read_defaults(model):
-        for run in make_runs(defaults):
+    defaults = read_defaults(model)
+    for run in make_runs(defaults or ModelDefaults()):  # wrong settings are refused before a model is downloaded
+        if defaults:
             check_size_from_files(run)
     pipe = load_pipeline(model)
     defaults = defaults or model_defaults(pipe, model)

@@ -10,7 +10,7 @@ import typer
 from ..errors import AccelError
 from ..files import only_writer
 from ..runtime.models import TINY
-from .options import Guidance, Model, Out, Seed, Steps, first_example, print_json
+from .options import INTERRUPTED, Guidance, Model, Out, Seed, Steps, first_example, print_json
 
 
 def profile(
@@ -43,7 +43,8 @@ def calibrate(
     from ..evaluation.magcache_ratios import run_calibration
 
     prompt = prompt or first_example(model)
-    print_json(run_calibration(model, prompt, seed, steps, out))
+    with only_writer(out):
+        print_json(run_calibration(model, prompt, seed, steps, out))
 
 
 def fit(
@@ -69,7 +70,8 @@ def fit(
     check_model(model)
     from ..evaluation.solver_fit import run_fit
 
-    print_json(run_fit(model, steps, uncond_share, guidance, prompts, tries, out))
+    with only_writer(out):
+        print_json(run_fit(model, steps, uncond_share, guidance, prompts, tries, out))
 
 
 def train(
@@ -100,5 +102,9 @@ def train(
     if export:
         return print_json(export_base(what, setting, out))
     given = dict(model=model, prompts=prompts, rank=rank, videos=videos, trajectories=trajectories, ablation=ablation)
-    print_json(train_parts(what, minutes, resume, out, setting, **given))
+    record = train_parts(what, minutes, resume, out, setting, **given)
+    stopped = record.pop("stopped", False)
+    print_json(record)
     shutdown_distributed()
+    if stopped:
+        raise typer.Exit(INTERRUPTED)  # so that "train meanflow && train predictor" ends here

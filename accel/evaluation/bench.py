@@ -60,7 +60,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     from ..world.scene import held_out_prompts
 
     settings = {name: setting for name, setting in SUITES[suite].settings.items() if setting.is_available(model)}
-    _check_out(out / "results.json", settings, prompts * seeds, model)
+    _check_out(out / "results.json", settings, prompts, seeds, model)
     if state.is_main_process and (missing := SUITES[suite].settings.keys() - settings.keys()):
         print(
             f"skipped, as what they need was not trained, fitted or installed: {', '.join(sorted(missing))}",
@@ -133,14 +133,16 @@ def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) ->
     }  # fmt: skip
 
 
-def _check_out(file: Path, settings: dict[str, Setting], n: int, model: str) -> None:
+def _check_out(file: Path, settings: dict[str, Setting], prompts: int, seeds: int, model: str) -> None:
     """Raise AccelError if results exist here that fewer results, or those of another model, would replace."""
-    found = read_results(file, "bench") if file.is_file() else {"n": 0, "rows": {}}
+    found = read_results(file, "bench") if file.is_file() else {"n": 0, "prompts": 0, "rows": {}}
     if (other := found.get("model", model)) != model:
         raise AccelError(f"{file.parent} holds results of {other}: give another --out, or delete it first")
-    if not isinstance(found.get("rows"), dict) or not isinstance(found.get("n"), int):
+    counts = found.get("n"), found.get("prompts")
+    if not isinstance(found.get("rows"), dict) or not all(isinstance(count, int) for count in counts):
         raise AccelError(f"{file} was not written by `accel bench`: give another --out")
     lost = [name for name in found["rows"] if name not in settings]
-    if found["n"] > n or lost:
-        more = f"the settings {', '.join(lost)}" if lost else f"{found['n']} prompts and seeds, more than {n}"
+    if lost or found["n"] > prompts * seeds or found["prompts"] > prompts:
+        count = f"{found['n']} videos of {found['prompts']} prompts, more than {prompts * seeds} of {prompts}"
+        more = f"the settings {', '.join(lost)}" if lost else count
         raise AccelError(f"{file.parent} holds results of {more}: give another --out, or delete it first")

@@ -117,32 +117,22 @@ def allowed_values(schema: dict) -> str:
     return {"boolean": "true, false", "string": "a text", "object": "a mapping"}[schema["type"]]
 
 
-def suite_table(suite: str, kind: str) -> str:
-    """The "brief" table of a suite that was measured; of one with groups, the best of each."""
+def of_suite(suite: str, make: Callable[[dict], str]) -> str:
+    """What is made of the results of a suite, if it was measured."""
     found = results(suite)
-    return NOT_YET if not found else front_table(found) if "classes" in found else table(found, kind)
+    return make(found) if found else NOT_YET
 
 
-def front_of_groups() -> str:
-    """One row for each speed: the best of ours, of the peers and of the plain solvers."""
-    found = results(FRONT)
-    return front_overview(found) if found else NOT_YET
+def suite_table(found: dict) -> str:
+    """The "brief" table of a suite; of one with groups, the best of each."""
+    return front_table(found) if "classes" in found else table(found, "brief")
 
 
-def suite_details(suite: str) -> str:
+def suite_details(found: dict) -> str:
     """The "details" table of a suite, and what its metrics say; the parts of adherence are shares of the videos."""
-    found = results(suite)
-    if not found:
-        return NOT_YET
     titles = {column.title for column in columns("details", found["rows"])}
     about = "; ".join(f"{metric.title}: {metric.about}" for metric in METRICS.values() if metric.title in titles)
     return table(found, "details") + (f"\n{about}\n" if about else "")
-
-
-def suite_pairs(suite: str) -> str:
-    """The differences of a suite's pairs."""
-    found = results(suite)
-    return pairs_table(found) if found else NOT_YET
 
 
 def students() -> str:
@@ -201,11 +191,8 @@ def _reconstruction(run: dict) -> str:
     return f"PSNR {run['psnr']} ± {run['interval']} dB on {run['n']} held-out clips; read back from these: {read}"
 
 
-def attributes() -> str:
+def attributes(found: dict) -> str:
     """How often each attribute of the prompt is read back from the baseline's videos."""
-    found = results("base")
-    if not found:
-        return NOT_YET
     row = found["rows"]["baseline"]
     shares = {**row["attributes"], "mean": row["adherence"]}
     time = f"{row['seconds']:.1f} s of denoising, {row['decode']:.2f} s of decoding (medians)"
@@ -244,21 +231,21 @@ def _gpu_table(found: dict) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "overview": overview,
-    "front-overview": front_of_groups,
+    "front-overview": partial(of_suite, FRONT, front_overview),
     "methods": methods,
     "peer-methods": partial(methods, peers=True),
     "support": support,
     "parameters": parameters,
     "gpu": gpu,
     "memory": memory,
-    "attributes": attributes,
+    "attributes": partial(of_suite, "base", attributes),
     "training": training,
     "students": students,
     "disca-training": disca_training,
 }
-PARTS |= {suite: partial(suite_table, suite, "brief") for suite in SUITES}
-PARTS |= {f"{suite}-details": partial(suite_details, suite) for suite in SUITES}
-PARTS |= {f"{suite}-pairs": partial(suite_pairs, suite) for suite in SUITES}
+PARTS |= {suite: partial(of_suite, suite, suite_table) for suite in SUITES}
+PARTS |= {f"{suite}-details": partial(of_suite, suite, suite_details) for suite in SUITES}
+PARTS |= {f"{suite}-pairs": partial(of_suite, suite, pairs_table) for suite in SUITES}
 
 
 def fill(text: str) -> str:

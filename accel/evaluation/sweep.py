@@ -23,6 +23,7 @@ from ..runtime.presets import (
     Preset,
     build_methods,
     describe_range,
+    field_schema,
     load_preset,
     preset_names,
     required_settings,
@@ -156,7 +157,8 @@ def with_student(settings: dict, kept: Container[str] = ()) -> dict:
 
 def check_available(cell: Cell, model: str) -> None:
     """Raise AccelError if a model lacks the student or predictor that a cell needs."""
-    for name, method in zip(cell.settings["methods"], build_methods(cell.settings["methods"])):
+    methods = zip(cell.settings["methods"], build_methods(cell.settings["methods"]))
+    for name, method in ((name, method) for name, method in methods if not method.names_weights):
         for parameter, choices in method.available_values(resolve(model)).items():
             value = getattr(method, parameter)
             if not choices:
@@ -175,11 +177,10 @@ def value_text(value: Any) -> str:
 
 def _settings(base: dict, place: dict[str, Any]) -> dict:
     """`base` with the values of one place; a preset comes before the parameters that change it."""
-    settings = {**base, "methods": {name: dict(values) for name, values in base.get("methods", {}).items()}}
+    settings = {"methods": {}, **base}
     if "preset" in place:
         preset = Preset() if place["preset"] == NO_PRESET else load_preset(place["preset"])
-        settings["methods"] = {name: dict(values or {}) for name, values in preset.methods.items()}
-        settings |= preset.model_dump(include=set(RUN_SETTINGS), exclude_defaults=True)
+        settings |= preset.settings()
     for name, value in place.items():
         method, _, parameter = name.rpartition(".")
         if method:
@@ -207,9 +208,7 @@ def _schema(name: str) -> dict:
     """The JSON schema of an axis: its type, and its listed values if it has some."""
     if name == "preset":
         return {"type": "string"}
-    model, parameter = _field(name)
-    schema = model.model_json_schema()["properties"][parameter]
-    return next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
+    return field_schema(*_field(name))
 
 
 def _items(name: str, text: str) -> list[str]:

@@ -146,9 +146,12 @@ def read_json(file: Path) -> dict:
 
 
 def folders_of_results(model: str, out: Path, name: str = "") -> list[Path]:
-    """Where a command writes what it found out about a model: `out` and, for a local model, `name` in its folder."""
+    """Where a command writes what it found out about a model: `out` and, for a local model, `name` in its folder.
+
+    Not into a folder that may only be read, such as that of an installed package.
+    """
     folder = Path(resolve(model))
-    return [out, folder / name] if folder.is_dir() else [out]
+    return [out, folder / name] if folder.is_dir() and os.access(folder, os.W_OK) else [out]
 
 
 def write_results(model: str, out: Path, file: str, text: str, name: str = "") -> list[Path]:

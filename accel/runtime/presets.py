@@ -42,6 +42,10 @@ class Preset(BaseModel, frozen=True, extra="forbid"):
     def __iter__(self) -> Iterator[Method]:
         return iter(build_methods(self.methods))
 
+    def settings(self) -> dict[str, Any]:
+        """The methods, and those of `RUN_SETTINGS` that are not the model's own."""
+        return {"methods": self.methods, **self.model_dump(include=set(RUN_SETTINGS), exclude_defaults=True)}
+
 
 def build_methods(settings: dict[str, dict]) -> list[Method]:
     """The methods of {name: {parameter: value}}. Raises AccelError naming an unknown method or a wrong parameter."""
@@ -95,7 +99,7 @@ def normalize(model: type[BaseModel], values: dict[str, Any], prefix: str = "") 
     for name, value in values.items():
         if name not in fields:
             raise AccelError(f"unknown setting {prefix}{_plain(name)}; known are {', '.join(fields)}")
-        kind = _schema(fields[name]).get("type")
+        kind = field_schema(model, name).get("type")
         if kind == "integer" and isinstance(value, float) and value.is_integer():
             value = int(value)
         if not (_is_kind(value, kind) or (value is None and "anyOf" in fields[name])):
@@ -130,8 +134,9 @@ def _fields(model: type[BaseModel]) -> dict[str, dict]:
     return model.model_json_schema()["properties"]
 
 
-def _schema(field: dict) -> dict:
-    """The schema of a field's values other than null."""
+def field_schema(model: type[BaseModel], name: str) -> dict:
+    """The JSON schema of a field's values other than null; empty for an unknown field."""
+    field = _fields(model).get(name, {})
     return next((s for s in field.get("anyOf", []) if s.get("type") != "null"), field)
 
 
@@ -164,7 +169,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 
 def describe_range(model: type[BaseModel], parameter: str) -> str:
     """The values that a field takes, in words."""
-    schema = _schema(_fields(model).get(parameter, {}))
+    schema = field_schema(model, parameter)
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a text"}
@@ -181,7 +186,7 @@ def load_preset(name: str | Path) -> Preset:
         raise AccelError(f"no preset {quote(str(name))}; there are {', '.join(preset_names())}, or give a .yaml file")
     try:
         data = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a day that no month has, text that is not UTF-8
         raise AccelError(f"{path.name} is not a valid preset: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise AccelError(f"{path.name} is not a valid preset: it must be a mapping with {', '.join(_fields(Preset))}")

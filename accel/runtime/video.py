@@ -31,7 +31,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, settings: dict | None = 
     import imageio_ffmpeg
 
     find_ffmpeg()
-    path, began = Path(path), time.perf_counter()
+    path, began = Path(path).absolute(), time.perf_counter()  # ffmpeg takes "a:b/c" for a protocol
     partial = unique_part(path.with_suffix(".mp4"))
     comment = ["-metadata", "comment=" + json.dumps(settings)] if settings else []
     size = max(1, 256 // frames.shape[2])  # small frames are enlarged, without smoothing
@@ -108,7 +108,7 @@ def read_settings(path: Path) -> dict:
     """The settings in an mp4 that `write_mp4` wrote. Raises AccelError if there are none."""
     if not os.path.isfile(path):
         raise AccelError(f"no file {path}")
-    command = [find_ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    command = [find_ffmpeg(), "-v", "error", "-i", str(path.absolute()), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
     unescaped = "".join(_unescape(text))
     for line in unescaped.splitlines():

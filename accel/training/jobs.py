@@ -247,8 +247,9 @@ def _load(job: DistillJob, prompts: list[str], device: str, out: Path) -> Loaded
     pipe = load_pipeline(job.model, device)
     if not family_of(pipe).trains_students:
         raise AccelError(f"students are trained for text-to-video pipelines of Wan 2.1 only, not {type(pipe).__name__}")
-    if getattr(pipe, "transformer_2", None) is not None or getattr(pipe, "image_encoder", None) is not None:
-        raise AccelError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2")
+    others = any(getattr(pipe, part, None) is not None for part in ("transformer_2", "image_encoder"))
+    if others or not family_of(pipe).is_stack(pipe.transformer) or pipe.config.get("expand_timesteps"):
+        raise AccelError("only text-to-video models with one transformer can be distilled: Wan 2.1, not 2.2 or VACE")
     return LoadedJob(job, pipe, model_defaults(pipe, job.model), prompts, device, out)
 
 

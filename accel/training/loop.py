@@ -29,6 +29,8 @@ from ..files import atomic_write
 from .fast_blocks import has_fast_bfloat16, keep_freed_memory
 from .optimizer import BatchedMuon, OptimConfig, learning_rate
 
+PROGRESS = ("step", "made", "seconds", "uncounted", "ended")  # of a run, in its checkpoint
+
 
 class Task(Protocol):
     """What a trainer supplies: a module to train, its loss, and a picture of its progress."""
@@ -65,14 +67,14 @@ def fit(
     task.module.to(accelerator.device)  # before `BatchedMuon` takes views of the weights
     optimizers = _optimizers(task)
     ema = EMAModel(trainable(task.module), decay=optim.ema, use_ema_warmup=True, power=0.8, foreach=True)
-    done = {"step": 0, "made": 0, "seconds": 0.0, "ended": False}
+    done = dict(zip(PROGRESS, (0, 0, 0.0, 0.0, False)))
     if resume:
         done |= _load(folder, task, optimizers, ema)
-    step, made, spent, ended = done.values()
+    step, made, spent, uncounted, ended = (done[name] for name in PROGRESS)
     model, *optimizers = accelerator.prepare(task.module, *optimizers)
     ema.to(accelerator.device)
     began = saved = time.monotonic()
-    pace = Pace(optim, spent)
+    pace = Pace(optim, spent, uncounted)
     with _journal(folder, accelerator, step, optim.steps) as note, _stop_on_signal() as stopped:
         while step < optim.steps and not ended:
             logs = _step(task, accelerator, model, optimizers, ema, step)
@@ -83,7 +85,7 @@ def fit(
                     ended = any_process(should_end(step))
             over = any_process(stopped() or (minutes is not None and now - began > 60 * minutes))
             if ended or step == optim.steps or any_process(over or now - saved > save_every):
-                progress = {"step": step, "made": made, "seconds": spent + now - began, "ended": ended}
+                progress = dict(zip(PROGRESS, (step, made, spent + now - began, pace.uncounted, ended)))
                 _checkpoint(folder, task, accelerator, model, optimizers, ema, progress)
                 saved = time.monotonic()
             if over:
@@ -104,11 +106,12 @@ class Pace:
     first = 5  # steps that only show how long a step takes
     unusual = 10  # times the usual duration
 
-    def __init__(self, optim: OptimConfig, spent: float):
-        """`spent`: seconds of the run before this process."""
+    def __init__(self, optim: OptimConfig, spent: float, uncounted: float):
+        """`spent`: seconds of the run before this process, of which some were not counted."""
+        self.uncounted = uncounted
         self.optim, self.durations, self.last = optim, deque(maxlen=20), time.monotonic()
         self.place = 0.0  # in the schedule
-        self.end = self.last + 60 * optim.minutes - spent if optim.minutes else None
+        self.end = self.last + 60 * optim.minutes - (spent - uncounted) if optim.minutes else None
 
     def next_step(self, step: int) -> int:
         """The step that follows a step which has just been made; the same one in all processes."""
@@ -118,13 +121,14 @@ class Pace:
         duration, self.last = now - self.last, now
         self.durations.append(duration)
         usual = statistics.median(self.durations)
-        left, share = self.optim.steps - step - 1, 1.0
+        left, share, excused = self.optim.steps - step - 1, 1.0, 0.0
         if len(self.durations) <= self.first:
-            self.end += duration
+            excused = duration
         elif duration > self.unusual * usual:
-            self.end += duration - usual
+            excused = duration - usual
         else:
             share = max(1.0, left / max(1.0, (self.end - now) / usual))
+        self.end, self.uncounted = self.end + excused, self.uncounted + excused
         self.place = max(self.place, step) + share
         return min(self.optim.steps, int(broadcast_object_list([self.place])[0]))
 
@@ -245,7 +249,7 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> dict:
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     ema.load_state_dict(state["ema"])
-    return {name: state.get(name, state["step"]) for name in ("step", "made", "seconds", "ended")}
+    return {name: state[name] for name in PROGRESS}
 
 
 @contextmanager

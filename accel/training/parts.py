@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from ..errors import AccelError, amount
-from ..files import write_json
+from ..files import only_writer, write_json
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
 from .loop import any_process, fit, trainable
@@ -32,20 +33,38 @@ MADE_FROM = {"base": STUDENTS, "meanflow": ("predictor",)}  # part: those that a
 def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None = None, **job) -> dict:
     """Train a part, or all of them in order, into the shipped model; returns the record of how each was made.
 
+    After Ctrl-C it has "stopped" too.
+
     A part that is stopped before its last step stays in `out`, for `resume` (of GPD, students of finished stages are in
     the model); where nothing is there to resume, the autoencoder, the base and GPD go on from the weights of the model.
     `minutes` limits all parts together. The default setting is small on a CPU, large on a GPU. `job` holds fields of
     `DistillJob`, for students only; such a job is not recorded in the shipped model. Raises AccelError for an unknown
-    part or setting, one that has no optimizer settings for the part, or if a run of other settings is to be resumed.
+    part or setting, one that has no optimizer settings for the part, if a run of other settings is to be resumed, or if
+    another process trains in `out`.
     """
     # without `cpu`, torchrun's processes on a CPU stay apart; they wait while the first one encodes the clips
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     if job := _job_fields(what, job):
         if setting:
             raise AccelError("--setting is for the shipped model: leave it out with --model or --ablation")
         folder = out / job.get("ablation", what) / Path(job.get("model", "")).name
-        return {what: train_student(what, minutes, resume, folder, None, **job)}
-    device = str(state.device)
+        with _alone_in(folder):
+            done = train_student(what, minutes, resume, folder, None, **job)
+            stopped = {"stopped": True} if done.pop("stopped", False) else {}
+            return {what: done, **stopped}
+    with _alone_in(out):
+        return _train_shipped(what, minutes, resume, out, setting)
+
+
+def _alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Inside the context, no other training writes into a folder. Raises AccelError if one does."""
+    return only_writer(folder) if PartialState().is_main_process else nullcontext()
+
+
+def _train_shipped(what: str, minutes: float | None, resume: bool, out: Path, setting: str | None) -> dict:
+    """Train parts of the shipped model; returns the record of how each was made."""
+    state = PartialState()
+    device, stopped = str(state.device), False
     setting = _setting_name(setting)
     model, optims = SETTINGS[setting], OPTIM_CONFIGS[setting]
     if what not in (*optims, "all"):
@@ -79,7 +98,7 @@ def train_parts(what: str, minutes: float | None, resume: bool, out: Path, setti
             _clear_finished(part, out)
         if stopped or not finished:  # the next part needs this one
             break
-    return record
+    return {**record, "stopped": True} if stopped else record
 
 
 def _job_fields(what: str, job: dict) -> dict:

@@ -108,8 +108,10 @@ def test_a_suite_is_resumed_and_fewer_results_do_not_replace_more(generated, tmp
     summary = bench.run_suite("small", 2, 2, "m", tmp_path)
     assert len(generated) == 8 and {seed for _, seed, _ in generated[4:]} == {1001, 1002}
     assert summary["n"] == 4 and summary["rows"]["fewer"]["speedup"] == 2.0
-    with pytest.raises(ValueError, match="holds results of 4 prompts and seeds, more than 2: give another --out"):
+    with pytest.raises(ValueError, match="holds results of 4 videos of 2 prompts, more than 2 of 2: give"):
         bench.run_suite("small", 2, 1, "m", tmp_path)
+    with pytest.raises(ValueError, match="holds results of 4 videos of 2 prompts, more than 4 of 1: give"):
+        bench.run_suite("small", 1, 4, "m", tmp_path)
     monkeypatch.setitem(SUITES, "small", Suite({"baseline": Setting()}))
     with pytest.raises(ValueError, match="holds results of the settings fewer"):
         bench.run_suite("small", 2, 2, "m", tmp_path)

@@ -29,6 +29,7 @@ from accel.evaluation.sweep import (
 from accel.evaluation.sweep_run import run_sweep, sweep_table
 from accel.runtime.generate import Video
 from accel.runtime.models import TINY, ModelDefaults
+from accel.runtime.paths import ROOT
 from accel.runtime.run import Cancelled, build_run
 
 DEFAULTS = ModelDefaults(height=16, width=16, frames=5, steps=20)
@@ -149,6 +150,8 @@ def test_a_student_that_was_not_trained_is_refused():
     check_available(cell, TINY)
     with pytest.raises(AccelError, match="gpd needs weights that have not been trained for models/none"):
         check_available(cell, "models/none")
+    (given,) = expand({"methods": {"gpd": {"student": f"{ROOT}/{TINY}/gpd-N6"}}, "seed": 0}, [parse_axis("seed", "1")])
+    check_available(given, "models/none")
 
 
 def test_the_front_has_the_points_that_no_other_point_beats():

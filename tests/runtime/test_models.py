@@ -6,12 +6,26 @@ from pathlib import Path
 import pytest
 
 from accel.errors import AccelError
-from accel.runtime.models import TINY, check_files, load_pipeline, read_defaults, record_hashes, resolve
+from accel.runtime.models import (
+    TINY,
+    check_files,
+    folders_of_results,
+    load_pipeline,
+    read_defaults,
+    record_hashes,
+    resolve,
+)
 
 
 def test_a_missing_model_says_which_one_is_shipped():
     with pytest.raises(ValueError, match="no model folder 'models/none'; the shipped model is 'models/tiny-wan'"):
         load_pipeline("models/none")
+
+
+def test_what_is_found_out_about_a_model_is_not_written_where_one_may_only_read(tmp_path, monkeypatch):
+    assert folders_of_results(str(tmp_path), Path("out"), "fittedsolver") == [Path("out"), tmp_path / "fittedsolver"]
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert folders_of_results(str(tmp_path), Path("out")) == [Path("out")]
 
 
 def test_damaged_weights_are_named_with_the_remedy(pipe, tmp_path):

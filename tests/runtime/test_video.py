@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,13 @@ def test_an_ffmpeg_that_fails_is_reported_without_its_own_words(tmp_path, monkey
     with pytest.raises(AccelError, match="^v.mp4 could not be written: ffmpeg failed, the disk may be full$"):
         write_mp4(tmp_path / "v.mp4", FRAMES, 8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_have_a_name_that_looks_like_a_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "12:30").mkdir()
+    write_mp4("12:30/v.mp4", FRAMES, 8, {"seed": 1})
+    assert read_settings(Path("12:30/v.mp4")) == {"seed": 1}
 
 
 def test_a_missing_folder_is_named_as_the_reason(tmp_path):

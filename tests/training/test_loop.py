@@ -111,11 +111,18 @@ def test_the_time_of_compiling_is_not_counted(slow, timed):
 
 
 def test_a_resumed_run_has_only_the_rest_of_its_minutes(timed):
-    """Fifteen of 25 seconds are over: 85 steps have to fit into ten, and into the five steps that are not counted."""
+    """Of 25 seconds, 15 are over, and five of these are not counted: 85 steps have to fit into 15, and five more."""
     _, before = timed(lambda i: 1.0, 60.0, minutes=14 / 60)
     assert before == list(range(15))
     done, after = timed(lambda i: 1.0, 25 / 60, resume=True)
-    assert done["step"] == 100 and done["made"] == 15 + len(after) and len(after) == 15
+    assert done["step"] == 100 and done["made"] == 15 + len(after) and len(after) == 20
+
+
+def test_a_resumed_run_is_not_charged_for_the_compiling_before(timed):
+    """300 seconds for compiling and 15 more are over, of 60 that count: there is time for every step."""
+    _, before = timed(lambda i: 300.0 if i == 0 else 1.0, 1.0, steps=50, minutes=314 / 60)
+    done, after = timed(lambda i: 1.0, 1.0, steps=50, resume=True)
+    assert before == list(range(16)) and after == list(range(16, 50)) and "made" not in done
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):

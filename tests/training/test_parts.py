@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import UMT5EncoderModel
 
+from accel.errors import AccelError
+from accel.files import only_writer
 from accel.runtime.models import TINY
 from accel.training.optimizer import OptimConfig
 from accel.training.parts import check_run, export_base, parent_run, train_parts
@@ -95,6 +97,13 @@ def test_a_resumed_training_of_all_parts_begins_with_the_first_that_is_not_finis
     record = train_parts("all", None, True, tmp_path / "out", "small")
     assert trained == ["vae", "base", "base"] and record["base"]["step"] == 1
     assert json.loads((tmp_path / TINY / "training.json").read_text()).keys() == {"vae", "base"}
+
+
+def test_a_training_refuses_a_folder_in_which_another_one_writes(tmp_path):
+    with only_writer(tmp_path), pytest.raises(AccelError, match="another process writes into"):
+        train_parts("vae", None, True, tmp_path)
+    with only_writer(tmp_path / "gpd" / "m"), pytest.raises(AccelError, match="another process writes into"):
+        train_parts("gpd", None, True, tmp_path, model="somebody/m")
 
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):

@@ -200,8 +200,7 @@ class MeanFlowTask(StudentTask):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore this process's share from the state of all processes."""
         super().load_state_dict(state)
-        if "sizes" in state:
-            self.sizes = state["sizes"][self.trajectories.first].clone()
+        self.sizes = state["sizes"][self.trajectories.first].clone()
 
 
 def _keep_zeros(layer: nn.Module) -> None:
