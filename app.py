@@ -57,7 +57,7 @@ class Page:
                         setattr(self, name, tab(self.context))
             for name in TABS:
                 getattr(self, name).wire(self)
-            demo.load(self.greet, self.visitor, [self.visitor, *self.compare.outputs], queue=False,
+            demo.load(self.greet, self.visitor, [self.visitor, *self.compare.outputs, *self.code.views], queue=False,
                       show_progress="hidden", api_visibility="private")  # fmt: skip
             add_endpoints(self.context, self)
         return demo

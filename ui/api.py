@@ -17,7 +17,7 @@ from ui.context import Context, compare_work
 from ui.endpoints import add_endpoint
 from ui.preset_cards import PLAIN
 from ui.share import refuse_hidden
-from ui.side_settings import Side, preset_side
+from ui.side_settings import Side
 from ui.store import own_or_new
 
 SIDE_KEYS = ("preset", "changes", *RUN_SETTINGS)
@@ -100,7 +100,7 @@ def side_from(values: Any) -> Side:
         raise AccelError(f"a side is a JSON object with some of {', '.join(SIDE_KEYS)}")
     if unknown := [key for key in values if key not in SIDE_KEYS]:
         raise AccelError(f"unknown setting {unknown[0]!r} of a side; known are {', '.join(SIDE_KEYS)}")
-    side = preset_side(known_preset(values.get("preset") or PLAIN))
+    side = known_preset(values.get("preset") or PLAIN).settings()
     changes = values.get("changes") or {}
     if not isinstance(changes, dict):
         raise AccelError('changes is a JSON object: {"METHOD.PARAMETER": VALUE}')

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 import gradio as gr
 from markupsafe import Markup
@@ -21,8 +21,8 @@ from accel.runtime.repeat import check_repeatable, command, preset_yaml, python_
 from ui.context import Context
 from ui.endpoints import add_endpoint
 from ui.panels import READ_ALOUD, note
-from ui.recorded import recorded_pairs
-from ui.share import NOT_OURS, SharedSettings, link_query, read_link, read_preset
+from ui.recorded import Recorded, recorded_pairs
+from ui.share import NOT_OURS, SharedSettings, link_query, read_link, read_preset, shared_parameters
 from ui.templating import render
 
 Update = dict[gr.components.Component, Any]
@@ -112,7 +112,11 @@ class CodeTab:
             shared = read_link(dict(request.query_params), self._models())
         except AccelError as error:
             return {self.page.compare.message: note(f"The link was not used: {error}.", bad=True)}
-        return self._load(shared) if shared else {self.page.compare.message: gr.skip()}  # Gradio refuses {}
+        if shared is None:
+            return {self.page.compare.message: gr.skip()}  # Gradio refuses {}
+        pair = recorded_with(shared_parameters(request.query_params))
+        same = {**self.page.compare.show_recorded(pair), **self.show(pair.name)} if pair else {}
+        return {**self._load(shared), **same}
 
     def code_of(self, run_id: str) -> dict:
         """A stored pair as text that repeats it: Python code, a command, a preset file, and a link's query.
@@ -178,6 +182,12 @@ class CodeTab:
             return (stored.report, f"runs/{shown}") if stored else (None, "")
         file = recorded_file(shown)
         return (json.loads(file.read_text()), f"recorded/{file.parent.name}") if file else (None, "")
+
+
+def recorded_with(parameters: dict[str, str]) -> Recorded | None:
+    """The recorded pair whose link has these parameters: a page that loads anew shows it again."""
+    links = {pair.name: dict(parse_qsl(link_query(pair.report))) for pair in recorded_pairs()}
+    return next((pair for pair in recorded_pairs() if links[pair.name] == parameters), None)
 
 
 def recorded_file(name: str | None) -> Path | None:

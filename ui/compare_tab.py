@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,13 @@ from ui.live import Live
 from ui.pair_view import PairView
 from ui.panels import READ_ALOUD, note
 from ui.preset_cards import PLAIN, card_choices
-from ui.recorded import recorded_pairs
-from ui.share import holds_settings
-from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, preset_side, side_of
+from ui.recorded import Recorded, recorded_pairs
+from ui.share import holds_settings, link_query
+from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, side_of
 from ui.templating import render
 
 FIRST_PRESETS = ("balanced", "stepcache", "fastercache")  # the first whose parts the model has is chosen at the start
+STILL_WAITING = 2.0  # seconds after which an unchanged message is sent again: only so is a closed page noticed
 MODEL_GONE = "Its model is not offered here any more: Run takes the chosen one."
 
 
@@ -131,6 +133,12 @@ class CompareTab:
         ]  # fmt: skip
 
     @property
+    def run_outputs(self) -> list[gr.blocks.Block]:
+        """What a run changes: each of its events sets all of these anew, several times a second."""
+        return [self.message, self.live, self.run, self.stop, self.shown, self.panes, *self.view.components,
+                self.reference.last]  # fmt: skip
+
+    @property
     def dependent_outputs(self) -> list[gr.components.Component]:
         """What `settings_changed` changes."""
         widgets = (widget for widgets in self.controls.parameters.values() for widget in widgets.values())
@@ -144,8 +152,8 @@ class CompareTab:
         self.inputs = inputs = [page.model, page.visitor, self.preset, *self.setting_components]
         private = {"api_visibility": "private", "show_progress": "hidden"}
         self.quick = quick = {**private, "queue": False}
-        finished = gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs], self.outputs,
-                         concurrency_limit=None, **private)  # fmt: skip
+        finished = gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs],
+                         [*self.run_outputs, page.code.link], concurrency_limit=None, **private)  # fmt: skip
         self.stop.click(self.stop_jobs, None, self.message, **quick)
         chosen = self.preset.input(
             self.choose_preset,
@@ -195,19 +203,26 @@ class CompareTab:
 
     def _follow_job(self, job: Job, panes: list[str], keep: bool) -> Iterator[Update]:
         """What the page shows at each event of a pair's job."""
-        live = None
+        live, told, until = None, "", 0.0
         for kind, data in self.context.workers.stream(job):
             if kind == "started":
                 live = self._live(**data)
                 begun = "Generating B; A was generated before." if data["cached"] else "Generating A, then B."
                 panes_now = gr.update(value=live.html(), elem_classes=[])
-                yield {self.message: note(data["message"] or begun), self.live: panes_now, **self._running(True)}
+                link = f"?{link_query({**data['b'].model_dump(), 'reference': data['a'].model_dump()})}"
+                yield {
+                    self.message: note(data["message"] or begun), self.live: panes_now, **self._running(True),
+                    self.page.code.link: link,  # a page that loads anew, as after a lost connection, has the settings
+                }  # fmt: skip
             elif kind == "step":
                 yield {self.live: live.step(**data)}
             elif kind == "pair":
                 yield self._finished(data["run_id"], data["message"], panes, keep)
             elif kind == "waiting":
-                yield {self.message: note(waiting_text(**data)), **self._running(True)}
+                text, now = waiting_text(**data), time.monotonic()
+                if text != told or now > until:
+                    told, until = text, now + STILL_WAITING
+                    yield {self.message: note(text), **self._running(True)}
             elif kind == "stopping":
                 yield {self.message: note("Stopping after this step…")}
             elif kind == "stopped":
@@ -268,6 +283,10 @@ class CompareTab:
             self.panes: [run_id], **settings, **self._set_aside,
             self.message: note(f"Shown from the history. {about_run}"),
         }  # fmt: skip
+
+    def show_recorded(self, pair: Recorded) -> Update:
+        """A recorded pair in the player, without its settings."""
+        return {**self.view.show_recorded(pair), self.shown: pair.name, **self._set_aside}
 
     def show_two(self, first: str, second: str) -> Update:
         """The candidates of two stored pairs side by side, the first one as the reference of the next run."""
@@ -332,11 +351,11 @@ class CompareTab:
         return {**self.load_settings(preset, {}, model), self.preset: name, self.message: note(missing, bad=True)}
 
     def switch_model(self, model: str, visitor: str, name: str | None, prompt: str) -> Update:
-        """The preset on another model, or its first one if that model lacks weights, with the model's own examples.
+        """The preset on another model, or that model's first one without a preset or weights, with its own examples.
 
         A prompt of the visitor's own stays.
         """
-        if name in preset_names() and missing_parts(load_preset(name), model):
+        if name is None or (name in preset_names() and missing_parts(load_preset(name), model)):
             name = first_preset(model)
         own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_offered(prompt) else {}
         return {**self.load_preset(model, visitor, name), **self.views_of(model, name), **self.stock(model), **own}
@@ -362,7 +381,7 @@ class CompareTab:
         recorded = {pair.name: pair for pair in recorded_pairs() if pair.report["model"] == model}
         updates = self.load_preset(model, visitor, name)
         if name in recorded and (shown is None or shown in recorded):
-            updates |= {**self.view.show_recorded(recorded[name]), self.shown: name, **self._set_aside}
+            updates |= self.show_recorded(recorded[name])
             if is_offered(prompt):
                 report = recorded[name].report
                 updates |= {self.prompt: report["prompt"], self.seed: report["seed"]}
@@ -373,7 +392,7 @@ class CompareTab:
         controls, missing = self.controls.preset_values(preset, model)
         defaults = self.context.defaults(model)
         usable = {name: parameters for name, parameters in preset.methods.items() if is_usable(name, model)}
-        side = {**preset_side(preset), **run, "methods": usable}
+        side = {**preset.settings(), **run, "methods": usable}
         side |= {key: getattr(defaults, key) for key in ("steps", "guidance") if side.get(key) is None}
         text = f"This preset runs in part only: {'; '.join(missing)}." if missing else ""
         typed = {self.prompt: run.get("prompt"), self.seed: run.get("seed")}

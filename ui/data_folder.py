@@ -62,9 +62,12 @@ class DataFolder:
 
     def prune_gradio(self, max_files: int) -> None:
         """Remove the oldest files of Gradio's folder beyond a number; the page itself puts none there."""
-        files = sorted((f for f in self.gradio.rglob("*") if f.is_file()), key=lambda f: f.stat().st_mtime)
+        files = sorted((f for f in self.gradio.rglob("*") if f.is_file()), key=_age)
         for file in files[: max(0, len(files) - max_files)]:
-            shutil.rmtree(file.parent, ignore_errors=True)  # Gradio gives each file a folder of its own
+            if file.parent == self.gradio:  # a form that was not understood
+                file.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(file.parent, ignore_errors=True)  # Gradio gives each file a folder of its own
 
     def _claim(self, parent: Path, prefix: str) -> Path:
         """A new folder that holds this process's lock; abandoned ones of the same prefix are removed."""
@@ -76,6 +79,14 @@ class DataFolder:
         fcntl.flock(lock, fcntl.LOCK_EX)
         self._locks.append(lock)
         return folder
+
+
+def _age(file: Path) -> float:
+    """When a file was written; 0 if another thread has just removed it."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is_abandoned(folder: Path) -> bool:

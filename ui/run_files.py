@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -25,7 +23,7 @@ REPORTS_AT_ONCE = 2  # each encodes a video
 def run_file_routes(store: Store, recorded: Path) -> list[Route]:
     """`runs/<id>/<file>` and `recorded/<name>/<file>`. `recorded`: the folder of the recorded pairs."""
     folders = {folder.name: folder for folder in recorded.iterdir()} if recorded.is_dir() else {}
-    reports = Reports()
+    reports = Reports(recorded)
 
     def stored_folder(name: str) -> Path | None:
         stored = store.find(name)
@@ -38,27 +36,35 @@ def run_file_routes(store: Store, recorded: Path) -> list[Route]:
 
 
 class Reports:
-    """Makes reports when they are asked for, a few at once."""
+    """Makes reports when they are asked for, a few at once; those of recorded pairs once."""
 
-    def __init__(self):
+    def __init__(self, recorded: Path):
+        """`recorded`: the folder of the recorded pairs, which do not change."""
+        self._recorded, self._made = recorded, {}
         self._slots = threading.Semaphore(REPORTS_AT_ONCE)
 
     def respond(self, folder: Path) -> Response:
-        """The zip of a pair's folder, which is removed after it was sent; 503 if too many are being made."""
-        from accel.evaluation.pair_report import write_report
+        """The zip of a pair's folder; 503 if too many are being made."""
+        report = self._made.get(folder)
+        if report is None:
+            if not self._slots.acquire(blocking=False):
+                return PlainTextResponse("Other reports are being made: try again in a few seconds.", 503)
+            try:
+                report = _make_report(folder)
+            finally:
+                self._slots.release()
+            if folder.parent == self._recorded:
+                self._made[folder] = report
+        headers = {**HEADERS, "Content-Disposition": 'attachment; filename="report.zip"'}
+        return Response(report, media_type="application/zip", headers=headers)
 
-        if not self._slots.acquire(blocking=False):
-            return PlainTextResponse("Other reports are being made: try again in a few seconds.", 503)
-        made = Path(tempfile.mkdtemp(prefix="report-"))
-        remove = BackgroundTask(shutil.rmtree, made, ignore_errors=True)
-        try:
-            write_report(folder, made / "report.zip")
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            raise
-        finally:
-            self._slots.release()
-        return FileResponse(made / "report.zip", filename="report.zip", headers=HEADERS, background=remove)
+
+def _make_report(folder: Path) -> bytes:
+    from accel.evaluation.pair_report import write_report
+
+    with tempfile.TemporaryDirectory(prefix="report-") as made:
+        write_report(folder, Path(made) / "report.zip")
+        return (Path(made) / "report.zip").read_bytes()
 
 
 def _respond(folder_of: Callable[[str], Path | None], reports: Reports) -> Callable[[Request], Response]:

@@ -83,6 +83,11 @@ def holds_settings(query: Iterable[str]) -> bool:
     return any(name in PARAMETERS for name in query)
 
 
+def shared_parameters(query: Mapping[str, str]) -> dict[str, str]:
+    """Those of a page's query parameters that hold settings."""
+    return {key: value for key, value in query.items() if key in PARAMETERS}
+
+
 def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSettings | None:
     """The settings of a page's query parameters; None if it has none.
 
@@ -90,7 +95,7 @@ def read_link(query: Mapping[str, str], models: Mapping[str, str]) -> SharedSett
 
     Raises AccelError in one sentence.
     """
-    given = {key: value for key, value in query.items() if key in PARAMETERS}
+    given = shared_parameters(query)
     refuse_misspelt(key for key in query if key not in given and key not in NOT_OURS)
     if not given:
         return None

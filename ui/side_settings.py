@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from accel.errors import AccelError
-from accel.runtime.presets import RUN_SETTINGS, Preset, load_preset, preset_names, required_settings
+from accel.runtime.presets import RUN_SETTINGS, load_preset, preset_names, required_settings
 from accel.runtime.run import SOLVERS
 from ui.slider import ClampedSlider
 
@@ -103,18 +103,12 @@ class ReferenceControls:
         """
         source, preset, last, pinned, *plain = values
         if source == "preset":
-            return preset_side(load_preset(preset))
+            return load_preset(preset).settings()
         stored = {"last": last, "pinned": pinned}.get(source)
         if source in ("last", "pinned") and stored is None:
             what = "no candidate has been generated yet" if source == "last" else "no result is pinned"
             raise AccelError(f"{what}: run one first, or compare with the stock pipeline")
         return stored or self.settings.side(plain, {})
-
-
-def preset_side(preset: Preset) -> Side:
-    """A preset as the settings of a side; what it leaves out is the model's own."""
-    given = preset.model_dump(include=set(RUN_SETTINGS), exclude_defaults=True)
-    return {"methods": preset.methods, **given}
 
 
 def side_of(run: dict) -> Side:

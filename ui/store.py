@@ -18,6 +18,7 @@ import shutil
 import sqlite3
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,15 +199,20 @@ class Store:
 
     @contextmanager
     def _write(self) -> Iterator[None]:
-        """A transaction that other threads and processes wait for; an exception undoes it."""
+        """A transaction that other threads and processes wait for; an exception undoes it.
+
+        Raises AccelError if the database cannot be written, as on a full disk.
+        """
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield
                 self._db.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise AccelError(f"results cannot be stored here now ({error})") from error
                 raise
 
     def _read(self, query: str, *values) -> list[tuple]:
@@ -218,15 +224,20 @@ class Store:
         return Stored(run_id, visitor, created, group, json.loads(report), self.runs / run_id)
 
     def _evict(self) -> list[str]:
-        """Delete the rows of the oldest pairs beyond the caps, but not the newest; their ids."""
-        rows = self._db.execute("SELECT id, bytes FROM runs ORDER BY number DESC").fetchall()
-        total, kept = 0, 0
-        for _, size in rows:
-            total += size
-            if kept and (kept >= self.max_runs or total > self.max_bytes):
-                break
-            kept += 1
-        evicted = [run_id for run_id, _ in rows[kept:]]
+        """Delete the rows of pairs beyond the caps, but not the newest; their ids.
+
+        The oldest of the visitor who has the most bytes goes first, so that nobody's sweep removes what others have.
+        """
+        rows = self._db.execute("SELECT id, bytes, visitor FROM runs ORDER BY number").fetchall()
+        held, evicted = Counter(), []
+        for _, size, visitor in rows:
+            held[visitor] += size
+        while len(rows) > 1 and (len(rows) > self.max_runs or held.total() > self.max_bytes):
+            most = max(held, key=held.get)
+            row = next((row for row in rows[:-1] if row[2] == most), rows[0])
+            rows.remove(row)
+            held[row[2]] -= row[1]
+            evicted.append(row[0])
         self._db.executemany("DELETE FROM runs WHERE id = ?", [(run_id,) for run_id in evicted])
         return evicted
 

@@ -113,7 +113,8 @@ class Sweep:
         try:
             for index, cell in enumerate(plan.cells):
                 work = CellJob(self.context, self.visitor, self.state.id, plan, cell)
-                self._job = self.context.workers.submit(work, self.visitor, plan.common["model"])
+                model, has_begun = plan.common["model"], index > 0
+                self._job = self.context.workers.submit(work, self.visitor, model, goes_on=has_begun)
                 if self._stopped.is_set():  # between two jobs
                     self.stop()
                 for kind, data in self.context.workers.stream(self._job):

@@ -60,11 +60,14 @@ class Workers:
                 self._stop(job)
             self._changed.wait_for(lambda: not self._running, timeout)
 
-    def submit(self, work: Work, visitor: str = "", model: str | None = None) -> Job:
-        """Queue work(job, pipe, defaults); it is only "refused" if too many wait or the model is unknown."""
+    def submit(self, work: Work, visitor: str = "", model: str | None = None, goes_on: bool = False) -> Job:
+        """Queue work(job, pipe, defaults); it is only "refused" if the model is unknown, or if too many wait.
+
+        Work that goes on with what was begun may wait beside as many.
+        """
         job = Job(work, visitor, model or self.model)
         with self._changed:
-            if reason := self._refusal(job):
+            if reason := self._refusal(job, goes_on):
                 job.events.put(("refused", {"reason": reason}))
             else:
                 self._queue.put(job)
@@ -113,7 +116,7 @@ class Workers:
         measured = self._step_seconds.get(_size(run))
         return median(measured) if measured else None
 
-    def _refusal(self, job: Job) -> str | None:
+    def _refusal(self, job: Job, goes_on: bool) -> str | None:
         """Why a job is not queued; None if it is."""
         if self._closed:
             return "the server is being stopped"
@@ -122,6 +125,8 @@ class Workers:
             return f"the model {job.model[:80]!r} is not offered here; there are {', '.join(usable)}"
         if self.models[job.model]:
             return self.models[job.model]
+        if goes_on:
+            return None
         if len(self._queue) >= MAX_WAITING:
             return f"{MAX_WAITING} runs are waiting already: try again later"
         if len(self._queue.of(job.visitor)) >= MAX_WAITING_PER_VISITOR:

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
 import gradio as gr
 import pytest
@@ -12,6 +13,8 @@ from accel.errors import AccelError
 from accel.runtime.models import TINY
 from accel.runtime.repeat import preset_of
 from ui.code_tab import RECORDED, CodeTab, recorded_file
+from ui.recorded import recorded_pairs
+from ui.share import link_query
 
 RUN_ID = "0" * 32
 EVIL = "</div><script>alert(1)</script>"
@@ -37,6 +40,9 @@ class Compare:
 
     def views_of(self, model, name) -> dict:
         return {"views": (model, name)}
+
+    def show_recorded(self, pair) -> dict:
+        return {"recorded": pair.name}
 
     def stock(self, model) -> dict:
         return {"stock": model}
@@ -120,6 +126,13 @@ def test_settings_of_the_address_are_loaded(tab):
         list(preset.methods) == ["gpd"] and run == {"seed": 42, "prompt": "a red star"} and model == tab.context.model
     )
     assert "those of the link" in message(tab, update)
+
+
+def test_a_page_that_loads_anew_shows_the_recorded_pair_of_its_address(tab):
+    pair = recorded_pairs()[1]
+    update = tab.settings_of_url(request(**dict(parse_qsl(link_query(pair.report)))))
+    assert update["recorded"] == pair.name and update[tab.link] == f"?{link_query(pair.report)}"
+    assert "recorded" not in tab.settings_of_url(request(preset="gpd", seed="42"))
 
 
 def test_a_link_of_another_model_chooses_it_with_its_cards_and_examples(tab):

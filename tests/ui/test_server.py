@@ -91,6 +91,7 @@ def test_nothing_else_is_served(client, run_id, path):
 def test_a_report_is_made_on_request_and_leaves_no_file(client, run_id, data):
     before = sorted(data.path.rglob("*"))
     assert client.get(f"/runs/{run_id}/report.zip").content[:2] == b"PK"
+    client.get(f"/runs/{run_id}/report.zip", headers={"Range": "bytes=999999999-"})
     assert sorted(data.path.rglob("*")) == before
 
 
@@ -196,6 +197,9 @@ def test_the_oldest_uploads_are_removed(data):
         os.utime(data.gradio / str(i) / "preset.yaml", (i, i))
     data.prune_gradio(2)
     assert sorted(folder.name for folder in data.gradio.iterdir()) == ["2", "3"]
+    (data.gradio / "part-of-a-wrong-form").touch()
+    data.prune_gradio(0)
+    assert data.gradio.is_dir() and not any(data.gradio.iterdir())
 
 
 # The whole server

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,22 @@ def test_the_oldest_go_beyond_a_number(tmp_path):
     store = Store(tmp_path, max_runs=3)
     ids = [store.add(visitor, REPORT, files()) for visitor in "abcde"]
     assert [stored.id for stored in store.list(None)] == ids[:1:-1] and is_whole(store)
+
+
+def test_those_of_the_visitor_who_has_most_go_first(tmp_path):
+    store = Store(tmp_path, max_runs=4)
+    first, *many = [store.add(visitor, REPORT, files()) for visitor in "abbbbb"]
+    assert {stored.id for stored in store.list(None)} == {first, *many[2:]} and is_whole(store)
+
+
+def test_a_full_disk_is_told_in_a_sentence(store, monkeypatch):
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(store, "_evict", full)
+    with pytest.raises(AccelError, match="results cannot be stored here now .database or disk is full."):
+        store.add("me", REPORT, files())
+    assert is_whole(store) and not store.list(None)
 
 
 def test_the_oldest_go_beyond_a_size_but_the_newest_stays(tmp_path):

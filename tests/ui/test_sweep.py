@@ -39,7 +39,7 @@ class InstantWorkers:
     def __init__(self):
         self.submitted, self.stop_after, self.full = 0, None, False
 
-    def submit(self, work, visitor, model):
+    def submit(self, work, visitor, model, goes_on):
         self.submitted += 1
         job = SimpleNamespace(id=uuid.uuid4().hex, stop=threading.Event(), events=queue.SimpleQueue(), work=work)
 
@@ -200,6 +200,17 @@ def test_a_server_that_takes_no_runs_ends_the_sweep_with_the_reason(context):
     events = list(Sweep(context, "ann", plan("steps=5,10")).events())
     assert events[-1] == ("ended", {"reason": "20 runs are waiting already: try again later", "stopped": False})
     assert context.workers.submitted == 1
+
+
+def test_a_queue_that_fills_up_in_the_meantime_does_not_end_a_sweep(shared, monkeypatch):
+    monkeypatch.setattr("ui.worker.MAX_WAITING", 0)
+    assert [kind for kind, _ in Sweep(shared, "ann", plan("steps=5,10")).events()][-1] == "ended"
+    monkeypatch.setattr("ui.worker.MAX_WAITING", 1)
+    events = Sweep(shared, "ann", plan("steps=5,10")).events()
+    while next(events)[0] != "result":
+        pass
+    monkeypatch.setattr("ui.worker.MAX_WAITING", 0)
+    assert [kind for kind, _ in events if kind not in ("waiting", "step")] == ["result", "ended"]
 
 
 @pytest.fixture
