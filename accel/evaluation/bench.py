@@ -92,6 +92,8 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     lines = measured(settings, cases, metrics_of(defaults), "results.jsonl", suite)
     if not state.is_main_process:
         return {}
+    measured_ones = {line["setting"] for line in lines}
+    refused |= {name: f"there is not enough memory for {name}" for name in settings if name not in measured_ones}
     cases = by_case(lines)
     summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), **about, "refused": refused}
     if not groups:
@@ -123,10 +125,11 @@ def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) ->
     rows_of = lambda settings, cases, title: summarize(
         by_case(measured(settings, cases, [METRICS["ssim"]], "tuning.jsonl", title))
     )["rows"]
-    best = finalists(rows_of(settings, tuning[:TUNING_PROMPTS], "tuning prompts"), groups, FINALISTS)
+    rows = rows_of(settings, tuning[:TUNING_PROMPTS], "tuning prompts")
+    best = finalists(rows, {g: [n for n in names if n in rows] for g, names in groups.items()}, FINALISTS)
     final = {name: setting for name, setting in settings.items() if name in {*BASELINE, *best}}
     rows = rows_of(final, tuning, "finalists")
-    classes = best_settings(rows, {g: [n for n in names if n in best] for g, names in groups.items()})
+    classes = best_settings(rows, {g: [n for n in names if n in best and n in rows] for g, names in groups.items()})
     tried = sum(map(len, groups.values()))
     return classes, {
         "tried": tried, "tuning_prompts": TUNING_PROMPTS, "finalists": len(best), "final_prompts": FINAL_PROMPTS,

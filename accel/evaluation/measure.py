@@ -60,14 +60,15 @@ def measure_in_turn(
 
     The settings of a case follow each other, so that a slow minute of the machine affects all of them. The first one is
     the baseline that `record` sees with each video; it is generated again if another one of its case is missing, and
-    each line has the time of the baseline that its setting took turns with.
+    each line has the time of the baseline that its setting took turns with. A setting for which the memory is too small
+    has no lines.
     Of several processes, each generates an equal part of what is missing, and all return all lines.
     """
     done = {(line["prompt"], line["seed"], line["setting"]) for line in log.lines}
     wanted = [(case, name) for case in dict.fromkeys(cases) for name in settings]
     todo = [(case, name) for case, name in wanted if (*case, name) not in done]
     first, last = (len(todo) * (log.state.process_index + i) // log.state.num_processes for i in (0, 1))
-    baseline_name, warm = next(iter(settings)), False
+    baseline_name, warm, too_large = next(iter(settings)), False, set()
     with tqdm(total=last - first, desc=title, disable=not log.state.is_main_process) as bar:
         for case, group in groupby(todo[first:last], key=itemgetter(0)):
             names = [name for _, name in group]
@@ -76,8 +77,14 @@ def measure_in_turn(
                 warm_up(runs[baseline_name], pipe, defaults)
                 warm = True
             baseline: Video | None = None
-            for name in dict.fromkeys((baseline_name, *names)):
-                video, peak_memory = _generate(settings[name], runs[name], pipe, defaults)
+            for name in (n for n in dict.fromkeys((baseline_name, *names)) if n not in too_large):
+                try:
+                    video, peak_memory = _generate(settings[name], runs[name], pipe, defaults)
+                except torch.OutOfMemoryError:
+                    if name == baseline_name:
+                        raise
+                    too_large.add(name)
+                    continue
                 baseline = baseline or video
                 if name in names:
                     facts = {**_speed(video, baseline), "peak_memory_bytes": peak_memory}
@@ -86,7 +93,8 @@ def measure_in_turn(
                     bar.update()
     log.join()
     found = {(line["prompt"], line["seed"], line["setting"]): line for line in reversed(log.lines)}
-    return [found[(*case, name)] for case, name in wanted]  # once, also where a line is duplicated
+    lacking = {name for case, name in wanted if (*case, name) not in found}  # in any process
+    return [found[(*case, name)] for case, name in wanted if name not in lacking]  # once, also if a line is duplicated
 
 
 def _generate(setting: Setting, run: Run, pipe, defaults: ModelDefaults) -> tuple[Video, int]:

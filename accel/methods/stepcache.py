@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
 FIRST_SHARE = 0.5  # of the trend that continues, before it is known how much of it would have been right
 CAUTION = 0.8  # of what would have been right: guidance multiplies the difference of the branches, and its errors
+# Weight of the newest change in the trend, the rest is of the trend before. With 1, each correction of the latents is
+# taken for a trend, and the next one has to take it back: on some prompts they grow from step to step.
+NEWEST = 0.7
 CROWDING = 2  # full step i of n is at (i / n) ** CROWDING of the run
 
 
@@ -151,7 +154,7 @@ class StepCache(Method):
                 if share is not None:
                     run.shares[source] = (CAUTION * share).clamp(0, 1)
                 is_exact = abs(cache.position) < MAX_LOG_SNR  # a difference to a limited position has no length
-                cache.refresh(position, out - hidden, 1 if is_exact else 0)
+                cache.refresh(position, out - hidden, 1 if is_exact else 0, NEWEST)
                 signal = run.signal.nbytes if run.signal is not None else 0
                 kept = self._kept_bytes(host.latents) + signal
                 trace.set_memory("stepcache", kept + sum(c.nbytes for c in caches().values()))

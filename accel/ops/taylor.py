@@ -28,12 +28,18 @@ class TaylorCache:
         """Whether a feature of the shape of x is cached."""
         return bool(self.terms) and self.terms[0].shape == x.shape
 
-    def refresh(self, position: float, feature: Tensor, order: int) -> None:
-        """Cache a computed feature and its differences, up to `order`, from those computed before."""
+    def refresh(self, position: float, feature: Tensor, order: int, newest: float = 1.0) -> None:
+        """Cache a computed feature and its differences, up to `order`, from those computed before.
+
+        `newest`: the weight of the newest first difference; what is left is that of the one before, so that errors that
+        alternate cancel out.
+        """
         is_usable = self.fits(feature) and position != self.position  # a solver may evaluate twice at one sigma
         terms = [feature]
         for older in self.terms[:order] if is_usable else []:
             terms.append((terms[-1] - older) / (position - self.position))
+        if newest < 1 and min(len(terms), len(self.terms)) > 1:
+            terms[1] = self.terms[1].lerp(terms[1], newest)
         self.position, self.terms = position, terms
 
     def extrapolate(self, position: float, share: float | Tensor = 1.0) -> Tensor:

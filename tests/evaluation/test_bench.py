@@ -89,6 +89,25 @@ def test_a_line_that_stands_twice_in_the_log_counts_once(generated, tmp_path):
     assert again == first and len(generated) == 4
 
 
+def test_a_setting_for_which_the_memory_is_too_small_is_left_out_and_the_others_are_measured(
+    generated, tmp_path, monkeypatch
+):
+    known = measure.generate
+
+    def generate(run, *rest):
+        if run.steps == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return known(run, *rest)
+
+    monkeypatch.setattr(measure, "generate", generate)
+    monkeypatch.setitem(
+        SUITES, "small", Suite({"baseline": Setting(), "large": Setting(steps=3), "fewer": Setting(steps=2)})
+    )
+    found = bench.run_suite("small", 2, 1, "m", tmp_path)
+    assert [*found["rows"]] == ["baseline", "fewer"]
+    assert found["refused"] == {"large": "there is not enough memory for large"}
+
+
 def test_each_prompt_has_noises_of_its_own_that_no_tuning_has_seen_and_more_prompts_change_none():
     cases = bench.report_cases(["p", "q"], 2)
     assert cases == [("p", 1), ("q", 2), ("p", 1001), ("q", 1002)] and cases[:2] == bench.report_cases(["p", "q"], 1)

@@ -57,3 +57,11 @@ def test_each_sample_of_a_batch_goes_its_own_share_of_the_way():
     share = cache.best_share(2, 3 * x + torch.tensor([1.0, 1.0]).view(2, 1, 1))
     assert share.flatten().tolist() == [0.5, 0.25]
     assert torch.equal(cache.extrapolate(2, share), 3 * x + 1)
+
+
+def test_of_differences_that_alternate_a_part_cancels_out():
+    """Features on the line of slope 1, but for an error of 1 that changes its sign: differences 3, -1, 3."""
+    cache, x = TaylorCache(), torch.ones(1, 4, 3)
+    for position, value in enumerate((-1.0, 2.0, 1.0, 4.0)):
+        cache.refresh(position, value * x, 1, newest=0.75)
+    assert torch.equal(cache.terms[1], 2.25 * x)  # 0.75 * 3 + 0.25 * (0.75 * -1 + 0.25 * 3)
