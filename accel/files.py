@@ -54,10 +54,11 @@ def unique_part(file: Path) -> Path:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Inside the context, no other process writes into a folder, which is made if it is missing.
+    """Inside the context, no other process writes into a folder, which is made if it is missing; empty, it goes again.
 
     Raises AccelError if another one does already, or if the folder cannot be used.
     """
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -72,6 +73,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         _lock(descriptor, folder)
         yield
     finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # nothing was begun, as after wrong settings
+            folder.rmdir()
         os.close(descriptor)  # this releases the lock, as the end of the process does
 
 

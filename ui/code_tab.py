@@ -94,6 +94,10 @@ class CodeTab:
         """The views of a pair: the id of a stored one, or the name of a recorded one."""
         return dict(zip(self.views, self._views(shown)))
 
+    def link_of(self, shown: str | None) -> str:
+        """The link to the settings of a pair."""
+        return self.show(shown)[self.link]
+
     def use_preset(self, text: str | bytes, model: str) -> Update:
         """The settings of a preset file in the Compare tab, for a model, or a message that says what is wrong."""
         try:

@@ -134,7 +134,7 @@ class CompareTab:
 
     @property
     def run_outputs(self) -> list[gr.blocks.Block]:
-        """What a run changes: each of its events sets all of these anew, several times a second."""
+        """What a run changes: Gradio goes through all of these at each of its events, several times a second."""
         return [self.message, self.live, self.run, self.stop, self.shown, self.panes, *self.view.components,
                 self.reference.last]  # fmt: skip
 
@@ -152,7 +152,7 @@ class CompareTab:
         self.inputs = inputs = [page.model, page.visitor, self.preset, *self.setting_components]
         private = {"api_visibility": "private", "show_progress": "hidden"}
         self.quick = quick = {**private, "queue": False}
-        finished = gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.panes, *inputs],
+        finished = gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.shown, self.panes, *inputs],
                          [*self.run_outputs, page.code.link], concurrency_limit=None, **private)  # fmt: skip
         self.stop.click(self.stop_jobs, None, self.message, **quick)
         chosen = self.preset.input(
@@ -184,9 +184,13 @@ class CompareTab:
     # Running
 
     def run_pair(
-        self, request: gr.Request, panes: list[str], model: str, visitor: str, preset: str, *values
+        self, request: gr.Request, shown: str | None, panes: list[str], model: str, visitor: str, preset: str, *values
     ) -> Iterator[Update]:
-        """Generate a pair from what the widgets say, and report its progress."""
+        """Generate a pair from what the widgets say, and report its progress.
+
+        The link is that of the run while it goes, so that a page that loads anew, as after a lost connection, has its
+        settings; of a run that does not end, that of the pair shown comes back.
+        """
         try:
             settings = self.settings(model, values)
         except AccelError as error:
@@ -197,7 +201,12 @@ class CompareTab:
         running = request.session_hash, visitor, job.id
         self.running.add(running)
         try:
-            yield from self._follow_job(job, panes, settings.keep)
+            done = False
+            for update in self._follow_job(job, panes, settings.keep):
+                done |= self.shown in update
+                yield update
+            if not done:
+                yield {self.page.code.link: self.page.code.link_of(shown)}
         finally:
             self.running.discard(running)
 
@@ -212,7 +221,7 @@ class CompareTab:
                 link = f"?{link_query({**data['b'].model_dump(), 'reference': data['a'].model_dump()})}"
                 yield {
                     self.message: note(data["message"] or begun), self.live: panes_now, **self._running(True),
-                    self.page.code.link: link,  # a page that loads anew, as after a lost connection, has the settings
+                    self.page.code.link: link,
                 }  # fmt: skip
             elif kind == "step":
                 yield {self.live: live.step(**data)}

@@ -71,7 +71,7 @@ class Vote:
 
 
 class Store:
-    """Thread-safe; several processes may share a folder. The oldest pairs are deleted beyond the caps."""
+    """Thread-safe; several processes may share a folder. Beyond the caps, pairs of who has most are deleted."""
 
     def __init__(self, folder: Path, max_runs: int = 400, max_bytes: int = 256 * 2**20):
         """Open or create the store in a folder; remove what a crash has left if no other process uses it."""
@@ -100,10 +100,11 @@ class Store:
             self._in_use.close()
 
     def add(self, visitor: str, report: dict, files: dict[str, Path | bytes], group: str = "") -> str:
-        """Store a pair and return its id. Files are moved, bytes written; then the oldest pairs beyond the caps go.
+        """Store a pair and return its id. Files are moved, bytes written; then pairs beyond the caps go.
 
         The pair just added stays even if it alone is larger than the cap. Raises AccelError for a name that is too
-        long, ValueError for a file name that is not in `FILES`, OSError if the disk is full; nothing is stored then.
+        long or if the database cannot be written, ValueError for a file name that is not in `FILES`, OSError if the
+        disk is full; nothing is stored then.
         """
         check_name(visitor, "visitor")
         check_name(group, "group")
@@ -226,18 +227,19 @@ class Store:
     def _evict(self) -> list[str]:
         """Delete the rows of pairs beyond the caps, but not the newest; their ids.
 
-        The oldest of the visitor who has the most bytes goes first, so that nobody's sweep removes what others have.
+        The oldest of the visitor who has most goes first, so that nobody's sweep removes what others have.
         """
-        rows = self._db.execute("SELECT id, bytes, visitor FROM runs ORDER BY number").fetchall()
-        held, evicted = Counter(), []
-        for _, size, visitor in rows:
-            held[visitor] += size
-        while len(rows) > 1 and (len(rows) > self.max_runs or held.total() > self.max_bytes):
-            most = max(held, key=held.get)
-            row = next((row for row in rows[:-1] if row[2] == most), rows[0])
-            rows.remove(row)
-            held[row[2]] -= row[1]
-            evicted.append(row[0])
+        *rows, newest = self._db.execute("SELECT id, bytes, visitor FROM runs ORDER BY number").fetchall()
+        evicted = []
+        while rows:
+            too_many = len(rows) + 1 > self.max_runs
+            if not too_many and sum(size for _, size, _ in (*rows, newest)) <= self.max_bytes:
+                break
+            held = Counter()
+            for _, size, visitor in rows:
+                held[visitor] += 1 if too_many else size
+            rows.remove(oldest := next(row for row in rows if row[2] == held.most_common(1)[0][0]))
+            evicted.append(oldest[0])
         self._db.executemany("DELETE FROM runs WHERE id = ?", [(run_id,) for run_id in evicted])
         return evicted
 

@@ -63,7 +63,7 @@ class Workers:
     def submit(self, work: Work, visitor: str = "", model: str | None = None, goes_on: bool = False) -> Job:
         """Queue work(job, pipe, defaults); it is only "refused" if the model is unknown, or if too many wait.
 
-        Work that goes on with what was begun may wait beside as many.
+        Work that goes on with what was begun is queued even then.
         """
         job = Job(work, visitor, model or self.model)
         with self._changed:

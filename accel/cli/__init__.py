@@ -27,7 +27,9 @@ app.add_typer(world, name="world")
 
 
 def main() -> None:
-    """Run a command. Bad input ends with one line on stderr and exit code 2, a full disk with code 1."""
+    """Run a command. Bad input ends with one line on stderr and exit code 2, what the machine lacks with 1, a stop with
+    130.
+    """
     limit_threads()
     try:
         code = app(standalone_mode=False)

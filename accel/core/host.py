@@ -152,8 +152,8 @@ class Host:
         return self._kept(factory, lambda: self.run_id)
 
     def per_text_and_model(self, factory: Callable[[], T]) -> Callable[[], T]:
-        """A getter of state that depends on what was computed: made anew for each run, and in one where a callback
-        changes a text, or where another transformer goes on (Wan 2.2).
+        """A getter of state that depends on what was computed: made anew for each run, and within one after a callback
+        has changed a text, or another transformer has taken over (Wan 2.2).
         """
         return self._kept(factory, lambda: (self.text_id, self.active_index))
 

@@ -52,6 +52,10 @@ def run_profile(model: str, prompts: int, steps: int | None, out: Path) -> dict:
     keys = settings_keys(settings, model, pipe, defaults, ignore=PROFILE, steps=steps)
     log = ResultLog(out / "profile.jsonl", keys)
     lines = measure_in_turn(settings, cases, common, log, pipe, defaults, _recorder(defaults), "profile")
+    if lacking := settings.keys() - {line["setting"] for line in lines}:
+        raise AccelError(
+            f"there is not enough memory for {', '.join(sorted(lacking))}: make the model or its video smaller"
+        )
     lines = [line for line in lines if line["setting"] not in BASELINE]
     costs = _costs(lines, layers)
     about = {"model": model, "prompts": prompts, "steps": run.steps, **environment(pipe)}

@@ -80,7 +80,10 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     def measured(settings: dict[str, Setting], cases: Sequence[Case], metrics: list[Metric], file: str, title: str):
         log = ResultLog(out / file, keys, state)
         record = lambda name, run, baseline, video: measure(Pair(baseline, video, run.prompt), metrics)
-        return measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, title)
+        lines = measure_in_turn(settings, cases, {"model": model}, log, pipe, defaults, record, title)
+        lacking = settings.keys() - {line["setting"] for line in lines}
+        refused.update({name: f"there is not enough memory for {name}" for name in sorted(lacking)})
+        return lines
 
     groups = {group: [n for n in names if n in settings] for group, names in SUITES[suite].groups.items()}
     classes, about = [], {}
@@ -92,8 +95,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
     lines = measured(settings, cases, metrics_of(defaults), "results.jsonl", suite)
     if not state.is_main_process:
         return {}
-    measured_ones = {line["setting"] for line in lines}
-    refused |= {name: f"there is not enough memory for {name}" for name in settings if name not in measured_ones}
+    classes = [{**c, "best": {g: name for g, name in c["best"].items() if name not in refused}} for c in classes]
     cases = by_case(lines)
     summary = {**environment(pipe), **summarize(cases, SUITES[suite].pairs), **about, "refused": refused}
     if not groups:
@@ -107,7 +109,7 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
 
 
 def report_cases(prompts: Sequence[str], seeds: int) -> list[Case]:
-    """Each prompt with noises of its own, which no choice of settings has seen: one noise for all would decide much.
+    """Each prompt with noises of its own, not those of the tuning prompts: one noise for all would decide much.
 
     The noise of a prompt does not depend on how many there are.
     """
@@ -126,11 +128,11 @@ def _choose(measured: Callable, settings: dict[str, Setting], groups: Groups) ->
         by_case(measured(settings, cases, [METRICS["ssim"]], "tuning.jsonl", title))
     )["rows"]
     rows = rows_of(settings, tuning[:TUNING_PROMPTS], "tuning prompts")
+    tried = sum(name in rows for names in groups.values() for name in names)
     best = finalists(rows, {g: [n for n in names if n in rows] for g, names in groups.items()}, FINALISTS)
     final = {name: setting for name, setting in settings.items() if name in {*BASELINE, *best}}
     rows = rows_of(final, tuning, "finalists")
     classes = best_settings(rows, {g: [n for n in names if n in best and n in rows] for g, names in groups.items()})
-    tried = sum(map(len, groups.values()))
     return classes, {
         "tried": tried, "tuning_prompts": TUNING_PROMPTS, "finalists": len(best), "final_prompts": FINAL_PROMPTS,
     }  # fmt: skip

@@ -272,8 +272,8 @@ class StudentMethod(Method):
 def check_combination(methods: Sequence[Method]) -> None:
     """Raise AccelError if methods cannot run together.
 
-    A peer is alone, as neither side would see what the other one skips. Of two methods that predict all blocks, or two
-    of one kind, one would learn from the other's predictions.
+    A peer is alone, as neither side would see what the other one skips. Of two methods that predict all blocks, one
+    would learn from the other's predictions. Two of one kind would share their place in the trace.
     """
     for kind, number in Counter(map(type, methods)).items():
         if number > 1:

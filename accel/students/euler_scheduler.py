@@ -41,14 +41,11 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
 
 
 class IgnoresGivenSigmas(SchedulerMixin):
-    """Takes only the number of the sigmas or timesteps that some pipelines give their scheduler, as those of LTX do."""
+    """Takes only the number of the sigmas that some pipelines give their scheduler, as LTX and HunyuanVideo do."""
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None, timesteps=None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
         """Start a run of as many steps."""
-        given = next((values for values in (sigmas, timesteps) if values is not None), None)
-        super().set_timesteps(num_inference_steps if given is None else len(given), device=device)
+        super().set_timesteps(num_inference_steps if sigmas is None else len(sigmas), device=device)
 
 
 class CombiningScheduler(IgnoresGivenSigmas, FixedSigmaEuler):
@@ -64,6 +61,13 @@ class CombiningScheduler(IgnoresGivenSigmas, FixedSigmaEuler):
     @staticmethod
     def _wrong_count(steps: int, asked: int) -> str:
         return f"this solver was fitted for {amount(steps, 'step')}, not {asked}: set the steps to {steps}"
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None, timesteps=None
+    ) -> None:
+        """Start a run; of timesteps too, which LTX's pipeline of conditions gives, only the number is taken."""
+        given = timesteps if sigmas is None else sigmas
+        super().set_timesteps(num_inference_steps, device, given)
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **_):
         """The sample after the present step, in the sample's dtype."""

@@ -249,7 +249,7 @@ def _load(folder: Path, task: Task, optimizers, ema: EMAModel) -> dict:
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     ema.load_state_dict(state["ema"])
-    return {name: state[name] for name in PROGRESS}
+    return {name: state[name] for name in PROGRESS if name in state}  # one of an earlier version lacks some
 
 
 @contextmanager

@@ -108,11 +108,11 @@ def test_the_change_is_that_of_the_video_and_not_of_a_given_image():
 
 def test_the_change_is_that_of_the_liveliest_sample():
     noise = torch.Generator().manual_seed(0)
-    before, still = torch.randn(2, 1, 4, 3, 8, 8, generator=noise)
+    before, after = torch.randn(2, 1, 4, 3, 8, 8, generator=noise)
     changes = []
     for samples in ([0], [1], [0, 1]):
         host, state = a_host(), State(None)
-        for video in (torch.cat([before, before]), torch.cat([still, before + 0.01])):
+        for video in (torch.cat([before, before]), torch.cat([after, before + 0.01])):
             host.latents = video[samples]
             StepCache()._has_changed(host, state)
         changes += state.changes

@@ -180,7 +180,7 @@ def test_stop_without_a_run_says_so_and_stops_no_sweep(page):
     sweep = page.context.workers.submit(lambda *_: None, "me")
     tab, other_tab = (gr.Request(session_hash=name) for name in ("tab", "other tab"))
     assert "Nothing is running" in page.compare.stop_jobs(tab) and not sweep.stop.is_set()
-    run = page.compare.run_pair(tab, [], TINY, "me", "plain", *values_of(page, {}))
+    run = page.compare.run_pair(tab, None, [], TINY, "me", "plain", *values_of(page, {}))
     assert page.compare.message in next(run) and [who for _, who, _ in page.compare.running] == ["me"]
     assert "Nothing is running" in page.compare.stop_jobs(other_tab)  # of the same visitor
     page.compare.stop_jobs(tab)

@@ -89,9 +89,13 @@ def test_the_oldest_go_beyond_a_number(tmp_path):
 
 
 def test_those_of_the_visitor_who_has_most_go_first(tmp_path):
-    store = Store(tmp_path, max_runs=4)
-    first, *many = [store.add(visitor, REPORT, files()) for visitor in "abbbbb"]
+    store = Store(tmp_path / "number", max_runs=4)
+    first, *many = [store.add(visitor, REPORT, files(900 if visitor == "a" else 10)) for visitor in "abbbbb"]
     assert {stored.id for stored in store.list(None)} == {first, *many[2:]} and is_whole(store)
+    store = Store(tmp_path / "size", max_bytes=3000)
+    first, *many = [store.add(visitor, REPORT, files(150)) for visitor in "abbbbbbbb"]
+    left = {stored.id for stored in store.list(None)}
+    assert first in left and many[-1] in left and many[0] not in left and is_whole(store)
 
 
 def test_a_full_disk_is_told_in_a_sentence(store, monkeypatch):

@@ -204,7 +204,8 @@ def test_a_server_that_takes_no_runs_ends_the_sweep_with_the_reason(context):
 
 def test_a_queue_that_fills_up_in_the_meantime_does_not_end_a_sweep(shared, monkeypatch):
     monkeypatch.setattr("ui.worker.MAX_WAITING", 0)
-    assert [kind for kind, _ in Sweep(shared, "ann", plan("steps=5,10")).events()][-1] == "ended"
+    refused = "ended", {"reason": "0 runs are waiting already: try again later", "stopped": False}
+    assert [*Sweep(shared, "ann", plan("steps=5,10")).events()][-1] == refused
     monkeypatch.setattr("ui.worker.MAX_WAITING", 1)
     events = Sweep(shared, "ann", plan("steps=5,10")).events()
     while next(events)[0] != "result":
