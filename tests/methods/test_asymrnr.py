@@ -130,11 +130,11 @@ def test_rates_and_profiles_of_another_model_are_refused_whether_they_are_used_o
 
 def test_the_similarity_of_blocks_that_another_method_skips_is_measured_in_the_next_step(pipe, sample):
     """FasterCache reuses the attentions of step 4, the last one before AsymRnR would reduce."""
-    reuse = METHODS["fastercache"](attention_start=0.1, attention_interval=2)
+    reuse = METHODS["fastercache"](attention_start=0.1, attention_interval=2, guidance=False)
     with accel.apply(pipe, [AsymRnR(schedule="similarity", start=0.25, correction="none"), reuse]) as trace:
         sample(pipe)
     reused, reduced = ({e.step for e in trace.events.values() if e.action == a} for a in ("reuse", "reduce"))
-    assert 4 in reused and min(reduced) == 6 and not trace.messages
+    assert {4, 6} <= reused and min(reduced) == 7 and not trace.messages
 
 
 def attention_left(trace) -> float:

@@ -184,7 +184,9 @@ def test_stop_without_a_run_says_so_and_stops_no_sweep(page):
     assert page.compare.message in next(run) and [who for _, who, _ in page.compare.running] == ["me"]
     assert "Nothing is running" in page.compare.stop_jobs(other_tab)  # of the same visitor
     page.compare.stop_jobs(tab)
-    assert "Stopped" in list(run)[-1][page.compare.message] and not page.compare.running
+    stopped, link = list(run)[-2:]
+    assert "Stopped" in stopped[page.compare.message] and not page.compare.running
+    assert link == {page.code.link: page.code.link_of(None)}  # of the pair shown, as before
     assert not sweep.stop.is_set() and page.context.workers.stop("me") == 1
 
 

@@ -27,7 +27,7 @@ class Compare:
     def __init__(self, tabs: gr.Tabs):
         self.shown, self.message, self.given = gr.State(None), gr.HTML(elem_id="message"), gr.HTML(elem_id="given")
         self.preset = gr.State(None)
-        self.outputs, self.shows = [tabs, self.message, self.given, self.preset], []
+        self.outputs, self.shows = [tabs, self.message, self.given, self.preset, self.shown], []
         gr.HTML(timeline(REPORT["trace"]), js_on_load=READ_OUT, elem_id="timeline")
 
     def load_settings(self, preset, run, model) -> dict:
@@ -38,6 +38,7 @@ class Compare:
         return {}
 
     stock = lambda self, model: {}
+    show_recorded = lambda self, pair: {self.shown: pair.name}
 
     def follow(self, event) -> None:
         """Nothing here depends on the settings."""
@@ -59,7 +60,7 @@ def url():
                 code = CodeTab(context)
         results.wire(page)
         code.wire(page)
-        demo.load(code.settings_of_url, None, page.compare.outputs, queue=False)
+        demo.load(code.settings_of_url, None, [*page.compare.outputs, *code.views], queue=False)
     demo.launch(quiet=True, prevent_thread_lock=True, ssr_mode=False)
     yield demo.local_url
     demo.close()
