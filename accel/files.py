@@ -65,6 +65,18 @@ def only_writer(folder: Path) -> Iterator[None]:
         raise AccelError(f"{folder} is a file, not a folder: give another folder for the results") from None
     except OSError as error:
         raise AccelError(explain_os_error(error)) from error
+    with _locked(folder):
+        try:
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):  # it is not empty where something was written
+                    folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside the context, this process alone holds a folder's lock, where the system and the file system have locks."""
     if fcntl is None:
         yield
         return
@@ -73,8 +85,6 @@ def only_writer(folder: Path) -> Iterator[None]:
         _lock(descriptor, folder)
         yield
     finally:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):  # nothing was begun, as after wrong settings
-            folder.rmdir()
         os.close(descriptor)  # this releases the lock, as the end of the process does
 
 
@@ -95,7 +105,6 @@ def all_or_nothing(folder: Path, last: str, known: tuple[str, ...]) -> Iterator[
     go. Other files stay. An interrupted process leaves the old results or the new ones, a killed one at worst results
     without the file `last`. Raises AccelError if another process writes here, or for what the system refuses.
     """
-    is_new = not folder.exists()
     with only_writer(folder):
         part = folder / PART
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
@@ -108,9 +117,6 @@ def all_or_nothing(folder: Path, last: str, known: tuple[str, ...]) -> Iterator[
             raise AccelError(f"{folder} has no new results: {explain_os_error(error, 'a file there')}") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
-            if is_new:
-                with suppress(OSError):  # it is not empty after success
-                    folder.rmdir()
 
 
 def _replace(part: Path, folder: Path, last: str, known: tuple[str, ...]) -> None:

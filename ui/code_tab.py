@@ -190,8 +190,7 @@ class CodeTab:
 
 def recorded_with(parameters: dict[str, str]) -> Recorded | None:
     """The recorded pair whose link has these parameters: a page that loads anew shows it again."""
-    links = {pair.name: dict(parse_qsl(link_query(pair.report))) for pair in recorded_pairs()}
-    return next((pair for pair in recorded_pairs() if links[pair.name] == parameters), None)
+    return next((p for p in recorded_pairs() if dict(parse_qsl(link_query(p.report))) == parameters), None)
 
 
 def recorded_file(name: str | None) -> Path | None:
