@@ -1,6 +1,6 @@
 """How much longer each family takes with methods that change nothing: `python tests/overhead.py [family ...]`.
 
-Tiny pipelines of every family, at a size where a call takes tens of milliseconds. Leave the machine alone meanwhile.
+Tiny pipelines of every family, related to a size where a call takes tens of milliseconds. Leave the machine alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SIZE, PAIRS = 320, 40
 def measure(name: str) -> dict[str, float]:
     """Median and quartiles of the extra time of a neutral run, relative to a stock run."""
     pipe, inputs = TINY[name]()
-    found = overheads(pipe, {**inputs, "height": SIZE, "width": SIZE}, NEUTRAL, PAIRS)
+    small = {name: inputs[name] for name in ("height", "width")}
+    found = overheads(pipe, {**inputs, "height": SIZE, "width": SIZE}, small, NEUTRAL, PAIRS)
     low, middle, high = statistics.quantiles(found, n=4)
     return {"overhead": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
 

@@ -17,6 +17,7 @@ from ..files import only_writer, write_json
 from ..runtime.generate import environment
 from ..runtime.models import load_pipeline, model_defaults
 from ..runtime.presets import build_methods
+from ..runtime.run import smallest_size
 from .front import Groups, best_settings, finalists, front_table, plot_summary, with_front
 from .measure import Case, by_case, measure_in_turn, refused_peers, refused_settings, settings_keys
 from .metrics import METRICS, Metric, Pair, measure, metrics_of
@@ -105,7 +106,8 @@ def _measure_suite(suite: str, prompts: int, seeds: int, model: str, out: Path, 
         "prompt": texts[0], "height": defaults.height, "width": defaults.width, "num_frames": defaults.frames,
         "guidance_scale": defaults.guidance, "max_sequence_length": defaults.text_length,
     }  # fmt: skip
-    return with_front(summary, cases, groups, classes, overheads(pipe, call, neutral, PAIRS))
+    small = smallest_size(pipe)
+    return with_front(summary, cases, groups, classes, overheads(pipe, call, small, neutral, PAIRS))
 
 
 def report_cases(prompts: Sequence[str], seeds: int) -> list[Case]:

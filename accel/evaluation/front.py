@@ -91,7 +91,7 @@ def front_table(summary: dict) -> str:
     titles = ["at least (tuning prompts)", "best of", "setting", "speed by work", "speed-up"]
     titles += [METRICS[name].title for name in _shown(summary)]
     volumes = ", ".join(f"{group} {volume:.3f}" for group, volume in summary["hypervolume"].items())
-    overhead, low, high = (f"{share:+.1%}" for share in summary["overhead"])
+    overhead, low, high = (f"{share:+.2%}" for share in summary["overhead"])
     return (
         f"{conditions(summary)}. Chosen by mean SSIM on other prompts: all {summary['tried']} settings on "
         f"{summary['tuning_prompts']}, then {summary['finalists']} finalists on {summary['final_prompts']}\n\n"
@@ -99,8 +99,8 @@ def front_table(summary: dict) -> str:
         f"Hypervolume, the best SSIM over log speeds from 1 to {CLASSES[-1]}, 0 above a group's fastest: {volumes}\n\n"
         f"{noise_floor(summary)}\n\n"
         f"Overhead of `apply` with methods at neutral settings, which are left out of the model: {overhead} "
-        f"[{low}, {high}] of the stock pipeline's time, in {summary['overhead_pairs']} pairs of runs of {STEPS} steps "
-        "in turn\n"
+        f"[{low}, {high}] of the stock pipeline's time, by the extra seconds in {summary['overhead_pairs']} pairs of "
+        f"runs of {STEPS} steps in turn, of a video so small that they are seen\n"
     ) + "".join(f"\nNot measured: {why}\n" for why in dict.fromkeys(summary["refused"].values()))
 
 

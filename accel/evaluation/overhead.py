@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log
+from statistics import median
 
 from tqdm import tqdm
 
 from ..methods.base import Method
 
-STEPS, PAIRS = 2, 100  # many short runs in turn: a slow minute of the machine affects both sides
+STEPS, PAIRS = 2, 200  # many short runs in turn: a slow minute of the machine affects both sides
+FULL_RUNS = 5  # at the full size
 
 
-def overheads(pipe, inputs: dict, methods: Sequence[Method], pairs: int) -> list[float]:
-    """The logarithm of a run's time with `methods` over that of the stock pipeline, of each of `pairs` pairs of runs.
+def overheads(pipe, inputs: dict, small: dict, methods: Sequence[Method], pairs: int) -> list[float]:
+    """The extra time of a run with `methods`, relative to the stock pipeline's time, of each of `pairs` pairs of runs.
 
-    Near 0 it is the relative extra time, and noise, which may slow either run, does not move its mean.
-    `inputs` are those of the pipeline's call. Nothing is decoded. Which run of a pair comes first alternates.
+    `inputs` are those of the pipeline's call, `small` what a call of a very small video has instead. What is added is
+    Python, which takes as long for any video: so the extra seconds are those of the small one, where the noise of the
+    machine does not hide them, and the time that they are related to is that of the full size. Nothing is decoded.
+    Which run of a pair comes first alternates.
     """
     import torch
 
@@ -25,21 +28,22 @@ def overheads(pipe, inputs: dict, methods: Sequence[Method], pairs: int) -> list
 
     device = next(pipe.transformer.parameters()).device
 
-    def seconds() -> float:
+    def seconds(**size) -> float:
         noise, began = torch.Generator("cpu").manual_seed(0), synchronized_time(device)
-        pipe(**inputs, num_inference_steps=STEPS, generator=noise, output_type="latent")
+        pipe(**{**inputs, **size}, num_inference_steps=STEPS, generator=noise, output_type="latent")
         return synchronized_time(device) - began
 
     def with_methods() -> float:
         with apply(pipe, list(methods)):
-            return seconds()
+            return seconds(**small)
 
+    full = median(seconds() for _ in range(FULL_RUNS))
     with_methods()  # counts the FLOPs of this shape, once
     found = []
     for i in tqdm(range(pairs), desc="overhead"):
         if i % 2:
-            stock, ours = seconds(), with_methods()
+            stock, ours = seconds(**small), with_methods()
         else:
-            ours, stock = with_methods(), seconds()
-        found.append(log(ours / stock))
+            ours, stock = with_methods(), seconds(**small)
+        found.append((ours - stock) / full)
     return found

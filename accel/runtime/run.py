@@ -97,11 +97,22 @@ def _check_required(given: dict[str, Any], required: dict[str, float]) -> None:
 
 def check_size(run: Run, pipe) -> None:
     """Raise AccelError if a loaded model cannot make this size."""
+    _check_multiples(run, *_multiples(pipe))
+
+
+def smallest_size(pipe) -> dict[str, int]:
+    """Height, width and number of frames of the smallest video that is more than one token, as inputs of a pipeline."""
+    space, time = _multiples(pipe)
+    return {"height": 2 * space, "width": 2 * space, "num_frames": 1 + time}
+
+
+def _multiples(pipe) -> tuple[int, int]:
+    """What height and width, and frames - 1, of a pipeline's videos are multiples of."""
     from ..families import family_of
 
     family = family_of(pipe)
     space, time = family.compression(pipe)
-    _check_multiples(run, space * family.patch(family.denoiser(pipe))[-1], time)
+    return space * family.patch(family.denoiser(pipe))[-1], time
 
 
 def check_size_from_files(run: Run) -> None:

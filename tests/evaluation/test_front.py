@@ -62,9 +62,8 @@ def test_the_table_has_a_row_for_each_group_in_each_class(summary, tmp_path):
     assert rows[10][1:3] == ["peers", "none is so fast"]
     assert "by mean SSIM on other prompts: all 6 settings on 3, then 4 finalists on 8\n" in front_table(summary)
     assert "noise, has SSIM 0.9250 [0.9000, 0.9500], worst frame 0.500\n" in front_table(summary)
-    assert (
-        "left out of the model: +5.0% [+0.0%, +10.0%] of the stock pipeline's time, in 2 pairs of runs"
-        in front_table(summary)
+    assert "model: +5.00% [+0.00%, +10.00%] of the stock pipeline's time, by the extra seconds in 2 pairs" in (
+        front_table(summary)
     )
     assert front_table(summary).endswith("\nNot measured: P3 cannot run here\n")
     plot_summary(summary, tmp_path / "plot.png")
