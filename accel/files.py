@@ -39,6 +39,19 @@ def write_json(file: Path, document: dict) -> None:
         part.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def read_json(file: Path, remedy: str = "delete it to begin anew") -> dict:
+    """The content of a JSON file that holds an object. Raises AccelError, with the remedy, if it does not."""
+    try:
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):
+            return content
+        raise ValueError("it is not a JSON object")
+    except OSError as error:
+        raise AccelError(explain_os_error(error)) from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise AccelError(f"{file} is damaged ({error}); {remedy}") from None
+
+
 def read_utf8(file: Path) -> str:
     """The text of a file. Raises AccelError if it is not one in UTF-8."""
     try:

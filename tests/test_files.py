@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from accel.errors import AccelError, amount, explain_os_error, quote
-from accel.files import all_or_nothing, atomic_write, only_writer
+from accel.files import all_or_nothing, atomic_write, only_writer, read_json
 
 KNOWN = ("a.npy", "b.npy", "old.mp4", "run.json")
 
@@ -117,6 +117,14 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     with pytest.raises(AccelError, match="out is a file, not a folder: give another folder"):
         with only_writer(tmp_path / "out"):
             pass
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[1]", b"\xff"], ids=["empty", "cut", "list", "bytes"])
+def test_a_damaged_file_is_named_with_the_remedy(content, tmp_path):
+    file = tmp_path / "job.json"
+    file.write_bytes(content)
+    with pytest.raises(AccelError, match=r"^[^\n]*job.json is damaged \([^\n]*\); delete it to begin anew$"):
+        read_json(file)
 
 
 def test_many_writers_of_one_file_leave_a_whole_one(tmp_path):

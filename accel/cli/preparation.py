@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import AccelError
 from ..files import only_writer
 from ..runtime.models import TINY
 from .options import INTERRUPTED, Guidance, Model, Out, Seed, Steps, first_example, print_json
@@ -94,9 +93,9 @@ def train(
 
     With --model, distill another Wan pipeline; the students go into its folder, or into --out for a hub id.
     """
-    parts = ("vae", "base", "gpd", "meanflow", "predictor", "all")
-    if what not in parts:
-        raise AccelError(f"unknown part {what!r}; there are {', '.join(parts)}")
+    from ..training.settings import check_part
+
+    check_part(what)
     from ..training.parts import export_base, shutdown_distributed, train_parts
 
     if export:

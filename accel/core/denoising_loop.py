@@ -38,7 +38,7 @@ def noise_levels(scheduler) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Place:
+class CallPosition:
     """Where a call belongs: step `index` of `count`, its position in the scheduler's list, and its branch."""
 
     index: int
@@ -65,7 +65,7 @@ class CallTracker:
 
     def locate(
         self, pipe, timestep: Tensor, text: Tensor, name: str | None, is_guided: bool, by_pipeline: bool = True
-    ) -> Place:
+    ) -> CallPosition:
         """The place of a call of a pipeline; `name` is that of its cache context.
 
         `by_pipeline`: it makes the call, and not a loop of the user's own, of which the pipeline knows nothing. Raises
@@ -90,7 +90,7 @@ class CallTracker:
         self._seen.add(branch)
         has_new_text = branch in self._texts and has_changed(*self._texts[branch], text)
         self._texts[branch] = text, num_changes(text)
-        return Place(self._index, self._count, self._skipped + self._index, branch, begins, has_new_text)
+        return CallPosition(self._index, self._count, self._skipped + self._index, branch, begins, has_new_text)
 
     def _begin(self, pipe, times: Tensor, by_pipeline: bool) -> None:
         scheduled = len(times)

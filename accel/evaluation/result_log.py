@@ -35,9 +35,15 @@ class ResultLog:
             for part in parts:
                 part.unlink()
         self.state.wait_for_everyone()
-        lines = map(json.loads, self.file.read_text().splitlines())
+        lines = [self._parsed(number, text) for number, text in enumerate(self.file.read_text().splitlines(), 1)]
         self.lines = [line for line in lines if line["key"] == self.keys.get(line["setting"])]
         self.state.wait_for_everyone()  # the first process adds no line before all have read the same ones
+
+    def _parsed(self, number: int, text: str) -> dict:
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise AccelError(f"line {number} of {self.file} is damaged: delete that line") from None
 
     def add(self, setting: str, **line) -> None:
         """Append a line of a setting to this process's file."""

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+RESAMPLES = 2000  # of the values, with replacement
 
-def interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean of values (n,) and its 95 % percentile bootstrap interval (low, high); a single value has no width."""
     from scipy.stats import bootstrap
 
@@ -15,7 +17,7 @@ def interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> t
     mean = float(data.mean())
     if len(data) < 2:
         return mean, mean, mean
-    found = bootstrap((data,), np.mean, n_resamples=resamples, method="percentile", rng=seed).confidence_interval
+    found = bootstrap((data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0).confidence_interval
     return mean, float(found.low), float(found.high)
 
 

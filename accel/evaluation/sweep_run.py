@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import AccelError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..runtime.generate import Video, environment, generate, preflight, warm_up
 from ..runtime.models import ModelDefaults, method_weights, weights
 from ..runtime.presets import build_methods
@@ -114,7 +113,7 @@ def _finished(out: Path, cell: Cell, a: Run, b: Run) -> dict | None:
     file = out / folder_name(cell) / "run.json"
     if not file.is_file():
         return None
-    report = json.loads(file.read_text())
+    report = read_json(file)
     same = all(report.get(name) == value for name, value in b.model_dump().items())
     same = same and report.get("method_files", []) == _files(b)
     return report if same and (report["steps_a"], report["guidance_a"]) == (a.steps, a.guidance) else None
@@ -130,10 +129,10 @@ def _check_out(out: Path, key: str) -> None:
         raise AccelError(f"{out} holds a sweep of another reference, model or machine: give another --out")
 
 
-def front_of(rows: Sequence[dict], metric: str = "ssim") -> list[str]:
-    """The labels of the rows on the front of speed-up and a metric."""
-    points = [(row["speedup"], row[metric]) for row in rows if row[metric] is not None]
-    labels = [row["label"] for row in rows if row[metric] is not None]
+def front_of(rows: Sequence[dict]) -> list[str]:
+    """The labels of the rows on the front of speed-up and SSIM."""
+    points = [(row["speedup"], row["ssim"]) for row in rows if row["ssim"] is not None]
+    labels = [row["label"] for row in rows if row["ssim"] is not None]
     return [labels[i] for i in pareto_front(points)]
 
 

@@ -82,14 +82,14 @@ class StepCache(Method):
         json_schema_extra={"page": False},
     )
 
-    def steps(self, count: int) -> list[int] | None:
+    def planned_steps(self, count: int) -> list[int] | None:
         """The full steps of `count` steps, the first two and the last among them; None: they depend on the video."""
         if count < MIN_STEPS:
             return list(range(count))
         if given := [int(word) for word in self.full_steps.split()]:
             last = max(1, given[-1])
             return sorted({0, 1, count - 1, *(round(step * (count - 1) / last) for step in given)})
-        return spread(max(3, round(self.full_share * count)), count) if self.schedule == "spread" else None
+        return spread_steps(max(3, round(self.full_share * count)), count) if self.schedule == "spread" else None
 
     @property
     def predicts_blocks(self) -> bool:
@@ -98,7 +98,7 @@ class StepCache(Method):
 
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of each branch's cached residuals, the corrector's latents, and those (float32) whose change counts."""
-        full = self.steps(spec.count)
+        full = self.planned_steps(spec.count)
         if full and len(full) == spec.count:
             return 0
         tensors = 2 * (1 + spec.guided)
@@ -111,7 +111,7 @@ class StepCache(Method):
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float | None:
         """The full steps, and in the others the embedding and the head; None where the steps depend on the video."""
-        full = self.steps(spec.count)
+        full = self.planned_steps(spec.count)
         if full is None:
             return None
         share = len(full) / spec.count
@@ -122,7 +122,7 @@ class StepCache(Method):
         if spec.count < MIN_STEPS:
             few = amount(spec.count, "step is", "steps are")
             return f"StepCache is off: {few} too few, it needs at least {MIN_STEPS}"
-        if self.steps(spec.count) == list(range(spec.count)):
+        if self.planned_steps(spec.count) == list(range(spec.count)):
             return f"StepCache does nothing: all {spec.count} steps are full forward passes at this setting"
         return ""
 
@@ -171,7 +171,7 @@ class StepCache(Method):
         if inactive_reason := self.inactive_reason(spec):
             trace.add_message(inactive_reason)
         report_estimate(self, spec, trace)
-        state = State(self.steps(spec.count))
+        state = State(self.planned_steps(spec.count))
         trace.method_data["stepcache"] = {"full_steps": state.full_steps, "changes": state.changes}
         return state
 
@@ -219,7 +219,7 @@ class StepCache(Method):
             )
 
 
-def spread(num_full_steps: int, count: int) -> list[int]:
+def spread_steps(num_full_steps: int, count: int) -> list[int]:
     """Full steps of `count` steps: the first two, the last, and the others between, ever further apart."""
     last = num_full_steps - 2
     return [0, *(1 + max(i, round((count - 2) * (i / last) ** CROWDING)) for i in range(last + 1))]

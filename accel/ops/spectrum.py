@@ -17,15 +17,15 @@ def low_pass(h: int, w: int, radius: int, device: torch.device | str = "cpu") ->
     return y[:, None] ** 2 + x[None, :] ** 2 <= radius**2
 
 
-def split(x: Tensor, radius: int | None = None) -> tuple[Tensor, Tensor]:
-    """Low and high band of x (..., h, w), float32, which sum to x; the default radius is a fifth of the shorter side.
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high band of x (..., h, w), float32, which sum to x; the radius is a fifth of the shorter side.
 
     FasterCache, arXiv 2410.19355, eq. 6-9. The transform is linear and the disc symmetric, so the bands of a difference
     can be computed once, cached as real tensors and added later without another transform.
     """
     x = x.float()
     h, w = x.shape[-2:]
-    mask = low_pass(h, w, min(h, w) // 5 if radius is None else radius, x.device)
+    mask = low_pass(h, w, min(h, w) // 5, x.device)
     low = torch.fft.irfft2(torch.fft.rfft2(x) * mask, s=(h, w))
     return low, x - low
 

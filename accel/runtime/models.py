@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import re
 import warnings
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ValidationError
 
 from ..errors import AccelError, explain_os_error, quote
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from .paths import ROOT
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def check_files(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise AccelError(f"{index} is missing: {folder} is not a diffusers pipeline; {_remedy(folder)}")
-    for part in [name for name, kind in read_json(index).items() if isinstance(kind, list) and kind[0]]:
+    for part in [name for name, kind in read_config(index).items() if isinstance(kind, list) and kind[0]]:
         if not (folder / part).is_dir():
             raise AccelError(f"{folder / part} is missing; {_remedy(folder)}")
         if (folder / part / "config.json").is_file():  # a model; schedulers and tokenizers have no weights
@@ -103,7 +102,7 @@ def check_files(folder: Path) -> None:
 def _check_part(folder: Path, part: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
-    listed = [read_json(index)["weight_map"].values() for index in part.glob("*.safetensors.index.json")]
+    listed = [read_config(index)["weight_map"].values() for index in part.glob("*.safetensors.index.json")]
     weights = {part / name for names in listed for name in names} or set(part.glob("*.safetensors"))
     if not weights:
         raise AccelError(f"{part} holds no .safetensors file; {_remedy(folder)}")
@@ -132,17 +131,9 @@ def record_hashes(folder: Path) -> None:
             part.write_text(f"{hash_of(file)}  {file.name}\n")
 
 
-def read_json(file: Path) -> dict:
+def read_config(file: Path) -> dict:
     """The content of a JSON file of a model. Raises AccelError if it is damaged."""
-    try:
-        content = json.loads(file.read_bytes())
-        if isinstance(content, dict):
-            return content
-        raise ValueError("it is not a JSON object")
-    except OSError as error:
-        raise AccelError(explain_os_error(error)) from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise AccelError(f"{file} is damaged ({error}); {_remedy(file.parent)}") from None
+    return read_json(file, _remedy(file.parent))
 
 
 def folders_of_results(model: str, out: Path, name: str = "") -> list[Path]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ..errors import AccelError, quote
 from ..methods import METHODS
-from .models import ModelDefaults, read_json, resolve
+from .models import ModelDefaults, read_config, resolve
 from .presets import Solver, describe_range, explain, is_text, normalize, normalize_methods, required_settings
 
 MAX_PROMPT_LENGTH = 2000  # characters
@@ -120,7 +120,7 @@ def check_size_from_files(run: Run) -> None:
     folder = Path(resolve(run.model))
     vae, transformer = (folder / part / "config.json" for part in ("vae", "transformer"))
     if vae.is_file() and transformer.is_file():
-        vae, patch = read_json(vae), read_json(transformer).get("patch_size")
+        vae, patch = read_config(vae), read_config(transformer).get("patch_size")
         if isinstance(patch, list) and {"scale_factor_spatial", "scale_factor_temporal"} <= vae.keys():
             _check_multiples(run, vae["scale_factor_spatial"] * patch[-1], vae["scale_factor_temporal"])
 

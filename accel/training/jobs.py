@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import AccelError, amount
 from ..evaluation.result_log import config_hash
 from ..families import family_of
-from ..files import read_utf8, write_json
+from ..files import read_json, read_utf8, write_json
 from ..runtime.models import TINY, ModelDefaults, load_pipeline, model_defaults, read_defaults, resolve
 from ..students.interval_embedding import unwrapped
 from ..students.weights import load_int8_delta
@@ -229,7 +229,7 @@ def goes_on(job: DistillJob, resume: bool, out: Path) -> bool:
     """
     file, folder = out / "job.json", job.model_dir()
     if not resume or file.is_file():
-        return resume and "init_from" in json.loads(file.read_text())
+        return resume and "init_from" in read_json(file)
     return job.is_toy() and job.ablation is None and (folder / INITIAL_STUDENT).is_dir()
 
 
@@ -265,7 +265,7 @@ def prepare_dir(out: Path, resume: bool, optims: Sequence[OptimConfig], record: 
     """
     file = out / "job.json"
     record = json.loads(json.dumps({**record, "optims": [optim.model_dump(mode="json") for optim in optims]}))
-    if resume and file.is_file() and json.loads(file.read_text()) != record:
+    if resume and file.is_file() and read_json(file) != record:
         raise AccelError(f"{out} holds another job (see its job.json): start without --resume, or give another --out")
     if PartialState().is_main_process:
         for stage in [] if resume else {file.parent for file in (*out.glob("*/state.pt"), *out.glob("*/done.json"))}:
@@ -284,7 +284,7 @@ def share_stages(other: Path, own: Path, names: Sequence[str], stage_config: Cal
     file, shared = other / "job.json", []
     if (own / names[0]).is_dir() or not file.is_file():
         return False
-    own_record, other_record = (json.loads((folder / "job.json").read_text()) for folder in (own, other))
+    own_record, other_record = (read_json(folder / "job.json") for folder in (own, other))
     for stage, name in enumerate(names):
         if not (other / name / "done.json").is_file():
             break

@@ -14,19 +14,17 @@ import torch
 from accelerate import PartialState
 
 from ..errors import AccelError, amount
-from ..files import only_writer, write_json
+from ..files import only_writer, read_json, write_json
 from ..runtime.models import TINY
 from ..runtime.paths import ROOT
 from .loop import any_process, fit, trainable
 from .optimizer import OptimConfig
-from .settings import OPTIM_CONFIGS, SETTINGS, ModelSetting
+from .settings import OPTIM_CONFIGS, PARTS, SETTINGS, STUDENTS, ModelSetting, check_part
 from .stages import remaining
 
 DONE = "part.json"  # in the folder of a finished run: its record
 PARENT = "parent.json"  # in the folder of a run: the record of the run that it starts from
 RUN = "run.json"  # in the folder of a run: its settings
-STUDENTS = ("gpd", "meanflow", "predictor")  # trained from a finished base model
-PARTS = ("vae", "base", *STUDENTS)
 MADE_FROM = {"base": STUDENTS, "meanflow": ("predictor",)}  # part: those that are worthless once it is a new one
 
 
@@ -70,7 +68,7 @@ def _train_shipped(what: str, minutes: float | None, resume: bool, out: Path, se
     if what not in (*optims, "all"):
         raise AccelError(f"the setting {setting} has no {what}; it has {', '.join(optims)}")
     file = ROOT / TINY / "training.json"
-    record = json.loads(file.read_text()) if file.is_file() else {}
+    record = read_json(file) if file.is_file() else {}
     began = time.monotonic()
     parts = [part for part in PARTS if part in optims] if what == "all" else [what]
     for old in () if resume else (PARENT, DONE, RUN, "state.pt"):
@@ -103,8 +101,7 @@ def _train_shipped(what: str, minutes: float | None, resume: bool, out: Path, se
 
 def _job_fields(what: str, job: dict) -> dict:
     """The fields of a job that were given. Raises AccelError for an unknown part, or a field that is not for it."""
-    if what not in (*PARTS, "all"):
-        raise AccelError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
+    check_part(what)
     given = {key: value for key, value in job.items() if value is not None}
     if given.get("ablation") == what:  # the method itself
         del given["ablation"]
@@ -146,7 +143,7 @@ def parent_run(record: dict | None, folder: Path) -> dict | None:
     if not (folder / "state.pt").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, record)
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def check_run(folder: Path, setting: str, optim: OptimConfig) -> None:
@@ -155,7 +152,7 @@ def check_run(folder: Path, setting: str, optim: OptimConfig) -> None:
     if not (folder / "state.pt").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, about)
-    elif file.is_file() and (begun := json.loads(file.read_text())) != about:
+    elif file.is_file() and (begun := read_json(file)) != about:
         other = f"--setting {begun['setting']}" if begun["setting"] != setting else "other settings of its optimizer"
         raise AccelError(f"{folder} was begun with {other}: go on with these, or start without --resume")
 
@@ -253,7 +250,7 @@ def export_base(what: str, setting: str | None, out: Path) -> dict:
     _write_defaults(model)
     done = {"step": state["step"], "steps": task.optim.steps, "seconds": round(state["seconds"], 1)}
     file = target / "training.json"
-    record = json.loads(file.read_text()) if file.is_file() else {}
+    record = read_json(file) if file.is_file() else {}
     parent = parent_run(record.get("base"), folder)
     about = {"setting": setting, "device": _device_name()} | ({"parent_run": parent} if parent else {})
     write_json(file, {**record, "base": {**about, **done, "optim": task.optim.model_dump()}})

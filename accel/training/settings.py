@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import AccelError
+
+STUDENTS = ("gpd", "meanflow", "predictor")  # trained from a finished base model
+PARTS = ("vae", "base", *STUDENTS)
+
 
 @dataclass(frozen=True)
 class ModelSetting:
@@ -15,6 +20,12 @@ class ModelSetting:
     clips: int  # rendered for the base model
     save_every: float  # seconds between checkpoints
     guidance: float = 5.0  # that the model runs with by default, and its students learn
+
+
+def check_part(what: str) -> None:
+    """Raise AccelError for what is neither one of the parts nor "all" of them."""
+    if what not in (*PARTS, "all"):
+        raise AccelError(f"unknown part {what!r}; there are {', '.join(PARTS)} and all")
 
 
 SETTINGS = {

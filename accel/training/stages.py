@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .loop import any_process, fit, trainable
 from .networks import Networks
 from .optimizer import OptimConfig
@@ -35,7 +34,7 @@ def distil(
         done = folder / "done.json"
         if resume and done.is_file():
             _restore(task, folder)
-            stages[name] = json.loads(done.read_text())
+            stages[name] = read_json(done)
         else:
             left = remaining(minutes, began)
             if any_process(left is not None and left <= 0):

@@ -1,5 +1,8 @@
 """A log of results survives a kill in the middle of a line."""
 
+import pytest
+
+from accel.errors import AccelError
 from accel.evaluation.result_log import ResultLog, config_hash
 
 KEYS = {"half": "mine"}
@@ -21,6 +24,13 @@ def test_a_log_continues_after_a_line_that_was_cut_short_and_ignores_other_keys_
     log = ResultLog(file, KEYS)
     log.add("half", prompt="c")
     assert [line["prompt"] for line in ResultLog(file, KEYS).lines] == ["a", "c"]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"key": "mine", "setting": "half"}\n{"key": \n')
+    with pytest.raises(AccelError, match="^line 2 of .*results.jsonl is damaged: delete that line$"):
+        ResultLog(file, KEYS)
 
 
 def test_files_of_other_processes_are_joined_and_a_backup_is_left_alone(tmp_path):

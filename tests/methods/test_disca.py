@@ -37,12 +37,12 @@ def test_there_are_as_many_full_steps_as_asked_for_from_the_first_to_the_last():
 
 
 def test_full_steps_can_be_given():
-    assert DisCa(full_steps="0 1, 2 5").steps(6) == [0, 1, 2, 5]
+    assert DisCa(full_steps="0 1, 2 5").planned_steps(6) == [0, 1, 2, 5]
     for wrong, reason in (("1 2", "must rise from 0"), ("0 5 3", "must rise from 0"), ("0 x", "are not whole numbers")):
         with pytest.raises(ValueError, match=reason):
             DisCa(full_steps=wrong)
     with pytest.raises(ValueError, match="ends with step 9, but a run of 8 steps ends with step 7"):
-        DisCa(full_steps="0 9").steps(8)
+        DisCa(full_steps="0 9").planned_steps(8)
 
 
 def test_blocks_run_at_full_steps_only_in_each_branch(pipe, sample):

@@ -10,7 +10,7 @@ import accel
 from accel.families.wan import Wan
 from accel.methods import AsymRnR, DisCa, FasterCache, MeanFlow, StepCache
 from accel.methods.base import RunSpec
-from accel.methods.stepcache import CAUTION, State, spread
+from accel.methods.stepcache import CAUTION, State, spread_steps
 from accel.ops.noise import log_snr
 from accel.ops.taylor import TaylorCache
 
@@ -24,7 +24,7 @@ def full_steps(trace) -> dict[str, list[int]]:
 @pytest.mark.parametrize("count", [10, 12, 50])
 def test_full_steps_are_spread_ever_further_apart_from_the_first_two_to_the_last(count):
     for num_full_steps in range(3, count + 1):
-        steps = spread(num_full_steps, count)
+        steps = spread_steps(num_full_steps, count)
         gaps = [after - before for before, after in zip(steps, steps[1:])]
         assert len(steps) == num_full_steps and steps[:2] == [0, 1] and steps[-1] == count - 1
         assert min(gaps) >= 1 and all(later >= gap - 1 for gap, later in zip(gaps, gaps[1:]))  # but for rounding
@@ -32,7 +32,7 @@ def test_full_steps_are_spread_ever_further_apart_from_the_first_two_to_the_last
 
 def test_given_full_steps_are_scaled_to_the_run():
     method = StepCache(full_steps="0 2 4 10 20")
-    assert method.steps(21) == [0, 1, 2, 4, 10, 20] and method.steps(41) == [0, 1, 4, 8, 20, 40]
+    assert method.planned_steps(21) == [0, 1, 2, 4, 10, 20] and method.planned_steps(41) == [0, 1, 4, 8, 20, 40]
     with pytest.raises(ValueError, match="must rise from 0"):
         StepCache(full_steps="1 2")
 

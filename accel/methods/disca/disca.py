@@ -129,14 +129,14 @@ class DisCa(Method):
 
         itemsize = spec.latents.element_size()
         weights = num_parameters(self.weights_dir(spec.model_path)) * itemsize
-        full = len(self.steps(spec.count))
+        full = len(self.planned_steps(spec.count))
         if full == spec.count:
             return weights
         tokens = spec.tokens
         cached = min(full, 1 + self.taylor_order)
         return weights + cached * (1 + spec.guided) * tokens * spec.family.hidden_size(spec.model) * itemsize
 
-    def steps(self, count: int) -> list[int]:
+    def planned_steps(self, count: int) -> list[int]:
         """The full steps of `count` steps. Raises AccelError if given ones do not end with the last step."""
         given = [int(word) for word in self.full_steps.split()]
         if given and given[-1] != count - 1:
@@ -152,12 +152,12 @@ class DisCa(Method):
         if self.predictor in TRAINED:
             block, width = flops[spec.family.block_names(spec.model)[0]], spec.family.hidden_size(spec.model)
             left += predictor_flops(self.predictor, DEPTH[self.predictor], spec.tokens, width, block)
-        full = len(self.steps(spec.count)) / spec.count
+        full = len(self.planned_steps(spec.count)) / spec.count
         return full + (1 - full) * min(1.0, left / flops[DENOISER])
 
     def inactive_reason(self, spec: RunSpec) -> str:
         """All steps are full steps."""
-        if len(self.steps(spec.count)) < spec.count:
+        if len(self.planned_steps(spec.count)) < spec.count:
             return ""
         return f"DisCa does nothing: all {spec.count} steps are full forward passes at this setting"
 
@@ -204,7 +204,7 @@ class DisCa(Method):
     def _begin(self, host: Host, trace: Trace, runs: PredictorRuns | None) -> State:
         """The state of a new run. Messages and the memory estimate go to the trace."""
         spec = run_spec(host)
-        count, state = spec.count, State(self.steps(spec.count))
+        count, state = spec.count, State(self.planned_steps(spec.count))
         if count == 1:
             raise AccelError("disca and a run of 1 step do not go together: there is nothing to predict")
         if inactive_reason := self.inactive_reason(spec):

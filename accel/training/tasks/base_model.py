@@ -42,6 +42,7 @@ from ..optimizer import OptimConfig
 from .vae import Autoencoder, replace_files, to_unit
 
 MAX_TOKENS = 32  # a prompt is padded or truncated to so many tokens
+MAX_TIME_FREQUENCY = 0.012  # radians per unit of the timesteps of 0 to 1000
 SHIFT = 3.0  # of the training sigmas: sigma = SHIFT u / (1 + (SHIFT - 1) u)
 # Until this share of the steps, each step draws one of these (latent frames (0: all), clips per batch).
 # Single frames come most often at first: outlines are a matter of space, and a frame costs a fifteenth of a clip.
@@ -90,10 +91,10 @@ def build_models(words: int, latent: int = 16) -> tuple[UMT5EncoderModel, WanTra
     return text, transformer
 
 
-def smooth_time(transformer: WanTransformer3DModel, highest: float = 0.012) -> None:
-    """Zero the weights of time frequencies above `highest` (radians per unit of 0..1000), and keep them at zero."""
+def smooth_time(transformer: WanTransformer3DModel) -> None:
+    """Zero the weights of time frequencies above `MAX_TIME_FREQUENCY`, and keep them at zero."""
     half = transformer.config.freq_dim // 2
-    low = (10_000.0 ** (-torch.arange(half) / half) <= highest).float().repeat(2)
+    low = (10_000.0 ** (-torch.arange(half) / half) <= MAX_TIME_FREQUENCY).float().repeat(2)
     weight = transformer.condition_embedder.time_embedder.linear_1.weight
     with torch.no_grad():
         weight.mul_(low / low.mean().sqrt())

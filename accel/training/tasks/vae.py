@@ -29,6 +29,7 @@ from ..optimizer import OptimConfig
 
 # (until this share of the steps, frames (0: all), clips per batch)
 CURRICULUM = ((0.4, 5, 4), (0.95, 9, 3), (1.0, 0, 2))
+KL_WEIGHT = 1e-3
 MIN_CHANNEL_STD = 0.1  # a latent channel whose mean varies less carries nothing: dead ones have 0.01, others 0.7
 
 
@@ -121,9 +122,9 @@ def from_unit(x: Tensor) -> Tensor:
 class VaeTask:
     """L1 + MSE reconstruction with a small KL penalty of the latents to a unit Gaussian."""
 
-    def __init__(self, optim: OptimConfig, size: int = 96, frames: int = 17, kl: float = 1e-3):
+    def __init__(self, optim: OptimConfig, size: int = 96, frames: int = 17):
         torch.manual_seed(optim.seed)
-        self.optim, self.size, self.frames, self.kl = optim, size, frames, kl
+        self.optim, self.size, self.frames = optim, size, frames
         self.module, self.keeps_latents = Autoencoder(build_vae()), False
 
     def start_from(self, folder: Path) -> None:
@@ -160,7 +161,7 @@ class VaeTask:
         mse, mean, logvar = error.square().mean(), mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         psnr = -10 * torch.log10(mse / 4)
-        return error.abs().mean() + 4 * mse + self.kl * kl, {"psnr": psnr.item(), "kl": kl.item()}
+        return error.abs().mean() + 4 * mse + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
