@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
-from markupsafe import escape
 
 from accel.errors import AccelError, sentence
 from accel.runtime.example_prompts import example_prompts, is_example
@@ -17,21 +15,19 @@ from accel.runtime.models import ModelDefaults, read_defaults
 from accel.runtime.presets import Preset, load_preset, preset_names
 from accel.runtime.repeat import check_repeatable, preset_of, reference_of
 from ui.clickable import ClickableHTML
-from ui.context import Context, compare_work
+from ui.context import Context
 from ui.controls import Change, MethodControls, Update, changes_from, is_usable, missing_parts, words
 from ui.estimates import estimate_text
-from ui.job_queue import Job
-from ui.live import Live
+from ui.pair_runs import PairRuns
 from ui.pair_view import PairView
 from ui.panels import READ_ALOUD, note
 from ui.preset_cards import PLAIN, card_choices
 from ui.recorded import Recorded, recorded_pairs
-from ui.share import holds_settings, link_query
+from ui.share import holds_settings
 from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, side_of
 from ui.templating import render
 
 FIRST_PRESETS = ("balanced", "stepcache", "fastercache")  # the first whose parts the model has is chosen at the start
-STILL_WAITING = 2.0  # seconds after which an unchanged message is sent again: only so is a closed page noticed
 MODEL_GONE = "Its model is not offered here any more: Run takes the chosen one."
 
 
@@ -60,7 +56,7 @@ class CompareTab:
                 self.message = gr.HTML(elem_id="message", html_template=READ_ALOUD)
                 self.live = gr.HTML(elem_id="live")
                 self.view = PairView(context)
-        self.running: set[tuple[str | None, str, str]] = set()  # browser tab, visitor and id of each job of this tab
+        self.runs = PairRuns(self)
         self.until_loaded = gr.Timer(2)
         self.shown = gr.State(None)  # id of the stored pair, or name of the recorded pair, that is shown
         self.panes = gr.State([])  # ids of the stored pairs whose candidates are in the player
@@ -133,12 +129,6 @@ class CompareTab:
         ]  # fmt: skip
 
     @property
-    def run_outputs(self) -> list[gr.blocks.Block]:
-        """What a run changes: Gradio goes through all of these at each of its events, several times a second."""
-        return [self.message, self.live, self.run, self.stop, self.shown, self.panes, *self.view.components,
-                self.reference.last]  # fmt: skip
-
-    @property
     def dependent_outputs(self) -> list[gr.components.Component]:
         """What `settings_changed` changes."""
         widgets = (widget for widgets in self.controls.parameters.values() for widget in widgets.values())
@@ -149,26 +139,25 @@ class CompareTab:
     def wire(self, page) -> None:
         """Connect the events; `page` has the model selector, the visitor and the tabs."""
         self.page = page
-        self.inputs = inputs = [page.model, page.visitor, self.preset, *self.setting_components]
+        self.inputs = inputs = [page.model, self.preset, *self.setting_components]
         private = {"api_visibility": "private", "show_progress": "hidden"}
         self.quick = quick = {**private, "queue": False}
-        finished = gr.on([self.run.click, self.prompt.submit], self.run_pair, [self.shown, self.panes, *inputs],
-                         [*self.run_outputs, page.code.link], concurrency_limit=None, **private)  # fmt: skip
-        self.stop.click(self.stop_jobs, None, self.message, **quick)
+        finished = gr.on(
+            [self.run.click, self.prompt.submit], self.runs.run_pair, [self.shown, self.panes, page.visitor, *inputs],
+            self.runs.outputs, concurrency_limit=None, **private,
+        )  # fmt: skip
+        self.stop.click(self.runs.stop_pairs, None, self.message, **quick)
         chosen = self.preset.input(
-            self.choose_preset,
-            [self.shown, *inputs[:3], self.prompt],
-            self.outputs,
-            trigger_mode="always_last",
-            **quick,
-        )
+            self.choose_preset, [self.shown, page.model, self.preset, self.prompt], self.outputs,
+            trigger_mode="always_last", **quick,
+        )  # fmt: skip
         self.follow(self.examples.click(chosen_example, None, self.prompt, **quick))
         reset = self.changed.click(self.reset, inputs, self.outputs, **quick)
         pinned = self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.dependent_outputs, trigger_mode="always_last", **quick)
         self.switched = switched = page.model.input(
-            self.switch_model, [*inputs[:3], self.prompt], self.outputs, trigger_mode="always_last", **quick
+            self.switch_model, [page.model, self.preset, self.prompt], self.outputs, trigger_mode="always_last", **quick
         )
         self.shows = [chosen]  # events after which `shown` may be another: outside the queue a State has no change
         for loaded in (finished, chosen, switched, reset, pinned):
@@ -181,107 +170,14 @@ class CompareTab:
         """After an event that sets widgets: show what belongs to the new settings, and what a run will take."""
         event.then(self.settings_changed, self.inputs, self.dependent_outputs, **self.quick)
 
-    # Running
-
-    def run_pair(
-        self, request: gr.Request, shown: str | None, panes: list[str], model: str, visitor: str, preset: str, *values
-    ) -> Iterator[Update]:
-        """Generate a pair from what the widgets say, and report its progress.
-
-        The link is that of the run while it goes, so that a page that loads anew, as after a lost connection, has its
-        settings; of a run that does not end, that of the pair shown comes back.
-        """
-        try:
-            settings = self.settings(model, values)
-        except AccelError as error:
-            yield self._refused(str(error))
-            return
-        work = compare_work(self.context, visitor, settings.run, settings.reference, settings.candidate)
-        job = self.context.workers.submit(work, visitor, model)
-        running = request.session_hash, visitor, job.id
-        self.running.add(running)
-        try:
-            done = False
-            for update in self._follow_job(job, panes, settings.keep):
-                done |= self.shown in update
-                yield update
-            if not done:
-                yield {self.page.code.link: self.page.code.link_of(shown)}
-        finally:
-            self.running.discard(running)
-
-    def _follow_job(self, job: Job, panes: list[str], keep: bool) -> Iterator[Update]:
-        """What the page shows at each event of a pair's job."""
-        live, told, until = None, "", 0.0
-        for kind, data in self.context.workers.stream(job):
-            if kind == "started":
-                live = self._live(**data)
-                begun = "Generating B; A was generated before." if data["cached"] else "Generating A, then B."
-                panes_now = gr.update(value=live.html(), elem_classes=[])
-                link = f"?{link_query({**data['b'].model_dump(), 'reference': data['a'].model_dump()})}"
-                yield {
-                    self.message: note(data["message"] or begun), self.live: panes_now, **self._running(True),
-                    self.page.code.link: link,
-                }  # fmt: skip
-            elif kind == "step":
-                yield {self.live: live.step(**data)}
-            elif kind == "pair":
-                yield self._finished(data["run_id"], data["message"], panes, keep)
-            elif kind == "waiting":
-                text, now = waiting_text(**data), time.monotonic()
-                if text != told or now > until:
-                    told, until = text, now + STILL_WAITING
-                    yield {self.message: note(text), **self._running(True)}
-            elif kind == "stopping":
-                yield {self.message: note("Stopping after this step…")}
-            elif kind == "stopped":
-                yield {self.message: note("Stopped. The last pair is still here."), **self._running(False)}
-            elif kind in ("refused", "failed"):
-                yield self._refused(data["reason"])
-
-    def stop_jobs(self, request: gr.Request):
-        """Stop the pairs of this browser tab after their current step. The runs report that they have stopped."""
-        own = [job for session, *job in list(self.running) if session == request.session_hash]
-        return gr.skip() if sum(self.context.workers.stop(*job) for job in own) else note("Nothing is running.")
-
-    def _running(self, running: bool) -> Update:
-        """The buttons while a pair is generated, and afterwards; the panes go with it."""
-        buttons = {self.run: gr.update(interactive=not running),
-                   self.stop: gr.update(interactive=running, variant="stop" if running else "secondary")}  # fmt: skip
-        return buttons if running else {**buttons, self.live: ""}
+    # Showing what was generated before
 
     @property
     def _set_aside(self) -> Update:
         """The panes of a running pair as a strip above the player, which shows something else now."""
         return {self.live: gr.update(elem_classes=["aside"])}
 
-    def _refused(self, reason: str) -> Update:
-        gr.Warning(str(escape(reason)))
-        return {self.message: note(reason, bad=True), **self._running(False)}
-
-    def _live(self, a, b, cached: bool, message: str) -> Live:
-        kept = self.context.references.find(a) if cached else None
-        sides = [describe_side(run.model_dump()) for run in (a, b)]
-        return Live(sides[0], a.steps, sides[1], b.steps, kept and kept.video.seconds["denoise"])
-
-    def _finished(self, run_id: str, message: str, panes: list[str], keep: bool) -> Update:
-        """The new pair in the player, with `keep` beside the earlier candidates of the same reference.
-
-        Without earlier pairs the player shows the recorded race, so it changes to the videos.
-        """
-        stored = self.context.store.find(run_id)
-        same = [other for other in map(self.context.store.find, panes if keep else [])
-                if other and other.report["reference"] == stored.report["reference"]]  # fmt: skip
-        pairs = [*same, stored][-3:]
-        return {
-            **self._running(False), **self.view.show(pairs, None if panes else "side"), self.message: note(message),
-            self.shown: run_id,
-            self.panes: [pair.id for pair in pairs], self.reference.last: side_of(stored.report),
-        }  # fmt: skip
-
-    # Showing what was generated before
-
-    def show_stored(self, run_id: str, visitor: str) -> Update:
+    def show_stored(self, run_id: str) -> Update:
         """A stored pair in the Compare tab, with its settings in the widgets."""
         stored = self.context.store.find(run_id)
         if stored is None:
@@ -352,14 +248,14 @@ class CompareTab:
 
     # Settings
 
-    def load_preset(self, model: str, visitor: str, name: str | None) -> Update:
+    def load_preset(self, model: str, name: str | None) -> Update:
         """Set the candidate's widgets to a preset, and say what of it the model lacks."""
         preset = load_preset(name) if name in preset_names() else Preset()
         reason = self.context.missing(model)
         missing = f"This model cannot run here: {reason}." if reason else ""
         return {**self.load_settings(preset, {}, model), self.preset: name, self.message: note(missing, bad=True)}
 
-    def switch_model(self, model: str, visitor: str, name: str | None, prompt: str) -> Update:
+    def switch_model(self, model: str, name: str | None, prompt: str) -> Update:
         """The preset on another model, or that model's first one without a preset or weights, with its own examples.
 
         A prompt of the visitor's own stays.
@@ -367,7 +263,7 @@ class CompareTab:
         if name is None or (name in preset_names() and missing_parts(load_preset(name), model)):
             name = first_preset(model)
         own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_offered(prompt) else {}
-        return {**self.load_preset(model, visitor, name), **self.views_of(model, name), **self.stock(model), **own}
+        return {**self.load_preset(model, name), **self.views_of(model, name), **self.stock(model), **own}
 
     def stock(self, model: str) -> Update:
         """The widgets of the stock pipeline as the reference, in a model's own steps and guidance."""
@@ -382,13 +278,13 @@ class CompareTab:
             self.examples: render("examples", prompts=prompts[1:4]),
         }
 
-    def choose_preset(self, shown: str | None, model: str, visitor: str, name: str, prompt: str) -> Update:
+    def choose_preset(self, shown: str | None, model: str, name: str, prompt: str) -> Update:
         """The same, and the model's recorded pair of the preset unless a pair of the visitor's own is shown.
 
         Its prompt and seed come with it, but a prompt of the visitor's own stays.
         """
         recorded = {pair.name: pair for pair in recorded_pairs() if pair.report["model"] == model}
-        updates = self.load_preset(model, visitor, name)
+        updates = self.load_preset(model, name)
         if name in recorded and (shown is None or shown in recorded):
             updates |= self.show_recorded(recorded[name])
             if is_offered(prompt):
@@ -414,7 +310,7 @@ class CompareTab:
             self.preset_note: note(text, bad=True) if missing else "",
         }  # fmt: skip
 
-    def settings_changed(self, model: str, visitor: str, preset: str, *values) -> Update:
+    def settings_changed(self, model: str, preset: str, *values) -> Update:
         """Which parameters are shown and marked as changed, and what a run will take."""
         methods = values[-len(self.controls.components) :]
         settings = self.controls.settings(methods)
@@ -424,7 +320,7 @@ class CompareTab:
             self.changed: changed_strip(preset, changes), self.estimate: self.estimate_text(model, values),
         }  # fmt: skip
 
-    def first_estimate(self, request: gr.Request, model: str, visitor: str, preset: str, *values) -> Update:
+    def first_estimate(self, request: gr.Request, model: str, preset: str, *values) -> Update:
         """What a run will take, as soon as the model is loaded.
 
         Steps and guidance are then the model's own, unless the address of the page holds settings.
@@ -443,7 +339,7 @@ class CompareTab:
                 updates[slider] = getattr(own, name)
         return updates
 
-    def reset(self, event: gr.EventData, model: str, visitor: str, preset: str, *values) -> Update:
+    def reset(self, event: gr.EventData, model: str, preset: str, *values) -> Update:
         """Set one changed parameter, or all, back to the preset's value."""
         wanted = event._data["id"]
         changes = self._changes(model, preset, self.controls.settings(values[-len(self.controls.components) :]))
@@ -501,11 +397,3 @@ def changed_strip(preset: str | None, changes: list[Change]) -> str:
     """The changed parameters with a button each that sets them back."""
     rows = [(f"{c.method}.{c.parameter}", words(c.parameter), c.preset_value, c.value) for c in changes]
     return render("changed", preset=preset or "the defaults", rows=rows) if rows else ""
-
-
-def waiting_text(ahead: int, loading: bool, seconds: float | None = None) -> str:
-    """Why a job has not started."""
-    if loading:
-        return "Loading the model…"
-    about = f", about {max(10, round(seconds, -1)):.0f} s" if seconds else ""  # a text that is read aloud: calm
-    return f"Waiting: {ahead} run{'s' * (ahead > 1)} ahead of you{about}."

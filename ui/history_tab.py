@@ -84,7 +84,7 @@ class HistoryTab:
         """Connect the events; `page` has the visitor and the Compare tab."""
         self.page = page
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        own, shown = [self.selected, page.visitor], [page.visitor, self.seen, self.limit]
+        shown = [page.visitor, self.seen, self.limit]
         for event in (self.tab.select, page.visitor.change):
             event(self.refresh, shown, self.outputs, **quick)
         more = self.older.click(lambda limit: min(limit + SHOWN, MAX_LIMIT), self.limit, self.limit, **quick)
@@ -92,12 +92,12 @@ class HistoryTab:
         self.gallery.click(
             self.select, self.pressed, self.selection_outputs, js=PRESSED, trigger_mode="always_last", **quick
         )
-        opened = self.open.click(self.open_selected, own, page.compare.outputs, **quick)
+        opened = self.open.click(self.open_selected, self.selected, page.compare.outputs, **quick)
         compared = self.compare.click(self.compare_selected, self.selected, page.compare.outputs, **quick)
         for event in (opened, compared):
             page.compare.follow(event)
             page.compare.shows.append(event)
-        self.delete.click(self.delete_selected, [*own, self.limit], self.outputs, **quick)
+        self.delete.click(self.delete_selected, [self.selected, page.visitor, self.limit], self.outputs, **quick)
         self.delete_all.click(self.ask, page.visitor, [self.confirmation, self.question], **quick)
         self.confirm.click(self.delete_everything, page.visitor, self.outputs, **quick)
         self.keep.click(lambda: gr.update(visible=False), None, self.confirmation, **quick)
@@ -138,9 +138,9 @@ class HistoryTab:
         """A tile was clicked, or a selected one is gone."""
         return self._selection(pressed[::-1])
 
-    def open_selected(self, selected: list[str], visitor: str) -> Update:
+    def open_selected(self, selected: list[str]) -> Update:
         """The selected pair in the Compare tab, with its settings."""
-        return self.page.compare.show_stored(selected[0], visitor)
+        return self.page.compare.show_stored(selected[0])
 
     def compare_selected(self, selected: list[str]) -> Update:
         """The candidates of the two selected pairs in the Compare tab, the older one on the left."""

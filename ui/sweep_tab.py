@@ -145,11 +145,11 @@ class SweepTab:
         self.page = page
         quick = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         own = [self.base, self.plain, self.plain_steps, *(widget for axis in self.axes for widget in axis)]
-        inputs = [page.model, page.visitor, *own, *page.compare.setting_components]
+        inputs = [page.model, *own, *page.compare.setting_components]
         views = [self.state, self.metric, self.speed, self.earlier, self.allowed, page.visitor]
         self.start.click(
-            self.run_sweep, [self.metric, self.speed, self.earlier, self.allowed, *inputs], self.outputs,
-            api_visibility="private", show_progress="hidden", concurrency_limit=None,
+            self.run_sweep, [self.metric, self.speed, self.earlier, self.allowed, page.visitor, *inputs],
+            self.outputs, api_visibility="private", show_progress="hidden", concurrency_limit=None,
         )  # fmt: skip
         self.stop.click(self.stop_sweep, page.visitor, self.message, **quick)
         edited = [page.tabs.select, *(widget.change for widget in own)]
@@ -167,11 +167,11 @@ class SweepTab:
             [page.tabs.select, page.model.change, self.allowed.change, self.speed.change], self.show_proposal,
             [self.state, self.speed, self.allowed, page.model], [self.proposal, self.proposed, self.use], **quick,
         )  # fmt: skip
-        opening = {"inputs": [self.opened, page.visitor], "outputs": page.compare.outputs, "api_visibility": "private"}
+        opening = {"inputs": self.opened, "outputs": page.compare.outputs, "api_visibility": "private"}
         for clickable in (self.grid, self.plot):
             clicked = clickable.click(clicked_id, None, self.opened, **quick)
             page.compare.follow(clicked.then(page.compare.show_stored, **opening))
-        proposed = [self.proposed, page.model, page.visitor]
+        proposed = [self.proposed, page.model]
         page.compare.follow(self.use.click(self.use_proposal, proposed, page.compare.outputs, api_visibility="private"))
 
     def add_endpoints(self) -> None:
@@ -212,7 +212,7 @@ class SweepTab:
         name, values = FIRST_AXES[first_preset(model)]
         return gr.update(value=name, info=range_words(name)), values
 
-    def show_size(self, model: str, visitor: str, *values) -> str:
+    def show_size(self, model: str, *values) -> str:
         """How many results the sweep has and what it takes, or why it is not possible."""
         try:
             return note(plan_words(self.plan(model, list(values)), self._estimate(model)))
@@ -231,7 +231,7 @@ class SweepTab:
     # Running
 
     def run_sweep(
-        self, metric: str, speed: str, earlier: bool, allowed: float, model: str, visitor: str, *values
+        self, metric: str, speed: str, earlier: bool, allowed: float, visitor: str, model: str, *values
     ) -> Iterator[Update]:
         """Run the sweep that the widgets describe, and show each result as it comes."""
         if visitor in self.running:
@@ -324,11 +324,11 @@ class SweepTab:
         text = f"{row['label']}: {measured}. No faster setting is within the loss."
         return note(text), done[best].run_id, gr.update(interactive=True)
 
-    def use_proposal(self, proposed: str | dict[str, Any], model: str, visitor: str) -> Update:
+    def use_proposal(self, proposed: str | dict[str, Any], model: str) -> Update:
         """What is proposed, in the Compare tab: a result with its settings, or a preset's settings alone."""
         compare = self.page.compare
         if isinstance(proposed, str):
-            return compare.show_stored(proposed, visitor)
+            return compare.show_stored(proposed)
         return {
             self.page.tabs: gr.Tabs(selected="compare"), **compare.load_settings(Preset(**proposed), {}, model),
             compare.message: note("The setting is chosen. Press Run to generate with it."),

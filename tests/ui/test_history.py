@@ -96,7 +96,7 @@ def test_one_result_can_be_opened_two_compared_any_number_deleted(tab, store):
     assert allowed(two) == [False, True, True] and two[tab.selected] == [older, newer]
     assert "same settings" in two[tab.differences]
     assert allowed(tab.select([third, newer, older])) == [False, False, True]
-    assert tab.open_selected([older], "me") == ("one", older, "me")
+    assert tab.open_selected([older]) == ("one", older)
     assert tab.compare_selected([older, newer]) == ("two", older, newer)
 
 

@@ -82,7 +82,7 @@ def test_every_preset_is_a_card_and_the_featured_ones_tell_what_was_measured(mon
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_sets_the_methods_that_it_names(page, name):
     preset = load_preset(name)
-    updates = page.compare.load_preset(TINY, "me", name)
+    updates = page.compare.load_preset(TINY, name)
     settings = page.compare.settings(TINY, values_of(page, updates))
     installed = {method for method in preset.methods if METHODS[method].is_installed()}
     assert set(settings.candidate["methods"]) == installed
@@ -94,13 +94,13 @@ def test_a_preset_sets_the_methods_that_it_names(page, name):
 def test_a_model_that_cannot_run_here_is_offered_with_the_reason(page, monkeypatch):
     missing = ModelChoice("some/model", "Some model", "it needs a GPU, and this server has none")
     monkeypatch.setattr(page.context, "models", [*page.context.models, missing])
-    message = page.compare.load_preset("some/model", "me", "fastercache")[page.compare.message]
+    message = page.compare.load_preset("some/model", "fastercache")[page.compare.message]
     assert missing.label == "Some model (not here)" and "needs a GPU" in message
-    assert page.compare.load_preset(TINY, "me", "fastercache")[page.compare.message] == ""
+    assert page.compare.load_preset(TINY, "fastercache")[page.compare.message] == ""
 
 
 def test_the_plain_card_switches_all_methods_off(page):
-    settings = page.compare.settings(TINY, values_of(page, page.compare.load_preset(TINY, "me", PLAIN)))
+    settings = page.compare.settings(TINY, values_of(page, page.compare.load_preset(TINY, PLAIN)))
     assert settings.candidate["methods"] == {} and settings.reference["methods"] == {}
 
 
@@ -109,7 +109,7 @@ def test_opening_a_stored_pair_chooses_its_model_or_says_that_it_is_gone(page, m
     folder = next(pair.folder for pair in recorded_pairs() if pair.name == "fastercache")
     report = json.loads((folder / "run.json").read_text()) | {"model": model}
     run_id = page.context.store.add("me", report, {"a.mp4": b"a", "b.mp4": b"b"})
-    for updates in (page.compare.show_stored(run_id, "me"), page.compare.show_two(run_id, run_id)):
+    for updates in (page.compare.show_stored(run_id), page.compare.show_two(run_id, run_id)):
         assert set(updates) <= set(page.compare.outputs)
         assert updates.get(page.model) == (model if offered else None)
         assert ("not offered here any more" in str(updates[page.compare.message])) is not offered
@@ -118,9 +118,9 @@ def test_opening_a_stored_pair_chooses_its_model_or_says_that_it_is_gone(page, m
 def test_the_prompt_is_that_of_the_recorded_pair_shown_unless_it_is_the_visitors_own(page):
     first, gpd = (RECORDINGS[name] for name in (recorded_pairs()[0].name, "gpd"))
     assert (page.compare.prompt.value, page.compare.seed.value) == first
-    updates = page.compare.choose_preset(None, TINY, "me", "gpd", first.prompt)
+    updates = page.compare.choose_preset(None, TINY, "gpd", first.prompt)
     assert (updates[page.compare.prompt], updates[page.compare.seed]) == gpd
-    assert page.compare.prompt not in page.compare.choose_preset(None, TINY, "me", "gpd", "a cat")
+    assert page.compare.prompt not in page.compare.choose_preset(None, TINY, "gpd", "a cat")
 
 
 @pytest.mark.parametrize("methods", [{"gone": {}}, {"stepcache": {}, "disca": {}}], ids=["gone", "refused together"])
@@ -128,7 +128,7 @@ def test_a_pair_of_an_earlier_version_is_shown_and_not_repeated(methods, page):
     folder = next(pair.folder for pair in recorded_pairs() if pair.name == "fastercache")
     report = json.loads((folder / "run.json").read_text()) | {"methods": methods}
     run_id = page.context.store.add("me", report, {"a.mp4": b"a", "b.mp4": b"b"})
-    for updates in (page.compare.show_stored(run_id, "me"), page.compare.show_two(run_id, run_id)):
+    for updates in (page.compare.show_stored(run_id), page.compare.show_two(run_id, run_id)):
         assert updates[page.compare.shown] == run_id and page.compare.prompt not in updates
         assert "This result is of an earlier version" in str(updates[page.compare.message])
         assert page.compare.reference.pinned not in updates
@@ -158,11 +158,11 @@ def test_without_a_last_candidate_or_a_pinned_result_the_reference_is_refused_in
 def test_a_changed_parameter_is_listed_and_can_be_set_back(page):
     compare = page.compare
     interval = compare.controls.parameters["fastercache"]["attention_interval"]
-    values = values_of(page, {**compare.load_preset(TINY, "me", "fastercache"), interval: 5})
-    updates = compare.settings_changed(TINY, "me", "fastercache", *values)
+    values = values_of(page, {**compare.load_preset(TINY, "fastercache"), interval: 5})
+    updates = compare.settings_changed(TINY, "fastercache", *values)
     assert "attention interval 2 → 5" in updates[compare.changed]
     event = gr.EventData(None, {"id": "fastercache.attention_interval"})
-    back = compare.reset(event, TINY, "me", "fastercache", *values)
+    back = compare.reset(event, TINY, "fastercache", *values)
     assert back[interval]["value"] == 2 and back[compare.changed] == ""
 
 
@@ -170,8 +170,8 @@ def test_sliders_of_what_a_method_decides_are_hidden(page):
     compare, sliders = page.compare, (page.compare.side.steps, page.compare.side.guidance)
     assert not compare.side.steps.visible and compare.side.guidance.visible  # the first preset is a fitted solver
     for preset, expected in (("fastercache", [True, True]), ("quick", [False, True]), ("gpd", [False, False])):
-        loaded = compare.load_preset(TINY, "me", preset)
-        changed = compare.settings_changed(TINY, "me", preset, *values_of(page, loaded))
+        loaded = compare.load_preset(TINY, preset)
+        changed = compare.settings_changed(TINY, preset, *values_of(page, loaded))
         assert [loaded[slider]["visible"] for slider in sliders] == expected
         assert [changed[slider]["visible"] for slider in sliders] == expected
 
@@ -179,13 +179,13 @@ def test_sliders_of_what_a_method_decides_are_hidden(page):
 def test_stop_without_a_run_says_so_and_stops_no_sweep(page):
     sweep = page.context.workers.submit(lambda *_: None, "me")
     tab, other_tab = (gr.Request(session_hash=name) for name in ("tab", "other tab"))
-    assert "Nothing is running" in page.compare.stop_jobs(tab) and not sweep.stop.is_set()
-    run = page.compare.run_pair(tab, None, [], TINY, "me", "plain", *values_of(page, {}))
-    assert page.compare.message in next(run) and [who for _, who, _ in page.compare.running] == ["me"]
-    assert "Nothing is running" in page.compare.stop_jobs(other_tab)  # of the same visitor
-    page.compare.stop_jobs(tab)
+    assert "Nothing is running" in page.compare.runs.stop_pairs(tab) and not sweep.stop.is_set()
+    run = page.compare.runs.run_pair(tab, None, [], "me", TINY, "plain", *values_of(page, {}))
+    assert page.compare.message in next(run) and [who for _, who, _ in page.compare.runs.jobs] == ["me"]
+    assert "Nothing is running" in page.compare.runs.stop_pairs(other_tab)  # of the same visitor
+    page.compare.runs.stop_pairs(tab)
     stopped, link = list(run)[-2:]
-    assert "Stopped" in stopped[page.compare.message] and not page.compare.running
+    assert "Stopped" in stopped[page.compare.message] and not page.compare.runs.jobs
     assert link == {page.code.link: page.code.link_of(None)}  # of the pair shown, as before
     assert not sweep.stop.is_set() and page.context.workers.stop("me") == 1
 
@@ -217,15 +217,15 @@ def test_a_side_over_the_api_is_a_preset_with_changes():
 def test_another_model_brings_its_own_cards_and_examples_and_leaves_a_prompt_of_the_visitors(page, tmp_path):
     (tmp_path / "accel.json").write_text("{}")
     model, (toy, real) = str(tmp_path), (example_prompts(read_defaults(model)) for model in (TINY, str(tmp_path)))
-    updates = page.compare.switch_model(model, "me", "balanced", toy[0])
+    updates = page.compare.switch_model(model, "balanced", toy[0])
     assert updates[page.compare.prompt] == real[0] and real[1] in updates[page.compare.examples]
     assert updates[page.compare.preset]["value"] == "stepcache" and updates[page.compare.preset_note] == ""
     stock, defaults = page.compare.reference.settings, ModelDefaults()
     assert (updates[stock.steps]["value"], updates[stock.guidance]["value"]) == (defaults.steps, defaults.guidance)
     assert not any("SSIM" in text for text, _ in updates[page.compare.preset]["choices"])
-    assert page.compare.switch_model(model, "me", "turbo", "a cat")[page.compare.preset]["value"] == "stepcache"
-    assert page.compare.switch_model(TINY, "me", "quick", "a cat")[page.compare.preset]["value"] == "quick"
-    assert page.compare.prompt not in page.compare.switch_model(model, "me", "balanced", "a cat")
+    assert page.compare.switch_model(model, "turbo", "a cat")[page.compare.preset]["value"] == "stepcache"
+    assert page.compare.switch_model(TINY, "quick", "a cat")[page.compare.preset]["value"] == "quick"
+    assert page.compare.prompt not in page.compare.switch_model(model, "balanced", "a cat")
 
 
 def test_settings_choose_the_card_of_the_preset_that_they_are(page):
@@ -257,13 +257,13 @@ def test_a_loaded_model_brings_its_own_steps_and_guidance_but_not_over_those_of_
     monkeypatch.setattr(page.compare, "estimate_text", lambda model, values: estimated.append(values) or "")
     a, b = page.compare.reference.settings, page.compare.side
     first = lambda **query: page.compare.first_estimate(
-        SimpleNamespace(query_params=query), TINY, "me", "stepcache", *values_of(page, {a.steps: 20})
+        SimpleNamespace(query_params=query), TINY, "stepcache", *values_of(page, {a.steps: 20})
     )
     updates = first()
     assert (updates[b.steps], updates[a.guidance], updates[b.guidance]) == (64, 4.5, 4.5) and a.steps not in updates
     assert dict(zip(page.compare.setting_components, estimated[0]))[b.steps] == 64
     assert b.steps not in first(steps="50")  # those of a link stay
-    assert page.compare.switch_model("another", "me", "stepcache", "a cat")[a.steps]["value"] == 64
+    assert page.compare.switch_model("another", "stepcache", "a cat")[a.steps]["value"] == 64
 
 
 def test_a_preset_brings_its_solver_and_shift(page):

@@ -292,7 +292,7 @@ class Page:
             )
             self.compare = SimpleNamespace(
                 setting_components=[prompt], outputs=[opened], settings=settings, message=message,
-                show_stored=lambda run_id, visitor: {opened: run_id},
+                show_stored=lambda run_id: {opened: run_id},
                 load_settings=lambda preset, run, model: {opened: preset}, follow=lambda event: None,
                 switched=self.model.change(lambda: None),
             )  # fmt: skip
@@ -315,7 +315,7 @@ def tab(context):
 
 
 def test_the_tab_shows_each_result_as_it_comes_and_proposes_the_fastest_within_the_loss(tab):
-    updates = list(tab.run_sweep(*SHOWN, TINY, "ann", *values()))
+    updates = list(tab.run_sweep(*SHOWN, "ann", TINY, *values()))
     assert all(set(update) <= set(tab.outputs) for update in updates)
     results = [update for update in updates if tab.grid in update and tab.plot in update]
     assert [str(update[tab.grid]).count("data-id") for update in results] == [0, 1, 2]
@@ -323,7 +323,7 @@ def test_the_tab_shows_each_result_as_it_comes_and_proposes_the_fastest_within_t
     state = results[-1][tab.state]
     text, proposed, _ = tab.show_proposal(state, "measured", 0.03, TINY)
     assert "10 steps: 2.00× as fast with 50% of the work" in text and proposed == state.results[0].run_id
-    assert tab.use_proposal(proposed, TINY, "ann") == tab.page.compare.show_stored(proposed, "ann")
+    assert tab.use_proposal(proposed, TINY) == tab.page.compare.show_stored(proposed)
     assert tab.show_proposal(state, "by work", 0.1, TINY)[1] == state.results[1].run_id
     assert tab.show_proposal(state, "measured", 0.03, "another/model")[1] == ""
     assert "No measured setting loses at most 0.001" in tab.show_proposal(state, "measured", 0.001, TINY)[0]
@@ -340,8 +340,8 @@ def test_before_a_sweep_the_fastest_setting_of_the_search_for_the_model_is_propo
     text, proposed, use = tab.show_proposal(None, "measured", 0.1, TINY)
     assert f"{METHODS['gpd'].title} with steps 6: 8.33× less work, SSIM 0.9100" in text and "2 other prompts" in text
     assert proposed == rows[1]["preset"] and use["interactive"]
-    assert next(iter(tab.use_proposal(proposed, TINY, "ann").values())).selected == "compare"
-    assert Preset(**proposed) in tab.use_proposal(proposed, TINY, "ann").values()
+    assert next(iter(tab.use_proposal(proposed, TINY).values())).selected == "compare"
+    assert Preset(**proposed) in tab.use_proposal(proposed, TINY).values()
     assert "No method, steps 25, shift 5" in tab.show_proposal(None, "measured", 0.02, TINY)[0]
     assert "loses at most 0.001" in tab.show_proposal(None, "measured", 0.001, TINY)[0]
     text, proposed, use = tab.show_proposal(None, "measured", 0.1, "another/model")
@@ -349,7 +349,7 @@ def test_before_a_sweep_the_fastest_setting_of_the_search_for_the_model_is_propo
 
 
 def test_what_is_plotted_may_change_during_a_sweep(tab):
-    plots = (str(update[tab.plot]) for update in tab.run_sweep(*SHOWN, TINY, "ann", *values()) if tab.plot in update)
+    plots = (str(update[tab.plot]) for update in tab.run_sweep(*SHOWN, "ann", TINY, *values()) if tab.plot in update)
     assert next(plots) == ""  # nothing is measured yet
     assert SPEEDS["measured"] in next(plots)
     tab.remember_choices("ann", "ssim", "by work", False, 0.1)
@@ -375,24 +375,24 @@ def test_the_base_can_be_a_preset(tab):
 
 
 def test_the_size_says_why_a_sweep_is_not_possible(tab):
-    assert "2 results and their reference" in tab.show_size(TINY, "ann", *values())
-    assert "note bad" in tab.show_size(TINY, "ann", *values(first=("steps", "0")))
-    assert "&lt;b&gt;" in tab.show_size(TINY, "ann", *values(first=("steps", "<b>")))
+    assert "2 results and their reference" in tab.show_size(TINY, *values())
+    assert "note bad" in tab.show_size(TINY, *values(first=("steps", "0")))
+    assert "&lt;b&gt;" in tab.show_size(TINY, *values(first=("steps", "<b>")))
 
 
 def test_a_second_sweep_of_a_visitor_is_refused_while_one_runs(tab):
-    first = tab.run_sweep(*SHOWN, TINY, "ann", *values())
+    first = tab.run_sweep(*SHOWN, "ann", TINY, *values())
     next(first)
-    (refused,) = tab.run_sweep(*SHOWN, TINY, "ann", *values())
+    (refused,) = tab.run_sweep(*SHOWN, "ann", TINY, *values())
     assert "a sweep of yours is running already" in refused[tab.message]
     assert "Stopping" in tab.stop_sweep("ann") and "No sweep is running" in tab.stop_sweep("bob")
     assert "Stopped: 0 of 2" in list(first)[-1][tab.message]
 
 
 def test_the_plot_has_the_sweep_and_on_demand_the_visitors_other_pairs_of_the_prompt(tab):
-    list(tab.run_sweep(*SHOWN, TINY, "ann", *values()))
-    list(tab.run_sweep(*SHOWN, TINY, "ann", *values(prompt="another prompt")))
-    *_, last, _ = tab.run_sweep(*SHOWN, TINY, "ann", *values(first=("steps", "4,8"), plain=True, plain_steps="6"))
+    list(tab.run_sweep(*SHOWN, "ann", TINY, *values()))
+    list(tab.run_sweep(*SHOWN, "ann", TINY, *values(prompt="another prompt")))
+    *_, last, _ = tab.run_sweep(*SHOWN, "ann", TINY, *values(first=("steps", "4,8"), plain=True, plain_steps="6"))
     state = last[tab.state]
     shown = lambda earlier: str(tab.show_plot(state, "ssim", "by work", earlier, 0.1, "ann"))
     assert shown(False).count("data-id") == 3 and shown(True).count("data-id") == 5
@@ -412,7 +412,7 @@ def test_another_model_moves_the_axis_only_from_a_method_that_it_lacks(tab, tmp_
 
 def test_two_axes_have_a_series_for_each_value_of_the_first(tab):
     axes = {"first": ("fastercache.attention_interval", "2,3"), "second": ("steps", "10,5")}
-    *_, last, _ = tab.run_sweep(*SHOWN, TINY, "ann", *values(**axes))
+    *_, last, _ = tab.run_sweep(*SHOWN, "ann", TINY, *values(**axes))
     html = str(last[tab.plot])
     assert ">attention interval 2</span>" in html and ">attention interval 3</span>" in html
 
