@@ -11,6 +11,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from .errors import AccelError, explain_os_error
 
@@ -19,6 +22,7 @@ try:
 except ImportError:  # Windows has none: a second writer is not noticed there
     fcntl = None
 
+M = TypeVar("M", bound=BaseModel)
 PART = ".part"  # folder of results that are not complete yet
 
 
@@ -50,6 +54,16 @@ def read_json(file: Path, remedy: str = "delete it to begin anew") -> dict:
         raise AccelError(explain_os_error(error)) from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise AccelError(f"{file} is damaged ({error}); {remedy}") from None
+
+
+def read_model(kind: type[M], file: Path, what: str) -> M:
+    """The content of a JSON file that is there, checked. Raises AccelError, as in "a.json is no profile: ..."."""
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = " ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise AccelError(f"{file} is no {what}: {problem}") from None
 
 
 def read_utf8(file: Path) -> str:

@@ -19,10 +19,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ..core.trace import DENOISER, Trace
 from ..errors import AccelError
+from ..files import read_model
 from .base import Choices, Method, RunSpec, model_path, report_estimate, run_spec
 
 if TYPE_CHECKING:
@@ -115,10 +116,7 @@ class FittedSolver(Method):
         file = self.file(model)
         if not os.path.isfile(file):  # false for what cannot be a path, too
             raise AccelError(f"there is no solver of {self.steps} steps at {file}: `python -m accel fit` makes one")
-        try:
-            solver = Solver.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise AccelError(f"{file} is no fitted solver: {error.errors()[0]['msg']}") from None
+        solver = read_model(Solver, file, "fitted solver")
         if solver.steps != self.steps:
             raise AccelError(f"{file} is a solver of {solver.steps} steps: set fittedsolver.steps to {solver.steps}")
         return solver

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ValidationError
 
 from ..errors import AccelError, quote
-
-M = TypeVar("M", bound=BaseModel)
+from ..files import M, read_model
 
 
 def load_manifest(folder: Path, file: str, kind: type[M], parameter: str, command: str) -> M:
@@ -24,7 +20,4 @@ def load_manifest(folder: Path, file: str, kind: type[M], parameter: str, comman
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{file}"))
         found = "there are " + ", ".join(others) if others else f"`python -m accel {command}` makes one"
         raise AccelError(f"there is no {what} {quote(folder.name)} ({parameter} names another folder); {found}")
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise AccelError(f"{path} is no {what}: {error.errors()[0]['msg']}") from None
+    return read_model(kind, path, what)

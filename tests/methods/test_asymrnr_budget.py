@@ -72,7 +72,7 @@ def test_profiles_round_trip_and_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere.json' does not exist"):
         load_profile(Path("nowhere.json"), ["a"])
     file.write_text('{"grid": [3, 4, 4], "steps": 20, "rate": 0.5, "costs": {"a": []}}')
-    with pytest.raises(ValueError, match="profile.json is not a profile: costs.a List should have at least 1 item"):
+    with pytest.raises(ValueError, match="profile.json is no profile: costs.a List should have at least 1 item"):
         load_profile(file, ["a"])
 
 
@@ -80,7 +80,7 @@ def test_profiles_round_trip_and_other_files_are_refused(tmp_path):
 def test_a_profile_that_is_not_json_is_refused_in_one_sentence(content, tmp_path):
     file = tmp_path / "profile.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="^profile.json is not a profile: Invalid JSON: [^\n]*$"):
+    with pytest.raises(ValueError, match="profile.json is no profile: Invalid JSON: [^\n]*$"):
         load_profile(file, ["a"])
 
 

@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from ...errors import AccelError, amount, quote
-from ...files import atomic_write
+from ...files import atomic_write, read_model
 
 Pair = tuple[float, float]  # of queries, of keys and values
 Table = dict[str, list[Pair]]  # layer -> one pair for each phase
@@ -129,12 +129,7 @@ def read_profile(path: Path) -> Profile:
     """The profile in a file. Raises AccelError if there is no such file or it is not a profile."""
     if not os.path.isfile(path):  # false for what cannot be a path, too
         raise AccelError(f"profile {quote(str(path))} does not exist: give the path of a JSON file, or leave it empty")
-    try:
-        return Profile.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = " ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        raise AccelError(f"{path.name} is not a profile: {problem}") from None
+    return read_model(Profile, path, "profile")
 
 
 def load_profile(path: Path, layers: list[str]) -> Profile:
