@@ -125,7 +125,8 @@ class CompareTab:
         return [
             self.page.tabs, self.page.model, self.message, self.live, self.run, self.stop, self.shown, self.panes,
             *self.view.components, self.preset, self.preset_note, self.changed, self.estimate, self.examples,
-            self.reference.plain, *self.controls.groups.values(), *self.setting_components,
+            self.reference.plain, self.reference.settings.noise_levels, self.side.noise_levels,
+            *self.controls.groups.values(), *self.setting_components,
         ]  # fmt: skip
 
     @property
@@ -133,7 +134,8 @@ class CompareTab:
         """What `settings_changed` changes."""
         widgets = (widget for widgets in self.controls.parameters.values() for widget in widgets.values())
         return [
-            *self.controls.groups.values(), *widgets, self.side.steps, self.side.guidance, self.changed, self.estimate,
+            *self.controls.groups.values(), *widgets, self.side.steps, self.side.guidance, self.side.noise_levels,
+            self.changed, self.estimate,
         ]  # fmt: skip
 
     def wire(self, page) -> None:
@@ -153,7 +155,12 @@ class CompareTab:
         )  # fmt: skip
         self.follow(self.examples.click(chosen_example, None, self.prompt, **quick))
         reset = self.changed.click(self.reset, inputs, self.outputs, **quick)
-        pinned = self.pin.click(self.pin_candidate, self.shown, [self.message, *self.reference.components], **quick)
+        pinned = self.pin.click(
+            self.pin_candidate,
+            self.shown,
+            [self.message, self.reference.settings.noise_levels, *self.reference.components],
+            **quick,
+        )
         edited = [c.input for c in self.setting_components if hasattr(c, "input")]
         gr.on(edited, self.settings_changed, inputs, self.dependent_outputs, trigger_mode="always_last", **quick)
         self.switched = switched = page.model.input(

@@ -32,7 +32,7 @@ class SideSettings:
             0, MAX_GUIDANCE, guidance, step=0.5, label=f"guidance of the {name}", elem_id=f"guidance-{side}",
             buttons=[], visible="guidance" not in decided,
         )  # fmt: skip
-        with gr.Accordion("Solver", open=False, elem_classes="advanced"):
+        with gr.Accordion("Solver", open=False, elem_classes="advanced", visible=not decided) as self.noise_levels:
             self.solver = gr.Dropdown(SOLVERS, value="default", label=f"solver of the {name}", elem_id=f"solver-{side}")
             self.shift = gr.Number(
                 None, label=f"flow shift of the {name}", elem_id=f"shift-{side}",
@@ -45,14 +45,18 @@ class SideSettings:
         return [self.steps, self.guidance, self.solver, self.shift]
 
     def side(self, values: list[Any], methods: dict[str, dict]) -> Side:
-        """The settings of a side from the values of `components`."""
-        return {**dict(zip(RUN_SETTINGS, values)), "methods": methods}
+        """The settings of a side from the values of `components`; a hidden solver and shift count as not chosen."""
+        hidden = {"solver": "default", "shift": None} if decided_by(methods) else {}
+        return {**dict(zip(RUN_SETTINGS, values)), **hidden, "methods": methods}
 
     def visibility(self, methods: dict[str, dict]) -> dict:
-        """Hide the sliders of what the side's methods decide."""
+        """Hide what the side's methods decide; those that decide anything bring their noise levels too."""
         decided = decided_by(methods)
         sliders = {"steps": self.steps, "guidance": self.guidance}
-        return {slider: gr.update(visible=name not in decided) for name, slider in sliders.items()}
+        return {
+            **{slider: gr.update(visible=name not in decided) for name, slider in sliders.items()},
+            self.noise_levels: gr.update(visible=not decided),
+        }
 
     def updates(self, side: Side) -> dict:
         """The widgets' values for the settings of a side; what is None, or decided by its methods, stays as it is.

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from ..errors import AccelError, amount
 from ..files import only_writer, read_json, write_json
-from ..runtime.models import TINY
+from ..runtime.models import TINY, read_config
 from ..runtime.paths import ROOT
 from .loop import any_process, fit, trainable
 from .optimizer import OptimConfig
@@ -68,7 +68,7 @@ def _train_shipped(what: str, minutes: float | None, resume: bool, out: Path, se
     if what not in (*optims, "all"):
         raise AccelError(f"the setting {setting} has no {what}; it has {', '.join(optims)}")
     file = ROOT / TINY / "training.json"
-    record = read_json(file) if file.is_file() else {}
+    record = read_config(file) if file.is_file() else {}
     began = time.monotonic()
     parts = [part for part in PARTS if part in optims] if what == "all" else [what]
     for old in () if resume else (PARENT, DONE, RUN, "state.pt"):
@@ -142,7 +142,10 @@ def parent_run(record: dict | None, folder: Path) -> dict | None:
     file = folder / PARENT
     if not (folder / "state.pt").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, record)
+        if record:
+            write_json(file, record)
+        else:
+            file.unlink(missing_ok=True)
     return read_json(file) if file.is_file() else None
 
 
@@ -250,7 +253,7 @@ def export_base(what: str, setting: str | None, out: Path) -> dict:
     _write_defaults(model)
     done = {"step": state["step"], "steps": task.optim.steps, "seconds": round(state["seconds"], 1)}
     file = target / "training.json"
-    record = read_json(file) if file.is_file() else {}
+    record = read_config(file) if file.is_file() else {}
     parent = parent_run(record.get("base"), folder)
     about = {"setting": setting, "device": _device_name()} | ({"parent_run": parent} if parent else {})
     write_json(file, {**record, "base": {**about, **done, "optim": task.optim.model_dump()}})

@@ -35,8 +35,8 @@ class CompareStub:
     def follow(self, event) -> None:
         """Nothing here depends on the settings."""
 
-    def show_stored(self, run_id: str, visitor: str) -> dict:
-        return {self.shown: f"{run_id} of {visitor}"}
+    def show_stored(self, run_id: str) -> dict:
+        return {self.shown: run_id}
 
     def show_two(self, first: str, second: str) -> dict:
         return {self.shown: f"{first} and {second}"}
@@ -98,7 +98,7 @@ def test_results_are_selected_by_mouse_and_keyboard_and_shown_in_compare(page, s
     assert page.is_disabled("#history-open") and not page.is_visible(".tile video >> nth=0")
     tiles.nth(0).click()
     page.click("#history-open:enabled")
-    page.wait_for_function(f"document.querySelector('#shown textarea').value === '{newest} of me'")
+    page.wait_for_function(f"document.querySelector('#shown textarea').value === '{newest}'")
     tiles.nth(1).focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("text=Both have the same settings")

@@ -166,14 +166,21 @@ def test_a_changed_parameter_is_listed_and_can_be_set_back(page):
     assert back[interval]["value"] == 2 and back[compare.changed] == ""
 
 
-def test_sliders_of_what_a_method_decides_are_hidden(page):
-    compare, sliders = page.compare, (page.compare.side.steps, page.compare.side.guidance)
-    assert not compare.side.steps.visible and compare.side.guidance.visible  # the first preset is a fitted solver
-    for preset, expected in (("fastercache", [True, True]), ("quick", [False, True]), ("gpd", [False, False])):
+def test_what_a_method_decides_is_hidden(page):
+    compare, side = page.compare, page.compare.side
+    assert [part.visible for part in (side.steps, side.guidance, side.noise_levels)] == [False, True, False]
+    shown = {"fastercache": [True, True, True], "quick": [False, True, False], "gpd": [False, False, False]}
+    for preset, expected in shown.items():
         loaded = compare.load_preset(TINY, preset)
         changed = compare.settings_changed(TINY, preset, *values_of(page, loaded))
-        assert [loaded[slider]["visible"] for slider in sliders] == expected
-        assert [changed[slider]["visible"] for slider in sliders] == expected
+        for updates in (loaded, changed):
+            assert [updates[part]["visible"] for part in (side.steps, side.guidance, side.noise_levels)] == expected
+
+
+def test_a_solver_that_a_student_has_hidden_counts_as_not_chosen(page):
+    values = values_of(page, {**page.compare.load_preset(TINY, "gpd"), page.compare.side.solver: "euler"})
+    candidate = page.compare.settings(TINY, values).candidate
+    assert (candidate["solver"], candidate["shift"]) == ("default", None)
 
 
 def test_stop_without_a_run_says_so_and_stops_no_sweep(page):

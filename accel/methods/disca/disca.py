@@ -58,7 +58,7 @@ class State(FullStepRun):
 
 
 class DisCa(Method):
-    """Predicts the output of all blocks between full steps, by a small network or a series; best on `meanflow`."""
+    """Predicts the output of all blocks between full steps, by a small network or a series; made for `meanflow`."""
 
     title: ClassVar[str] = "DisCa"
     paper: ClassVar[str] = "arXiv 2602.05449"
