@@ -213,7 +213,7 @@ def _gpu_table(found: dict) -> str:
     baseline, rows = found["rows"]["baseline"]["peak_memory_bytes"], []
     for name, row in found["rows"].items():
         figures = [f"{row[key]:.2f}" if key in row else "-" for key in ("speedup", "work", "efficiency", "roofline")]
-        memory = [f"{n / 1e9:.1f} GB" for n in (row["peak_memory_bytes"], row["peak_memory_bytes"] - baseline)]
+        memory = [f"{n / 2**30:.1f} GiB" for n in (row["peak_memory_bytes"], row["peak_memory_bytes"] - baseline)]
         rows.append([name, f"{row['seconds']:.1f}", *figures, *memory])
     head = [
         "setting",
