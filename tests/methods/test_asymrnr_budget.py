@@ -80,7 +80,7 @@ def test_profiles_round_trip_and_other_files_are_refused(tmp_path):
 def test_a_profile_that_is_not_json_is_refused_in_one_sentence(content, tmp_path):
     file = tmp_path / "profile.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="profile.json is no profile: Invalid JSON: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*profile.json is no profile: Invalid JSON: [^\n]*$"):
         load_profile(file, ["a"])
 
 

@@ -118,7 +118,7 @@ def test_students_that_are_missing_damaged_or_of_another_base_are_refused(studen
     file.write_text(json.dumps({**facts, "base_fingerprint": [m + 1 for m in facts["base_fingerprint"]]}))
     refuses(student, "student 'gpd-N6' was made from another base model: train it from this one")
     file.write_text(json.dumps({"steps": 6}))
-    refuses(student, "gpd.json is no student: .* Field required")
+    refuses(student, "gpd.json is no student: sigmas Field required")
     file.write_bytes(b"\x89PNG\xff")
     refuses(student, "gpd.json is no student: Invalid JSON: ")
 
