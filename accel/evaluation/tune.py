@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
+import torch
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -90,8 +91,11 @@ def _judged(judge: Judge, preset: Preset) -> dict:
     try:
         return judge(preset)
     except AccelError as error:
-        settings = preset.model_dump(exclude_defaults=True)
-        return {"preset": settings, "work": 1.0, "speed": 1.0, "ssim": 0.0, "refused": str(error)}
+        refused = str(error)
+    except torch.OutOfMemoryError:
+        refused = "there is not enough memory"
+    settings = preset.model_dump(exclude_defaults=True)
+    return {"preset": settings, "work": 1.0, "speed": 1.0, "ssim": 0.0, "refused": refused}
 
 
 def open_study(out: Path, key: str) -> optuna.Study:

@@ -13,10 +13,16 @@ def limit_threads(quota: Path = QUOTA) -> None:
 
     With more threads than CPUs the system stops all of them for a part of the time, and times mean nothing.
     """
+    if cpus := cpu_quota(quota):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
+
+
+def cpu_quota(quota: Path = QUOTA) -> int | None:
+    """The number of CPUs that a container may use; None where it may use all that it has."""
     try:
         allowed, period = quota.read_text().split()
     except (OSError, ValueError):  # no quota that is told in this way
-        return
-    if allowed != "max":
-        cpus = min(len(os.sched_getaffinity(0)), round(int(allowed) / int(period)))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus)))
+        return None
+    if allowed == "max":
+        return None
+    return max(1, min(len(os.sched_getaffinity(0)), round(int(allowed) / int(period))))

@@ -195,8 +195,9 @@ class JobSpec(ABC):
 
 
 def run_job(
-    spec: JobSpec, optim: OptimConfig, job: DistillJob, device: str, minutes: float | None, resume: bool, out: Path
-) -> dict:
+    spec: JobSpec, optim: OptimConfig, job: DistillJob, device: str, minutes: float | None, resume: bool, out: Path,
+    save_every: float = 400,
+) -> dict:  # fmt: skip
     """Distil a model and store its students; returns a summary of the stages.
 
     Students go into the folder of a local model, or into `out` for an ablation or a hub id. Raises AccelError for a job
@@ -218,7 +219,7 @@ def run_job(
             print(line, file=sys.stderr)
         save_stage = lambda results: spec.save_stage(task, origin, results, target, out)
         validator = spec.validator(task, loaded)
-        done = distil(task, validator, optims, out, save_stage, remaining(minutes, began), resume)
+        done = distil(task, validator, optims, out, save_stage, remaining(minutes, began), resume, save_every)
     return {**{key: origin[key] for key in spec.reported}, **totals(optims, done)}
 
 

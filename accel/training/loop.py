@@ -50,7 +50,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def fit(
     task: Task, folder: Path, *, minutes: float | None, resume: bool, save_every: float = 400,
-    should_end: Callable[[int], bool] = lambda step: False, check_every: int = 25,
+    should_end: Callable[[int], bool] | None = None, check_every: int = 25,
 ) -> dict:  # fmt: skip
     """Train until the last step, the end of the time, or Ctrl-C; returns a summary. A later `resume` continues.
 
@@ -80,7 +80,7 @@ def fit(
             logs = _step(task, accelerator, model, optimizers, ema, step)
             before, step, made, now = step, pace.next_step(step), made + 1, time.monotonic()
             note(before, step, spent + now - began, logs)
-            if step // check_every > before // check_every:
+            if should_end and step // check_every > before // check_every:
                 with ema_weights(task.module, ema):
                     ended = any_process(should_end(step))
             over = any_process(stopped() or (minutes is not None and now - began > 60 * minutes))

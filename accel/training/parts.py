@@ -77,6 +77,7 @@ def _train_shipped(what: str, minutes: float | None, resume: bool, out: Path, se
     for part in parts:
         left, optim, done_file = remaining(minutes, began), OptimConfig(**optims[part]), out / part / DONE
         if what == "all" and resume and done_file.is_file():
+            _check_done(record.get(part), done_file)
             continue
         if part != parts[0] and any_process(left is not None and left <= 0):
             break
@@ -158,6 +159,17 @@ def check_run(folder: Path, setting: str, optim: OptimConfig) -> None:
     elif file.is_file() and (begun := read_json(file)) != about:
         other = f"--setting {begun['setting']}" if begun["setting"] != setting else "other settings of its optimizer"
         raise AccelError(f"{folder} was begun with {other}: go on with these, or start without --resume")
+
+
+def _check_done(record: dict | None, done_file: Path) -> None:
+    """Raise AccelError if the model holds another run of a part than the one that was finished here: later parts would
+    be trained on it."""
+    if record != read_json(done_file):
+        part = done_file.parent.name
+        raise AccelError(
+            f"{TINY} holds another {part} than the one that was finished in {done_file.parent}: bring back the weights "
+            "that it wrote, or start without --resume"
+        )
 
 
 def _clear_finished(part: str, out: Path) -> None:
@@ -282,4 +294,5 @@ def train_student(what: str, minutes: float | None, resume: bool, out: Path, set
         raise AccelError("the base model comes first: python -m accel train base")
     kind = _setting_name(setting) if distill_job.is_toy() else "others"
     spec = next(spec for spec in (GpdJob(), MeanFlowJob(), PredictorJob()) if spec.method == what)
-    return run_job(spec, OptimConfig(**OPTIM_CONFIGS[kind][what]), distill_job, device, minutes, resume, out)
+    optim, save_every = OptimConfig(**OPTIM_CONFIGS[kind][what]), SETTINGS[kind].save_every if kind in SETTINGS else 400
+    return run_job(spec, optim, distill_job, device, minutes, resume, out, save_every)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
 from ..files import read_json, write_json
-from .loop import any_process, fit, trainable
+from .loop import any_process, fit, save_atomically, trainable
 from .networks import Networks
 from .optimizer import OptimConfig
 from .tasks.student_task import StagedTask
@@ -21,12 +22,13 @@ VALIDATE_EVERY = 25  # iterations
 
 def distil(
     task: StagedTask, validator: Validator, optims: Sequence[OptimConfig], out: Path,
-    save_stage: Callable[[dict], None], minutes: float | None = None, resume: bool = False,
+    save_stage: Callable[[dict], None], minutes: float | None = None, resume: bool = False, save_every: float = 400,
 ) -> dict:  # fmt: skip
     """Train all stages, or as many as the time allows; returns a summary with the results of each finished stage.
 
     The main process calls `save_stage(results)` to store a stage's student. A finished stage leaves `done.json` and
     `student.pt` in its folder and is not trained again on resume. After Ctrl-C the summary has "stopped".
+    `save_every`: seconds between checkpoints.
     """
     began, stages, stopped = time.monotonic(), {}, {}
     for stage, (name, horizon) in enumerate(task.stages.items()):
@@ -36,10 +38,10 @@ def distil(
             _restore(task, folder)
             stages[name] = read_json(done)
         else:
-            left = remaining(minutes, began)
-            if any_process(left is not None and left <= 0):
+            left = partial(remaining, minutes, began)
+            if any_process(minutes is not None and left() <= 0):
                 break
-            results, stopped = _train(task, horizon, validator, folder, left, resume)
+            results, stopped = _train(task, horizon, validator, folder, left, resume, save_every)
             if results is None:
                 break
             stages[name] = results
@@ -53,11 +55,13 @@ def distil(
 
 
 def _train(
-    task: StagedTask, horizon: int, validator: Validator, folder: Path, minutes: float | None, resume: bool
-) -> tuple[dict | None, dict]:
+    task: StagedTask, horizon: int, validator: Validator, folder: Path, left: Callable[[], float | None], resume: bool,
+    save_every: float,
+) -> tuple[dict | None, dict]:  # fmt: skip
     """Train one stage and leave its student in the task and in `student.pt`.
 
-    Returns the results, or None if the stage is not finished, and {"stopped": True} after Ctrl-C, else {}.
+    Returns the results, or None if the stage is not finished, and {"stopped": True} after Ctrl-C, else {}. `left` gives
+    the minutes that are left: what comes before the first step takes some.
     """
     begun = resume and (folder / "state.pt").is_file()
     if task.stage == 0 and not begun:
@@ -65,7 +69,10 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     monitor = StageMonitor(validator, task.module, horizon, folder / "monitor.pt", begun)
     should_end = lambda step: monitor.validate(step) or task.diverged
-    summary = fit(task, folder, minutes=minutes, resume=resume, should_end=should_end, check_every=VALIDATE_EVERY)
+    summary = fit(
+        task, folder, minutes=left(), resume=resume, save_every=save_every, should_end=should_end,
+        check_every=VALIDATE_EVERY,
+    )  # fmt: skip
     stopped = {"stopped": True} if summary.pop("stopped", False) else {}
     if summary["step"] < summary["steps"] and "ended" not in summary:
         return None, stopped
@@ -74,7 +81,7 @@ def _train(
     if task.keep_best or monitor.diverged:
         monitor.restore_best()
     if PartialState().is_main_process:
-        torch.save([p.detach().cpu() for p in trainable(task.module)], folder / "student.pt")
+        save_atomically([p.detach().cpu() for p in trainable(task.module)], folder / "student.pt")
     errors = {
         "velocity_mse": validator.error(task.module, horizon),
         "final_latent_error": validator.final_latent_error(task.module, horizon),

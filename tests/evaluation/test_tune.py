@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 
 from accel.errors import AccelError
 from accel.evaluation import tune as tune_module
@@ -80,6 +81,18 @@ def test_tries_that_the_model_refuses_are_left_out_and_a_search_without_any_othe
     rows = search("more", 12)
     assert rows and all("refused" not in row for row in rows)
     assert "tries were refused; the first one: no unipc here" in capsys.readouterr().err
+
+
+def test_a_try_that_needs_too_much_memory_is_left_out(search, monkeypatch, capsys):
+    def lack_memory(judge, preset):
+        if preset.steps == 50:
+            raise torch.OutOfMemoryError
+        return judged(judge, preset)
+
+    judged = Counted.__call__
+    monkeypatch.setattr(Counted, "__call__", lack_memory)
+    assert search("known alone", 4)
+    assert "2 of 4 tries were refused; the first one: there is not enough memory" in capsys.readouterr().err
 
 
 def test_any_seed_can_be_searched_with(search):

@@ -96,7 +96,11 @@ def test_a_resumed_training_of_all_parts_begins_with_the_first_that_is_not_finis
     assert trained == ["vae", "base"] and first["base"]["step"] == 0
     record = train_parts("all", None, True, tmp_path / "out", "small")
     assert trained == ["vae", "base", "base"] and record["base"]["step"] == 1
-    assert json.loads((tmp_path / TINY / "training.json").read_text()).keys() == {"vae", "base"}
+    file = tmp_path / TINY / "training.json"
+    assert json.loads(file.read_text()).keys() == {"vae", "base"}
+    file.write_text(json.dumps(record | {"vae": {"step": 7}}))
+    with pytest.raises(AccelError, match="holds another vae than the one that was finished in"):
+        train_parts("all", None, True, tmp_path / "out", "small")
 
 
 def test_a_training_refuses_a_folder_in_which_another_one_writes(tmp_path):

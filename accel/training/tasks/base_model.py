@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ...files import atomic_write
+from ...runtime.cpu_quota import cpu_quota
 from ...runtime.latents import normalize
 from ...runtime.models import record_hashes
 from ...world.render import render
@@ -186,8 +187,8 @@ class Clips(Dataset):
 
 
 def rendered(scenes: list[Scene], frames: int, size: int, device: str) -> DataLoader:
-    """Batches of rendered scenes, in order. For a GPU, which would wait for them, all cores of the CPU render."""
-    workers = os.cpu_count() if torch.device(device).type == "cuda" else 0
+    """Batches of rendered scenes, in order. For a GPU, which would wait for them, all CPUs that may be used render."""
+    workers = (cpu_quota() or os.cpu_count()) if torch.device(device).type == "cuda" else 0
     return DataLoader(Clips(scenes, frames, size), 16, num_workers=workers, collate_fn=list)
 
 
