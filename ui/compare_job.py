@@ -49,9 +49,8 @@ class CompareJob:
 
 
 def build_side(defaults: ModelDefaults, settings: dict, side: Side) -> Run:
-    """The run of a side. A student's own steps and guidance replace those of the widgets."""
-    own = required_settings(side["methods"])
-    return parse_run(defaults, {**settings, **side, **own})
+    """The run of a side. What its methods require replaces what the widgets say."""
+    return parse_run(defaults, {**settings, **side, **required_settings(side["methods"])})
 
 
 def make_pair(

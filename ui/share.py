@@ -23,6 +23,7 @@ from accel.errors import AccelError
 from accel.methods import METHODS
 from accel.runtime.models import TINY, ModelDefaults, read_defaults
 from accel.runtime.presets import (
+    OWN_NOISE_LEVELS,
     RUN_SETTINGS,
     Preset,
     build_methods,
@@ -31,7 +32,7 @@ from accel.runtime.presets import (
     normalize_methods,
     preset_names,
 )
-from accel.runtime.repeat import SOLVER, changed_methods, preset_of, reference_of
+from accel.runtime.repeat import changed_methods, preset_of, reference_of
 from accel.runtime.run import parse_run
 
 MAX_LINK = 12 * 1024  # characters of `p`; the longest prompt in any script takes less
@@ -69,8 +70,8 @@ def link_parameter(report: dict) -> str:
 def link_query(report: dict) -> str:
     """The query that restores a pair's settings: readable where names and numbers say all, else `p=`."""
     name, reference = preset_of(report["methods"]), reference_of(report)
-    stock = {**SOLVER, **(read_defaults(report["model"]) or ModelDefaults()).model_dump(), "methods": {}}
-    plain = all(reference.get(key, stock[key]) == stock[key] for key in (*SOLVER, "steps", "guidance", "methods"))
+    stock = {**OWN_NOISE_LEVELS, **(read_defaults(report["model"]) or ModelDefaults()).model_dump(), "methods": {}}
+    plain = all(reference.get(key, stock[key]) == stock[key] for key in (*RUN_SETTINGS, "methods"))
     if name and plain and report["model"] == TINY:
         readable = urlencode({"preset": name, "model": TINY, **_given(report, RUN)})
         if len(readable) <= MAX_READABLE:
@@ -184,7 +185,7 @@ def _unpack(text: str) -> dict[str, Any]:
 
 def _given(run: dict, keys: Collection[str]) -> dict[str, Any]:
     """Those settings of a run that are not the model's own."""
-    return {key: run[key] for key in keys if run.get(key) not in (None, SOLVER.get(key))}
+    return {key: run[key] for key in keys if run.get(key) not in (None, OWN_NOISE_LEVELS.get(key))}
 
 
 def _refuse_constant(name: str):

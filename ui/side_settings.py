@@ -32,7 +32,9 @@ class SideSettings:
             0, MAX_GUIDANCE, guidance, step=0.5, label=f"guidance of the {name}", elem_id=f"guidance-{side}",
             buttons=[], visible="guidance" not in decided,
         )  # fmt: skip
-        with gr.Accordion("Solver", open=False, elem_classes="advanced", visible=not decided) as self.noise_levels:
+        with gr.Accordion(
+            "Solver", open=False, elem_classes="advanced", visible="solver" not in decided
+        ) as self.noise_levels:
             self.solver = gr.Dropdown(SOLVERS, value="default", label=f"solver of the {name}", elem_id=f"solver-{side}")
             self.shift = gr.Number(
                 None, label=f"flow shift of the {name}", elem_id=f"shift-{side}",
@@ -45,17 +47,16 @@ class SideSettings:
         return [self.steps, self.guidance, self.solver, self.shift]
 
     def side(self, values: list[Any], methods: dict[str, dict]) -> Side:
-        """The settings of a side from the values of `components`; a hidden solver and shift count as not chosen."""
-        hidden = {"solver": "default", "shift": None} if decided_by(methods) else {}
-        return {**dict(zip(RUN_SETTINGS, values)), **hidden, "methods": methods}
+        """The settings of a side from the values of `components`; what is hidden is as the methods decide it."""
+        return {**dict(zip(RUN_SETTINGS, values)), **decided_by(methods), "methods": methods}
 
     def visibility(self, methods: dict[str, dict]) -> dict:
-        """Hide what the side's methods decide; those that decide anything bring their noise levels too."""
+        """Hide what the side's methods decide."""
         decided = decided_by(methods)
         sliders = {"steps": self.steps, "guidance": self.guidance}
         return {
             **{slider: gr.update(visible=name not in decided) for name, slider in sliders.items()},
-            self.noise_levels: gr.update(visible=not decided),
+            self.noise_levels: gr.update(visible="solver" not in decided),
         }
 
     def updates(self, side: Side) -> dict:
@@ -71,12 +72,12 @@ class SideSettings:
         return {**new, self.solver: side.get("solver") or "default", self.shift: side.get("shift")}
 
 
-def decided_by(methods: dict[str, dict]) -> set[str]:
-    """The run settings ("steps", "guidance") that methods bring with them; none where they do not go together."""
+def decided_by(methods: dict[str, dict]) -> dict[str, Any]:
+    """The run settings that methods bring with them; none where they do not go together, which a run will say."""
     try:
-        return set(required_settings(methods))
+        return required_settings(methods)
     except AccelError:
-        return set()
+        return {}
 
 
 class ReferenceControls:

@@ -70,14 +70,13 @@ def pair_maker(
 ) -> Callable:  # fmt: skip
     """A function of the defaults that returns the runs a (baseline) and b (with the methods of `settings`).
 
-    `separate`: where b runs a student, steps and guidance that it requires, solver and shift apply to a alone.
+    `separate`: settings that the methods of b decide, as those of a student do, apply to a alone.
     """
     from ..runtime.run import build_run
 
     required = required_settings(settings["methods"]) if separate else {}
-    of_a_alone = {*required, "solver", "shift"} if required else set()
     given = dict(zip(RUN_SETTINGS, (steps, guidance, solver, shift)))
-    of_b = {key: settings[key] if value is None else value for key, value in given.items() if key not in of_a_alone}
+    of_b = {key: settings[key] if value is None else value for key, value in given.items() if key not in required}
     return lambda defaults: (
         build_run(defaults, **common, **given),
         build_run(defaults, **common, methods=settings["methods"], **of_b),

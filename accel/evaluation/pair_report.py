@@ -10,8 +10,8 @@ from pathlib import Path
 from ..errors import AccelError
 from ..files import atomic_write
 from ..runtime.models import TINY
-from ..runtime.presets import build_methods
-from ..runtime.repeat import SOLVER, command, preset_yaml, python_code, reference_of
+from ..runtime.presets import OWN_NOISE_LEVELS, RUN_SETTINGS, build_methods
+from ..runtime.repeat import command, preset_yaml, python_code, reference_of
 from .markup import render
 from .metrics import metric_texts
 from .report import machine
@@ -129,8 +129,8 @@ def _labelled(video, text: str, count: int, height: int, width: int):
 
 def _settings(report: dict) -> list[tuple[str, str, str]]:
     """(name, value of the reference, value of the candidate) of every setting of a pair."""
-    a, b = reference_of(report), {**SOLVER, **report}
-    names = ["prompt", "seed", "model", "height", "width", "frames", "steps", "guidance", *SOLVER]
+    a, b = reference_of(report), {**OWN_NOISE_LEVELS, **report}
+    names = ["prompt", "seed", "model", "height", "width", "frames", *RUN_SETTINGS]
     rows = [(name, _text(a.get(name)), _text(b.get(name))) for name in names]
     of_a, of_b = (_parameters(run["methods"]) for run in (a, b))
     return rows + [(name, of_a.get(name, "-"), of_b.get(name, "-")) for name in {**of_a, **of_b}]

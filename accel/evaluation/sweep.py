@@ -148,11 +148,9 @@ def expand(
 
 
 def with_student(settings: dict, kept: Container[str] = ()) -> dict:
-    """Settings with the steps, guidance and noise levels that their student requires, but for the names in `kept`."""
-    if not (required := required_settings(settings["methods"])):
-        return settings
-    own = {**required, "solver": None, "shift": None}
-    return {**settings, **{key: value for key, value in own.items() if key not in kept}}
+    """Settings with what their methods require of the run, but for the names in `kept`."""
+    required = required_settings(settings["methods"])
+    return {**settings, **{key: value for key, value in required.items() if key not in kept}}
 
 
 def check_available(cell: Cell, model: str) -> None:

@@ -21,6 +21,7 @@ from .paths import ROOT
 FOLDER = ROOT / "presets"
 Solver = Literal["default", "unipc", "euler", "dpm++2m", "dpm++2s"]  # "default": the model's own
 RUN_SETTINGS = ("steps", "guidance", "solver", "shift")  # of a run, that a preset may hold beside its methods
+OWN_NOISE_LEVELS = {"solver": "default", "shift": None}  # values of a run with the model's or a method's noise levels
 MAX_SENTENCE = 300  # characters of what a validator says of a value
 M = TypeVar("M", bound=BaseModel)
 
@@ -140,15 +141,18 @@ def field_schema(model: type[BaseModel], name: str) -> dict:
     return next((s for s in field.get("anyOf", []) if s.get("type") != "null"), field)
 
 
-def required_settings(settings: dict[str, dict]) -> dict[str, float]:
-    """The `steps` and `guidance` that methods require of a run. Raises AccelError if some do not go together."""
+def required_settings(settings: dict[str, dict]) -> dict[str, Any]:
+    """What methods decide of a run: for a student and a fitted solver all of `RUN_SETTINGS`, for others nothing.
+
+    Raises AccelError if some do not go together.
+    """
     methods = build_methods(settings)
     check_combination(methods)
     required = {name: method.required_settings() for name, method in zip(settings, methods)}
     required = {name: values for name, values in required.items() if values}
     if len(required) > 1:
         raise AccelError(f"{' and '.join(required)} do not go together: each brings its own noise levels")
-    return next(iter(required.values()), {})
+    return next(({**values, **OWN_NOISE_LEVELS} for values in required.values()), {})
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -14,9 +14,7 @@ import yaml
 from ..errors import AccelError
 from ..methods import METHODS
 from .models import TINY, ModelDefaults, read_defaults
-from .presets import RUN_SETTINGS, load_preset, preset_names, required_settings
-
-SOLVER = {"solver": "default", "shift": None}  # settings that runs of an earlier version lack, and their values then
+from .presets import OWN_NOISE_LEVELS, RUN_SETTINGS, load_preset, preset_names, required_settings
 
 
 def python_code(run: dict[str, Any]) -> str:
@@ -43,8 +41,8 @@ def python_code(run: dict[str, Any]) -> str:
 
 def _scheduler(run: dict[str, Any]) -> tuple[str, str]:
     """The lines of code that import what sets the solver of a run, and that set it; empty for the model's own."""
-    values = {key: run.get(key, value) for key, value in SOLVER.items()}
-    if values == SOLVER:
+    values = {key: run.get(key, value) for key, value in OWN_NOISE_LEVELS.items()}
+    if values == OWN_NOISE_LEVELS:
         return "", ""
     given = ", ".join(f"{key}={value!r}" for key, value in {**values, "steps": run["steps"]}.items())
     imports = "from types import SimpleNamespace\n\nfrom accel.runtime.solvers import build_scheduler\n"
@@ -68,7 +66,7 @@ def reference_of(report: dict[str, Any]) -> dict[str, Any]:
     shared = {key: report[key] for key in ("model", "prompt", "seed", "height", "width", "frames")}
     if "reference" in report:
         return {**shared, **report["reference"]}
-    return {**shared, **SOLVER, "steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
+    return {**shared, **OWN_NOISE_LEVELS, "steps": report["steps_a"], "guidance": report["guidance_a"], "methods": {}}
 
 
 def check_repeatable(report: dict[str, Any]) -> None:
@@ -88,7 +86,7 @@ def preset_yaml(run: dict[str, Any]) -> str:
     notes = [f"# {key}: {json.dumps(run[key])}" for key in ("model", "prompt", "seed")]
     required = required_settings(run["methods"])
     fields = [key for key in RUN_SETTINGS if key not in required]
-    values = {key: run[key] for key in fields if run.get(key) not in (None, SOLVER.get(key))}
+    values = {key: run[key] for key in fields if run.get(key) not in (None, OWN_NOISE_LEVELS.get(key))}
     preset = {**values, "methods": changed_methods(run["methods"])}
     return "\n".join(notes) + "\n" + yaml.safe_dump(preset, sort_keys=False, allow_unicode=True)
 
@@ -115,12 +113,11 @@ def _method(name: str, parameters: dict[str, Any]) -> str:
 
 
 def _one_command(reference: dict[str, Any], candidate: dict[str, Any]) -> bool:
-    """Whether `compare` can say both runs: its options apply to both, but to the reference alone beside a student."""
+    """Whether `compare` can say both runs: its options apply to both, but for what the candidate's methods decide."""
     required = required_settings(candidate["methods"])
-    of_a_alone = {*required, *SOLVER} if required else set()
-    values = lambda run: {**SOLVER, **{k: run[k] for k in RUN_SETTINGS if k in run}}
+    values = lambda run: {**OWN_NOISE_LEVELS, **{k: run[k] for k in RUN_SETTINGS if k in run}}
     a, b = values(reference), values(candidate)
-    return not reference["methods"] and all(key in of_a_alone or a[key] == b[key] for key in a)
+    return not reference["methods"] and all(key in required or a[key] == b[key] for key in a)
 
 
 def _options(run: dict[str, Any], methods: dict[str, dict]) -> str:
@@ -128,7 +125,7 @@ def _options(run: dict[str, Any], methods: dict[str, dict]) -> str:
     defaults = read_defaults(run["model"])
     values = {"prompt": run["prompt"], "seed": run["seed"], "steps": run["steps"], "guidance": run["guidance"]}
     values |= {k: run[k] for k in ("height", "width", "frames") if not defaults or run[k] != getattr(defaults, k)}
-    values |= {key: run[key] for key, value in SOLVER.items() if run.get(key, value) != value}
+    values |= {key: run[key] for key, value in OWN_NOISE_LEVELS.items() if run.get(key, value) != value}
     values |= {"model": run["model"]} if run["model"] != TINY else {}
     words = [*(word for key, value in values.items() for word in _option(key, value)), *_method_options(methods)]
     return " ".join(shlex.quote(word) for word in words)

@@ -10,7 +10,16 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from ..errors import AccelError, quote
 from ..methods import METHODS
 from .models import ModelDefaults, read_config, resolve
-from .presets import Solver, describe_range, explain, is_text, normalize, normalize_methods, required_settings
+from .presets import (
+    OWN_NOISE_LEVELS,
+    Solver,
+    describe_range,
+    explain,
+    is_text,
+    normalize,
+    normalize_methods,
+    required_settings,
+)
 
 MAX_PROMPT_LENGTH = 2000  # characters
 SOLVERS: tuple[str, ...] = get_args(Solver)
@@ -81,18 +90,19 @@ def build_run(defaults: ModelDefaults, /, **settings) -> Run:
         raise AccelError(sentence) from None
 
 
-def _check_required(given: dict[str, Any], required: dict[str, float]) -> None:
-    """Raise AccelError where settings contradict what a student requires. It also brings its own noise levels."""
+def _check_required(given: dict[str, Any], required: dict[str, Any]) -> None:
+    """Raise AccelError where settings contradict what a student or a fitted solver requires."""
     names = " + ".join(given.get("methods", ()))
     for key, value in required.items():
-        if given.get(key, value) != value:
-            parameters = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
-            hint = f"; set {' or '.join(parameters)} instead" if parameters else ""
-            raise AccelError(
-                f"{key} = {quote(given[key])} is not possible with {names}, which needs {key} = {value:g}{hint}"
-            )
-    if required and (given.get("solver", "default") != "default" or "shift" in given):
-        raise AccelError(f"a solver or shift is not possible with {names}, which brings its own noise levels")
+        if given.get(key, value) == value:
+            continue
+        if key in OWN_NOISE_LEVELS:
+            raise AccelError(f"a solver or shift is not possible with {names}, which brings its own noise levels")
+        parameters = [f"{name}.{key}" for name in given["methods"] if key in METHODS[name].model_fields]
+        hint = f"; set {' or '.join(parameters)} instead" if parameters else ""
+        raise AccelError(
+            f"{key} = {quote(given[key])} is not possible with {names}, which needs {key} = {value:g}{hint}"
+        )
 
 
 def check_size(run: Run, pipe) -> None:

@@ -86,8 +86,10 @@ def test_a_preset_sets_the_methods_that_it_names(page, name):
     settings = page.compare.settings(TINY, values_of(page, updates))
     installed = {method for method in preset.methods if METHODS[method].is_installed()}
     assert set(settings.candidate["methods"]) == installed
-    own = None if "steps" in required_settings(preset.methods) else preset.steps  # a student's do not stay behind
-    assert settings.candidate["steps"] == (own or 50)
+    required = required_settings(preset.methods)
+    assert settings.candidate["steps"] == (required.get("steps") or preset.steps or 50)
+    if required:  # a student's steps do not stay behind in the slider
+        assert "value" not in updates[page.compare.side.steps]
     assert ("without its package" in updates[page.compare.preset_note]) == (installed != set(preset.methods))
 
 
