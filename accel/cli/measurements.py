@@ -12,6 +12,7 @@ from ..files import only_writer, read_utf8
 from ..runtime.models import TINY
 from ..runtime.presets import RUN_SETTINGS
 from .options import (
+    Frames,
     Guidance,
     Model,
     Out,
@@ -114,7 +115,7 @@ def sweep(
     prompt: Annotated[str, typer.Option(help="What to generate; default: the first example of the model.")] = None,
     seed: Seed = 0, preset: PresetName = None, set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
-    height: Size = None, width: Size = None, frames: Size = None,
+    height: Size = None, width: Size = None, frames: Frames = None,
     plain_steps: Annotated[str, typer.Option(help="Also measure the baseline in these steps: 10,20,30.")] = "",
     out: Out = Path("runs/sweep"),
 ) -> None:  # fmt: skip

@@ -21,18 +21,19 @@ from ..runtime.presets import (
 )
 
 Prompt = Annotated[str, typer.Option(help="What to generate; tiny-wan knows examples/prompts/toy.txt.")]
-Seed = Annotated[int, typer.Option(help="Seed of the initial noise, or of the sampled scenes.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
 PresetName = Annotated[
     str,
     typer.Option("--preset", help="A name in presets/, a YAML file or none; default: none with --set, else stepcache."),
 ]
 Sets = Annotated[list[str], typer.Option("--set", help="Change a parameter: fastercache.attention_interval=3; repeat.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps; default: the preset's, else the model's.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale; default: the preset's, else the model's.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps; default: a given preset's, else the model's.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale; default: a given preset's, else the model's.")]
 SolverName = Annotated[str, typer.Option("--solver", help="default (the model's), unipc, euler, dpm++2m or dpm++2s.")]
-Shift = Annotated[float, typer.Option(help="Flow shift of the noise levels; default: the preset's, else the model's.")]
+Shift = Annotated[float, typer.Option(help="Flow shift; default: a given preset's, else the model's.")]
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.")]
-Size = Annotated[int, typer.Option(min=1, help="In pixels, or the number of frames; default: the model's.")]
+Size = Annotated[int, typer.Option(min=1, help="In pixels; default: the model's.")]
+Frames = Annotated[int, typer.Option(min=1, help="Number of frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
 DEFAULT_PRESET = "stepcache"
 INTERRUPTED = 130  # exit code after Ctrl-C

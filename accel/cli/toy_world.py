@@ -9,13 +9,14 @@ import typer
 from tqdm import tqdm
 
 from ..files import all_or_nothing, write_json
-from .options import Out, Seed, print_json
+from .options import Out, print_json
 
 JUDGED_WIDTH = 96  # columns: in fewer, small shapes cannot be told apart, and more tell the judge nothing
 
 
 def sample(
-    n: Annotated[int, typer.Option(min=1, help="Scenes.")] = 16, seed: Seed = 0,
+    n: Annotated[int, typer.Option(min=1, help="Scenes.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
     size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 96,
     frames: Annotated[int, typer.Option(min=1, help="Frames of each scene.")] = 33,
     held_out: Annotated[bool, typer.Option(help="Only combinations that are held out of training.")] = False,

@@ -12,6 +12,7 @@ from ..errors import AccelError
 from ..files import all_or_nothing, write_json
 from ..runtime.models import TINY
 from .options import (
+    Frames,
     Guidance,
     Model,
     Out,
@@ -38,7 +39,7 @@ def run(
     context: typer.Context,
     prompt: Prompt = None, seed: Seed = 0, preset: PresetName = None, set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
-    height: Size = None, width: Size = None, frames: Size = None,
+    height: Size = None, width: Size = None, frames: Frames = None,
     source: Annotated[Path, typer.Option("--from", help="Repeat the run stored in a video made here.")] = None,
     out: Out = Path("runs/run"),
 ) -> None:  # fmt: skip
@@ -94,7 +95,7 @@ def read_run(source: Path) -> dict:
 def compare(
     prompt: Prompt, seed: Seed = 0, preset: PresetName = None, set_: Sets = None,
     steps: Steps = None, guidance: Guidance = None, solver: SolverName = None, shift: Shift = None, model: Model = TINY,
-    height: Size = None, width: Size = None, frames: Size = None,
+    height: Size = None, width: Size = None, frames: Frames = None,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Times that a and b are generated in turn.")] = 3,
     out: Out = Path("runs/compare"),
 ) -> None:  # fmt: skip

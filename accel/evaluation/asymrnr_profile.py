@@ -155,7 +155,7 @@ def _report(lines: list[dict], costs: Table, about: dict) -> str:
     spans = [f"{feature}, span {s + 1}" for s in range(SPANS) for feature in FEATURES]
     single = [[layer, *(f"{cost:.4f}" for pair in spans_of for cost in pair)] for layer, spans_of in costs.items()]
     return (
-        f"{about['model']}, {about['prompts']} held-out prompts, {about['steps']} steps, {about['device']}, "
+        f"{about['model']}, {amount(about['prompts'], 'held-out prompt')}, {about['steps']} steps, {about['device']}, "
         f"{about['dtype']}; means with 95 % bootstrap intervals\n\n{markdown(head, rows)}\n"
         f"Cost of each block alone at rate {RATE}, in parts of the largest, by fifth of the steps\n\n"
         f"{markdown(['block', *spans], single)}"

@@ -168,9 +168,12 @@ def _front() -> Suite:
     settings = BASELINE | {NEUTRAL: Setting(overrides=neutral), NOISE_FLOOR: Setting(noise=0.01)}
     for found in groups.values():
         settings |= found
-    pairs = (  # of equal speed, where the best of a class is faster or slower than what it meets
+    pairs = (  # of about equal speed, which the classes do not pair
         ("stepcache 0.22, 50 steps", "seacache 0.15, 30 steps, shift 4"),
+        ("stepcache 0.2, 50 steps", "fittedsolver, 20 steps"),
+        ("fastercache, 50 steps", "unipc, shift 5, 25 steps"),
         ("disca, 8 of 20 steps", "euler, shift 5, 5 steps"),
+        ("disca, 8 of 20 steps", "meanflow, 20 steps"),
     )
     return Suite(settings, pairs, {group: tuple(found) for group, found in groups.items()})
 
@@ -312,6 +315,7 @@ def _steps() -> Suite:
         )
     )
     pairs += tuple((f"fittedsolver, {n} steps", f"euler, shift 5, {n} steps") for n in (14, 10))
+    pairs += against("fittedsolver, 10 steps", "euler, shift 7, 10 steps", "dpm++2s, shift 5, 10 steps")
     pairs += (("fittedsolver, 20 steps", "default, 25 steps"),)
     few = _gpd_steps(24, 16, 12, 8, 6) | _meanflow_steps(20, 10, 8, 6, 4)
     return Suite(BASELINE | plain | _fitted_steps(20, 14, 10) | few, pairs)
