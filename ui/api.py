@@ -1,7 +1,7 @@
 """The page's endpoints for programs: what the buttons do, with typed arguments and JSON results.
 
 from gradio_client import Client
-result = Client("http://127.0.0.1:7860").predict("a large red star spins", 1, {"preset": "balanced"}, api_name="/run")
+result = Client("http://127.0.0.1:7860").predict("a large red star spins", 1, {"preset": "stepcache"}, api_name="/run")
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Api:
         self.context = context
 
     def run(
-        self, prompt: str, seed: int = 1, candidate: dict = {"preset": "balanced"}, reference: dict = {},  # noqa: B006
+        self, prompt: str, seed: int = 1, candidate: dict = {"preset": "stepcache"}, reference: dict = {},  # noqa: B006
         model: str = "", visitor: str = "",
     ) -> Iterator[dict]:  # fmt: skip
         """Generate a reference and a candidate from the same noise; the last result has the report and the files.
@@ -82,7 +82,7 @@ class Api:
     def preset(self, name: str) -> dict:
         """The settings of a preset: methods with all their parameters, steps and guidance.
 
-        Example: preset("balanced")
+        Example: preset("stepcache")
         """
         return known_preset(name).model_dump()
 

@@ -12,7 +12,7 @@ from gradio.events import Dependency
 from accel.errors import AccelError, sentence
 from accel.runtime.example_prompts import example_prompts, is_example
 from accel.runtime.models import ModelDefaults, read_defaults
-from accel.runtime.presets import Preset, load_preset, preset_names
+from accel.runtime.presets import DEFAULT_PRESET, Preset, load_preset, preset_names
 from accel.runtime.repeat import check_repeatable, preset_of, reference_of
 from ui.clickable import ClickableHTML
 from ui.context import Context
@@ -27,7 +27,6 @@ from ui.share import holds_settings
 from ui.side_settings import ReferenceControls, Side, SideSettings, describe_side, side_of
 from ui.templating import render
 
-FIRST_PRESETS = ("balanced", "stepcache", "fastercache")  # the first whose parts the model has is chosen at the start
 MODEL_GONE = "Its model is not offered here any more: Run takes the chosen one."
 
 
@@ -63,13 +62,12 @@ class CompareTab:
 
     def _add_candidate(self) -> None:
         gr.HTML('<h2 class="side-b"><b>B</b> Candidate</h2>')
-        first = first_preset(self.context.model)
-        self.preset = gr.Radio(card_choices(self.context.model), value=first, label="preset", elem_id="preset",
-                               show_label=False)  # fmt: skip
+        self.preset = gr.Radio(card_choices(self.context.model), value=DEFAULT_PRESET, label="preset",
+                               elem_id="preset", show_label=False)  # fmt: skip
         self.preset_note = gr.HTML(elem_id="preset-note", html_template=READ_ALOUD)
-        self.controls = MethodControls(self.context.model, load_preset(first))
+        self.controls = MethodControls(self.context.model, load_preset(DEFAULT_PRESET))
         self.changed = ClickableHTML(elem_id="changed")
-        self.side = SideSettings("b", self.defaults.steps, self.defaults.guidance, load_preset(first).methods)
+        self.side = SideSettings("b", self.defaults.steps, self.defaults.guidance, load_preset(DEFAULT_PRESET).methods)
         self.keep = gr.Checkbox(
             False, label="Keep earlier candidates in the player", elem_id="keep",
             info="Up to three, of the same prompt, seed and reference.",
@@ -263,12 +261,12 @@ class CompareTab:
         return {**self.load_settings(preset, {}, model), self.preset: name, self.message: note(missing, bad=True)}
 
     def switch_model(self, model: str, name: str | None, prompt: str) -> Update:
-        """The preset on another model, or that model's first one without a preset or weights, with its own examples.
+        """The preset on another model, or the default one without a preset or weights, with the model's own examples.
 
         A prompt of the visitor's own stays.
         """
         if name is None or (name in preset_names() and missing_parts(load_preset(name), model)):
-            name = first_preset(model)
+            name = DEFAULT_PRESET
         own = {self.prompt: example_prompts(read_defaults(model))[0]} if is_offered(prompt) else {}
         return {**self.load_preset(model, name), **self.views_of(model, name), **self.stock(model), **own}
 
@@ -369,11 +367,6 @@ class CompareTab:
         except AccelError as error:
             return sentence(error)
         return estimate_text(self.context, settings.run, settings.reference, settings.candidate)
-
-
-def first_preset(model: str) -> str:
-    """The preset that the page begins with."""
-    return next(name for name in FIRST_PRESETS if not missing_parts(load_preset(name), model))
 
 
 def refusal_of(report: dict) -> str:

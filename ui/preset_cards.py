@@ -9,7 +9,7 @@ from accel.runtime.presets import load_preset, preset_names
 
 PLAIN = "plain"  # the card without methods
 FEATURED = (  # before the research variants
-    "balanced", "quick", "turbo", "stepcache", "fastercache", "asymrnr", "combined", "meanflow", "disca", "gpd",
+    "stepcache", "balanced", "quick", "turbo", "fastercache", "asymrnr", "combined", "meanflow", "disca", "gpd",
 )  # fmt: skip
 
 

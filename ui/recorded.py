@@ -26,9 +26,9 @@ class Recording(NamedTuple):
 
 
 RECORDINGS = {  # by preset, in the order in which the page offers them
+    "stepcache": Recording("a big crimson star gently contracts on a forest background with grass", 5),
     "balanced": Recording("a large cyan disc rises slowly over a cloudy navy background", 2),
     "quick": Recording("a large golden ring slowly drifts left on a jungle background with ripples", 9),
-    "stepcache": Recording("a big crimson star gently contracts on a forest background with grass", 5),
     "combined": Recording("on a black background with clouds, a large blue disc drifts left gently", 4),
     "fastercache": Recording("a big blue star contracts slowly over a white background with veins", 2),
     "asymrnr": Recording("night background with veins: the red triangle is huge and moves up slowly", 3),

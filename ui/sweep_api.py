@@ -22,7 +22,7 @@ class SweepApi:
 
     def sweep(
         self, prompt: str, axis: str, second_axis: str = "", plain_steps: str = "", seed: int = 1,
-        candidate: dict = {"preset": "balanced"}, reference: dict = {}, visitor: str = "",  # noqa: B006
+        candidate: dict = {"preset": "stepcache"}, reference: dict = {}, visitor: str = "",  # noqa: B006
     ) -> Iterator[list[dict]]:  # fmt: skip
         """Measure the values of one or two settings against one reference; yields the results so far.
 

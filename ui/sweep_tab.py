@@ -15,7 +15,6 @@ from accel.evaluation.suites import tuned
 from accel.evaluation.sweep import axis_names, axis_range, parse_axis
 from accel.runtime.presets import RUN_SETTINGS, Preset, load_preset, preset_names
 from ui.clickable import ClickableHTML
-from ui.compare_tab import first_preset
 from ui.context import Context
 from ui.controls import is_usable
 from ui.endpoints import add_endpoint
@@ -47,11 +46,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CANDIDATE = "the candidate of the Compare tab"
-FIRST_AXES = {  # the preset that the page begins with -> what is varied, and its values
-    "balanced": ("fittedsolver.steps", "6,8,10,14,20"),
-    "stepcache": ("stepcache.threshold", "0.1,0.2,0.3"),
-    "fastercache": ("fastercache.attention_interval", "2..4"),
-}
+FIRST_AXIS = ("stepcache.threshold", "0.1,0.2,0.3")  # of the default preset: what is varied, and its values
 PLAIN_STEPS = "10,15,20,25,30,40"
 EMPTY = "Each result appears here as soon as it is measured; a click opens it in the Compare tab."
 NO_PROPOSAL = "The fastest measured setting within the loss is proposed here."
@@ -83,7 +78,7 @@ class SweepTab:
             )  # fmt: skip
         with gr.Row():
             self.axes = [
-                self._add_axis("first", *FIRST_AXES[first_preset(context.model)]),
+                self._add_axis("first", *FIRST_AXIS),
                 self._add_axis("second", "", ""),
             ]
         with gr.Row():
@@ -209,7 +204,7 @@ class SweepTab:
         method, _, parameter = name.partition(".")
         if not parameter or is_usable(method, model):
             return gr.skip(), gr.skip()
-        name, values = FIRST_AXES[first_preset(model)]
+        name, values = FIRST_AXIS
         return gr.update(value=name, info=range_words(name)), values
 
     def show_size(self, model: str, *values) -> str:

@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import AccelError
 from ..runtime.presets import (
+    DEFAULT_PRESET,
     RUN_SETTINGS,
     Preset,
     build_methods,
@@ -35,7 +36,6 @@ Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffuse
 Size = Annotated[int, typer.Option(min=1, help="In pixels; default: the model's.")]
 Frames = Annotated[int, typer.Option(min=1, help="Number of frames; default: the model's.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if missing.")]
-DEFAULT_PRESET = "stepcache"
 INTERRUPTED = 130  # exit code after Ctrl-C
 
 

@@ -113,8 +113,9 @@ def _compared(preset: Preset, host: Host, trace: Trace) -> AbstractContextManage
     """Each run says which settings of a preset it lacks: methods act inside a run and cannot change them."""
 
     def lacking() -> str:
-        scheduler, solver = host.pipe.scheduler, SCHEDULERS.get(preset.solver)
-        guidance = getattr(running_call(host.pipe)[0], "guidance_scale", None)
+        running, _ = running_call(host.pipe)  # it may be another one, with this transformer
+        scheduler, solver = running.scheduler, SCHEDULERS.get(preset.solver)
+        guidance = getattr(running, "guidance_scale", None)
         lacks = {
             "steps": preset.steps not in (None, host.step.count),
             "guidance": guidance is not None and preset.guidance not in (None, guidance),

@@ -19,6 +19,7 @@ from ..methods.base import check_combination
 from .paths import ROOT
 
 FOLDER = ROOT / "presets"
+DEFAULT_PRESET = "stepcache"  # of commands and the page: it needs nothing that belongs to one model
 Solver = Literal["default", "unipc", "euler", "dpm++2m", "dpm++2s"]  # "default": the model's own
 RUN_SETTINGS = ("steps", "guidance", "solver", "shift")  # of a run, that a preset may hold beside its methods
 OWN_NOISE_LEVELS = {"solver": "default", "shift": None}  # values of a run with the model's or a method's noise levels

@@ -16,6 +16,8 @@ from ..errors import AccelError, amount
 class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
     """The stock Euler scheduler on sigmas and timesteps that are given, not computed."""
 
+    has_ended = False  # true once the context that it was made for has ended
+
     def __init__(self, sigmas: list[float], timesteps: list[float]):
         super().__init__()
         self.sigmas = torch.tensor(sigmas)
@@ -23,6 +25,8 @@ class FixedSigmaEuler(FlowMatchEulerDiscreteScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         """Start a run. Raises AccelError for any number of steps but that of the given timesteps."""
+        if self.has_ended:  # a pipeline that was made of another one inside still has it
+            raise AccelError("its scheduler is of an accel.apply that has ended: give the pipeline one of its own")
         if num_inference_steps != len(self.timesteps):
             raise AccelError(self._wrong_count(len(self.timesteps), num_inference_steps))
         # a new tensor, as of every scheduler: it tells that a run begins
@@ -97,8 +101,10 @@ def use_scheduler(pipe, scheduler) -> Iterator[None]:
         yield
     finally:
         pipe.scheduler = before
+        if isinstance(scheduler, FixedSigmaEuler):
+            scheduler.has_ended = True
 
 
 def is_student_run(pipe) -> bool:
     """Whether a student's weights and scheduler are in the pipeline now."""
-    return isinstance(pipe.scheduler, StudentEuler)
+    return isinstance(pipe.scheduler, StudentEuler) and not pipe.scheduler.has_ended

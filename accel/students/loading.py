@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -95,8 +95,10 @@ def student_run(host: Host, folder: Path, method: str) -> Iterator[None]:
             check_adapter(model, (inputs.get("attention_kwargs") or {}).get("scale", 1))
         return inner(x, **inputs)
 
+    offloading = "a student's weights cannot be offloaded one by one: use enable_model_cpu_offload()"
     with host.wrap_denoiser(call), _forbid_negative_prompt(host.pipe):
-        yield
+        with nullcontext() if is_lora else refused_method(host.pipe, "enable_sequential_cpu_offload", offloading):
+            yield
 
 
 @contextmanager

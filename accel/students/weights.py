@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -141,15 +142,19 @@ def allocate_contiguous(like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 def swapped_parameters(module: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
     """Inside the context, the parameters hold other tensors; on exit the tensors they held before, bitwise.
 
-    A module that is moved or converted inside stays so.
+    A module that is moved or converted inside stays so; one whose weights accelerate offloads inside no longer is.
     """
-    before = [(p, p.data) for p in module.parameters()]
-    for name, p in module.named_parameters():
+    before = {name: (p, p.data) for name, p in module.named_parameters()}
+    for name, (p, _) in before.items():
         p.data = others[name]
     try:
         yield
     finally:
-        for p, data in before:
+        if any(p.is_meta for p in module.parameters()):  # the offloaded copies are of the other tensors
+            remove_hook_from_module(module, recurse=True)
+        now = dict(module.named_parameters())
+        for name, (p, data) in before.items():
+            p = now.get(name, p)  # offloading has made new ones
             p.data = data.to(p.device, p.dtype)
 
 

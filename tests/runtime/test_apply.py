@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 import accel
 from accel.errors import AccelError
@@ -82,6 +82,13 @@ def test_a_run_says_which_settings_of_a_preset_it_lacks(pipe, sample):
         with accel.apply(pipe, Preset(steps=12, guidance=4, solver=solver, methods={"fastercache": {}})) as trace:
             sample(pipe, steps=12)
         assert not any("preset" in message for message in trace.messages)
+
+
+def test_the_settings_of_a_preset_are_compared_with_those_of_the_pipeline_that_runs(pipe, sample):
+    other = WanPipeline.from_pipe(pipe, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0))
+    with accel.apply(pipe, Preset(solver="unipc", methods={"fastercache": {}})) as trace:
+        sample(other, steps=12)
+    assert "this run does not have the preset's solver = unipc: apply sets methods alone" in trace.messages
 
 
 def test_a_decorated_function_runs_with_the_methods_every_time(pipe, sample):

@@ -185,6 +185,16 @@ def test_a_student_runs_in_no_other_pipeline_and_no_other_model(name, students, 
         assert sample(pipe, steps=6, guidance=1.0).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["gpd", "meanflow"])
+def test_a_pipeline_made_of_one_under_a_student_does_not_keep_its_scheduler_unnoticed(name, students, pipe, sample):
+    with accel.apply(pipe, build_methods({name: {"steps": 6}})):
+        other = WanPipeline.from_pipe(pipe)
+    with pytest.raises(AccelError, match="of an accel.apply that has ended: give the pipeline one of its own"):
+        sample(other, steps=6, guidance=1.0)
+    other.scheduler = pipe.scheduler
+    assert sample(other).equal(sample(pipe))
+
+
 def test_a_base_model_is_recognised_in_half_precision(student, pipe):
     pipe.transformer.to(torch.bfloat16)
     with accel.apply(pipe, [student]):

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig
 from support import random_wan
 
@@ -11,6 +12,8 @@ import accel
 from accel.errors import AccelError
 from accel.methods.disca.disca import DisCa
 from accel.methods.gpd import GPD
+from accel.methods.meanflow import MeanFlow
+from accel.students.interval_embedding import IntervalEmbedder
 from accel.students.weights import fingerprint
 from accel.training.lora_networks import LoRANetworks
 from accel.training.stages import store
@@ -109,6 +112,28 @@ def test_group_offloading_does_not_begin_under_a_student(students, pipe):
         with pytest.raises(AccelError, match="cannot be offloaded in groups: enable that before accel.apply"):
             pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")
     pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("method", [GPD(steps=6), MeanFlow(steps=6)], ids=["gpd", "meanflow"])
+def test_offloading_one_by_one_under_a_student_leaves_the_base(method, students, pipe, sample, monkeypatch):
+    """It would keep copies of the student's weights, and bring them back after the context."""
+    before = weights(pipe.transformer)
+    with accel.apply(pipe, method):
+        with pytest.raises(AccelError, match=r"cannot be offloaded one by one: use enable_model_cpu_offload\(\)"):
+            pipe.enable_sequential_cpu_offload(device="cpu")
+        expected = sample(pipe, steps=6, guidance=1.0)
+        cpu_offload(pipe.transformer, CPU)
+        monkeypatch.setattr(type(pipe), "_execution_device", property(lambda _: CPU))  # its other models have no hooks
+        assert sample(pipe, steps=6, guidance=1.0).equal(expected)
+    assert are_equal(weights(pipe.transformer), before)
+
+
+def test_embeddings_of_a_student_go_where_the_input_is(students, pipe):
+    """Offloading that was set up before does not know them, and would leave them on the CPU."""
+    embedder = IntervalEmbedder(deepcopy(pipe.transformer.condition_embedder))
+    embedder.base.to("meta")
+    time, *_ = embedder(torch.zeros(3, device="meta"), torch.zeros(1, 2, 16, device="meta"))
+    assert time.is_meta and all(p.is_meta for p in embedder.scalars.parameters())
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["no other LoRA", "a LoRA of the user's"])

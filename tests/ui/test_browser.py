@@ -371,16 +371,17 @@ def test_a_stored_pair_is_opened_from_the_history_with_its_settings(page):
 
 def test_a_sweep_fills_its_grid_and_a_point_of_its_plot_opens_a_pair(page):
     open_tab(page, "Compare")
-    choose_preset(page, "balanced", "fittedsolver")
+    choose_preset(page, "stepcache", "stepcache")
     set_number(page, "steps-a", 3)
+    set_number(page, "steps-b", 4)
     open_tab(page, "Sweep")
     page.uncheck("#sweep-plain input")
-    page.fill("#sweep-values-first :is(input, textarea)", "4,6")
+    page.fill("#sweep-values-first :is(input, textarea)", "0.1,0.3")
     page.click("#sweep-start")
     page.wait_for_function("document.querySelectorAll('#sweep-grid video').length === 2", timeout=120_000)
     page.locator("#sweep-plot [data-id]").first.click()
     page.wait_for_selector("#message >> text=from the history", timeout=30_000)
-    assert page.is_checked("#use-fittedsolver input") and not page.is_checked("#use-fastercache input")
+    assert page.is_checked("#use-stepcache input") and not page.is_checked("#use-fastercache input")
 
 
 def test_the_code_tab_and_the_address_are_of_the_recorded_pair_that_a_card_shows(browser, server):

@@ -87,8 +87,8 @@ def test_a_stored_pair_is_shown_with_links_to_its_own_files(tab):
 
 
 def test_the_first_recorded_pair_is_shown_before_anything_was_generated(tab):
-    assert shown(tab, None) == shown(tab, "balanced")
-    assert 'href="recorded/balanced/report.zip"' in shown(tab, None)["downloads"]
+    assert shown(tab, None) == shown(tab, "stepcache")
+    assert 'href="recorded/stepcache/report.zip"' in shown(tab, None)["downloads"]
 
 
 @pytest.mark.parametrize("name", ["1" * 32, "../ring", "/etc", "ring/..", "RING", EVIL])

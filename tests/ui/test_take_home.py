@@ -94,9 +94,9 @@ def test_the_copied_link_restores_the_settings(page, url):
     page.click("#copy-link")
     page.wait_for_function("document.querySelector('#share-link textarea').value.startsWith('http')")
     link = page.evaluate("navigator.clipboard.readText()")
-    assert link == page.input_value("#share-link textarea") and link.startswith(f"{url}?preset=balanced")
+    assert link == page.input_value("#share-link textarea") and link.startswith(f"{url}?preset=stepcache")
     page.goto(link)
-    page.wait_for_selector(f"#given >> text=['fittedsolver'] {RECORDINGS['balanced'].seed}", timeout=30_000)
+    page.wait_for_selector(f"#given >> text=['stepcache'] {RECORDINGS['stepcache'].seed}", timeout=30_000)
 
 
 def test_text_in_the_address_never_becomes_html(page, url):
@@ -121,7 +121,7 @@ def test_a_preset_is_downloaded_as_a_file(page):
     page.get_by_role("tab", name="Code").click()
     with page.expect_download() as download:
         page.click("#downloads a[download='preset.yaml']")
-    assert "fittedsolver:\n    steps: 20" in download.value.path().read_text()
+    assert "methods:\n  stepcache: {}" in download.value.path().read_text()
 
 
 def test_a_table_of_results_is_read_when_it_is_opened_and_sorted_by_keyboard(page):
