@@ -20,7 +20,7 @@ from accel.runtime.run import Run, parse_run
 from accel.runtime.video import write_mp4
 from ui import zero_gpu
 from ui.context import Context
-from ui.preview import ProgressReporter
+from ui.progress_reporter import ProgressReporter
 from ui.side_settings import Side
 from ui.store import Stored
 from ui.worker import Job
@@ -69,6 +69,7 @@ def make_pair(
             context.references.add(a, result.a)
             if not a.methods:
                 context.workers.note_step_seconds(a, result.a.seconds["denoise"] / a.steps)
+        context.workers.note_work(result.report)
         report = {
             **result.report, "baseline_measured_at": kept and kept.measured_at, "fps": defaults.fps,
             "reference": a.model_dump(),

@@ -21,9 +21,9 @@ def estimate_text(context: Context, settings: dict, reference: Side, candidate: 
     pipe, defaults = loaded
     try:
         a, b = (build_side(defaults, settings, side) for side in (reference, candidate))
-        expected = estimate(b, pipe, context.workers.step_seconds).words
-        kept = context.references.find(a)
-        before = "generated before" if kept else estimate(a, pipe, context.workers.step_seconds).words
+        words = lambda run: estimate(run, pipe, context.workers.step_seconds, context.workers.work).words
+        before = "generated before" if context.references.find(a) else words(a)
+        expected = words(b)
     except AccelError as error:
         return sentence(error)
     return f"A: {before} · B: {expected}"

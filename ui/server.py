@@ -130,6 +130,7 @@ def _launch(page_class: type, options: Options, data, quiet: bool) -> Server:
 
     from ui.context import Context
     from ui.model_list import model_choices
+    from ui.recorded import recorded_pairs
     from ui.request_limits import RequestLimits
     from ui.run_files import run_file_routes
     from ui.store import Store
@@ -137,6 +138,8 @@ def _launch(page_class: type, options: Options, data, quiet: bool) -> Server:
 
     models = model_choices(options.model, options.models)
     workers = Workers(options.model, options.devices, {model.id: model.reason for model in models})
+    for pair in recorded_pairs():
+        workers.note_work(pair.report)
     key = options.owner_key or secrets.token_urlsafe(12)
     store = Store(data.path)
     gradio.routes.DEFAULT_TEMP_DIR = str(data.gradio)  # Gradio creates a folder there, and has read it too early

@@ -221,7 +221,7 @@ class SweepTab:
             return None
         from accel.runtime.estimate import estimate  # needs torch, which is imported by now
 
-        return lambda run: estimate(run, loaded[0], self.context.workers.step_seconds)
+        return lambda run: estimate(run, loaded[0], self.context.workers.step_seconds, self.context.workers.work)
 
     # Running
 

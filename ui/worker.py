@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import queue
 import threading
@@ -14,6 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from accel.errors import AccelError, explain_os_error
+from accel.runtime.presets import RUN_SETTINGS
+from accel.runtime.repeat import changed_methods
 from accel.runtime.run import Cancelled
 from ui import zero_gpu
 from ui.job_queue import FairQueue, Job, Work
@@ -40,6 +43,7 @@ class Workers:
         self.model, self.models, self.devices = model, {model: "", **models}, tuple(devices)
         self.loaded: dict[tuple[str | None, str], tuple[Any, Any]] = {}  # by device and model: pipeline, defaults
         self._step_seconds: dict[tuple, deque[float]] = {}
+        self._work: dict[str, float] = {}
         self._durations: deque[float] = deque(maxlen=20)  # seconds of jobs that ended by themselves
         self._queue, self._changed = FairQueue(), threading.Condition()
         self._running: dict[str | None, tuple[Job, float]] = {}  # by device: job, when it was taken
@@ -115,6 +119,14 @@ class Workers:
         """Median seconds of a full step of a run's size; None before one was measured."""
         measured = self._step_seconds.get(_size(run))
         return median(measured) if measured else None
+
+    def note_work(self, report: Mapping[str, Any]) -> None:
+        """Remember which share of FLOPs the settings of a pair's candidate left."""
+        self._work[_settings(report)] = report["trace"]["summary"]["flops_ratio"]
+
+    def work(self, run) -> float | None:
+        """The share of FLOPs that the settings of a run left with the last prompt; None before it was measured."""
+        return self._work.get(_settings(run.model_dump()))
 
     def _refusal(self, job: Job, goes_on: bool) -> str | None:
         """Why a job is not queued; None if it is."""
@@ -249,6 +261,12 @@ class Workers:
 def _size(run) -> tuple:
     """What the time of a full step depends on."""
     return run.model, run.height, run.width, run.frames, run.guidance > 1
+
+
+def _settings(run: Mapping[str, Any]) -> str:
+    """All of a run but prompt and seed."""
+    names = ("model", "height", "width", "frames", *RUN_SETTINGS)
+    return json.dumps([*(run.get(name) for name in names), changed_methods(run["methods"])], sort_keys=True)
 
 
 def _explain(error: Exception, job: Job) -> tuple[str, dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..methods import METHODS
-from ..runtime.generate import run_spec
+from ..runtime.generate import planned_spec
 from ..runtime.models import model_defaults
 from ..runtime.run import build_run
 from .layouts import Layout, build
@@ -33,6 +33,6 @@ def forecast(layout: Layout) -> Forecast:
     """The forecast for one video of 50 steps in bfloat16."""
     pipe = build(layout, "meta")
     run = build_run(model_defaults(pipe, "-"), model="-", prompt="-", steps=STEPS, **layout.size)
-    spec = run_spec(run, pipe)
+    spec = planned_spec(run, pipe)
     gib = [method.estimate_memory(spec) / 2**30 for method in SETTINGS.values()]
     return Forecast(f"{run.width}x{run.height}, {run.frames} frames", spec.tokens, gib)

@@ -10,12 +10,13 @@ from ..core.flops import count_flops
 from ..core.trace import DENOISER
 from ..families import family_of
 from ..methods.base import RunSpec
-from .generate import estimate_memory, run_spec
+from .generate import estimate_memory, planned_spec
 from .models import model_defaults
 from .presets import build_methods
 from .run import Run
 
 StepSeconds = Callable[[Run], float | None]  # seconds of the stock pipeline's step, in a run's size and guidance
+MeasuredWork = Callable[[Run], float | None]  # share of FLOPs that the settings of a run left with another prompt
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,30 @@ class Estimate:
         return ", ".join(filter(None, (time, memory)))
 
 
-def estimate(run: Run, pipe, step_seconds: StepSeconds) -> Estimate:
+def estimate(
+    run: Run, pipe, step_seconds: StepSeconds, measured_work: MeasuredWork = lambda run: None
+) -> Estimate:  # fmt: skip
     """What a run will take, from the measured seconds of full steps and the share of work that is known beforehand.
 
-    A method whose share depends on the video counts as if it saved nothing. The pipeline is only read.
+    Where a method's share depends on the video, that of an earlier one is taken; without one, the method counts as if
+    it saved nothing. The pipeline is only read.
     """
     shares = expected_shares(run, pipe)
     step, unguided = step_seconds(run), run.guidance <= 1
     if step is None and unguided:
         guided = step_seconds(run.model_copy(update={"guidance": 2.0}))
         step = guided and guided / (1 if family_of(pipe).embeds_guidance else 2)  # calls of a guided step
-    known = prod(share for share in shares if share is not None)
-    seconds = None if step is None else run.steps * step * known
-    return Estimate(seconds, None in shares, estimate_memory(run, pipe))
+    measured = measured_work(run) if None in shares else None
+    work = prod(share for share in shares if share is not None) if measured is None else measured
+    seconds = None if step is None else run.steps * step * work
+    return Estimate(seconds, None in shares and measured is None, estimate_memory(run, pipe))
 
 
 def expected_shares(run: Run, pipe) -> list[float | None]:
     """For each method of a run, the share of FLOPs that it leaves; None where that is not known beforehand."""
     if not run.methods:
         return []
-    spec = run_spec(run, pipe)
+    spec = planned_spec(run, pipe)
     flops = _full_flops(spec, model_defaults(pipe, run.model).text_length)
     if flops is None:
         return [None] * len(run.methods)
@@ -68,7 +73,7 @@ def step_flops(run: Run, pipe) -> int:
     Where a family does not tell what a call gets, they are those of the weights with the video's tokens, and of its
     self-attentions.
     """
-    spec = run_spec(run, pipe)
+    spec = planned_spec(run, pipe)
     calls = 1 + spec.guided
     if flops := _full_flops(spec, model_defaults(pipe, run.model).text_length):
         return flops[DENOISER] * calls

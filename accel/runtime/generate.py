@@ -43,7 +43,7 @@ def grid(pipe, run: Run) -> tuple[int, int, int]:
     return tuple(-(-n // p) for n, p in zip(latent_spec(run, pipe).shape[2:], patch))
 
 
-def run_spec(run: Run, pipe) -> RunSpec:
+def planned_spec(run: Run, pipe) -> RunSpec:
     """What methods may know of a run before it starts."""
     family = family_of(pipe)
     model = family.denoiser(pipe)
@@ -57,7 +57,7 @@ def run_spec(run: Run, pipe) -> RunSpec:
 
 def estimate_memory(run: Run, pipe) -> int:
     """Bytes that the methods will hold at most during a run."""
-    spec = run_spec(run, pipe)
+    spec = planned_spec(run, pipe)
     return sum(method.estimate_memory(spec) for method in build_methods(run.methods))
 
 
@@ -69,7 +69,7 @@ def preflight(run: Run, pipe) -> list[str]:
     check_size(run, pipe)
     with solver_of(run, pipe):  # refuses here and not after a reference has been generated
         pass
-    spec, held, methods = run_spec(run, pipe), estimate_memory(run, pipe), build_methods(run.methods)
+    spec, held, methods = planned_spec(run, pipe), estimate_memory(run, pipe), build_methods(run.methods)
     for method in methods:
         if not method.is_neutral:  # such a one is not applied
             method.check(spec)

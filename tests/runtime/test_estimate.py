@@ -57,6 +57,14 @@ def test_a_share_that_depends_on_the_video_gives_an_upper_bound(pipe):
     assert both.at_most and both.seconds == known.seconds and both.words.startswith("at most about ")
 
 
+def test_a_share_that_was_measured_with_another_prompt_is_taken_where_none_is_known(pipe):
+    work = lambda run: 0.4
+    found = estimate(run_of(methods={"stepcache": {}}), pipe, lambda run: GUIDED, work)
+    assert not found.at_most and found.seconds == pytest.approx(0.4 * 20 * GUIDED)
+    known = estimate(run_of(methods={"fastercache": {}}), pipe, lambda run: GUIDED)
+    assert estimate(run_of(methods={"fastercache": {}}), pipe, lambda run: GUIDED, work) == known
+
+
 def test_an_unguided_step_that_was_never_measured_is_half_a_guided_one(pipe):
     measured = lambda run: GUIDED if run.guidance > 1 else None
     assert estimate(run_of(guidance=1.0), pipe, measured).seconds == pytest.approx(2.0)

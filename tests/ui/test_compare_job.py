@@ -93,6 +93,14 @@ def test_only_plain_references_tell_how_long_a_step_takes(generated, events, con
     assert context.workers.step_seconds(generated[0]) == pytest.approx(0.1)
 
 
+def test_the_work_of_a_candidate_is_known_for_the_same_settings_with_another_prompt(generated, events, context):
+    events(PLAIN, FASTER)
+    *_, candidate = generated
+    share = context.store.list("me")[-1].report["trace"]["summary"]["flops_ratio"]
+    assert context.workers.work(candidate.model_copy(update={"prompt": "a blue ring", "seed": 9})) == share
+    assert context.workers.work(candidate.model_copy(update={"steps": 9})) is None
+
+
 def test_a_pair_without_a_visitor_who_waits_is_made_the_same_way(generated, workers, pipe, context):
     a, b = (build_side(DEFAULTS, RUN, side) for side in (PLAIN, FASTER))
     job = workers.submit(lambda job, *_: make_pair(job, context, "me", a, b, pipe, DEFAULTS, group="sweep"))
