@@ -28,9 +28,10 @@ def imports(file: Path) -> set[str]:
 
 
 def package_of(name: str) -> str | None:
-    """accel.methods.base.Method -> methods"""
+    """accel.methods.base.Method -> methods, accel.errors.AccelError -> errors"""
     parts = name.split(".")
-    return parts[1] if parts[0] == "accel" and len(parts) > 1 and (ACCEL / parts[1]).is_dir() else None
+    is_part = parts[0] == "accel" and len(parts) > 1 and any((ACCEL / n).exists() for n in (parts[1], f"{parts[1]}.py"))
+    return parts[1] if is_part else None
 
 
 def rank(package: str) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..core.host import Host
     from ..families import Family
 
+MIN_CACHED_STEPS = 10  # with fewer steps in a run, neighbouring ones differ too much to replace each other
 WORKING_TENSORS = 16  # of all tokens, that a forward pass itself needs at most, about; measured at the size of Wan 1.3B
 
 
@@ -51,6 +52,11 @@ class RunSpec(NamedTuple):
         """Video tokens of all samples."""
         return math.prod(self.grid) * len(self.latents)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the hidden state of one token."""
+        return self.family.hidden_size(self.model) * self.latents.element_size()
+
 
 def model_path(host: Host) -> str:
     """The pipeline's folder or hub id; "nowhere" for a pipeline that was built in memory."""
@@ -71,8 +77,7 @@ def report_estimate(method: Method, spec: RunSpec, trace: Trace) -> None:
     trace.estimated_bytes += method.estimate_memory(spec)
     if spec.latents.is_cuda:
         caches = trace.estimated_bytes - sum(trace.memory_by_method.values())  # without what is there already
-        token = spec.family.hidden_size(spec.model) * spec.latents.element_size()
-        free = free_memory(spec.latents.device) - WORKING_TENSORS * spec.tokens * token
+        free = free_memory(spec.latents.device) - WORKING_TENSORS * spec.tokens * spec.token_bytes
         if caches > free:
             trace.add_message(
                 f"{method.title} may run out of memory: up to {caches / 2**30:.1f} GiB will be cached, and about "
@@ -102,6 +107,13 @@ class FullStepRun:
     def is_full(self) -> bool:
         """Whether the last step that was decided is a full one."""
         return self.full_steps[-1:] == [self.step]
+
+
+def too_few_steps(method: type[Method], count: int) -> str:
+    """Why a cache is off in a run of so many steps, in a sentence; empty where there are enough."""
+    few = amount(count, "step is", "steps are")
+    off = f"{method.title} is off: {few} too few, it needs at least {MIN_CACHED_STEPS}"
+    return off if count < MIN_CACHED_STEPS else ""
 
 
 def outside_blocks(family: Family, model: nn.Module, flops: dict[str, int]) -> int:
@@ -315,7 +327,7 @@ class Peer(Method):
     def estimate_memory(self, spec: RunSpec) -> int:
         """Bytes of the cached hidden states of all branches."""
         tokens = spec.tokens + len(spec.latents) * spec.text_tokens
-        state = tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        state = tokens * spec.token_bytes
         return 0 if self.inactive_reason(spec) else round((1 + spec.guided) * self.cached_states(spec) * state)
 
     def inactive_reason(self, spec: RunSpec) -> str:

@@ -21,9 +21,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from ..core.trace import DENOISER, Step, Trace
-from ..errors import amount
 from ..ops.noise import log_snr
-from .base import Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
+from .base import (
+    MIN_CACHED_STEPS,
+    Method,
+    RunSpec,
+    outside_blocks,
+    record_prediction,
+    report_estimate,
+    run_spec,
+    too_few_steps,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +39,6 @@ if TYPE_CHECKING:
     from ..core.host import Host
     from ..ops.storage import Stored
 
-MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
 STACK = "blocks"  # the layer under whose name the residual of all blocks is cached
 
 
@@ -180,8 +187,8 @@ class FasterCache(Method):
         text_tokens = spec.text_tokens if self.reuse == "attention" else 0  # the stack's residual is of the video alone
         tokens = spec.tokens + text_tokens * len(spec.latents)
         branches = [b for b in ("cond", "uncond")[: 1 + spec.guided] if reuse_steps(plans, b)]
-        numel, size = tokens * spec.family.hidden_size(spec.model), spec.latents.element_size()
-        return 2 * len(branches) * (numel + len(spec.latents) * size if self.cache_format == "fp8" else numel * size)
+        state, size = tokens * spec.token_bytes, spec.latents.element_size()
+        return 2 * len(branches) * (state // size + len(spec.latents) * size if self.cache_format == "fp8" else state)
 
     def expected_work(self, spec: RunSpec, flops: dict[str, int]) -> float:
         """The plan's share: without what is extrapolated and without the rebuilt unconditional calls."""
@@ -196,9 +203,8 @@ class FasterCache(Method):
 
     def inactive_reason(self, spec: RunSpec) -> str:
         """Too few steps, or settings at which every step is computed."""
-        if spec.count < MIN_STEPS:
-            few = amount(spec.count, "step is", "steps are")
-            return f"FasterCache is off: {few} too few, it needs at least {MIN_STEPS}"
+        if reason := too_few_steps(FasterCache, spec.count):
+            return reason
         plans, caches = self._active_plan(spec.count, spec.guided), self.reuse == "stack" or self._num_cached(spec) > 0
         if all(p.guidance and (p.attention or not caches) for p in plans):
             return "FasterCache does nothing: at these settings every step is computed in full"
@@ -256,7 +262,7 @@ class FasterCache(Method):
 
     def _active_plan(self, count: int, guided: bool) -> list[StepPlan]:
         """The plan without the parts that cannot act in such a run."""
-        if count < MIN_STEPS:
+        if count < MIN_CACHED_STEPS:
             return [StepPlan(True, True)] * count
         return (self if guided else self.model_copy(update={"guidance": False})).plan(count)
 

@@ -104,8 +104,7 @@ class SeaCache(DiffusersPeer):
 
     def cached_states(self, spec: RunSpec) -> float:
         """One residual for each order, and the filtered latents, which are compared in 32 bits at most."""
-        state = spec.tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
-        return 1 + self.residual_order + 4 * spec.latents.numel() / state
+        return 1 + self.residual_order + 4 * spec.latents.numel() / (spec.tokens * spec.token_bytes)
 
     def check_run(self, host: Host) -> None:
         """Raise AccelError also where the pipeline does not tell the noise level."""

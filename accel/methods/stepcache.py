@@ -21,16 +21,25 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from ..core.trace import DENOISER, Trace
-from ..errors import amount
 from ..ops.noise import MAX_LOG_SNR, log_snr
-from .base import FullStepRun, FullSteps, Method, RunSpec, outside_blocks, record_prediction, report_estimate, run_spec
+from .base import (
+    MIN_CACHED_STEPS,
+    FullStepRun,
+    FullSteps,
+    Method,
+    RunSpec,
+    outside_blocks,
+    record_prediction,
+    report_estimate,
+    run_spec,
+    too_few_steps,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.host import Host
 
-MIN_STEPS = 10  # with fewer, neighbouring steps differ too much to replace each other
 FIRST_SHARE = 0.5  # of the trend that continues, before it is known how much of it would have been right
 CAUTION = 0.8  # of what would have been right: guidance multiplies the difference of the branches, and its errors
 # Weight of the newest change in the trend, the rest is of the trend before. With 1, each correction of the latents is
@@ -84,7 +93,7 @@ class StepCache(Method):
 
     def planned_steps(self, count: int) -> list[int] | None:
         """The full steps of `count` steps, the first two and the last among them; None: they depend on the video."""
-        if count < MIN_STEPS:
+        if count < MIN_CACHED_STEPS:
             return list(range(count))
         if given := [int(word) for word in self.full_steps.split()]:
             last = max(1, given[-1])
@@ -102,7 +111,7 @@ class StepCache(Method):
         if full and len(full) == spec.count:
             return 0
         tensors = 2 * (1 + spec.guided)
-        residuals = tensors * spec.tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
+        residuals = tensors * spec.tokens * spec.token_bytes
         return residuals + self._kept_bytes(spec.latents) + (0 if full else 4 * spec.latents.numel())
 
     def _kept_bytes(self, latents: Tensor) -> int:
@@ -119,9 +128,8 @@ class StepCache(Method):
 
     def inactive_reason(self, spec: RunSpec) -> str:
         """Too few steps, or all of them are full steps."""
-        if spec.count < MIN_STEPS:
-            few = amount(spec.count, "step is", "steps are")
-            return f"StepCache is off: {few} too few, it needs at least {MIN_STEPS}"
+        if reason := too_few_steps(StepCache, spec.count):
+            return reason
         if self.planned_steps(spec.count) == list(range(spec.count)):
             return f"StepCache does nothing: all {spec.count} steps are full forward passes at this setting"
         return ""

@@ -6,8 +6,7 @@ import torch
 from accel.core.trace import Trace
 from accel.families import FAMILIES
 from accel.methods import AsymRnR, FasterCache, base
-from accel.methods.base import WORKING_TENSORS, RunSpec, report_estimate
-from accel.methods.fastercache import MIN_STEPS
+from accel.methods.base import MIN_CACHED_STEPS, WORKING_TENSORS, RunSpec, report_estimate
 
 
 class Model:
@@ -21,7 +20,7 @@ class Model:
 def spec(monkeypatch):
     """A run of 48 tokens of width 32 that says that it is on a GPU."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    return RunSpec(Model, FAMILIES[0], torch.empty(1, 4, 3, 4, 4), (3, 4, 4), MIN_STEPS, True, 2)
+    return RunSpec(Model, FAMILIES[0], torch.empty(1, 4, 3, 4, 4), (3, 4, 4), MIN_CACHED_STEPS, True, 2)
 
 
 def messages(spec, monkeypatch, free: int) -> list[str]:

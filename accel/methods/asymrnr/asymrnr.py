@@ -153,8 +153,7 @@ class AsymRnR(Method):
         indices = 6 * tokens * (1 if self.heads == "shared" else spec.family.num_heads(spec.model))
         matchings = 4 * indices * 2 * attentions
         depth = DEPTH[self.correction] if self.corrects(spec.count) else 0
-        output = tokens * spec.family.hidden_size(spec.model) * spec.latents.element_size()
-        return matchings + depth * attentions * output
+        return matchings + depth * attentions * tokens * spec.token_bytes
 
     def inactive_reason(self, spec: RunSpec) -> str:
         """No step may be reduced, or no rate is above zero."""

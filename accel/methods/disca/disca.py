@@ -127,14 +127,12 @@ class DisCa(Method):
         """Bytes of the predictor and, for each branch, of a cached output and one more for each Taylor order."""
         from .predictor import num_parameters
 
-        itemsize = spec.latents.element_size()
-        weights = num_parameters(self.weights_dir(spec.model_path)) * itemsize
+        weights = num_parameters(self.weights_dir(spec.model_path)) * spec.latents.element_size()
         full = len(self.planned_steps(spec.count))
         if full == spec.count:
             return weights
-        tokens = spec.tokens
         cached = min(full, 1 + self.taylor_order)
-        return weights + cached * (1 + spec.guided) * tokens * spec.family.hidden_size(spec.model) * itemsize
+        return weights + cached * (1 + spec.guided) * spec.tokens * spec.token_bytes
 
     def planned_steps(self, count: int) -> list[int]:
         """The full steps of `count` steps. Raises AccelError if given ones do not end with the last step."""
