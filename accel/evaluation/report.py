@@ -14,7 +14,7 @@ from ..runtime.models import TINY
 from .metrics import METRICS, Metric, mean_of
 from .stats import format_interval, interval
 
-Case = dict[str, dict]  # setting -> its line
+Lines = dict[str, dict]  # setting -> its line
 
 
 class Column(NamedTuple):
@@ -52,28 +52,28 @@ def paired_differences(cases: Sequence[dict], pairs: Sequence[tuple[str, str]]) 
     return [_pair(prompts, a, b) for a, b in pairs if a in known and b in known]
 
 
-def _by_prompt(cases: Sequence[dict]) -> list[list[Case]]:
-    found: dict[str, list[Case]] = {}
+def _by_prompt(cases: Sequence[dict]) -> list[list[Lines]]:
+    found: dict[str, list[Lines]] = {}
     for case in cases:
         found.setdefault(case["prompt"], []).append(case["rows"])
     return list(found.values())
 
 
-def _per_prompt(prompts: list[list[Case]], value: Callable[[Case], float | None]) -> list[float]:
+def _per_prompt(prompts: list[list[Lines]], value: Callable[[Lines], float | None]) -> list[float]:
     """A value of each prompt: the mean over its seeds, without those for which the value is not defined."""
     found = [[v for case in cases if (v := value(case)) is not None] for cases in prompts]
     return [float(np.mean(values)) for values in found if values]
 
 
-def _interval(prompts: list[list[Case]], value: Callable[[Case], float | None]) -> tuple[float, float, float] | None:
+def _interval(prompts: list[list[Lines]], value: Callable[[Lines], float | None]) -> tuple[float, float, float] | None:
     values = _per_prompt(prompts, value)
     return interval(values) if values else None
 
 
-def _difference(prompts: list[list[Case]], a: str, b: str, metric: Metric) -> tuple[float, float, float] | None:
+def _difference(prompts: list[list[Lines]], a: str, b: str, metric: Metric) -> tuple[float, float, float] | None:
     """A metric of setting a minus that of b, prompt by prompt."""
 
-    def value(case: Case) -> float | None:
+    def value(case: Lines) -> float | None:
         x, y = (mean_of(case[name][metric.name]) for name in (a, b))
         return None if x is None or y is None else x - y
 
@@ -85,7 +85,7 @@ def _speedup(line: dict) -> float:
     return line["baseline_denoise"] / line["denoise"]
 
 
-def _setting(prompts: list[list[Case]], name: str, baseline: str) -> dict:
+def _setting(prompts: list[list[Lines]], name: str, baseline: str) -> dict:
     lines, base = ([case[n] for cases in prompts for case in cases] for n in (name, baseline))
     speedups = [_speedup(line) for line in lines]
     work = float(np.median([r["flops"] / b["flops"] for r, b in zip(lines, base, strict=True)]))
@@ -103,7 +103,7 @@ def _setting(prompts: list[list[Case]], name: str, baseline: str) -> dict:
     return row
 
 
-def _metric(prompts: list[list[Case]], name: str, baseline: str, metric: Metric) -> dict:
+def _metric(prompts: list[list[Lines]], name: str, baseline: str, metric: Metric) -> dict:
     """The entries of a setting's summary that one metric gives."""
     if metric.worst_only:
         worst = max if metric.higher_is_better is False else min
@@ -119,7 +119,7 @@ def _metric(prompts: list[list[Case]], name: str, baseline: str, metric: Metric)
     return found
 
 
-def _pair(prompts: list[list[Case]], a: str, b: str) -> dict:
+def _pair(prompts: list[list[Lines]], a: str, b: str) -> dict:
     """The speed of setting a in parts of b's, the difference a - b of each metric for pairs, and how often a is closer.
 
     "closer": the prompts for which the SSIM of a is higher, and all of them. A few that become another scene decide a

@@ -55,7 +55,7 @@ class State(FullStepRun):
     changes: list[float] = field(default_factory=list)  # relative change of the input in each step but the first
     accumulated: float = 0.0  # change since the last full step
     position: float = 0.0  # of the last full step
-    signal: Tensor | None = None  # (b, c, f, h, w) estimated in the last step's latents
+    clean: Tensor | None = None  # (b, c, f, h, w), the estimated signal in the last step's latents
     is_guided: bool = False  # in the last step that was decided
     shares: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     # (b, 1, 1), how far the trend continues, by transformer and branch
@@ -156,15 +156,15 @@ class StepCache(Method):
             out = inner(hidden, *inputs, **named)
             if step.index == step.count - 1:
                 caches().clear()  # also of a branch that ended before: it would take memory while the video is decoded
-                run.signal = None
+                run.clean = None
             elif run.planned != list(range(step.count)):
                 share = cache.best_share(position, out - hidden)
                 if share is not None:
                     run.shares[source] = (CAUTION * share).clamp(0, 1)
                 is_exact = abs(cache.position) < MAX_LOG_SNR  # a difference to a limited position has no length
                 cache.refresh(position, out - hidden, 1 if is_exact else 0, NEWEST)
-                signal = run.signal.nbytes if run.signal is not None else 0
-                kept = self._kept_bytes(host.latents) + signal
+                clean = run.clean.nbytes if run.clean is not None else 0
+                kept = self._kept_bytes(host.latents) + clean
                 trace.set_memory("stepcache", kept + sum(c.nbytes for c in caches().values()))
             return out
 
@@ -201,14 +201,14 @@ class StepCache(Method):
         """Whether the signal in the latents has changed by the threshold since the last full step."""
         from ..ops.spectrum import estimate_signal
 
-        before, latents = run.signal, host.family.to_video(host.latents, host.grid)
+        before, latents = run.clean, host.family.to_video(host.latents, host.grid)
         channels = host.family.out_channels(host.denoisers[host.active_index])
         latents = latents[:, :channels]  # behind those of the video, a given image may have some that stay as they are
         is_flat = host.grid[:2] == (1, 1)  # a family that does not know its grid
-        run.signal = latents.float() if is_flat else estimate_signal(latents, host.signal, host.step.sigma)
+        run.clean = latents.float() if is_flat else estimate_signal(latents, host.signal, host.step.sigma)
         if before is not None:
             size = lambda x: x.abs().flatten(1).mean(1)
-            run.changes.append(float((size(run.signal - before) / size(before)).max()))  # of samples, the liveliest
+            run.changes.append(float((size(run.clean - before) / size(before)).max()))  # of samples, the liveliest
             run.accumulated += run.changes[-1]
         return run.accumulated >= self.threshold
 
