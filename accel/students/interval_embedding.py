@@ -57,7 +57,8 @@ class IntervalEmbedder(nn.Module):
         if len(timestep) == len(text) or timestep_seq_len is not None:
             return self.base(timestep, text, image, timestep_seq_len=timestep_seq_len)
         t, r, guidance = timestep.chunk(3)
-        if not next(self.scalars.parameters()).is_meta:  # offloading that was set up before does not know them
+        here = next(self.scalars.parameters()).device
+        if here.type != "meta" and here != timestep.device:  # offloading that was set up before does not know them
             self.scalars.to(timestep.device)
         base, additions = self.base, self.scalars["end"](r) + self.scalars["guidance"](guidance)
         sinusoids = base.timesteps_proj(t).to(next(base.time_embedder.parameters()).dtype)

@@ -65,6 +65,15 @@ def test_zeroed_time_frequencies_stay_zero_in_training():
     assert (weight.grad[:, silent] == 0).all() and (weight.grad[:, ~silent] != 0).any()
 
 
+def test_clips_are_encoded_in_an_autocast_as_outside_one(tmp_path):
+    """The first training step asks for them, on a device with fast bfloat16 in an autocast."""
+    vae = build_vae(8)
+    task = lambda folder: base.BaseTask(OptimConfig(steps=1, lr=1e-3), vae, 16, 5, 2, tmp_path / folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = task("inside").dataset.latents
+    assert torch.equal(inside, task("outside").dataset.latents)
+
+
 def test_the_base_trains_and_its_pipeline_loads_with_stock_diffusers(tmp_path, monkeypatch):
     """Three steps, on images, short and full clips; the stock `WanPipeline` loads what is written."""
     monkeypatch.setattr(base, "CURRICULUM", ((0.34, ((1, 2),)), (0.67, ((2, 2),)), (1.0, ((0, 2),))))

@@ -226,7 +226,8 @@ class BaseTask:
     def dataset(self) -> LatentDataset:
         """The clips, encoded when they are first needed; an export needs none."""
         file = self.folder / "pool.safetensors"
-        return LatentDataset(self.vae, self.clips, self.frames, self.size, self.optim.seed, file, self.device)
+        with torch.autocast(torch.device(self.device).type, enabled=False):  # of the first step, which asks for them
+            return LatentDataset(self.vae, self.clips, self.frames, self.size, self.optim.seed, file, self.device)
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of the blocks' linear layers, for Muon."""
