@@ -226,7 +226,7 @@ class BaseTask:
     def dataset(self) -> LatentDataset:
         """The clips, encoded when they are first needed; an export needs none."""
         file = self.folder / "pool.safetensors"
-        with torch.autocast(torch.device(self.device).type, enabled=False):  # of the first step, which asks for them
+        with torch.autocast(torch.device(self.device).type, enabled=False):  # that of a step which asks first
             return LatentDataset(self.vae, self.clips, self.frames, self.size, self.optim.seed, file, self.device)
 
     def matrices(self) -> list[nn.Parameter]:
