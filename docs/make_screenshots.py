@@ -58,11 +58,14 @@ PICTURES = {  # name: what it shows, width and height in pixels, theme
 
 def main() -> None:
     """Write the pictures named on the command line, or all."""
+    names = sys.argv[1:] or list(PICTURES)
+    if unknown := [name for name in names if name not in PICTURES]:
+        sys.exit(f"error: {unknown[0]} is not one of {', '.join(PICTURES)}")
     FOLDER.mkdir(exist_ok=True)
     server = launch(app.Page, Options(), quiet=True)
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, "--disable-gpu"])
-        for name in sys.argv[1:] or PICTURES:
+        for name in names:
             show, width, height, theme = PICTURES[name]
             page = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
             page.goto(f"{server.url}?__theme={theme}")
