@@ -10,6 +10,7 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 import app
+from docs.names import check_names
 from ui.server import Options, launch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -59,8 +60,7 @@ PICTURES = {  # name: what it shows, width and height in pixels, theme
 def main() -> None:
     """Write the pictures named on the command line, or all."""
     names = sys.argv[1:] or list(PICTURES)
-    if unknown := [name for name in names if name not in PICTURES]:
-        sys.exit(f"error: {unknown[0]} is not one of {', '.join(PICTURES)}")
+    check_names(names, PICTURES)
     FOLDER.mkdir(exist_ok=True)
     server = launch(app.Page, Options(), quiet=True)
     with sync_playwright() as play:

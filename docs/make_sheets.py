@@ -17,6 +17,7 @@ from accel.runtime.models import load_pipeline, model_defaults, resolve
 from accel.runtime.paths import ROOT
 from accel.runtime.run import build_run
 from accel.world.scene import held_out_prompts
+from docs.names import check_names
 
 SHEETS = {
     "base": Setting(),
@@ -39,10 +40,9 @@ def sheet(pipe, model: str, setting: Setting) -> np.ndarray:
 
 def main() -> None:
     """Write the sheets of the model on the command line."""
-    if len(sys.argv) < 2 or (unknown := [name for name in sys.argv[2:] if name not in SHEETS]):
-        sys.exit(
-            f"error: {unknown[0]} is not one of {', '.join(SHEETS)}" if len(sys.argv) > 1 else "error: which model?"
-        )
+    if len(sys.argv) < 2:
+        sys.exit("error: which model?")
+    check_names(sys.argv[2:], SHEETS)
     model, names = sys.argv[1], sys.argv[2:] or [n for n, s in SHEETS.items() if s.is_available(sys.argv[1])]
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from docs.names import check_names
 from ui.recorded import RECORDINGS, RUNS
 
 REPEATS = 1
@@ -40,8 +41,7 @@ def record(preset: str) -> None:
 def main() -> None:
     """Record the presets named on the command line, or all."""
     names = sys.argv[1:] or list(RECORDINGS)
-    if unknown := [name for name in names if name not in RECORDINGS]:
-        sys.exit(f"error: {unknown[0]} is not one of {', '.join(RECORDINGS)}")
+    check_names(names, RECORDINGS)
     for name in names:
         record(name)
 
